@@ -1,0 +1,9 @@
+"""The one error that users cause: a sentence, exit code 2, no traceback."""
+
+
+class InputError(ValueError):
+    """Names the file, tensor or option, what was expected and what was found.
+
+    The command line prints the message and exits with code 2. Library users catch it as a
+    `ValueError`.
+    """
