@@ -1,0 +1,110 @@
+"""What a decoder is: shapes, the rules its family fixes, and one entry for every layer.
+
+Shape letters, used in every docstring:
+
+    B batch    T tokens   C context   D hidden     H heads   G kv heads   E head dim
+    F ffn      V vocab    L layers    S slots      M rows    N outputs    K inputs     g group
+
+`layer` is an index in the original checkpoint; `slot` is a position in the running model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from engine.errors import InputError
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding of the first `dim` values of a head (Su et al., 2104.09864), and its scaling.
+
+    `kind`: "default"; "linear" and "dynamic" (NTK) by `factor`; "llama3" by wavelength bands;
+    "yarn" (Peng et al., 2309.00071); "longrope" (Ding et al., 2402.13753) with one divisor a
+    frequency, short or long by the length of the sequence; "divisors", the same without the
+    choice, as a GGUF stores llama3. `attention_factor` multiplies cos and sin.
+    """
+
+    theta: float
+    dim: int
+    kind: str = "default"
+    factor: float = 1.0
+    original_context: int = 0
+    attention_factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    divisors: tuple[float, ...] = ()
+    long_divisors: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What may differ from layer to layer, so that dropping a layer drops its settings too."""
+
+    layer: int
+    window: int | None = None  # a query sees this many positions, itself included; None: all
+    rope: Rope | None = None  # None: no position embedding (NoPE)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder as the reference, the kernels and the budget see it."""
+
+    family: str
+    architecture: str  # the Hugging Face class name
+    hidden_size: int  # D
+    vocab_size: int  # V
+    heads: int  # H
+    kv_heads: int  # G
+    head_dim: int  # E
+    ffn_size: int  # F
+    max_context: int
+    layers: tuple[LayerConfig, ...]  # L, or fewer after keep()
+    total_layers: int  # L of the original checkpoint
+    norm: str = "rms"  # "rms" | "layer"
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0  # added to stored norm weights (Gemma: 1)
+    pre_norm: bool = True
+    post_norm: bool = False
+    qk_norm: str | None = None  # "head": over E; "all": over all heads of a token
+    activation: str = "silu"  # "silu" | "gelu" | "gelu_tanh" | "relu"
+    gated: bool = True
+    parallel: bool = False  # attention and MLP read the same normed input (Phi-2)
+    biases: frozenset[str] = frozenset()  # the roles that carry a bias
+    attention_scale: float = 1.0
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0
+    tied: bool = False
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    source: dict[str, Any] = field(default_factory=dict, repr=False, compare=False, hash=False)
+
+    @property
+    def rope_switch(self) -> int | None:
+        """Length past which a sequence is computed anew with the long LongRoPE divisors."""
+        lengths = [
+            entry.rope.original_context
+            for entry in self.layers
+            if entry.rope is not None and entry.rope.kind == "longrope"
+        ]
+        return min(lengths, default=None)
+
+    def keep(self, layers: Sequence[int]) -> "ModelConfig":
+        """The same model with only these layers (original numbers, ascending)."""
+        by_number = {entry.layer: entry for entry in self.layers}
+        missing = [layer for layer in layers if layer not in by_number]
+        if missing or list(layers) != sorted(set(layers)) or not layers:
+            raise InputError(
+                f"kept layers: expected ascending numbers out of {_ranges(by_number)}, "
+                f"found {list(layers)}"
+            )
+        return replace(self, layers=tuple(by_number[layer] for layer in layers))
+
+
+def _ranges(numbers) -> str:
+    numbers = sorted(numbers)
+    return f"{numbers[0]}-{numbers[-1]}" if numbers else "none"

@@ -1,0 +1,48 @@
+"""The protocol every backend keeps, and all that generation and evaluation know of a model.
+
+    forward(tokens (B, T), cache, slots=None, logits="last" | "all") -> (B, 1 or T, V) float32
+
+covers prefill, one step, and the verification of several tokens at once. Negative tokens are left
+padding. The cache keeps a length for every (sequence, slot); a call at position p needs [0, p)
+filled in every slot that it runs, and raises otherwise.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from engine.config import ModelConfig
+
+
+class Cache(Protocol):
+    lengths: torch.Tensor  # (B, S) int64
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def truncate(self, lengths: int | Sequence[int] | torch.Tensor) -> None: ...
+
+
+class Runtime(Protocol):
+    name: str
+    config: ModelConfig
+    device: torch.device
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights held."""
+
+    @property
+    def weight_bytes_per_token(self) -> int:
+        """Bytes of weights that one decoded token reads."""
+
+    def new_cache(self, batch: int, capacity: int | None = None) -> Cache: ...
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        cache: Cache,
+        slots: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        logits: str = "last",
+    ) -> torch.Tensor: ...

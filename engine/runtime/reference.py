@@ -1,0 +1,74 @@
+"""The reference runtime: the plain torch decoder behind the runtime protocol."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from engine.cache import KVCache
+from engine.checkpoint import Checkpoint
+from engine.config import ModelConfig
+from engine.model import Decoder, Tap
+from engine.weights import Weights, load_layer, load_outer
+
+
+class ReferenceRuntime:
+    name = "reference"
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.config: ModelConfig = decoder.config
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        progress: Callable[[int], None] | None = None,
+    ) -> "ReferenceRuntime":
+        """Reads only the layers that `config` keeps; `progress` is called after each of them."""
+
+        def placed(weights: Weights) -> Weights:
+            moved = {id(t): t.to(device=device, dtype=dtype) for t in weights.values()}
+            return {role: moved[id(tensor)] for role, tensor in weights.items()}
+
+        outer = placed(load_outer(checkpoint, config))
+        layers = []
+        for entry in config.layers:
+            layers.append(placed(load_layer(checkpoint, config, entry.layer)))
+            if progress is not None:
+                progress(entry.layer)
+        return cls(Decoder(config, outer, layers))
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.device
+
+    @property
+    def weight_bytes(self) -> int:
+        tensors = [
+            *self.decoder.outer.values(),
+            *(t for w in self.decoder.layers for t in w.values()),
+        ]
+        return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+
+    @property
+    def weight_bytes_per_token(self) -> int:
+        """All but the embedding, of which a token reads one row (a tied head is read whole)."""
+        embedding = self.decoder.outer["embedding"]
+        row = embedding.shape[1] * embedding.element_size()
+        return self.weight_bytes - (0 if self.config.tied else embedding.nbytes) + row
+
+    def new_cache(self, batch: int, capacity: int | None = None) -> KVCache:
+        return KVCache(self.config, batch, self.device, self.decoder.dtype, capacity)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        cache: KVCache,
+        slots: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        logits: str = "last",
+        tap: Tap | None = None,
+    ) -> torch.Tensor:
+        return self.decoder.forward(tokens, cache, slots, logits, tap)
