@@ -17,7 +17,7 @@ from engine.errors import InputError
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding of the first `dim` values of a head (Su et al., 2104.09864), and its scaling.
+    """Rotary embedding of the first `dim` values of a head (Su et al., 2104.09864) and its scaling.
 
     `kind`: "default"; "linear" and "dynamic" (NTK) by `factor`; "llama3" by wavelength bands;
     "yarn" (Peng et al., 2309.00071); "longrope" (Ding et al., 2402.13753) with one divisor a
@@ -85,13 +85,19 @@ class ModelConfig:
 
     @property
     def rope_switch(self) -> int | None:
-        """Length past which a sequence is computed anew with the long LongRoPE divisors."""
+        """Length past which a sequence is run anew, with LongRoPE's long divisors; None: never."""
         lengths = [
             entry.rope.original_context
             for entry in self.layers
             if entry.rope is not None and entry.rope.kind == "longrope"
         ]
         return min(lengths, default=None)
+
+    @property
+    def whole_prefill(self) -> bool:
+        """A prompt may not be cut into chunks: its rotation depends on how long it is in all."""
+        kinds = {entry.rope.kind for entry in self.layers if entry.rope is not None}
+        return bool(kinds & {"dynamic", "longrope"})
 
     def keep(self, layers: Sequence[int]) -> "ModelConfig":
         """The same model with only these layers (original numbers, ascending)."""

@@ -166,7 +166,7 @@ def family_of(architecture: str, where: str) -> str:
 
 
 def layer_tensors(config: ModelConfig, layer: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Stored role -> (Hugging Face name, shape) of every tensor of one layer, biases as "q.bias"."""
+    """Stored role -> (Hugging Face name, shape) of a layer's tensors; biases are "q.bias"."""
     family = FAMILIES[config.family]
     tensors = {}
     for role, name in family.names.items():

@@ -1,4 +1,4 @@
-"""Rotary frequencies for every scaling that the families use, in float32 as transformers has them."""
+"""Rotary frequencies for every scaling that the families use, in float32 as in transformers."""
 
 import math
 

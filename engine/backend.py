@@ -1,0 +1,163 @@
+"""`import engine` as a backend: a loaded model that generates, streams and gives logits."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine import generate as generation
+from engine.checkpoint import Checkpoint, open_checkpoint
+from engine.checkpoint.locate import locate
+from engine.config import ModelConfig
+from engine.errors import InputError
+from engine.layers import kept_layers
+from engine.runtime import Runtime
+from engine.text import Text, load_text
+
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+BACKENDS = ("reference",)
+
+
+class Model:
+    """A runtime and the text side of its checkpoint. Made by `load`."""
+
+    def __init__(self, path: Path, runtime: Runtime) -> None:
+        self.path, self.runtime = path, runtime
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.runtime.config
+
+    @cached_property
+    def text(self) -> Text:
+        """The light tokenizer, read from the checkpoint on first use."""
+        return load_text(self.path)
+
+    @cached_property
+    def tokenizer(self):
+        """A transformers tokenizer, made on first use (its import takes a second or more)."""
+        return self.text.to_transformers()
+
+    def generate(self, prompt: Any, **options: Any):
+        """Completes a prompt, or each of a list of prompts (a list in gives a list out).
+
+        A string is raw text, a list of `{"role", "content"}` messages goes through the chat
+        template. Options and defaults: max_new_tokens=128, temperature=0.0 (greedy), top_k=0,
+        top_p=1.0, min_p=0.0, repetition_penalty=1.0, stop=() (strings or token ids), seed=None,
+        ignore_eos=False, slots=None. Returns a `Generation`: text, token_ids, finish_reason,
+        prompt_tokens, timings.
+        """
+        batch = _is_batch(prompt)
+        prompts = list(prompt) if batch else [prompt]
+        results = generation.generate(self.runtime, self.text, prompts, _options(options))
+        return results if batch else results[0]
+
+    def stream(self, prompt: Any, **options: Any) -> Iterator[str]:
+        """The same for one prompt, as an iterator over pieces of text as they become certain."""
+        if _is_batch(prompt):
+            raise InputError("stream: expected one prompt, found a list of them")
+        return generation.stream(self.runtime, self.text, prompt, _options(options))
+
+    def __call__(self, input_ids: Any, attention_mask: Any = None) -> torch.Tensor:
+        """Logits of every position, (B, T, V) float32, for ids (B, T) or (T,).
+
+        Where `attention_mask` is 0 (left padding only) the ids are not run.
+        """
+        tokens = torch.as_tensor(input_ids, dtype=torch.int64)
+        tokens = tokens[None] if tokens.ndim == 1 else tokens
+        if bool((tokens < 0).any()):
+            raise InputError(f"input_ids: expected no negative ids, found {int(tokens.min())}")
+        if attention_mask is not None:
+            mask = torch.as_tensor(attention_mask).reshape(tokens.shape)
+            tokens = tokens.masked_fill(mask == 0, -1)
+        cache = self.runtime.new_cache(tokens.shape[0], tokens.shape[1])
+        return self.runtime.forward(tokens.to(self.runtime.device), cache, logits="all")
+
+
+def load(
+    ref: str | Path = "smollm2-135m",
+    *,
+    drop: str | Iterable[int] | None = None,
+    keep: str | Iterable[int] | None = None,
+    backend: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Model:
+    """Opens a model: a directory, a .gguf file, a hub id, or the default by name.
+
+    `drop` and `keep` are layers of the checkpoint ("20-24", "3,7,21-25", or numbers); those not
+    kept are never read. `backend` is one of BACKENDS, chosen by the machine when None. `dtype` is
+    a torch dtype or its name: by default the checkpoint's on a GPU, float32 on a CPU. Raises
+    `InputError` with one sentence for whatever the caller can mend.
+    """
+    backend = choose_backend(backend)
+    device = choose_device(device)
+    path = locate(str(ref))
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.config
+    config = config.keep(kept_layers(config.total_layers, drop, keep))
+    dtype = choose_dtype(dtype, checkpoint, device)
+
+    from engine.runtime.reference import ReferenceRuntime
+
+    return Model(path, ReferenceRuntime.load(checkpoint, config, device, dtype, progress))
+
+
+def choose_backend(name: str | None) -> str:
+    """The backend asked for, or the fastest that this machine has; InputError if unknown."""
+    if name is None:
+        return BACKENDS[0]
+    if name not in BACKENDS:
+        raise InputError(f"backend: expected one of {', '.join(BACKENDS)}, found {name!r}")
+    return name
+
+
+def choose_device(device: torch.device | str | None) -> torch.device:
+    """The device asked for, else the first GPU, else the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"device: expected one like 'cpu' or 'cuda:0', found {device!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device: {device} was asked for, but torch finds no GPU")
+    return device
+
+
+def choose_dtype(
+    dtype: torch.dtype | str | None, checkpoint: Checkpoint, device: torch.device
+) -> torch.dtype:
+    """The dtype asked for; else the checkpoint's 16-bit one on a GPU, float32 on a CPU."""
+    if dtype is None:
+        source = checkpoint.config.source
+        stored = str(source.get("dtype") or source.get("torch_dtype")).removeprefix("torch.")
+        return torch.float32 if device.type == "cpu" else DTYPES.get(stored, torch.float16)
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+    return DTYPES[name]
+
+
+def _is_batch(prompt: Any) -> bool:
+    """A list of prompts, as opposed to one string, one list of messages or one list of ids."""
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str)
+        and (len(prompt) == 0 or not isinstance(prompt[0], dict | int))
+    )
+
+
+def _options(options: dict[str, Any]) -> generation.Options:
+    known = generation.Options.__dataclass_fields__
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise InputError(f"unknown option {unknown[0]!r}; known are {', '.join(known)}")
+    return generation.Options(**options)
