@@ -8,6 +8,7 @@ Shape letters, used in every docstring:
 `layer` is an index in the original checkpoint; `slot` is a position in the running model.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -82,6 +83,27 @@ class ModelConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     source: dict[str, Any] = field(default_factory=dict, repr=False, compare=False, hash=False)
+
+    @property
+    def architecture_hash(self) -> str:
+        """Of the shapes alone: the same for every copy of a model, HF or GGUF, whatever its bits.
+
+        Vocabulary, windows and rotary settings are left out; conversions pad or lose them.
+        """
+        shapes = (
+            self.total_layers,
+            self.hidden_size,
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            self.ffn_size,
+            self.norm,
+            self.qk_norm,
+            self.gated,
+            self.parallel,
+            self.post_norm,
+        )
+        return hashlib.sha256(repr(shapes).encode()).hexdigest()
 
     @property
     def rope_switch(self) -> int | None:

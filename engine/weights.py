@@ -1,5 +1,7 @@
 """From a checkpoint to the matrices of a layer by role, checked against the config."""
 
+import hashlib
+
 import torch
 
 from engine.checkpoint import Checkpoint
@@ -35,6 +37,22 @@ def load_outer(checkpoint: Checkpoint, config: ModelConfig) -> Weights:
     }
     weights.setdefault("head", weights["embedding"])
     return weights
+
+
+def lineage_hash(checkpoint: Checkpoint, config: ModelConfig) -> str:
+    """Of the norm weights, which 16-bit, GGUF and packed copies of one model share exactly.
+
+    The offset is added as llama.cpp's converter adds it (Gemma), in float32.
+    """
+    digest = hashlib.sha256()
+    tensors = [outer_tensors(config)["norm"]]
+    for layer in range(config.total_layers):
+        roles = layer_tensors(config, layer)
+        tensors += [roles[role] for role in sorted(roles) if role.endswith("norm")]
+    for name, shape in tensors:
+        weight = _read(checkpoint, name, shape).float() + config.norm_offset
+        digest.update(weight.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -175,9 +175,7 @@ def test_tap(pair):
     ]
     final = getattr(model.model, "norm", None) or model.model.final_layernorm
     hooks.append(
-        final.register_forward_pre_hook(
-            lambda _, args: expected.__setitem__(len(layers), args[0])
-        )
+        final.register_forward_pre_hook(lambda _, args: expected.__setitem__(len(layers), args[0]))
     )
     model(ids, use_cache=False)
     for hook in hooks:
@@ -224,7 +222,9 @@ def _old_style(raw: dict) -> dict:
     if "partial_rotary_factor" in full:
         raw["partial_rotary_factor"] = full.pop("partial_rotary_factor")
     kind = full.pop("rope_type")
-    full.pop("original_max_position_embeddings", None) if "original_max_position_embeddings" in raw else None
+    full.pop(
+        "original_max_position_embeddings", None
+    ) if "original_max_position_embeddings" in raw else None
     raw["rope_scaling"] = None if kind == "default" else full | {"type": kind}
     return raw
 

@@ -1,0 +1,188 @@
+"""What one stage hands to the next: frozen values that go to and from JSON files.
+
+Each names what it came from by hash: `architecture` (the shapes of the model, the same for every
+copy whatever its bits) and `lineage` (its norm weights, which quantisation leaves alone).
+"""
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from engine.errors import InputError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; renamed onto it at the end, removed on an error."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no directory {path.parent}")
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    beside = Path(name)
+    try:
+        yield beside
+        beside.chmod(0o666 & ~_umask())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """JSON and hashing for the artefacts below; `kind` and `version` stand in every file."""
+
+    kind: ClassVar[str]
+    version: ClassVar[int] = 1
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "version": self.version} | asdict(self)
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the canonical JSON."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Written beside and renamed, so that a reader never sees half a file."""
+        text = json.dumps(self.to_json(), indent=1)
+        with replacing(path) as beside:
+            beside.write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """InputError when the file is unreadable, of another kind, newer, or incomplete."""
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror or error}") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not valid JSON ({error})") from error
+        return cls.from_json(raw, str(path))
+
+    @classmethod
+    def from_json(cls, raw: Any, where: str) -> Self:
+        found = raw.get("kind") if isinstance(raw, Mapping) else type(raw).__name__
+        if found != cls.kind:
+            raise InputError(f"{where}: expected a {cls.kind}, found {found!r}")
+        version = raw.get("version")
+        if not isinstance(version, int) or version < 1:
+            raise InputError(f"{where}: version: expected a whole number, found {version!r}")
+        if version > cls.version:
+            raise InputError(
+                f"{where}: a {cls.kind} of version {version}; this Shallow reads up to "
+                f"{cls.version}, a newer one is needed"
+            )
+        names = {field.name for field in fields(cls)}
+        given = set(raw) - {"kind", "version"}
+        if given != names:
+            wrong = sorted(names - given) or sorted(given - names)
+            trouble = "is missing" if names - given else "is not known"
+            raise InputError(f"{where}: {cls.kind}: {wrong[0]!r} {trouble}")
+        try:
+            return cls(**{name: _frozen(raw[name]) for name in names})
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{where}: {cls.kind}: {error}") from error
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class Profile(Artifact):
+    """How far each block of layers turns the residual stream (Gromov et al., 2403.17887).
+
+    `distances[count - 1][start]` is the mean angular distance (0..1, 1 = opposite) between
+    boundary `start` and boundary `start + count`, each a running number of the profiled model;
+    `standard_errors` has the same shape. `influence[l]` is 1 - mean cosine across layer l
+    (ShortGPT), `magnitude[l]` the mean of |x_out - x_in| / |x_in|.
+    """
+
+    kind: ClassVar[str] = "profile"
+
+    model: str  # as it was asked for
+    architecture: str  # hash
+    lineage: str  # hash
+    total_layers: int
+    layers: tuple[int, ...]  # original numbers of the profiled layers
+    distances: tuple[tuple[float, ...], ...]
+    standard_errors: tuple[tuple[float, ...], ...]
+    influence: tuple[float, ...]
+    magnitude: tuple[float, ...]
+    metric: str  # "angular"
+    tokens: str  # "last": the last token of each sample; "all": every one but BOS and padding
+    samples: int
+    vectors: int  # averaged over
+    tokens_used: int  # run through the model
+    length: int  # longest sample, tokens
+    bos: bool  # did samples begin with BOS
+    text_hash: str
+
+    def __post_init__(self) -> None:
+        count = len(self.layers)
+        if not 0 < count <= self.total_layers or len(self.influence) != count:
+            raise ValueError(f"layers: {count} of {self.total_layers} do not fit the rest")
+        for name in ("distances", "standard_errors"):
+            rows = getattr(self, name)
+            if [len(row) for row in rows] != list(range(count, 0, -1)):
+                raise ValueError(f"{name}: expected a triangle of {count} rows")
+            if not all(math.isfinite(value) for row in rows for value in row):
+                raise ValueError(f"{name}: expected numbers")
+
+    def distance(self, start: int, count: int) -> float:
+        """Mean angular distance across the block of `count` layers from `start`."""
+        total = len(self.layers)
+        if not 1 <= count <= total or not 0 <= start <= total - count:
+            raise InputError(
+                f"block: expected count 1-{total} and start 0-{total} - count, "
+                f"found start {start}, count {count}"
+            )
+        return self.distances[count - 1][start]
+
+    def best(self, count: int) -> int:
+        """The start of the block of `count` layers with the smallest distance, the first of ties."""
+        row = [self.distance(start, count) for start in range(len(self.layers) - count + 1)]
+        return min(range(len(row)), key=row.__getitem__)
+
+
+@dataclass(frozen=True)
+class Plan(Artifact):
+    """Which layers of a checkpoint stay, and why. Layer numbers are the checkpoint's, 0-based."""
+
+    kind: ClassVar[str] = "plan"
+
+    model: str
+    architecture: str  # hash
+    lineage: str  # hash
+    total_layers: int
+    keep: tuple[int, ...]
+    rule: str
+    score: float | None  # what the rule minimised
+    protect: tuple[int, ...]
+    profile: str | None  # hash of the profile it was made from
+    text_hash: str | None  # of the text that it was chosen on
+    note: str
+
+    def __post_init__(self) -> None:
+        inside = all(type(n) is int and 0 <= n < self.total_layers for n in self.keep)
+        if not self.keep or not inside or list(self.keep) != sorted(set(self.keep)):
+            raise ValueError(f"keep: expected ascending layers below {self.total_layers}")
+
+    @property
+    def drop(self) -> tuple[int, ...]:
+        kept = set(self.keep)
+        return tuple(layer for layer in range(self.total_layers) if layer not in kept)
