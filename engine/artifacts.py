@@ -154,7 +154,7 @@ class Profile(Artifact):
         return self.distances[count - 1][start]
 
     def best(self, count: int) -> int:
-        """The start of the block of `count` layers with the smallest distance, the first of ties."""
+        """The start of the block of `count` layers of smallest distance, the first of ties."""
         row = [self.distance(start, count) for start in range(len(self.layers) - count + 1)]
         return min(range(len(row)), key=row.__getitem__)
 

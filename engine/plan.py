@@ -1,0 +1,185 @@
+"""Which layers to drop: each rule a pure function of a profile, or of a score for kept layers.
+
+All numbers are slots of the profiled model, 0-based, until `plan_from` turns them into layers of
+the checkpoint. `Score` is what the command wires to a runtime: lower is better, and a call with
+the same layers gives the same number.
+"""
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from engine.artifacts import Profile
+from engine.errors import InputError
+
+Score = Callable[[tuple[int, ...]], float]  # kept slots, ascending -> loss or divergence
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Dropped slots, the number that the rule made smallest, and a word on how it came about."""
+
+    drop: tuple[int, ...]
+    score: float | None = None
+    note: str = ""
+
+
+def default_protection(total: int) -> frozenset[int]:
+    """The first two layers and the last: they carry most and are bent by no rule of distance."""
+    return frozenset({0, 1, total - 1} & set(range(total)))
+
+
+def check_count(total: int, count: int, protect: frozenset[int]) -> None:
+    """InputError unless 1 <= count and enough unprotected layers are there to drop."""
+    free = total - len(protect)
+    if not 1 <= count < total:
+        raise InputError(f"count: expected 1 to {total - 1} of {total} layers, found {count}")
+    if count > free:
+        raise InputError(
+            f"count: {count} of {total} layers cannot go while {len(protect)} are protected "
+            f"({free} are free); protect fewer"
+        )
+
+
+def similarity(profile: Profile, count: int, protect: frozenset[int] = frozenset()) -> Choice:
+    """The contiguous block of smallest angular distance (Gromov et al.), clear of `protect`."""
+    total = len(profile.layers)
+    check_count(total, count, protect)
+    starts = [s for s in range(total - count + 1) if protect.isdisjoint(range(s, s + count))]
+    if not starts:
+        raise InputError(
+            f"count: no block of {count} layers is free of the protected {sorted(protect)}"
+        )
+    start = min(starts, key=lambda s: profile.distance(s, count))
+    best = profile.best(count)
+    note = ""
+    if profile.distance(best, count) < profile.distance(start, count):
+        note = (
+            f"protection overrode the block {best}-{best + count - 1} of smallest distance "
+            f"{profile.distance(best, count):.6f}"
+        )
+    return Choice(tuple(range(start, start + count)), profile.distance(start, count), note)
+
+
+def simple(total: int, count: int) -> Choice:
+    """The deepest layers but the last (Gromov et al., section 4.4)."""
+    check_count(total, count, frozenset({total - 1}))
+    return Choice(tuple(range(total - 1 - count, total - 1)))
+
+
+def influence(profile: Profile, count: int, protect: frozenset[int] = frozenset()) -> Choice:
+    """The layers of smallest block influence, contiguous or not (ShortGPT, 2403.03853)."""
+    total = len(profile.layers)
+    check_count(total, count, protect)
+    free = sorted(set(range(total)) - protect, key=lambda layer: (profile.influence[layer], layer))
+    chosen = sorted(free[:count])
+    return Choice(tuple(chosen), sum(profile.influence[layer] for layer in chosen))
+
+
+def largest_count(profile: Profile, max_distance: float, protect: frozenset[int]) -> int:
+    """The most layers whose best free block stays within `max_distance`; InputError if none."""
+    if not 0 < max_distance <= 1:
+        raise InputError(f"max-distance: expected a number in (0, 1], found {max_distance}")
+    best = 0
+    for count in range(1, len(profile.layers) - len(protect) + 1):
+        try:
+            choice = similarity(profile, count, protect)
+        except InputError:
+            break  # no block of this size is free
+        if choice.score <= max_distance:
+            best = count
+    if not best:
+        raise InputError(f"max-distance: no free block lies within {max_distance}")
+    return best
+
+
+def greedy(
+    score: Score,
+    total: int,
+    count: int,
+    protect: frozenset[int] = frozenset(),
+    on_drop: Callable[[tuple[int, ...], float], None] | None = None,
+) -> Choice:
+    """Drops one layer at a time, the one whose loss scores best, re-scored after each.
+
+    `on_drop` is told (kept, score) after each removal; a scorer may anchor its prefix there.
+    """
+    check_count(total, count, protect)
+    kept = tuple(range(total))
+    best = math.inf
+    for _ in range(count):
+        candidates = [
+            tuple(other for other in kept if other != layer)
+            for layer in kept
+            if layer not in protect
+        ]
+        best, kept = min((score(candidate), candidate) for candidate in candidates)
+        if on_drop is not None:
+            on_drop(kept, best)
+    return Choice(_complement(kept, total), best)
+
+
+def search(
+    score: Score,
+    total: int,
+    start: Choice,
+    protect: frozenset[int] = frozenset(),
+    *,
+    seed: int = 0,
+    evaluations: int | None = 200,
+    seconds: float | None = None,
+    children: int = 8,
+) -> Choice:
+    """Evolution from `start` (a greedy choice): swaps layers between dropped and kept.
+
+    (1 + children) selection as in EvoPress (2410.14649): each child of the best set swaps one to
+    three layers; it replaces the parent when it scores lower. Never worse than `start`. Stops
+    after so many evaluations or seconds, whichever comes first.
+    """
+    if evaluations is None and seconds is None:
+        raise InputError("search: expected a budget of evaluations or seconds, found neither")
+    rng = random.Random(seed)
+    parent = start.drop
+    best = score(_complement(parent, total))
+    seen = {parent}
+    end = None if seconds is None else time.monotonic() + seconds
+    used = 1
+    idle = 0
+    while idle < 50:  # that many fruitless draws: the neighbourhood is exhausted
+        if (evaluations is not None and used >= evaluations) or (end and time.monotonic() >= end):
+            break
+        generation = []
+        for _ in range(children):
+            child = _swap(parent, total, protect, rng)
+            if child not in seen:
+                seen.add(child)
+                generation.append(child)
+        idle = 0 if generation else idle + 1
+        if evaluations is not None:
+            generation = generation[: evaluations - used]
+        for child in generation:
+            if end and time.monotonic() >= end:
+                break
+            used += 1
+            found = score(_complement(child, total))
+            if found < best:
+                best, parent = found, child
+    return Choice(parent, best, f"{used} evaluations, seed {seed}")
+
+
+def _swap(
+    drop: Sequence[int], total: int, protect: frozenset[int], rng: random.Random
+) -> tuple[int, ...]:
+    dropped = list(drop)
+    kept = [layer for layer in range(total) if layer not in set(drop) | protect]
+    swaps = min(rng.choice((1, 1, 2, 3)), len(dropped), len(kept))
+    out, back = rng.sample(dropped, swaps), rng.sample(kept, swaps)
+    return tuple(sorted((set(dropped) - set(out)) | set(back)))
+
+
+def _complement(layers: Sequence[int], total: int) -> tuple[int, ...]:
+    inside = set(layers)
+    return tuple(layer for layer in range(total) if layer not in inside)
