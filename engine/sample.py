@@ -1,0 +1,134 @@
+"""Logits to token ids: repetition penalty, temperature, top-k, top-p, min-p, then one draw."""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; the filters run in the order of the fields below.
+
+    Every combination leaves at least the most likely token. Values out of range raise `InputError`.
+    """
+
+    repetition_penalty: float = 1.0  # 0.001..1000; 1 = off; over prompt and generated ids
+    temperature: float = 0.0  # 0 = greedy, or 1e-6..1e6
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0  # 0..1; 1 = off
+    min_p: float = 0.0  # 0..1, of the most likely token's probability; 0 = off
+    seed: int | None = None  # None = drawn from the operating system
+
+    def __post_init__(self) -> None:
+        # Both ranges keep float32 logits finite and are wider than any use.
+        _check(
+            "repetition_penalty",
+            self.repetition_penalty,
+            "a number from 0.001 to 1000",
+            lambda v: 1e-3 <= v <= 1e3,
+        )
+        _check(
+            "temperature",
+            self.temperature,
+            "0 (greedy) or a number from 1e-6 to 1e6",
+            lambda v: v == 0 or 1e-6 <= v <= 1e6,
+        )
+        _check("top_k", self.top_k, "a whole number of at least 0", lambda v: v >= 0, int)
+        _check("top_p", self.top_p, "a number from 0 to 1", lambda v: 0 <= v <= 1)
+        _check("min_p", self.min_p, "a number from 0 to 1", lambda v: 0 <= v <= 1)
+        if self.seed is not None:
+            _check("seed", self.seed, "a whole number", lambda v: True, int)
+
+
+def _check(name: str, value, expected: str, holds, kind: type = float) -> None:
+    """Raises `InputError` unless `value` is a finite number of the kind and within the range."""
+    numeric = isinstance(value, int if kind is int else (int, float)) and type(value) is not bool
+    if not (numeric and math.isfinite(value) and holds(value)):
+        raise InputError(f"{name} must be {expected}, not {value!r}")
+
+
+def make_generators(seed: int | None, count: int) -> list[random.Random]:
+    """One source of randomness a sequence: what one draws does not depend on its neighbours."""
+    return [random.Random(None if seed is None else f"{seed}/{index}") for index in range(count)]
+
+
+def sample(
+    logits: torch.Tensor,
+    sampling: Sampling,
+    history: Sequence[Sequence[int]],
+    generators: Sequence[random.Random],
+) -> torch.Tensor:
+    """The next token of every sequence: logits (B, V) float32 -> (B,) int64.
+
+    `history` holds the ids that the repetition penalty looks at, `generators` one source of
+    randomness a sequence (neither is touched where it has no effect). Among equal logits, greedy
+    choice takes the lowest id. Raises `ArithmeticError` when a row holds NaN or infinity at its
+    maximum, which no model in order produces.
+    """
+    if not logits.amax(-1).isfinite().all():
+        raise ArithmeticError("the model produced logits that are not finite numbers")
+    logits = penalise(logits, sampling, history)
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    return _draw(filter_logits(logits, sampling), generators)
+
+
+def penalise(
+    logits: torch.Tensor, sampling: Sampling, history: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """Logits (B, V) with those of ids in a row's history divided (negative: multiplied)."""
+    penalty = sampling.repetition_penalty
+    if penalty == 1:
+        return logits
+    logits = logits.clone()
+    for row, ids in zip(logits, history, strict=True):
+        seen = torch.tensor([i for i in set(ids) if i < len(row)], dtype=torch.int64)
+        seen = seen.to(row.device)
+        row[seen] = torch.where(row[seen] < 0, row[seen] * penalty, row[seen] / penalty)
+    return logits
+
+
+def filter_logits(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Logits (B, V) divided by the temperature, -inf where top-k, top-p or min-p leave a token out.
+
+    The same order and sets as transformers' warpers: ties with the k-th logit stay, and top-p takes
+    the lowest ids first among equal probabilities.
+    """
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        smallest = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    if sampling.top_p < 1:
+        logits = logits.masked_fill(_outside_nucleus(logits, sampling.top_p), -math.inf)
+    if sampling.min_p > 0:
+        smallest = logits.amax(-1, keepdim=True) + math.log(sampling.min_p)
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    return logits
+
+
+def _outside_nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """(B, V) bool: False for the fewest tokens whose probability reaches `top_p`, at least one."""
+    probabilities = logits.double().softmax(-1)
+    # Tokens below this floor together hold less than 1 - top_p, so they are outside whatever their
+    # order: only the rest is sorted (a few hundred columns of 100,000).
+    floor = (1 - top_p) / (2 * logits.shape[-1])
+    columns = (probabilities > floor).any(0).nonzero().squeeze(1)
+    ranked, order = probabilities[:, columns].sort(dim=-1, descending=True, stable=True)
+    outside = ranked.cumsum(-1) - ranked >= top_p
+    outside[:, 0] = False
+    mask = torch.ones_like(logits, dtype=torch.bool)
+    return mask.scatter(-1, columns[order], outside)
+
+
+def _draw(logits: torch.Tensor, generators: Sequence[random.Random]) -> torch.Tensor:
+    """One id a row by inverting the cumulative distribution in float64; never one at -inf."""
+    weights = logits.double().softmax(-1)
+    cumulative = weights.cumsum(-1).masked_fill(weights == 0, -1)
+    uniform = torch.tensor([[g.random()] for g in generators], dtype=torch.float64)
+    threshold = uniform.to(logits.device) * cumulative.amax(-1, keepdim=True)
+    return (cumulative > threshold).to(torch.uint8).argmax(-1)
