@@ -1,0 +1,276 @@
+"""The decode loop: prompts in, text out, over any runtime."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.errors import InputError
+from engine.sample import Sampling, make_generators, sample
+
+PREFILL_CHUNK = 512  # prompt tokens a call: activations stay small however long the prompt
+
+Prompt = str | Sequence[dict] | Sequence[int]  # raw text, chat messages, or token ids
+
+
+@dataclass(frozen=True)
+class Options(Sampling):
+    """Everything `generate` can be asked for: `Sampling` and when to stop."""
+
+    max_new_tokens: int = 128
+    stop: str | int | Sequence[str | int] = ()  # stop strings, and token ids beside the model's own
+    ignore_eos: bool = False  # the model's own stop tokens do not end a sequence
+    slots: Any = None  # which layers run, passed through to the runtime; None = all
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        stop = (self.stop,) if isinstance(self.stop, str | int) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int):
+            raise InputError(f"max_new_tokens must be a whole number, not {self.max_new_tokens!r}")
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        for item in stop:
+            if isinstance(item, bool) or not isinstance(item, str | int) or item == "":
+                raise InputError(f"stop takes strings that are not empty and ids, not {item!r}")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the loop: the prompt's (which yields the first tokens) or a decode step."""
+
+    pieces: tuple[str, ...]  # text that became certain, one a sequence
+    tokens: int  # sequences that got a token
+    elapsed_ns: int
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Times of one call of `generate`; the sequences of a batch share them."""
+
+    prompt_tokens: int  # of all sequences
+    ttft_ms: float  # from the call to the first token's text, encoding included
+    prefill_ms: float  # the prompt's step alone
+    step_ns: tuple[int, ...]  # every decode step
+    step_tokens: tuple[int, ...]  # tokens that each of them yielded
+
+    @property
+    def prefill_tok_s(self) -> float:
+        return self.prompt_tokens / self.prefill_ms * 1e3
+
+    def decode_tok_s(self, quantile: float = 0.5) -> float | None:
+        """Tokens a second at a quantile (0..1) of the decode steps; None when there were none."""
+        return rate_tok_s(self.step_tokens, self.step_ns, quantile)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one prompt gave. `token_ids` holds every token sampled, `text` nothing of the stop."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str  # "stop": a stop token or stop string; "length": max_new_tokens reached
+    prompt_tokens: int
+    timings: Timings
+
+
+def generate(
+    runtime,
+    text,
+    prompts: Sequence[Prompt],
+    options: Options = Options(),
+    on_step: Callable[[Step], None] | None = None,
+) -> list[Generation]:
+    """Completes every prompt of a batch; a prompt's result does not depend on its neighbours.
+
+    `runtime` offers `config`, `new_cache` and `forward`; `text` is the tokenizer. `on_step` sees
+    the text while it comes. Raises `InputError` for an empty prompt, an id outside the vocabulary,
+    or a prompt that with `max_new_tokens` exceeds the context.
+    """
+    if not prompts:
+        return []
+    start = time.perf_counter_ns()
+    sequences = open_sequences(runtime, text, prompts, options)
+    steps: list[Step] = []
+    ttft_ns = 0
+    for step in stream_steps(runtime, sequences, options):
+        ttft_ns = ttft_ns or time.perf_counter_ns() - start
+        steps.append(step)
+        if on_step:
+            on_step(step)
+    timings = Timings(
+        prompt_tokens=sum(s.prompt_tokens for s in sequences),
+        ttft_ms=ttft_ns / 1e6,
+        prefill_ms=steps[0].elapsed_ns / 1e6,
+        step_ns=tuple(step.elapsed_ns for step in steps[1:]),
+        step_tokens=tuple(step.tokens for step in steps[1:]),
+    )
+    return [s.generation(timings) for s in sequences]
+
+
+def stream(runtime, text, prompt: Prompt, options: Options = Options()) -> Iterator[str]:
+    """Yields the pieces of one prompt's completion; joined, they are `Generation.text`."""
+    sequences = open_sequences(runtime, text, [prompt], options)
+    return (s.pieces[0] for s in stream_steps(runtime, sequences, options) if s.pieces[0])
+
+
+def rate_tok_s(tokens: Sequence[int], elapsed_ns: Sequence[int], quantile: float) -> float | None:
+    """The quantile (0..1) of the rates of single steps, tokens a second; None without steps."""
+    if not tokens:
+        return None
+    rates = torch.tensor(tokens, dtype=torch.float64) / torch.tensor(elapsed_ns).clamp_min(1) * 1e9
+    return rates.quantile(quantile).item()
+
+
+def stream_steps(runtime, sequences: Sequence["Decoding"], options: Options) -> Iterator[Step]:
+    """The loop: runs the prompts, then a token at a time until every sequence has finished.
+
+    A finished sequence is fed -1, which the runtime neither runs nor caches. The caller's own time
+    between two steps counts in neither.
+    """
+    generators = make_generators(options.seed, len(sequences))
+    clock = time.perf_counter_ns()
+    tokens = _left_padded([s.ids for s in sequences]).to(runtime.device)
+    cache = runtime.new_cache(len(sequences), tokens.shape[1] + options.max_new_tokens)
+    for chunk in tokens.split(PREFILL_CHUNK, dim=1):
+        logits = runtime.forward(chunk, cache, slots=options.slots, logits="last")
+    while True:
+        running = [row for row, s in enumerate(sequences) if s.finish_reason is None]
+        ids = sample(
+            logits[running, -1],
+            options,
+            [sequences[row].ids for row in running],
+            [generators[row] for row in running],
+        )
+        pieces = [""] * len(sequences)
+        for row, token in zip(running, ids.tolist(), strict=True):
+            pieces[row] = sequences[row].push(token)
+        yield Step(tuple(pieces), len(running), time.perf_counter_ns() - clock)
+        if all(s.finish_reason for s in sequences):
+            return
+        clock = time.perf_counter_ns()
+        fed = [[-1 if s.finish_reason else s.ids[-1]] for s in sequences]
+        tokens = torch.tensor(fed, device=runtime.device)
+        logits = runtime.forward(tokens, cache, slots=options.slots, logits="last")
+
+
+def open_sequences(runtime, text, prompts: Sequence[Prompt], options: Options) -> list["Decoding"]:
+    """Encodes and checks every prompt; raises `InputError` before anything has run."""
+    stop_ids = {item for item in options.stop if isinstance(item, int)}
+    if not options.ignore_eos:
+        stop_ids.update(text.eos_ids, runtime.config.eos_ids)
+    stops = [item for item in options.stop if isinstance(item, str)]
+    sequences = []
+    for prompt in prompts:
+        ids = encode_prompt(text, prompt)
+        _check_prompt(ids, options.max_new_tokens, runtime.config)
+        pieces, matcher = text.piece_stream(), StopStrings(stops)
+        sequences.append(Decoding(ids, pieces, stop_ids, matcher, options.max_new_tokens))
+    return sequences
+
+
+def encode_prompt(text, prompt: Prompt) -> list[int]:
+    """Token ids of raw text (special tokens added), of chat messages, or of ids as they are."""
+    if len(prompt) == 0:
+        raise InputError("the prompt is empty")
+    if isinstance(prompt, str):
+        return text.encode(prompt)
+    if isinstance(prompt[0], dict):
+        return text.chat(list(prompt))
+    return [int(token) for token in prompt]
+
+
+def _check_prompt(ids: list[int], max_new_tokens: int, config) -> None:
+    limit = config.max_context
+    if not ids:
+        raise InputError("the prompt is empty")
+    for token in ids:
+        if not 0 <= token < config.vocab_size:
+            raise InputError(f"prompt id {token} is outside the vocabulary of {config.vocab_size}")
+    if len(ids) > limit:
+        raise InputError(f"the prompt has {len(ids)} tokens; the model's context holds {limit}")
+    if len(ids) + max_new_tokens > limit:
+        raise InputError(
+            f"the prompt's {len(ids)} tokens and {max_new_tokens} new ones exceed the model's "
+            f"context of {limit}"
+        )
+
+
+def _left_padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """(B, longest) int64, short rows filled with -1 on the left."""
+    width = max(map(len, rows))
+    return torch.tensor([[-1] * (width - len(row)) + list(row) for row in rows])
+
+
+class Decoding:
+    """One sequence on its way: its ids, its certain text, and why it ended."""
+
+    def __init__(self, prompt, pieces, stop_ids: set[int], stops: "StopStrings", max_new: int):
+        self.ids = list(prompt)
+        self.prompt_tokens = len(prompt)
+        self.finish_reason: str | None = None
+        self._text: list[str] = []
+        self._pieces = pieces
+        self._stop_ids = stop_ids
+        self._stops = stops
+        self._max_length = len(prompt) + max_new
+
+    def push(self, token: int) -> str:
+        """Takes the next token; returns the text that it made certain."""
+        self.ids.append(token)
+        if token in self._stop_ids:
+            piece = self._end("stop")
+        else:
+            piece = self._stops.push(self._pieces.push(token))
+            if self._stops.found:
+                self.finish_reason = "stop"
+            elif len(self.ids) == self._max_length:
+                piece += self._end("length")
+        self._text.append(piece)
+        return piece
+
+    def _end(self, reason: str) -> str:
+        piece = self._stops.push(self._pieces.finish())
+        self.finish_reason = "stop" if self._stops.found else reason
+        return piece + self._stops.finish()
+
+    def generation(self, timings: Timings) -> Generation:
+        return Generation(
+            text="".join(self._text),
+            token_ids=tuple(self.ids[self.prompt_tokens :]),
+            finish_reason=self.finish_reason,
+            prompt_tokens=self.prompt_tokens,
+            timings=timings,
+        )
+
+
+class StopStrings:
+    """Passes a stream of text on up to the stop string that is complete first.
+
+    What may be the beginning of a stop string is held back, so the result does not depend on how
+    the text is cut into pieces.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self.found = False
+        self._stops = stops
+        self._held = ""
+
+    def push(self, piece: str) -> str:
+        """Takes more text; returns what certainly precedes any stop string."""
+        text = self._held + piece
+        matches = [(at + len(s), at) for s in self._stops if (at := text.find(s)) >= 0]
+        if matches:
+            self.found, self._held = True, ""
+            return text[: min(matches)[1]]
+        prefixes = (s[:n] for s in self._stops for n in range(1, len(s)))
+        held = max((len(prefix) for prefix in prefixes if text.endswith(prefix)), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def finish(self) -> str:
+        """What is still held back, once no more text comes."""
+        held, self._held = self._held, ""
+        return held
