@@ -1,0 +1,142 @@
+"""How well a model predicts a text: perplexity, and agreement with a second model."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+
+from engine.errors import InputError
+
+LOGITS_BYTES = 256 * 2**20  # of one call of the runtime; bounds memory whatever the vocabulary
+ROWS = 64  # positions whose softmax is taken at once; its temporaries are a few (ROWS, V)
+LARGEST_EXPONENT = 700.0  # math.exp raises a little beyond
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result and the protocol that it depends on."""
+
+    perplexity: float  # exp(nll)
+    nll: float  # mean negative log-likelihood of a predicted token, nats
+    tokens: int  # predicted tokens: windows * (window - 1)
+    windows: int
+    window: int  # tokens a window, the BOS included
+    bos: bool
+    kl: float | None = None  # mean KL(second model || this one), nats
+    top1_agreement: float | None = None  # share of positions where both have the same argmax
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def evaluate(
+    runtime,
+    text,
+    content: str,
+    *,
+    window: int = 512,
+    count: int | None = None,
+    bos: bool = False,
+    second=None,
+    slots=None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Perplexity of `content` under `runtime`, and agreement with the runtime `second` if given.
+
+    The text is tokenised without special tokens and cut into consecutive windows of `window`
+    tokens (a rest is left out), `count` of them or all. Each window is run on its own and the
+    negative log-likelihood averaged over its positions 1 .. window - 1. With `bos`, every window
+    begins with the BOS token, followed by window - 1 tokens of text. `progress` is called with
+    positions done and in total. `slots` are the layers that `runtime` runs; `second` runs all.
+    Raises `InputError` for a text too short, and for models whose vocabularies differ in size.
+    """
+    vocab_size = runtime.config.vocab_size
+    if second is not None and second.config.vocab_size != vocab_size:
+        raise InputError(
+            f"models with vocabularies of {vocab_size} and {second.config.vocab_size} tokens "
+            "cannot be compared"
+        )
+    windows = cut_windows(text, content, window, count, bos, runtime.config.max_context)
+    total = windows.shape[0] * (window - 1)
+    sums = torch.zeros(3, dtype=torch.float64)
+    done = 0
+    for batch in windows.split(max(1, _positions_a_call(vocab_size) // window)):
+        for part, positions in _compare(runtime, second, batch, slots):
+            sums += part
+            done += positions
+            if progress:
+                progress(done, total)
+    nll, kl, agreement = (sums / total).tolist()
+    return Evaluation(
+        perplexity=math.exp(nll) if nll < LARGEST_EXPONENT else math.inf,
+        nll=nll,
+        tokens=total,
+        windows=windows.shape[0],
+        window=window,
+        bos=bos,
+        kl=None if second is None else kl,
+        top1_agreement=None if second is None else agreement,
+    )
+
+
+def cut_windows(
+    text, content: str, window: int, count: int | None, bos: bool, max_context: int
+) -> torch.Tensor:
+    """The windows that `evaluate` runs: (windows, window) int64. Raises `InputError`."""
+    if not 2 <= window <= max_context:
+        raise InputError(
+            f"window must be from 2 to the model's context {max_context}, not {window}"
+        )
+    if count is not None and count < 1:
+        raise InputError(f"count must be at least 1, not {count}")
+    if bos and text.bos_id is None:
+        raise InputError("the tokenizer has no BOS token to begin the windows with")
+    ids = torch.tensor(text.encode(content, add_special=False), dtype=torch.int64)
+    width = window - bos  # tokens of text a window
+    available = len(ids) // width
+    if available < (count or 1):
+        raise InputError(
+            f"the text has {len(ids)} tokens; {count or 1} windows of {width} need "
+            f"{(count or 1) * width}"
+        )
+    count = count or available
+    windows = ids[: count * width].view(count, width)
+    if bos:
+        windows = torch.cat([torch.full((count, 1), text.bos_id), windows], dim=1)
+    return windows
+
+
+def _positions_a_call(vocab_size: int) -> int:
+    return max(1, LOGITS_BYTES // (4 * vocab_size))
+
+
+def _compare(runtime, second, windows: torch.Tensor, slots) -> Iterator[tuple[torch.Tensor, int]]:
+    """Yields (`_sums`, positions) along windows (B, window), a bounded number of logits a time."""
+    inputs, targets = windows[:, :-1], windows[:, 1:]
+    cache = runtime.new_cache(*inputs.shape)
+    second_cache = second.new_cache(*inputs.shape) if second is not None else None
+    step = _positions_a_call(runtime.config.vocab_size)
+    for tokens, following in zip(inputs.split(step, 1), targets.split(step, 1), strict=True):
+        logits = runtime.forward(tokens.to(runtime.device), cache, slots=slots, logits="all")
+        other = None
+        if second is not None:
+            other = second.forward(tokens.to(second.device), second_cache, logits="all")
+        yield _sums(logits, following, other), following.numel()
+
+
+def _sums(logits: torch.Tensor, targets: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
+    """(nll, kl, agreement) float64, summed over the positions of logits (B, n, V)."""
+    logits, targets = logits.flatten(0, 1), targets.flatten().to(logits.device)
+    other = other.flatten(0, 1).to(logits.device) if other is not None else None
+    sums = torch.zeros(3, dtype=torch.float64)
+    for at in range(0, len(logits), ROWS):
+        rows = slice(at, at + ROWS)
+        log_q = logits[rows].log_softmax(-1)
+        sums[0] -= log_q.gather(-1, targets[rows, None]).double().sum().cpu()
+        if other is not None:
+            log_p = other[rows].log_softmax(-1)
+            kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # (rows,) of KL(P || Q)
+            sums[1] += kl.double().sum().cpu()
+            sums[2] += (log_p.argmax(-1) == log_q.argmax(-1)).sum().cpu()
+    return sums
