@@ -118,6 +118,13 @@ class Packed:
         moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         return replace(self, **moved)
 
+    def native_fields(self) -> dict[str, int | str]:
+        """Keyword arguments of the native `W4Matrix`, which borrows these tensors' memory."""
+        addresses = {name: tensor.data_ptr() for name, tensor in self.tensors().items()}
+        spec = self.spec.to_json()
+        del spec["version"]
+        return addresses | spec | {"n": self.shape[0], "k": self.shape[1]}
+
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors().values())
