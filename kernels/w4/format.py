@@ -75,7 +75,7 @@ class Spec:
         names = {field.name for field in fields(cls)}
         if data.keys() != names:
             raise ValueError(f"quantisation spec needs {sorted(names)}, found {sorted(data)}")
-        if data["scale_dtype"] not in SCALE_DTYPES:
+        if data["scale_dtype"] not in tuple(SCALE_DTYPES):
             raise ValueError(
                 f"scale_dtype must be one of {tuple(SCALE_DTYPES)}, found {data['scale_dtype']!r}"
             )
