@@ -2,12 +2,7 @@
 
 import torch
 
-from engine.kernels.w4.format import GROUPS, SCALE_DTYPES, Packed, Spec, pack_codes, validate
-
-NF4 = torch.tensor(
-    [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105003625, 0.0]
-    + [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
-)
+from engine.kernels.w4.format import GROUPS, NF4, SCALE_DTYPES, Packed, Spec, pack_codes, validate
 
 
 def every_spec() -> list[Spec]:
@@ -49,7 +44,10 @@ def random_packed(
     elif spec.scheme == "minimum":
         parts["mins"] = (real(n, groups) - step * levels / 2).to(spec.scale_dtype)
     elif spec.scheme == "codebook":
-        parts |= {"codebook": NF4.clone(), "scales": (2 * real(n, groups)).to(spec.scale_dtype)}
+        parts |= {
+            "codebook": torch.tensor(NF4),
+            "scales": (2 * real(n, groups)).to(spec.scale_dtype),
+        }
     elif spec.scheme == "kquant":
         supers = torch.stack((real(n, -(-k // 256)) / 128, real(n, -(-k // 256)) / 32), dim=-1)
         parts = {"scales": below(64, n, groups), "mins": below(64, n, groups)}

@@ -224,7 +224,7 @@ def test_pack_codes_refuses_what_does_not_fit():
         pack_codes(torch.tensor([[16]], dtype=torch.uint8), 4)
     with pytest.raises(TypeError, match=r"\(N, K\) uint8, found \(2,\)"):
         pack_codes(torch.zeros(2, dtype=torch.uint8), 4)
-    with pytest.raises(TypeError, match="found .* torch.int32"):
+    with pytest.raises(TypeError, match=r"found .* torch\.int32"):
         pack_codes(torch.zeros(2, 2).int(), 4)
 
 

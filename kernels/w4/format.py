@@ -16,6 +16,10 @@ SCHEMES = ("symmetric", "zero", "minimum", "codebook", "kquant")
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 ROW_ALIGN_BYTES = 16  # a row of codes is read in 16-byte loads
 SUPER = 256  # weights under one pair of kquant super-scales
+NF4 = (
+    *(-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105003625, 0.0),
+    *(0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0),
+)  # quantiles of a Gaussian, scaled to [-1, 1]; float32 in every file
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,7 @@ def is_permutation(perm: torch.Tensor) -> bool:
 
 
 def check_finite(packed: Packed, name: str = "packed weight") -> Packed:
-    """Returns `packed`; raises ValueError where a scale, minimum or codebook value is not finite."""
+    """Returns `packed`; raises ValueError where a scale, minimum or codebook holds NaN or Inf."""
     for part in ("scales", "mins", "supers", "codebook"):
         tensor = getattr(packed, part)
         if tensor is not None and tensor.is_floating_point() and not tensor.isfinite().all():
