@@ -1,0 +1,31 @@
+// Memory for weights: 2 MiB pages where the system gives them, shared by small buffers.
+// defines: Memory huge_pages_available
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+namespace shallow {
+
+// A zeroed buffer aligned to 64 bytes. Buffers under 8 MiB are cut from common slabs, so that a
+// model of many small matrices wastes no half-empty huge page each; a slab returns to the system
+// with its last buffer. Throws std::bad_alloc.
+class Memory {
+public:
+    Memory() = default;
+    explicit Memory(std::size_t bytes);
+
+    std::uint8_t* data() const { return data_; }
+    std::size_t size() const { return size_; }
+
+private:
+    std::shared_ptr<std::uint8_t> slab_;
+    std::uint8_t* data_ = nullptr;
+    std::size_t size_ = 0;
+};
+
+// Whether the system backs advised memory with transparent huge pages.
+bool huge_pages_available();
+
+}  // namespace shallow

@@ -1,0 +1,93 @@
+// The process's warm thread pool. Workers spin briefly for the next region, then sleep.
+// defines: Signal Barrier Pool parallel_for
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <type_traits>
+
+namespace shallow {
+
+// A counter that threads wait on: they spin briefly, then sleep until it moves.
+class Signal {
+public:
+    uint32_t value() const { return value_.load(std::memory_order_acquire); }
+    void advance();
+    void wait_past(uint32_t seen);  // returns once value() != seen
+
+private:
+    std::atomic<uint32_t> value_{0};
+    std::atomic<uint32_t> sleepers_{0};
+    std::mutex mutex_;
+    std::condition_variable moved_;
+};
+
+// Meeting point of the `threads` threads of one region; usable any number of times.
+class Barrier {
+public:
+    explicit Barrier(int threads) : threads_(threads) {}
+    void wait();
+
+private:
+    const int threads_;
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) Signal passed_;
+};
+
+// Threads of all regions together never exceed size(): a region that does not fit waits its
+// turn. Safe from any number of threads. A forked child starts with a pool of its own.
+class Pool {
+public:
+    static Pool& instance();
+
+    // CPUs this process may use (affinity and cgroup quota), unless resized.
+    int size() const { return size_.load(std::memory_order_relaxed); }
+    // Waits for running regions. More threads than CPUs is for tests.
+    void resize(int threads);
+
+    // Calls body(thread, threads) once on each of `threads` threads at the same time, the calling
+    // one being thread 0, and returns when all are done. `threads` is clamped to 1..size(); a call
+    // from inside a region runs on the calling thread alone. body must not throw.
+    template <class Body>
+    void run(int threads, Body&& body) {
+        using Type = std::remove_reference_t<Body>;
+        run_erased(threads, [](void* context, int thread, int count) {
+            (*static_cast<Type*>(context))(thread, count);
+        }, const_cast<void*>(static_cast<const void*>(&body)));
+    }
+
+private:
+    struct Worker;
+    using Call = void (*)(void* context, int thread, int threads);
+
+    Pool();
+    void run_erased(int threads, Call call, void* context);
+    Worker* acquire(int& threads);  // threads - 1 workers, linked; fewer if the system refuses
+    void release(int threads, Worker* team);
+
+    std::atomic<int> size_;
+    std::mutex mutex_;
+    std::condition_variable freed_;
+    int running_ = 0;                         // threads inside regions, callers included
+    uint64_t next_ticket_ = 0, serving_ = 0;  // regions start in the order they asked
+    Worker* idle_ = nullptr;                  // most recently used first: still spinning
+};
+
+// body(begin, end) over [0, count), in chunks that idle threads claim. The split depends on
+// timing, so body must compute each item independently of it.
+template <class Body>
+void parallel_for(int threads, int64_t count, int64_t chunk, Body&& body) {
+    if (count <= 0) return;
+    const int64_t chunks = (count + chunk - 1) / chunk;
+    std::atomic<int64_t> next{0};
+    Pool::instance().run(chunks < threads ? static_cast<int>(chunks) : threads, [&](int, int) {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
+            const int64_t begin = i * chunk;
+            body(begin, begin + chunk < count ? begin + chunk : count);
+        }
+    });
+}
+
+}  // namespace shallow
