@@ -117,6 +117,8 @@ def _compare(runtime, second, windows: torch.Tensor, slots) -> Iterator[tuple[to
     cache = runtime.new_cache(*inputs.shape)
     second_cache = second.new_cache(*inputs.shape) if second is not None else None
     step = _positions_a_call(runtime.config.vocab_size)
+    if runtime.config.whole_prefill:
+        step = inputs.shape[1]
     for tokens, following in zip(inputs.split(step, 1), targets.split(step, 1), strict=True):
         logits = runtime.forward(tokens.to(runtime.device), cache, slots=slots, logits="all")
         other = None

@@ -134,8 +134,9 @@ def stream_steps(runtime, sequences: Sequence["Decoding"], options: Options) -> 
     clock = time.perf_counter_ns()
     tokens = _left_padded([s.ids for s in sequences]).to(runtime.device)
     cache = runtime.new_cache(len(sequences), tokens.shape[1] + options.max_new_tokens)
-    for chunk in tokens.split(PREFILL_CHUNK, dim=1):
-        logits = runtime.forward(chunk, cache, slots=options.slots, logits="last")
+    chunk = tokens.shape[1] if runtime.config.whole_prefill else PREFILL_CHUNK
+    for part in tokens.split(chunk, dim=1):
+        logits = runtime.forward(part, cache, slots=options.slots, logits="last")
     while True:
         running = [row for row, s in enumerate(sequences) if s.finish_reason is None]
         ids = sample(
@@ -151,8 +152,12 @@ def stream_steps(runtime, sequences: Sequence["Decoding"], options: Options) -> 
         if all(s.finish_reason for s in sequences):
             return
         clock = time.perf_counter_ns()
-        fed = [[-1 if s.finish_reason else s.ids[-1]] for s in sequences]
-        tokens = torch.tensor(fed, device=runtime.device)
+        longest = max(len(s.ids) for s in sequences if not s.finish_reason)
+        anew = longest - 1 == runtime.config.rope_switch  # LongRoPE turns to its long divisors
+        if anew:
+            cache.truncate(0)
+        fed = [[] if s.finish_reason else s.ids if anew else s.ids[-1:] for s in sequences]
+        tokens = _left_padded(fed).to(runtime.device)
         logits = runtime.forward(tokens, cache, slots=options.slots, logits="last")
 
 

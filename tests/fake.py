@@ -21,7 +21,11 @@ class FakeRuntime:
     def __init__(self, seed: int, vocab_size: int = 64, max_context: int = 256, eos_ids=()):
         rng = torch.Generator().manual_seed(seed)
         self.config = SimpleNamespace(
-            vocab_size=vocab_size, max_context=max_context, eos_ids=tuple(eos_ids)
+            vocab_size=vocab_size,
+            max_context=max_context,
+            eos_ids=tuple(eos_ids),
+            whole_prefill=False,
+            rope_switch=None,
         )
         self.table = torch.randn(vocab_size, vocab_size, generator=rng)
         self.calls: list[tuple[torch.Size, object, str]] = []
