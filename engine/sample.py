@@ -97,7 +97,7 @@ def filter_logits(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Logits (B, V) divided by the temperature, -inf where top-k, top-p or min-p leave a token out.
 
     The same order and sets as transformers' warpers: ties with the k-th logit stay, and top-p takes
-    the lowest ids first among equal probabilities.
+    the lowest ids first among equal logits.
     """
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
@@ -118,7 +118,8 @@ def _outside_nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     # order: only the rest is sorted (a few hundred columns of 100,000).
     floor = (1 - top_p) / (2 * logits.shape[-1])
     columns = (probabilities > floor).any(0).nonzero().squeeze(1)
-    ranked, order = probabilities[:, columns].sort(dim=-1, descending=True, stable=True)
+    order = logits[:, columns].sort(dim=-1, descending=True, stable=True).indices
+    ranked = probabilities[:, columns].gather(-1, order)
     outside = ranked.cumsum(-1) - ranked >= top_p
     outside[:, 0] = False
     mask = torch.ones_like(logits, dtype=torch.bool)
