@@ -1,0 +1,42 @@
+# make run: install, then the default model and its speed.   make test: install, then the tests.
+# Both work in .venv, since Debian's Python refuses to install outside a virtual environment.
+
+PYTHON ?= python3
+BIN := .venv/bin
+FIND_HEADERS := import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+
+run: .venv/run
+	$(BIN)/python -m engine.run
+
+test: .venv/test
+	$(BIN)/python -m pytest
+
+test-slow: .venv/test
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/run: $(SOURCES) | $(BIN)/pip
+	$(BIN)/pip install -e .
+	@touch $@
+
+.venv/test: $(SOURCES) | $(BIN)/pip
+	$(BIN)/pip install -e '.[test]'
+	@touch $@ .venv/run
+
+$(BIN)/pip:
+	@need() { echo "Shallow needs $$1."; exit 1; }; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    need 'Python 3.11 or later: make PYTHON=python3.11'; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    need 'the venv module (Debian: apt install python3-venv)'; \
+	$(PYTHON) -c '$(FIND_HEADERS)' 2>/dev/null || \
+	    need 'the Python headers (Debian: apt install python3-dev)'; \
+	command -v $(firstword $(CXX)) >/dev/null || \
+	    need 'a C++ compiler (Debian: apt install g++)'
+	$(PYTHON) -m venv .venv
+
+.PHONY: run test test-slow lint

@@ -1,0 +1,7 @@
+// Every op file defines one of these; bindings.cpp calls them all.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+void bind_features(pybind11::module_& m);
+void bind_bandwidth(pybind11::module_& m);

@@ -1,0 +1,96 @@
+#include "cpu/features.h"
+
+#include <cstdint>
+
+#include "cpu/bindings.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+namespace shallow {
+namespace {
+
+#if defined(__x86_64__)
+
+struct Leaf {
+    uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
+    Leaf(uint32_t leaf, uint32_t subleaf) {
+        __get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx, &edx);  // zeros where there is no such leaf
+    }
+};
+
+bool bit(uint32_t word, int index) { return word >> index & 1; }
+
+// XCR0: the register states that the operating system saves.
+uint64_t saved_states() {
+    uint32_t low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return uint64_t{high} << 32 | low;
+}
+
+Features detect() {
+    const Leaf basic(1, 0), extended(7, 0), more(7, 1);
+    const uint64_t states = bit(basic.ecx, 27) ? saved_states() : 0;
+    const bool ymm = (states & 0x6) == 0x6, zmm = (states & 0xe6) == 0xe6;
+    const bool tiles = (states & 0x60000) == 0x60000;
+    Features f;
+    f.fma = ymm && bit(basic.ecx, 12);
+    f.f16c = ymm && bit(basic.ecx, 29);
+    f.avx2 = ymm && bit(extended.ebx, 5);
+    f.avx_vnni = ymm && bit(more.eax, 4);
+    f.avx512f = zmm && bit(extended.ebx, 16);
+    f.avx512dq = zmm && bit(extended.ebx, 17);
+    f.avx512bw = zmm && bit(extended.ebx, 30);
+    f.avx512vl = zmm && bit(extended.ebx, 31);
+    f.avx512_vnni = zmm && bit(extended.ecx, 11);
+    f.avx512_bf16 = zmm && bit(more.eax, 5);
+    f.avx512_fp16 = zmm && bit(extended.edx, 23);
+    f.amx_bf16 = tiles && bit(extended.edx, 22);
+    f.amx_tile = tiles && bit(extended.edx, 24);
+    f.amx_int8 = tiles && bit(extended.edx, 25);
+    return f;
+}
+
+#elif defined(__aarch64__)
+
+Features detect() {
+    Features f;
+    f.neon = true;
+#if defined(__linux__)
+    f.neon_dotprod = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__ARM_FEATURE_DOTPROD)
+    f.neon_dotprod = true;
+#endif
+    return f;
+}
+
+#else
+
+Features detect() { return {}; }
+
+#endif
+
+}  // namespace
+
+const Features& features() {
+    static const Features found = detect();
+    return found;
+}
+
+}  // namespace shallow
+
+void bind_features(pybind11::module_& m) {
+    m.def(
+        "cpu_features",
+        [] {
+            pybind11::dict named;
+#define SHALLOW_ENTRY(name) named[#name] = shallow::features().name;
+            SHALLOW_FEATURES(SHALLOW_ENTRY)
+#undef SHALLOW_ENTRY
+            return named;
+        },
+        "dict of bool: the instruction sets that the processor has and the system supports.");
+}

@@ -1,0 +1,22 @@
+// What this processor can run and this system lets it run (registers saved on a task switch).
+#pragma once
+
+// Named as in Linux's /proc/cpuinfo, but for NEON, which that calls asimd and asimddp.
+#define SHALLOW_FEATURES(X)                                                                   \
+    X(avx2) X(fma) X(f16c) X(avx_vnni)                                                        \
+    X(avx512f) X(avx512bw) X(avx512vl) X(avx512dq) X(avx512_vnni) X(avx512_bf16) X(avx512_fp16) \
+    X(amx_tile) X(amx_int8) X(amx_bf16)                                                       \
+    X(neon) X(neon_dotprod)
+
+namespace shallow {
+
+struct Features {
+#define SHALLOW_FIELD(name) bool name = false;
+    SHALLOW_FEATURES(SHALLOW_FIELD)
+#undef SHALLOW_FIELD
+};
+
+// Asked once, on first use. AMX on Linux also needs a permission per process (arch_prctl).
+const Features& features();
+
+}  // namespace shallow

@@ -1,0 +1,34 @@
+#include "cuda/bindings.h"
+
+#include <pybind11/pybind11.h>
+
+namespace py = pybind11;
+using release_gil = py::call_guard<py::gil_scoped_release>;
+
+namespace {
+
+py::dict device_info(int device) {
+    const shallow::DeviceInfo found = shallow::device_info(device);
+    return py::dict(py::arg("name") = found.name,
+                    py::arg("capability") = py::make_tuple(found.major, found.minor),
+                    py::arg("multiprocessors") = found.multiprocessors,
+                    py::arg("memory_bytes") = found.memory_bytes,
+                    py::arg("l2_bytes") = found.l2_bytes);
+}
+
+double copy_bandwidth(int64_t bytes, int passes, uintptr_t stream) {
+    return shallow::copy_bandwidth(bytes, passes, reinterpret_cast<void*>(stream));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+    m.doc() = "CUDA kernels on raw pointers and a stream (torch's `stream.cuda_stream`; 0: default).";
+    m.def("device_count", shallow::device_count, "GPUs that the driver shows; 0 without a driver.");
+    m.def("device_info", device_info, py::arg("device") = 0,
+          "dict: name, capability (major, minor), multiprocessors, memory_bytes, l2_bytes.");
+    m.def("copy_bandwidth", copy_bandwidth, py::arg("bytes"), py::arg("passes") = 8,
+          py::arg("stream") = 0, release_gil(),
+          "GB/s (1e9), bytes read plus bytes written, of copying `bytes` bytes in the memory of\n"
+          "the current device: the best of `passes` passes.");
+}
