@@ -1,0 +1,36 @@
+"""Text to calibrate on and to measure with."""
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from engine.errors import InputError
+
+
+def windows(ids: Sequence[int], size: int, keep_partial: bool = False) -> list[list[int]]:
+    """Consecutive windows of `size` tokens; a shorter last one only where `keep_partial`."""
+    if size < 1:
+        raise InputError(f"window: expected at least 1 token, found {size}")
+    stop = len(ids) if keep_partial else len(ids) - size + 1
+    return [list(ids[start : start + size]) for start in range(0, stop, size)]
+
+
+def read_text_file(path: str | Path) -> str:
+    """The file's text, line ends as they are; InputError if missing, empty or not UTF-8."""
+    try:
+        text = Path(path).read_bytes().decode()
+    except OSError as error:
+        raise InputError(f"{path}: expected a text file, found none ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: expected UTF-8 text, found byte 0x{error.object[error.start]:02x}"
+            f" at offset {error.start}"
+        ) from error
+    if not text.strip():
+        raise InputError(f"{path}: expected text, found an empty file")
+    return text
+
+
+def default_text() -> str:
+    """About 150 kB of public-domain prose, for calibration where the user gives no text."""
+    return files("engine").joinpath("data", "prose.txt").read_text(encoding="utf-8")

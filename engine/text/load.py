@@ -1,0 +1,148 @@
+"""Tokenizers from where checkpoints keep them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from engine.errors import InputError
+from engine.text import spm
+from engine.text.corpus import read_text_file
+from engine.text.gguf import text_from_gguf
+from engine.text.special import add_ends
+from engine.text.text import Text
+
+_NAMED = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+
+def load_text(path: str | Path) -> Text:
+    """The tokenizer of a Hugging Face directory or of a .gguf file.
+
+    A directory's tokenizer.json is taken as it is; without one, its sentencepiece tokenizer.model
+    is converted. Raises InputError where there is neither, or what there is is damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _from_directory(path)
+    from engine.checkpoint.gguf_file import GgufFile
+
+    return text_from_gguf(GgufFile(path).metadata, str(path))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; empty where there is no such file."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected JSON, found otherwise ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except BaseException as error:  # some malformed files make the library panic
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise InputError(f"{path}: expected a tokenizer, found otherwise ({error})") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _added_token(value: Any, where: Path) -> AddedToken:
+    """A token of a config file, which spells it as a string or with its flags."""
+    try:
+        if isinstance(value, str):
+            return AddedToken(value, special=True, normalized=False)
+        return AddedToken(**{key: x for key, x in value.items() if key != "__type"})
+    except (AttributeError, TypeError) as error:
+        raise InputError(f"{where}: expected a token, found {value!r} ({error})") from error
+
+
+def _add_tokens(tokenizer: Tokenizer, config: dict[str, Any], where: Path) -> dict[str, str]:
+    """Adds the tokens that only the config knows; returns the special ones that have a name."""
+    listed = config.get("added_tokens_decoder") or {}
+    for index, value in sorted(listed.items(), key=lambda item: int(item[0])):
+        token = _added_token(value, where)
+        tokenizer.add_tokens([token])
+        found = tokenizer.token_to_id(token.content)
+        if found != int(index):
+            raise InputError(
+                f"{where}: expected {token.content!r} at id {index}, found it at {found}"
+            )
+    named = {name: _added_token(config[name], where).content for name in _NAMED if config.get(name)}
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    extra = extra.values() if isinstance(extra, dict) else extra
+    added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    for content in [*named.values(), *(_added_token(value, where).content for value in extra)]:
+        token = added.get(content) or AddedToken(content, normalized=False)
+        tokenizer.add_special_tokens([token])
+    return named
+
+
+def _eos_ids(path: Path, config: dict[str, Any]) -> set[int]:
+    """What ends a generation: generation_config.json, or else config.json."""
+    found = _read_json(path / "generation_config.json") or config
+    ids = found.get("eos_token_id")
+    return set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+
+
+def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
+    """chat_template.jinja, or the one in the config, where several have names the default."""
+    if (path / "chat_template.jinja").exists():
+        return read_text_file(path / "chat_template.jinja")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if not isinstance(template, (str, type(None))):
+        raise InputError(f"{path}: expected a chat template as text, found {template!r:.80}")
+    return template
+
+
+def _from_directory(path: Path) -> Text:
+    config = _read_json(path / "tokenizer_config.json")
+    model = _read_json(path / "config.json")
+    model = model.get("text_config") or model
+    if "added_tokens_decoder" not in config:
+        config |= _read_json(path / "special_tokens_map.json")
+    if (path / "tokenizer.json").exists():
+        tokenizer = _read_tokenizer(path / "tokenizer.json")
+        special = _add_tokens(tokenizer, config, path)
+    elif (path / "tokenizer.model").exists():
+        vocabulary = spm.read_model(path / "tokenizer.model")
+        if config.get("legacy") is False and vocabulary.prefix == "every":
+            vocabulary = replace(vocabulary, prefix="first")
+        tokenizer = spm.build(vocabulary)
+        config = {**vocabulary.special, **config}
+        special = _add_tokens(tokenizer, config, path)
+        add_ends(
+            tokenizer, special, *(bool(config.get(f"add_{end}_token")) for end in ("bos", "eos"))
+        )
+    else:
+        raise InputError(f"{path}: expected tokenizer.json or tokenizer.model, found neither")
+    limits = (config.get("model_max_length"), model.get("max_position_embeddings"))
+    eos = tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None
+    return Text(
+        tokenizer,
+        str(path),
+        special,
+        eos_ids=tuple(sorted(_eos_ids(path, model) | ({eos} - {None}))),
+        chat_template=_chat_template(path, config),
+        max_length=min((int(n) for n in limits if n), default=None),
+        directory=path if (path / "tokenizer.json").exists() else None,
+    )

@@ -1,0 +1,168 @@
+"""sentencepiece vocabularies, from a `tokenizer.model` or from GGUF metadata."""
+
+import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from engine.errors import InputError
+
+# Token types, the same in sentencepiece's protobuf and in GGUF.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Pieces by id with what sentencepiece does before it looks them up."""
+
+    pieces: Sequence[str]
+    scores: Sequence[float]
+    types: Sequence[int]
+    prefix: str = "every"  # "▁" before "every" text between special tokens, the "first", or "never"
+    isolated: bool = (
+        False  # user-defined pieces are cut out after normalisation, as in sentencepiece
+    )
+    unigram: bool = False
+    squeeze: bool = False  # strip the text and make one space of several
+    charsmap: bytes = b""  # sentencepiece's compiled normalisation
+    special: Mapping[str, str] = field(default_factory=dict)  # "bos_token" -> "<s>", ...
+
+
+def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    """Every pair that makes a token, best score first.
+
+    sentencepiece breaks ties between places, from the left; `tokenizers` ranks pairs. The longer
+    left part first gives the same pieces on runs of one character.
+    """
+    apart = {UNKNOWN, CONTROL, BYTE} | ({USER_DEFINED} if vocabulary.isolated else set())
+    listed = zip(vocabulary.pieces, vocabulary.scores, vocabulary.types, strict=True)
+    ranks = {
+        piece: (-score, i) for i, (piece, score, kind) in enumerate(listed) if kind not in apart
+    }
+    ranked = []
+    for piece, rank in ranks.items():
+        for cut in range(len(piece) - 1, 0, -1):
+            if piece[:cut] in ranks and piece[cut:] in ranks:
+                ranked.append((rank, -cut, piece))
+    ranked.sort()
+    return [(piece[:-cut], piece[-cut:]) for _, cut, piece in ranked]
+
+
+def _model(vocabulary: Vocabulary) -> models.Model:
+    unknown = vocabulary.types.index(UNKNOWN) if UNKNOWN in vocabulary.types else None
+    byte_fallback = BYTE in vocabulary.types
+    if vocabulary.unigram:
+        scored = list(zip(vocabulary.pieces, vocabulary.scores, strict=True))
+        return models.Unigram(scored, unknown, byte_fallback)
+    return models.BPE(
+        vocab={piece: i for i, piece in enumerate(vocabulary.pieces)},
+        merges=_merges(vocabulary),
+        unk_token=None if unknown is None else vocabulary.pieces[unknown],
+        fuse_unk=True,
+        byte_fallback=byte_fallback,
+        ignore_merges=vocabulary.isolated,
+    )
+
+
+def _normalizer(vocabulary: Vocabulary) -> normalizers.Normalizer:
+    steps = []
+    if vocabulary.charsmap:
+        steps.append(normalizers.Precompiled(vocabulary.charsmap))
+    if vocabulary.squeeze:
+        steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    if vocabulary.prefix == "every":
+        steps.append(normalizers.Prepend("▁"))
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+
+
+def build(vocabulary: Vocabulary) -> Tokenizer:
+    """Encodes as sentencepiece does, but for the special pieces (see `special.py`)."""
+    tokenizer = Tokenizer(_model(vocabulary))
+    tokenizer.normalizer = _normalizer(vocabulary)
+    cuts = []
+    if vocabulary.prefix == "first":
+        cuts.append(pre_tokenizers.Metaspace(prepend_scheme="first", split=False))
+    listed = zip(vocabulary.pieces, vocabulary.types, strict=True)
+    whole = sorted((p for p, kind in listed if kind == USER_DEFINED), key=len, reverse=True)
+    if vocabulary.isolated and whole:
+        cuts.append(pre_tokenizers.Split(Regex("|".join(map(re.escape, whole))), "isolated"))
+    if cuts:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    decode = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if vocabulary.prefix != "never":
+        decode.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(decode)
+    return tokenizer
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Number and value of every field of a protobuf message; IndexError where it is cut short."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        wire = key & 7
+        if wire == 0:
+            value, at = _varint(data, at)
+        else:
+            size, at = {1: (8, at), 5: (4, at)}.get(wire) or _varint(data, at)
+            value, at = data[at : at + size], at + size
+            if wire not in (1, 2, 5) or at > len(data):
+                raise IndexError("truncated or not a protobuf")
+        yield key >> 3, value
+
+
+def read_model(path: Path) -> Vocabulary:
+    """The vocabulary of a sentencepiece `tokenizer.model`, BPE or unigram.
+
+    Field numbers are those of sentencepiece_model.proto.
+    """
+    pieces, scores, types = [], [], []
+    trainer, normalizer = {}, {}
+    try:
+        for number, value in _fields(path.read_bytes()):
+            if number == 1:
+                piece = dict(_fields(value))
+                pieces.append(piece[1].decode())
+                scores.append(struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0)
+                types.append(piece.get(3, NORMAL))
+            elif number == 2:
+                trainer = dict(_fields(value))
+            elif number == 3:
+                normalizer = dict(_fields(value))
+    except (IndexError, KeyError, TypeError, AttributeError, ValueError, struct.error) as error:
+        raise InputError(
+            f"{path}: expected a sentencepiece model, found otherwise ({error})"
+        ) from error
+    kind = trainer.get(3, 1)
+    if not pieces or kind not in (1, 2):
+        raise InputError(
+            f"{path}: expected a BPE or unigram sentencepiece model,"
+            f" found {len(pieces)} pieces of model type {kind}"
+        )
+    ids = {"unk_token": trainer.get(40, 0), "bos_token": trainer.get(41, 1),
+           "eos_token": trainer.get(42, 2), "pad_token": trainer.get(43, -1)}  # fmt: skip
+    return Vocabulary(
+        pieces,
+        scores,
+        types,
+        prefix="every" if normalizer.get(3, 1) else "never",
+        isolated=True,
+        unigram=kind == 1,
+        squeeze=bool(normalizer.get(4, 1)),
+        charsmap=normalizer.get(2, b""),
+        special={name: pieces[i] for name, i in ids.items() if 0 <= i < len(pieces)},
+    )

@@ -1,0 +1,101 @@
+"""`Text`: the light tokenizer that every part of the engine shares."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
+
+from engine.errors import InputError
+from engine.text.pieces import Pieces, PieceStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text to token ids and back, for one checkpoint."""
+
+    tokenizer: Tokenizer
+    where: str  # the checkpoint, for messages
+    special: Mapping[str, str] = field(default_factory=dict)  # "bos_token" -> "<s>", ...
+    eos_ids: tuple[int, ...] = ()  # every token that ends a generation
+    chat_template: str | None = None
+    max_length: int | None = None  # tokens the model was made for
+    directory: Path | None = None  # holds a tokenizer.json that transformers can read itself
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that have a spelling; the embedding may have more rows."""
+        return self.tokenizer.get_vocab_size()
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._special_id("bos_token")
+
+    @property
+    def pad_id(self) -> int | None:
+        return self._special_id("pad_token")
+
+    def _special_id(self, name: str) -> int | None:
+        token = self.special.get(name)
+        return None if token is None else self.tokenizer.token_to_id(token)
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        """Token ids; special tokens written out in `text` count as such.
+
+        `add_special` adds what the checkpoint puts around a text, often a BOS.
+        """
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=add_special).ids
+        except UnicodeEncodeError as error:
+            raise InputError(f"text: expected Unicode, found a lone surrogate ({error})") from None
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids without a token vanish."""
+        stream = self.piece_stream(skip_special)
+        return "".join(map(stream.push, ids)) + stream.finish()
+
+    def piece_stream(self, skip_special: bool = True) -> PieceStream:
+        """`push` each id as it comes; the pieces and `finish` add up to `decode` of them all."""
+        return PieceStream(self._pieces, skip_special)
+
+    @cached_property
+    def _pieces(self) -> Pieces:
+        return Pieces(self.tokenizer, self.where)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of the prompt for the assistant's next words.
+
+        InputError where the checkpoint has no chat template, or it refuses `messages`.
+        """
+        if self.chat_template is None:
+            raise InputError(f"{self.where}: has no chat template, so it takes only raw text")
+        from engine.text.chat import render
+
+        text = render(self.chat_template, messages, self.special, self.where)
+        return self.encode(text, add_special=False)
+
+    def to_transformers(self) -> "PreTrainedTokenizerFast":
+        """The tokenizer as transformers knows it, padding token set; takes a second or more."""
+        if self.directory is not None:
+            from transformers import AutoTokenizer
+
+            made = AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
+        else:
+            from transformers import PreTrainedTokenizerFast
+
+            made = PreTrainedTokenizerFast(
+                tokenizer_object=self.tokenizer,
+                clean_up_tokenization_spaces=False,
+                chat_template=self.chat_template,
+                **self.special,
+            )
+        if made.pad_token is None:
+            made.pad_token = made.eos_token
+        if self.max_length is not None:
+            made.model_max_length = min(made.model_max_length, self.max_length)
+        return made
