@@ -214,7 +214,8 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
         raise ValueError(f"4-bit codes must be below 16, found {int(codes.max())}")
     per_row = ROW_ALIGN_BYTES * 8 // bits
     codes = pad(codes, (0, -codes.shape[1] % per_row))
-    return codes[:, ::2] | codes[:, 1::2] << 4 if bits == 4 else codes.contiguous()
+    rows = codes[:, ::2] | codes[:, 1::2] << 4 if bits == 4 else codes
+    return rows.contiguous()
 
 
 def unpack_codes(packed: Packed) -> torch.Tensor:

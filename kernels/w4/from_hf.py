@@ -10,7 +10,15 @@ from dataclasses import replace
 import torch
 from torch.nn.functional import pad
 
-from engine.kernels.w4.format import GROUPS, Packed, Spec, check_finite, pack_codes, validate
+from engine.kernels.w4.format import (
+    GROUPS,
+    ROW_ALIGN_BYTES,
+    Packed,
+    Spec,
+    check_finite,
+    pack_codes,
+    validate,
+)
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # column j of eight lies in nibble AWQ_ORDER[j] of its word
 
@@ -31,7 +39,7 @@ def gptq(
     g_idx (K,): the group of each input; without order it becomes the permutation. `zero_offset`
     is 1 where zero points are stored less one (checkpoint format "gptq"), 0 for "gptq_v2".
     """
-    spec = Spec(bits, max(group, 0), "zero", scales.dtype)
+    spec = _spec(name, bits, group, "zero", scales.dtype)
     k = len(g_idx) if g_idx is not None else qweight.shape[0] * (32 // bits)
     n, groups = scales.shape[-1], spec.groups(k)
     _require(name, "qweight", qweight, (_words(k, bits), n), torch.int32)
@@ -53,7 +61,7 @@ def awq(
     name: str = "weight",
 ) -> Packed:
     """AWQ "gemm": qweight (K, N / 8), qzeros (G, N / 8) int32, scales (G, N)."""
-    spec = Spec(4, max(group, 0), "zero", scales.dtype)
+    spec = _spec(name, 4, group, "zero", scales.dtype)
     k, n = qweight.shape[0], scales.shape[-1]
     _require(name, "qweight", qweight, (k, _words(n, 4)), torch.int32)
     _require(name, "qzeros", qzeros, (spec.groups(k), _words(n, 4)), torch.int32)
@@ -85,7 +93,7 @@ def compressed_tensors(
     """
     n, k = shape
     scheme = "symmetric" if weight_zero_point is None else "zero"
-    spec = Spec(bits, max(group, 0), scheme, weight_scale.dtype)
+    spec = _spec(name, bits, group, scheme, weight_scale.dtype)
     _require(name, "weight_packed", weight_packed, (n, _words(k, bits)), torch.int32)
     _require(name, "weight_scale", weight_scale, (n, spec.groups(k)))
     if weight_g_idx is not None:
@@ -112,7 +120,7 @@ def nf4(
     blocksize: int,
     name: str = "weight",
 ) -> Packed:
-    """bitsandbytes: codes (ceil(N * K / 2), 1) uint8, row-major, the even element in the high nibble.
+    """bitsandbytes: codes (ceil(N * K / 2), 1) uint8, row-major, high nibble first.
 
     absmax (ceil(N * K / blocksize),) and quant_map (16,) float32. Blocks run on over the row
     ends; ValueError where no listed group lies inside one block (see `nf4_group`).
@@ -189,6 +197,13 @@ def _first_block(shape: tuple[int, int], group: int, blocksize: int) -> torch.Te
     return (torch.arange(n)[:, None] * k + torch.arange(0, k, group or k)) // blocksize
 
 
+def _spec(name: str, bits: int, group: int, scheme: str, scale_dtype: torch.dtype) -> Spec:
+    try:
+        return Spec(bits, 0 if group == -1 else group, scheme, scale_dtype)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
 def _zero_packed(spec, shape, codes, scales, zeros, perm, name) -> Packed:
     """Packed with zero points, or symmetric where every zero point is the middle code."""
     packed = Packed(spec, shape, codes, scales.contiguous(), zeros.contiguous(), perm=perm)
@@ -205,9 +220,10 @@ def _order(g_idx: torch.Tensor | None, spec: Spec, name: str) -> torch.Tensor | 
     groups, perm = g_idx.sort(stable=True)
     expected = torch.arange(len(g_idx), device=g_idx.device) // width
     if not torch.equal(groups.long(), expected):
+        at = int((groups != expected).nonzero()[0])
         raise ValueError(
-            f"{name}: g_idx must give every group {width} inputs, the last one the rest, "
-            f"found {torch.bincount(g_idx.long().clamp(min=0)).tolist()[:8]} in the first groups"
+            f"{name}: g_idx must give every group {width} inputs and the last one the rest; in "
+            f"sorted order input {at} is in group {int(groups[at])}, expected {int(expected[at])}"
         )
     return None if torch.equal(g_idx, groups) else perm.int()
 
@@ -216,17 +232,22 @@ def _words(count: int, bits: int) -> int:
     return -(-count * bits // 32)
 
 
+def _row_bytes(words: torch.Tensor) -> torch.Tensor:
+    """(R, C) int32 of any strides -> (R, 4 * C) uint8."""
+    return words.contiguous().flatten().view(torch.uint8).view(len(words), -1)
+
+
 def _unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
     """(R, C) int32 -> (R, C * 32 / bits) uint8, lowest bits first."""
-    fields = words.contiguous().view(torch.uint8)
-    return torch.stack((fields & 15, fields >> 4), dim=-1).flatten(1) if bits == 4 else fields
+    rows = _row_bytes(words)
+    return torch.stack((rows & 15, rows >> 4), dim=-1).flatten(1) if bits == 4 else rows
 
 
 def _repack(words: torch.Tensor, k: int, bits: int, perm: torch.Tensor | None) -> torch.Tensor:
     """(N, words) int32 along K, lowest bits first -> rows of codes in `perm`'s order."""
     if perm is None and k * bits % 32 == 0:  # the words are the rows, but for their padding
-        rows = words.contiguous().view(torch.uint8)
-        return pad(rows, (0, Spec(bits, 0, "symmetric").row_bytes(k) - rows.shape[1]))
+        rows = _row_bytes(words)
+        return pad(rows, (0, -rows.shape[1] % ROW_ALIGN_BYTES))
     codes = _unpack_words(words, bits)[:, :k]
     return pack_codes(codes if perm is None else codes[:, perm], bits)
 
