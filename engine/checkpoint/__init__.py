@@ -1,0 +1,58 @@
+"""Checkpoints: tensors under their Hugging Face names, whatever file they lie in."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from engine.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.checkpoint.gguf_blocks import GgufBlocks
+    from engine.config import ModelConfig
+
+
+class Checkpoint(Protocol):
+    """Weights on disk, read one tensor at a time; what is not asked for is never read.
+
+    Every method that takes a name raises InputError when the checkpoint lacks that tensor.
+    """
+
+    path: Path
+    config: "ModelConfig"
+
+    def names(self) -> Iterable[str]:
+        """Every tensor, under its Hugging Face name ("model.layers.3.self_attn.q_proj.weight")."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def nbytes(self, name: str) -> int:
+        """Bytes on disk."""
+
+    def read(self, name: str) -> "torch.Tensor":
+        """The stored dtype, or float32 where the source is quantised.
+
+        A view of the mapped file where the layout permits: not to be written to.
+        """
+
+    def packed(self, name: str) -> "GgufBlocks | None":
+        """The undequantised blocks of a quantised matrix, else None."""
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens a Hugging Face directory (safetensors) or a .gguf file.
+
+    Raises:
+        InputError: neither of the two, damaged, or of an architecture that is not supported.
+    """
+    path = Path(path)
+    if path.is_dir():
+        from engine.checkpoint.safetensors import SafetensorsCheckpoint
+
+        return SafetensorsCheckpoint(path)
+    if path.suffix == ".gguf" or not path.exists():
+        from engine.checkpoint.gguf import GgufCheckpoint
+
+        return GgufCheckpoint(path)
+    raise InputError(f"{path}: expected a Hugging Face directory or a .gguf file")

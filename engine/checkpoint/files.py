@@ -1,0 +1,78 @@
+"""Files as memory: whole-file mappings, views of them as tensors, and JSON with clear errors."""
+
+import json
+import math
+import mmap
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.errors import InputError
+
+_MAP_NORESERVE = 0x4000  # Linux; the mmap module names it only since Python 3.13
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """The file's bytes, mapped: pages are read when touched, and writes never reach the file.
+
+    The mapping is writable (copy on write) because torch refuses to wrap read-only memory without
+    a warning. Linux would count such a mapping against free memory and refuse a file larger than
+    that, hence MAP_NORESERVE.
+
+    Raises:
+        InputError: the file is missing, unreadable, empty or not a file.
+    """
+    try:
+        with open(path, "rb") as file:
+            if sys.platform == "linux":
+                flags, prot = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+                return mmap.mmap(file.fileno(), 0, flags=flags, prot=prot)
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:  # mmap's answer to length 0
+        raise InputError(f"{path}: the file is empty") from error
+
+
+def view(
+    data: torch.Tensor, offset: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> torch.Tensor:
+    """`shape` values of `dtype` at a byte offset of `data` (bytes,) uint8.
+
+    A view, or a copy where the offset is not a multiple of the item size.
+    """
+    part = data[offset : offset + math.prod(shape) * dtype.itemsize]
+    if offset % dtype.itemsize:
+        part = part.clone()
+    return part.view(dtype).view(shape)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; InputError when it is missing, malformed or not an object."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    return parse_json(text, str(path))
+
+
+def parse_json(text: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in `text`, without repeated names; `where` names it in errors."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:  # ValueError: malformed, or not UTF-8
+        raise InputError(f"{where}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        repeated = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"the name {repeated!r} appears twice")
+    return value

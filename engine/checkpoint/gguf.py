@@ -1,0 +1,153 @@
+"""GGUF files as checkpoints: Hugging Face names, and llama.cpp's changes to the weights undone."""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint import gguf_names as stored
+from engine.checkpoint.gguf_blocks import GgufBlocks, dequantise
+from engine.checkpoint.gguf_config import config_from_gguf, family_of
+from engine.checkpoint.gguf_file import GgufFile, GgufTensor
+from engine.config import ModelConfig
+from engine.errors import InputError
+from engine.families import FAMILIES, role_shape
+from engine.hf_config import from_hf
+
+_LAYER_TENSOR = re.compile(r"blk\.(\d{1,6})\.(\w+)\.(weight|bias)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """How a tensor is stored: as `rows` rows of `tensor` from `first` on.
+
+    `heads`: q and k rows are permuted within each of so many heads (0: they are not).
+    `offset`: added to the stored values.
+    """
+
+    tensor: GgufTensor
+    first: int
+    rows: int
+    heads: int = 0
+    offset: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, *self.tensor.shape[1:])
+
+    @property
+    def stride_bytes(self) -> int:
+        return self.tensor.nbytes // self.tensor.shape[0]
+
+
+class GgufCheckpoint:
+    """A GGUF file; a `Checkpoint`. `file.metadata` holds the vocabulary and the chat template."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = GgufFile(path)
+        self.config = from_hf(config_from_gguf(self.file, family_of(self.file)), str(path))
+        self._sources: dict[str, _Source] = {}
+        for name, source in _sources(self.file, self.config):
+            if name in self._sources:
+                raise InputError(f"{path}: two tensors stand for {name!r}")
+            self._sources[name] = source
+
+    def names(self) -> Iterable[str]:
+        return self._sources.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source(name).shape
+
+    def nbytes(self, name: str) -> int:
+        source = self._source(name)
+        return source.rows * source.stride_bytes
+
+    def read(self, name: str) -> torch.Tensor:
+        source = self._source(name)
+        kind, data = source.tensor.type, self._data(source)
+        if kind.dtype is None:
+            matrix = (data.numel() // source.tensor.row_bytes, source.tensor.shape[-1])
+            values = dequantise(GgufBlocks(kind.name, matrix, data))
+        else:
+            values = data.view(kind.dtype)
+        values = values.view(source.shape)
+        return values.float() - source.offset if source.offset else values
+
+    def packed(self, name: str) -> GgufBlocks | None:
+        source = self._source(name)
+        if source.tensor.type.dtype is not None or source.offset or len(source.shape) != 2:
+            return None
+        return GgufBlocks(source.tensor.type.name, source.shape, self._data(source))
+
+    def _source(self, name: str) -> _Source:
+        if name not in self._sources:
+            raise InputError(f"{self.path}: there is no tensor {name!r}")
+        return self._sources[name]
+
+    def _data(self, source: _Source) -> torch.Tensor:
+        """(rows, bytes) uint8 in Hugging Face's row order: a view, or a copy where permuted."""
+        begin = source.tensor.offset + source.first * source.stride_bytes
+        data = self.file.data[begin : begin + source.rows * source.stride_bytes]
+        if source.heads:
+            pairs = data.view(source.heads, -1, 2, source.stride_bytes)
+            data = pairs.transpose(1, 2).reshape(-1)
+        return data.view(source.rows, source.stride_bytes)
+
+
+def _sources(file: GgufFile, config: ModelConfig) -> Iterator[tuple[str, _Source]]:
+    """(Hugging Face name, source) of every weight in the file."""
+    family = FAMILIES[config.family]
+    outer = {
+        stored.EMBEDDING: "model.embed_tokens",
+        stored.FINAL_NORM: family.final_norm,
+        stored.HEAD: "lm_head",
+    }
+    roles = {stored.LAYER_NAMES[role]: role for role in family.names}
+    for name, tensor in file.tensors.items():
+        where = f"{file.path}: tensor {name!r}"
+        if len(tensor.shape) == 1 and tensor.type.dtype is None:
+            raise InputError(f"{where}: a vector quantised as {tensor.type.name} is not supported")
+        stem, _, kind = name.rpartition(".")
+        match = _LAYER_TENSOR.fullmatch(name)
+        layer, leaf = (int(match[1]), match[2]) if match else (0, "")
+        if name in stored.ROPE_TENSORS or leaf == stored.ROPE_LAYER_NAME:
+            continue
+        if layer >= config.total_layers:
+            raise InputError(f"{where}: metadata says that there are {config.total_layers} layers")
+        prefix = f"model.layers.{layer}."
+        if stem in outer and kind in ("weight", "bias"):
+            offset = config.norm_offset if stem == stored.FINAL_NORM else 0.0
+            yield f"{outer[stem]}.{kind}", _Source(tensor, 0, tensor.shape[0], offset=offset)
+        elif leaf in roles:
+            source = _layer_source(file, config, roles[leaf], tensor, where)
+            yield f"{prefix}{family.names[roles[leaf]]}.{kind}", source
+        elif leaf == stored.LAYER_NAMES["qkv"] and "q" in family.names:
+            for role, source in _split(config, tensor, where):
+                yield f"{prefix}{family.names[role]}.{kind}", source
+        else:
+            raise InputError(f"{where}: a {config.family} model has no such tensor")
+
+
+def _layer_source(
+    file: GgufFile, config: ModelConfig, role: str, tensor: GgufTensor, where: str
+) -> _Source:
+    rows, heads = tensor.shape[0], 0
+    if file.metadata["general.architecture"] in stored.PERMUTED:
+        heads = {"q": config.heads, "k": config.kv_heads}.get(role, 0)
+    if heads and rows % (2 * heads):
+        raise InputError(f"{where}: {rows} rows do not divide into {heads} heads")
+    offset = config.norm_offset if role.endswith("norm") else 0.0
+    return _Source(tensor, 0, rows, heads, offset)
+
+
+def _split(config: ModelConfig, tensor: GgufTensor, where: str) -> Iterator[tuple[str, _Source]]:
+    """A fused attn_qkv of a family that keeps q, k and v apart (older Phi-2 files)."""
+    first, sizes = 0, {role: role_shape(config, role)[0] for role in "qkv"}
+    if sum(sizes.values()) != tensor.shape[0]:
+        raise InputError(f"{where}: expected {sum(sizes.values())} rows, found {tensor.shape[0]}")
+    for role, rows in sizes.items():
+        yield role, _Source(tensor, first, rows)
+        first += rows

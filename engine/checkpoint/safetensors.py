@@ -1,0 +1,219 @@
+"""Hugging Face directories: config.json and safetensors, one file or shards under an index.
+
+File layout: a little-endian uint64, that many bytes of JSON ({name: {dtype, shape,
+data_offsets}}), then the data, which the tensors cover without gaps.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint.files import map_file, parse_json, read_json, view
+from engine.errors import InputError
+from engine.hf_config import from_hf
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_MAX_DIMENSIONS = 8
+_MAX_SIZE = 2**63
+_MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: `offset` counts bytes from the start of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class SafetensorsFile:
+    """One mapped file; `entries` lists its tensors."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        mapped = map_file(path)
+        header, start = _header(path, mapped)
+        header.pop("__metadata__", None)
+        self.entries = {
+            name: _entry(f"{path}: tensor {name!r}", fields, start, len(mapped))
+            for name, fields in header.items()
+        }
+        _check_cover(path, self.entries, start, len(mapped))
+        self._data = torch.frombuffer(mapped, dtype=torch.uint8)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A view of the mapping in the stored dtype."""
+        entry = self.entries[name]
+        return view(self._data, entry.offset, entry.dtype, entry.shape)
+
+
+class SafetensorsCheckpoint:
+    """A Hugging Face directory with unquantised weights; a `Checkpoint`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        source = _config(path)
+        self._files = _open_files(path)
+        self.config = from_hf(source, str(path))
+
+    def names(self) -> Iterable[str]:
+        return self._files.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._file(name).entries[name].shape
+
+    def nbytes(self, name: str) -> int:
+        return self._file(name).entries[name].nbytes
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._file(name).read(name)
+
+    def packed(self, name: str) -> None:
+        self._file(name)
+
+    def _file(self, name: str) -> SafetensorsFile:
+        if name not in self._files:
+            raise InputError(f"{self.path}: there is no tensor {name!r}")
+        return self._files[name]
+
+
+def _config(path: Path) -> dict:
+    """config.json; the end tokens come from generation_config.json where there is one."""
+    if not (path / "config.json").is_file():
+        ggufs = sorted(file.name for file in path.glob("*.gguf"))
+        hint = f"; to open a GGUF, name the file: {', '.join(ggufs)}" if ggufs else ""
+        raise InputError(f"{path}: there is no config.json{hint}")
+    config = read_json(path / "config.json")
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise InputError(f"{path}: weights quantised by {method!r} cannot be read")
+    if (path / "generation_config.json").is_file():
+        generation = read_json(path / "generation_config.json")
+        if generation.get("eos_token_id") is not None:
+            config["eos_token_id"] = generation["eos_token_id"]
+    return config
+
+
+def _open_files(path: Path) -> dict[str, SafetensorsFile]:
+    """Tensor name -> the file that holds it."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        return _open_shards(index)
+    files = sorted(path.glob("*.safetensors"))
+    named = path / "model.safetensors"
+    if len(files) > 1 and named not in files:
+        raise InputError(
+            f"{path}: several safetensors files and no {index.name} that says which tensor is where"
+        )
+    if files:
+        file = SafetensorsFile(named if named in files else files[0])
+        return dict.fromkeys(file.entries, file)
+    pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+    if pickles:
+        raise InputError(
+            f"{path}: weights as Python pickles ({pickles[0]}) are not read, because a pickle can "
+            "run code; convert them to safetensors"
+        )
+    raise InputError(f"{path}: there is no safetensors file")
+
+
+def _open_shards(index: Path) -> dict[str, SafetensorsFile]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: expected an object 'weight_map' of tensor names")
+    shards: dict[str, SafetensorsFile] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard or Path(shard).name != shard:
+            raise InputError(f"{index}: tensor {name!r}: expected a file name, found {shard!r}")
+        if shard not in shards:
+            if not (index.parent / shard).is_file():
+                raise InputError(f"{index}: the shard {shard} is missing")
+            shards[shard] = SafetensorsFile(index.parent / shard)
+        if name not in shards[shard].entries:
+            raise InputError(
+                f"{index.parent / shard}: lacks tensor {name!r}, which the index names"
+            )
+    return {name: shards[shard] for name, shard in weight_map.items()}
+
+
+def _header(path: Path, mapped) -> tuple[dict, int]:
+    """The header's JSON, and the byte at which the data starts."""
+    if len(mapped) < 8:
+        raise InputError(f"{path}: {len(mapped)} bytes are too few for a safetensors file")
+    length = int.from_bytes(mapped[:8], "little")
+    if length > min(len(mapped) - 8, _MAX_HEADER_BYTES):
+        raise InputError(
+            f"{path}: the header claims {length} bytes of a {len(mapped)}-byte file; it is "
+            "truncated or not safetensors"
+        )
+    return parse_json(mapped[8 : 8 + length], f"{path}: header"), 8 + length
+
+
+def _entry(where: str, fields: object, start: int, size: int) -> Entry:
+    if not isinstance(fields, dict):
+        raise InputError(f"{where}: expected an object, found {type(fields).__name__}")
+    dtype, shape, span = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise InputError(
+            f"{where}: dtype {dtype!r} is not supported; known are {', '.join(DTYPES)}"
+        )
+    if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
+        raise InputError(f"{where}: expected a shape of at most {_MAX_DIMENSIONS} sizes")
+    if not _are_sizes(span) or len(span) != 2 or span[0] > span[1]:
+        raise InputError(f"{where}: expected data_offsets [begin, end]")
+    begin, end = span
+    if start + end > size:
+        raise InputError(
+            f"{where}: its data ends at byte {start + end} of a {size}-byte file; it is truncated"
+        )
+    entry = Entry(DTYPES[dtype], tuple(shape), start + begin)
+    if entry.nbytes != end - begin:
+        raise InputError(
+            f"{where}: {dtype} {shape} takes {entry.nbytes} bytes, but its offsets span "
+            f"{end - begin}"
+        )
+    return entry
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(
+        type(item) is int and 0 <= item < _MAX_SIZE for item in value
+    )
+
+
+def _check_cover(path: Path, entries: dict[str, Entry], start: int, size: int) -> None:
+    """The format's rule: the tensors cover the data exactly, without overlaps or gaps."""
+    at = start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if entry.offset != at:
+            problem = "overlaps the tensor before it" if entry.offset < at else "follows a gap"
+            raise InputError(f"{path}: tensor {name!r} {problem} at byte {entry.offset}")
+        at += entry.nbytes
+    if at != size:
+        raise InputError(f"{path}: {size - at} bytes after the last tensor belong to none")
