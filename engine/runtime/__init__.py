@@ -28,6 +28,7 @@ class Runtime(Protocol):
     name: str
     config: ModelConfig
     device: torch.device
+    dtype: torch.dtype  # of activations
 
     @property
     def weight_bytes(self) -> int:

@@ -46,6 +46,10 @@ class ReferenceRuntime:
         return self.decoder.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.dtype
+
+    @property
     def weight_bytes(self) -> int:
         tensors = [
             *self.decoder.outer.values(),
