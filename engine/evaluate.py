@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
+from engine.artifacts import Artifact
 from engine.errors import InputError
 
 LOGITS_BYTES = 256 * 2**20  # of one call of the runtime; bounds memory whatever the vocabulary
@@ -14,8 +16,10 @@ LARGEST_EXPONENT = 700.0  # math.exp raises a little beyond
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Artifact):
     """The result and the protocol that it depends on."""
+
+    kind: ClassVar[str] = "evaluation"
 
     perplexity: float  # exp(nll)
     nll: float  # mean negative log-likelihood of a predicted token, nats
@@ -25,9 +29,6 @@ class Evaluation:
     bos: bool
     kl: float | None = None  # mean KL(second model || this one), nats
     top1_agreement: float | None = None  # share of positions where both have the same argmax
-
-    def to_json(self) -> dict:
-        return asdict(self)
 
 
 def evaluate(

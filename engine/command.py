@@ -1,0 +1,77 @@
+"""What the commands share: their common options, and how a refusal reaches the user."""
+
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from engine.errors import InputError
+
+if TYPE_CHECKING:
+    from engine.backend import Model
+
+DEFAULT_MODEL = "smollm2-135m"
+
+Drop = Annotated[
+    str | None, typer.Option(metavar="LAYERS", help="Layers never loaded: 20-24 or 3,7,21-25.")
+]
+Keep = Annotated[str | None, typer.Option(metavar="LAYERS", help="The only layers loaded.")]
+Backend = Annotated[
+    str | None, typer.Option(help="Which kernels; the machine's best if not given.")
+]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; one a core if not given.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the record to a file too.")
+]
+
+
+def execute(app: Callable[[], Any]) -> None:
+    """Runs a typer app; what the user can mend becomes one line on stderr and exit code 2."""
+    try:
+        app()
+    except Exception as error:
+        from engine.kernels.dispatch import BackendUnavailable
+
+        if not isinstance(error, InputError | BackendUnavailable):
+            raise
+        print(f"engine: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def check_writable(path: Path | None) -> None:
+    """Raises before any work is done for a file that could not be written after it."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise InputError(f"{path}: expected a file in a directory that is there")
+
+
+def open_model(ref: str, threads: int | None, **options: Any) -> tuple["Model", float]:
+    """(model with its tokenizer, milliseconds that loading took, a download left out)."""
+    import time
+
+    import torch
+
+    from engine.backend import load
+    from engine.checkpoint.locate import locate
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    path = locate(ref)
+    start = time.perf_counter()
+    model = load(path, **options)
+    _ = model.text
+    return model, (time.perf_counter() - start) * 1e3
+
+
+@contextmanager
+def progress(label: str):
+    """Yields report(done, total), which draws a bar on stderr where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
