@@ -110,5 +110,6 @@ def render(template: str, messages: Any, special: Mapping[str, str], where: str)
             if size > _MAX_CHARS:
                 raise SecurityError(f"it prints more than {_MAX_CHARS} characters")
     except Exception as error:  # the template is a program: whatever it raises is its failure
-        raise InputError(f"{where}: the chat template fails on these messages: {error}") from error
+        reason = " ".join(f"{error}".split()) or type(error).__name__
+        raise InputError(f"{where}: the chat template fails on these messages: {reason}") from error
     return "".join(text)

@@ -33,4 +33,4 @@ def read_text_file(path: str | Path) -> str:
 
 def default_text() -> str:
     """About 150 kB of public-domain prose, for calibration where the user gives no text."""
-    return files("engine").joinpath("data", "prose.txt").read_text(encoding="utf-8")
+    return (files("engine") / "data" / "prose.txt").read_text(encoding="utf-8")

@@ -66,10 +66,10 @@ _SPLITS = {
 _SPLIT_OF = {name: split for names, split in _SPLITS.items() for name in names.split()}
 
 # Control tokens that end a turn or a text, whatever the metadata names; llama.cpp stops at these.
-_ENDS = frozenset(
-    "<|eot_id|> <|eom_id|> <|im_end|> <|end|> <end_of_turn> <|endoftext|> <|end_of_text|>"
-    " </s> <eos> <EOT> <｜end▁of▁sentence｜>".split()
-)
+_ENDS = {
+    *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"),
+    *("<|end_of_text|>", "</s>", "<eos>", "<EOT>", "<｜end▁of▁sentence｜>"),
+}
 _SPECIAL = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -95,7 +95,8 @@ class _Metadata:
         value = self.metadata.get(f"tokenizer.{name}", default)
         if value is not default and not isinstance(value, kind):
             raise InputError(
-                f"{self.where}: expected tokenizer.{name} of type {kind.__name__}, found {value!r:.80}"
+                f"{self.where}: expected tokenizer.{name} of type {kind.__name__},"
+                f" found {value!r:.80}"
             )
         return value
 
@@ -144,7 +145,8 @@ def _byte_level(data: _Metadata, split: _Split) -> Tokenizer:
     for merge in merges:
         if len(merge) != 2 or not all(part in vocabulary for part in (*merge, "".join(merge))):
             raise InputError(
-                f"{data.where}: expected merges of two tokens into a third, found {' '.join(merge)!r}"
+                f"{data.where}: expected merges of two tokens into a third,"
+                f" found {' '.join(merge)!r:.80}"
             )
     model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split.ignore_merges)
     tokenizer = Tokenizer(model)

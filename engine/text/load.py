@@ -1,6 +1,7 @@
 """Tokenizers from where checkpoints keep them."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,16 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
+def _entry(config: Mapping[str, Any], name: str, kinds: type | tuple, where: Path) -> Any:
+    """`config[name]`, None where it is absent or null; InputError unless it is of `kinds`."""
+    value = config.get(name)
+    if value is not None and not isinstance(value, kinds):
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise InputError(f"{where}: expected {name!r} of type {expected}, found {value!r:.80}")
+    return value
+
+
 def _added_token(value: Any, where: Path) -> AddedToken:
     """A token of a config file, which spells it as a string or with its flags."""
     try:
@@ -71,12 +82,14 @@ def _added_token(value: Any, where: Path) -> AddedToken:
             return AddedToken(value, special=True, normalized=False)
         return AddedToken(**{key: x for key, x in value.items() if key != "__type"})
     except (AttributeError, TypeError) as error:
-        raise InputError(f"{where}: expected a token, found {value!r} ({error})") from error
+        raise InputError(f"{where}: expected a token, found {value!r:.80} ({error})") from error
 
 
-def _add_tokens(tokenizer: Tokenizer, config: dict[str, Any], where: Path) -> dict[str, str]:
+def _add_tokens(tokenizer: Tokenizer, config: Mapping[str, Any], where: Path) -> dict[str, str]:
     """Adds the tokens that only the config knows; returns the special ones that have a name."""
-    listed = config.get("added_tokens_decoder") or {}
+    listed = _entry(config, "added_tokens_decoder", dict, where) or {}
+    if not all(index.isdecimal() for index in listed):
+        raise InputError(f"{where}: expected ids in 'added_tokens_decoder', found {list(listed)}")
     for index, value in sorted(listed.items(), key=lambda item: int(item[0])):
         token = _added_token(value, where)
         tokenizer.add_tokens([token])
@@ -86,41 +99,60 @@ def _add_tokens(tokenizer: Tokenizer, config: dict[str, Any], where: Path) -> di
                 f"{where}: expected {token.content!r} at id {index}, found it at {found}"
             )
     named = {name: _added_token(config[name], where).content for name in _NAMED if config.get(name)}
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    old_name = _entry(config, "additional_special_tokens", list, where) or []
+    extra = _entry(config, "extra_special_tokens", (list, dict), where) or old_name
     extra = extra.values() if isinstance(extra, dict) else extra
     added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     for content in [*named.values(), *(_added_token(value, where).content for value in extra)]:
-        token = added.get(content) or AddedToken(content, normalized=False)
-        tokenizer.add_special_tokens([token])
+        tokenizer.add_special_tokens([added.get(content) or AddedToken(content, normalized=False)])
     return named
 
 
-def _eos_ids(path: Path, config: dict[str, Any]) -> set[int]:
-    """What ends a generation: generation_config.json, or else config.json."""
-    found = _read_json(path / "generation_config.json") or config
-    ids = found.get("eos_token_id")
-    return set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+def _eos_ids(path: Path, model: Mapping[str, Any]) -> set[int]:
+    """What ends a generation: generation_config.json, or else config.json (`model`)."""
+    settings = _read_json(path / "generation_config.json") or model
+    ids = _entry(settings, "eos_token_id", (int, list), path)
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(isinstance(index, int) for index in ids):
+        raise InputError(f"{path}: expected token ids under 'eos_token_id', found {ids}")
+    return set(ids)
 
 
-def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
+def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
     """chat_template.jinja, or the one in the config, where several have names the default."""
     if (path / "chat_template.jinja").exists():
         return read_text_file(path / "chat_template.jinja")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if not isinstance(template, (str, type(None))):
-        raise InputError(f"{path}: expected a chat template as text, found {template!r:.80}")
-    return template
+    template = _entry(config, "chat_template", (str, list), path)
+    if not isinstance(template, list):
+        return template
+    for entry in template:
+        match entry:
+            case {"name": "default", "template": str(default)}:
+                return default
+            case {"name": str(), "template": str()}:
+                pass
+            case _:
+                raise InputError(f"{path}: expected a named chat template, found {entry!r:.80}")
+    return None
+
+
+def _max_length(path: Path, config: Mapping[str, Any], model: Mapping[str, Any]) -> int | None:
+    number = (int, float)
+    limits = (
+        _entry(config, "model_max_length", number, path),
+        _entry(model, "max_position_embeddings", number, path),
+    )
+    # transformers writes 1e30 for "no limit"
+    return min((int(n) for n in limits if n is not None and 0 < n < 1 << 40), default=None)
 
 
 def _from_directory(path: Path) -> Text:
-    config = _read_json(path / "tokenizer_config.json")
-    model = _read_json(path / "config.json")
-    model = model.get("text_config") or model
+    config, model = _read_json(path / "tokenizer_config.json"), _read_json(path / "config.json")
+    model = _entry(model, "text_config", dict, path) or model
     if "added_tokens_decoder" not in config:
         config |= _read_json(path / "special_tokens_map.json")
-    if (path / "tokenizer.json").exists():
+    native = (path / "tokenizer.json").exists()
+    if native:
         tokenizer = _read_tokenizer(path / "tokenizer.json")
         special = _add_tokens(tokenizer, config, path)
     elif (path / "tokenizer.model").exists():
@@ -128,14 +160,11 @@ def _from_directory(path: Path) -> Text:
         if config.get("legacy") is False and vocabulary.prefix == "every":
             vocabulary = replace(vocabulary, prefix="first")
         tokenizer = spm.build(vocabulary)
-        config = {**vocabulary.special, **config}
-        special = _add_tokens(tokenizer, config, path)
-        add_ends(
-            tokenizer, special, *(bool(config.get(f"add_{end}_token")) for end in ("bos", "eos"))
-        )
+        special = _add_tokens(tokenizer, {**vocabulary.special, **config}, path)
+        wanted = (config.get("add_bos_token"), config.get("add_eos_token"))
+        add_ends(tokenizer, special, *map(bool, wanted))
     else:
         raise InputError(f"{path}: expected tokenizer.json or tokenizer.model, found neither")
-    limits = (config.get("model_max_length"), model.get("max_position_embeddings"))
     eos = tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None
     return Text(
         tokenizer,
@@ -143,6 +172,6 @@ def _from_directory(path: Path) -> Text:
         special,
         eos_ids=tuple(sorted(_eos_ids(path, model) | ({eos} - {None}))),
         chat_template=_chat_template(path, config),
-        max_length=min((int(n) for n in limits if n), default=None),
-        directory=path if (path / "tokenizer.json").exists() else None,
+        max_length=_max_length(path, config, model),
+        directory=path if native else None,
     )

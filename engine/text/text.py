@@ -51,8 +51,8 @@ class Text:
         """
         try:
             return self.tokenizer.encode(text, add_special_tokens=add_special).ids
-        except UnicodeEncodeError as error:
-            raise InputError(f"text: expected Unicode, found a lone surrogate ({error})") from None
+        except TypeError:  # not a string, or one with a lone surrogate: not Unicode
+            raise InputError(f"text: expected a Unicode string, found {text!r:.80}") from None
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids without a token vanish."""
