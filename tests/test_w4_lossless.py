@@ -284,14 +284,19 @@ def test_nf4_formula(n, k, blocksize, group, rng):
     quant_map = torch.tensor(NF4)
     packed = from_hf.nf4(codes, absmax, quant_map, (n, k), blocksize=blocksize)
     assert packed.spec.group == group
-    assert_same_bits(nf4_formula(codes, absmax, quant_map, (n, k), blocksize), unpack(packed))
+    expected = nf4_formula(codes, absmax, quant_map, (n, k), blocksize)
+    assert_same_bits(expected, unpack(packed))
+    values = from_hf.nf4_values(codes, absmax, quant_map, (n, k), blocksize=blocksize)
+    assert_same_bits(expected, values)
     assert len(unpack_codes(packed).unique()) == 16
 
 
 def test_nf4_blocks_that_no_group_follows(rng):
-    codes = torch.randint(0, 256, (74, 1), generator=rng, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"^q: blocks of 64 straddle rows of K=37"):
-        from_hf.nf4(codes, torch.ones(3), torch.tensor(NF4), (4, 37), blocksize=64, name="q")
+    """Blocks of 64 in rows of 37: no group, the values all the same."""
+    codes = torch.randint(0, 256, (93, 1), generator=rng, dtype=torch.uint8)
+    parts = codes, torch.rand(3, generator=rng), torch.tensor(NF4), (5, 37)
+    assert from_hf.nf4(*parts, blocksize=64) is None
+    assert_same_bits(nf4_formula(*parts, 64), from_hf.nf4_values(*parts, blocksize=64))
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["", "nested"])
@@ -346,6 +351,12 @@ def gptq_parts() -> dict:
         ({"scales": torch.ones(3, 16).half()}, ValueError, r"\(2, 16\), found \(3, 16\)"),
         ({"scales": torch.full((2, 16), torch.nan)}, ValueError, "scales must be finite"),
         ({"scales": torch.full((2, 16), torch.inf)}, ValueError, "scales must be finite"),
+        ({"scales": torch.ones(16).half()}, ValueError, r"scales must be a matrix, found \(16,\)"),
+        (
+            {"g_idx": torch.zeros(2, 32).int()},
+            ValueError,
+            r"g_idx must be \(64,\), found \(2, 32\)",
+        ),
         ({"g_idx": torch.zeros(64).int()}, ValueError, "input 32 is in group 0, expected 1"),
         ({"g_idx": torch.full((64,), 2**31 - 1).int()}, ValueError, "group 2147483647"),
     ],
@@ -380,7 +391,7 @@ def test_gptq_names_what_disagrees(change, error, words):
                 z(4, 8).int(), z(4, 2), (4, 64), None, z(8), group=32
             ),
             ValueError,
-            r"weight_g_idx must be \(64,\), found \(8,\)",
+            r"g_idx must be \(64,\), found \(8,\)",
         ),
         (
             lambda z: from_hf.nf4(z(9, 1).byte(), z(2), z(16), (2, 64), blocksize=64),
@@ -400,7 +411,7 @@ def test_gptq_names_what_disagrees(change, error, words):
         (
             lambda z: from_hf.nf4(z(64, 1).byte(), z(2), z(8), (2, 64), blocksize=64),
             ValueError,
-            r"codebook must be \(16,\), found \(8,\)",
+            r"quant_map must be \(16,\), found \(8,\)",
         ),
     ],
 )

@@ -40,13 +40,14 @@ def gptq(
     is 1 where zero points are stored less one (checkpoint format "gptq"), 0 for "gptq_v2".
     """
     spec = _spec(name, bits, group, "zero", scales.dtype)
-    k = len(g_idx) if g_idx is not None else qweight.shape[0] * (32 // bits)
-    n, groups = scales.shape[-1], spec.groups(k)
+    _require_matrices(name, qweight=qweight, scales=scales)
+    k = g_idx.numel() if g_idx is not None else len(qweight) * (32 // bits)
+    n, groups = scales.shape[1], spec.groups(k)
     _require(name, "qweight", qweight, (_words(k, bits), n), torch.int32)
     _require(name, "qzeros", qzeros, (groups, _words(n, bits)), torch.int32)
     _require(name, "scales", scales, (groups, n))
     zeros = _unpack_words(qzeros, bits)[:, :n] + zero_offset & (1 << bits) - 1
-    perm = _order(g_idx, spec, name)
+    perm = _order(g_idx, k, spec, name)
     return _zero_packed(
         spec, (n, k), _repack(qweight.T, k, bits, perm), scales.T, zeros.T, perm, name
     )
@@ -62,7 +63,8 @@ def awq(
 ) -> Packed:
     """AWQ "gemm": qweight (K, N / 8), qzeros (G, N / 8) int32, scales (G, N)."""
     spec = _spec(name, 4, group, "zero", scales.dtype)
-    k, n = qweight.shape[0], scales.shape[-1]
+    _require_matrices(name, qweight=qweight, scales=scales)
+    k, n = qweight.shape[0], scales.shape[1]
     _require(name, "qweight", qweight, (k, _words(n, 4)), torch.int32)
     _require(name, "qzeros", qzeros, (spec.groups(k), _words(n, 4)), torch.int32)
     _require(name, "scales", scales, (spec.groups(k), n))
@@ -96,11 +98,9 @@ def compressed_tensors(
     spec = _spec(name, bits, group, scheme, weight_scale.dtype)
     _require(name, "weight_packed", weight_packed, (n, _words(k, bits)), torch.int32)
     _require(name, "weight_scale", weight_scale, (n, spec.groups(k)))
-    if weight_g_idx is not None:
-        _require(name, "weight_g_idx", weight_g_idx, (k,))
-        if -1 in weight_g_idx:
-            weight_g_idx = None
-    perm = _order(weight_g_idx, spec, name)
+    if weight_g_idx is not None and -1 in weight_g_idx:
+        weight_g_idx = None
+    perm = _order(weight_g_idx, k, spec, name)
     codes = _repack(weight_packed, k, bits, perm)
     if weight_zero_point is None:
         packed = Packed(spec, (n, k), codes, weight_scale.contiguous(), perm=perm)
@@ -119,42 +119,39 @@ def nf4(
     *,
     blocksize: int,
     name: str = "weight",
-) -> Packed:
+) -> Packed | None:
     """bitsandbytes: codes (ceil(N * K / 2), 1) uint8, row-major, high nibble first.
 
     absmax (ceil(N * K / blocksize),) and quant_map (16,) float32. Blocks run on over the row
-    ends; ValueError where no listed group lies inside one block (see `nf4_group`).
+    ends; None where no listed group lies inside one block, and only `nf4_values` can read them.
     """
-    n, k = shape
-    _require(name, "absmax", absmax, (-(-n * k // blocksize),), torch.float32)
+    rows = _nf4_rows(codes, absmax, quant_map, shape, blocksize, name)
     group = nf4_group(shape, blocksize)
     if group is None:
-        raise ValueError(
-            f"{name}: blocks of {blocksize} straddle rows of K={k} so that no group of "
-            f"{GROUPS[1:]} lies inside one block"
-        )
-    spec = Spec(4, group, "codebook", torch.float32)
-    scales = absmax[_first_block(shape, group, blocksize)]
+        return None
     packed = Packed(
-        spec,
-        (n, k),
-        pack_codes(nf4_codes(codes, shape, name), 4),
-        scales,
+        Spec(4, group, "codebook", torch.float32),
+        shape,
+        pack_codes(rows, 4),
+        absmax[_first_block(shape, group, blocksize)],
         codebook=quant_map.contiguous(),
     )
     return check_finite(validate(packed, name), name)
 
 
-def nf4_codes(codes: torch.Tensor, shape: tuple[int, int], name: str = "weight") -> torch.Tensor:
-    """(ceil(N * K / 2), 1) bytes as stored -> (N, K) uint8 codes."""
-    n, k = shape
-    if codes.dtype != torch.uint8 or codes.numel() != (n * k + 1) // 2:
-        raise ValueError(
-            f"{name}: NF4 codes of {(n, k)} are {(n * k + 1) // 2} uint8, "
-            f"found {codes.numel()} {codes.dtype}"
-        )
-    flat = codes.flatten()
-    return torch.stack((flat >> 4, flat & 15), dim=-1).flatten()[: n * k].view(n, k)
+def nf4_values(
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    quant_map: torch.Tensor,
+    shape: tuple[int, int],
+    *,
+    blocksize: int,
+    name: str = "weight",
+) -> torch.Tensor:
+    """What `nf4` holds, (N, K) float32, whatever the blocks straddle."""
+    rows = _nf4_rows(codes, absmax, quant_map, shape, blocksize, name)
+    scale = absmax.repeat_interleave(min(blocksize, rows.numel()))[: rows.numel()]
+    return quant_map[rows.int()] * scale.view(shape)
 
 
 def nf4_absmax(
@@ -175,7 +172,7 @@ def nf4_absmax(
     _require(name, "nested_quant_map", nested_quant_map, (256,), torch.float32)
     outer = -(-blocks // nested_blocksize)
     _require(name, "nested_absmax", nested_absmax, (outer,), torch.float32)
-    scale = nested_absmax.repeat_interleave(nested_blocksize)[:blocks]
+    scale = nested_absmax.repeat_interleave(min(nested_blocksize, blocks))[:blocks]
     return nested_quant_map[absmax.int()] * scale + torch.tensor(nested_offset)
 
 
@@ -189,6 +186,20 @@ def nf4_group(shape: tuple[int, int], blocksize: int) -> int | None:
         if torch.equal(first, last):
             return group
     return None
+
+
+def _nf4_rows(codes, absmax, quant_map, shape, blocksize, name) -> torch.Tensor:
+    """(N, K) uint8 codes, once every part has the size that the shape asks for."""
+    count = shape[0] * shape[1]
+    if codes.dtype != torch.uint8 or codes.numel() != (count + 1) // 2:
+        raise ValueError(
+            f"{name}: NF4 codes of {tuple(shape)} are {(count + 1) // 2} uint8, "
+            f"found {codes.numel()} {codes.dtype}"
+        )
+    _require(name, "absmax", absmax, (-(-count // blocksize),), torch.float32)
+    _require(name, "quant_map", quant_map, (16,), torch.float32)
+    flat = codes.flatten()
+    return torch.stack((flat >> 4, flat & 15), dim=-1).flatten()[:count].view(shape)
 
 
 def _first_block(shape: tuple[int, int], group: int, blocksize: int) -> torch.Tensor:
@@ -212,13 +223,14 @@ def _zero_packed(spec, shape, codes, scales, zeros, perm, name) -> Packed:
     return check_finite(validate(packed, name), name)
 
 
-def _order(g_idx: torch.Tensor | None, spec: Spec, name: str) -> torch.Tensor | None:
+def _order(g_idx: torch.Tensor | None, k: int, spec: Spec, name: str) -> torch.Tensor | None:
     """(K,) int32: inputs sorted by group, their order kept within one; None if they already are."""
     if g_idx is None:
         return None
-    width = spec.group or len(g_idx)
+    _require(name, "g_idx", g_idx, (k,))
+    width = spec.group or k
     groups, perm = g_idx.sort(stable=True)
-    expected = torch.arange(len(g_idx), device=g_idx.device) // width
+    expected = torch.arange(k, device=g_idx.device) // width
     if not torch.equal(groups.long(), expected):
         at = int((groups != expected).nonzero()[0])
         raise ValueError(
@@ -250,6 +262,12 @@ def _repack(words: torch.Tensor, k: int, bits: int, perm: torch.Tensor | None) -
         return pad(rows, (0, -rows.shape[1] % ROW_ALIGN_BYTES))
     codes = _unpack_words(words, bits)[:, :k]
     return pack_codes(codes if perm is None else codes[:, perm], bits)
+
+
+def _require_matrices(name: str, **parts: torch.Tensor) -> None:
+    for part, tensor in parts.items():
+        if tensor.dim() != 2:
+            raise ValueError(f"{name}: {part} must be a matrix, found {tuple(tensor.shape)}")
 
 
 def _require(
