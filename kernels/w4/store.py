@@ -1,0 +1,52 @@
+"""Packed matrices in safetensors files.
+
+`layer.weight` becomes `layer.weight.codes`, `layer.weight.scales` and so on; the file's metadata
+holds, under `layer.weight`, the spec and shape as JSON.
+"""
+
+import json
+from collections.abc import Callable
+
+import torch
+
+from engine.kernels.w4.format import Packed, Spec, expected_tensors, validate
+
+PARTS = ("codes", "scales", "zeros", "mins", "supers", "codebook", "perm")
+
+
+def to_tensors(name: str, packed: Packed) -> dict[str, torch.Tensor]:
+    """The tensors to store, by name."""
+    return {f"{name}.{part}": tensor for part, tensor in packed.tensors().items()}
+
+
+def to_metadata(name: str, packed: Packed) -> dict[str, str]:
+    """The metadata to store beside them."""
+    perm = packed.perm is not None
+    described = packed.spec.to_json() | {"shape": list(packed.shape), "perm": perm}
+    return {name: json.dumps(described)}
+
+
+def parse_metadata(name: str, described: str) -> tuple[Spec, tuple[int, int], bool]:
+    """Spec, (N, K) and whether there is a permutation; ValueError that names `name`."""
+    try:
+        fields = json.loads(described)
+        shape, perm = fields.pop("shape"), fields.pop("perm")
+        spec = Spec.from_json(fields)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{name}: unusable quantisation metadata: {error}") from None
+    sizes = isinstance(shape, list) and len(shape) == 2
+    if not sizes or not all(type(size) is int and size > 0 for size in shape):
+        raise ValueError(f"{name}: shape must be two positive integers, found {shape!r}")
+    if type(perm) is not bool:
+        raise ValueError(f"{name}: perm must be true or false, found {perm!r}")
+    return spec, tuple(shape), perm
+
+
+def from_tensors(name: str, read: Callable[[str], torch.Tensor], described: str) -> Packed:
+    """The matrix that `to_tensors` and `to_metadata` stored; `read` maps a tensor's name to it.
+
+    Raises ValueError or TypeError where metadata and tensors disagree, and what `read` raises.
+    """
+    spec, shape, perm = parse_metadata(name, described)
+    parts = [*expected_tensors(spec, shape), *(["perm"] if perm else [])]
+    return validate(Packed(spec, shape, **{part: read(f"{name}.{part}") for part in parts}), name)
