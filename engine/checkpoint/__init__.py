@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from engine.checkpoint.gguf_blocks import GgufBlocks
     from engine.config import ModelConfig
+    from engine.kernels.w4.format import Packed
 
 
 class Checkpoint(Protocol):
@@ -36,8 +37,11 @@ class Checkpoint(Protocol):
         A view of the mapped file where the layout permits: not to be written to.
         """
 
-    def packed(self, name: str) -> "GgufBlocks | None":
-        """The undequantised blocks of a quantised matrix, else None."""
+    def packed(self, name: str) -> "GgufBlocks | Packed | None":
+        """A quantised matrix as stored: GGUF blocks, or what a Hugging Face directory holds.
+
+        None where it is not quantised, or stored in a way that no packed form follows.
+        """
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -48,9 +52,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        from engine.checkpoint.safetensors import SafetensorsCheckpoint
+        from engine.checkpoint.quantised import open_directory
 
-        return SafetensorsCheckpoint(path)
+        return open_directory(path)
     if path.suffix == ".gguf" or not path.exists():
         from engine.checkpoint.gguf import GgufCheckpoint
 

@@ -52,13 +52,14 @@ class Entry:
 
 
 class SafetensorsFile:
-    """One mapped file; `entries` lists its tensors."""
+    """One mapped file; `entries` lists its tensors, `metadata` is what its writer added."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         mapped = map_file(path)
         header, start = _header(path, mapped)
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
+        self.metadata = metadata if isinstance(metadata, dict) else {}
         self.entries = {
             name: _entry(f"{path}: tensor {name!r}", fields, start, len(mapped))
             for name, fields in header.items()
@@ -73,13 +74,22 @@ class SafetensorsFile:
 
 
 class SafetensorsCheckpoint:
-    """A Hugging Face directory with unquantised weights; a `Checkpoint`."""
+    """A Hugging Face directory's tensors as stored; a `Checkpoint` where none is quantised."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         source = _config(path)
         self._files = _open_files(path)
         self.config = from_hf(source, str(path))
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the files' headers say besides their tensors, of all shards."""
+        return {
+            key: value
+            for file in dict.fromkeys(self._files.values())
+            for key, value in file.metadata.items()
+        }
 
     def names(self) -> Iterable[str]:
         return self._files.keys()
@@ -109,10 +119,6 @@ def _config(path: Path) -> dict:
         hint = f"; to open a GGUF, name the file: {', '.join(ggufs)}" if ggufs else ""
         raise InputError(f"{path}: there is no config.json{hint}")
     config = read_json(path / "config.json")
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise InputError(f"{path}: weights quantised by {method!r} cannot be read")
     if (path / "generation_config.json").is_file():
         generation = read_json(path / "generation_config.json")
         if generation.get("eos_token_id") is not None:

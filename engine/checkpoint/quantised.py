@@ -1,0 +1,94 @@
+"""Hugging Face directories with quantised matrices, each under its plain name.
+
+The tensors present say which modules are quantised, `quantization_config` says how: a module's
+parts (`q_proj.qweight`, `q_proj.scales`, ...) appear as the one name `q_proj.weight`.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.checkpoint import Checkpoint
+from engine.checkpoint.files import read_json
+from engine.checkpoint.methods import METHODS, Parts
+from engine.checkpoint.safetensors import SafetensorsCheckpoint
+from engine.errors import InputError
+from engine.kernels.w4.format import Packed
+
+
+def open_directory(path: Path) -> Checkpoint:
+    """A Hugging Face directory, quantised or not; InputError where it cannot be read."""
+    stored = SafetensorsCheckpoint(path)
+    quantization = quantization_config(path, stored.config.source)
+    return stored if quantization is None else QuantisedCheckpoint(stored, quantization)
+
+
+def quantization_config(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """What config.json, or an older quantize_config.json, says of quantisation; else None."""
+    found = config.get("quantization_config")
+    if found is None and (path / "quantize_config.json").is_file():
+        found = {"quant_method": "gptq"} | read_json(path / "quantize_config.json")
+    if found is not None and not isinstance(found, dict):
+        raise InputError(f"{path}: quantization_config must be an object, found {found!r}")
+    return found
+
+
+class QuantisedCheckpoint:
+    """A `Checkpoint` over the tensors of another.
+
+    Raises InputError for a method, format or bit width that cannot be read.
+    """
+
+    def __init__(self, stored: SafetensorsCheckpoint, quantization: dict[str, Any]) -> None:
+        self.path, self.config, self._stored = stored.path, stored.config, stored
+        name = quantization.get("quant_method")
+        if name not in tuple(METHODS):
+            raise InputError(
+                f"{self.path}: quant_method must be one of {tuple(METHODS)}, found {name!r}"
+            )
+        self._parts = Parts(stored)
+        self._method = METHODS[name](self._parts, quantization)
+        marker, names = f".{self._method.marker}", list(stored.names())
+        modules = [name.removesuffix(marker) for name in names if name.endswith(marker)]
+        self._modules = {f"{module}.weight": module for module in modules}
+        owned = {f"{module}.{part}" for module in modules for part in self._method.parts}
+        self._names = [name for name in names if name not in owned] + list(self._modules)
+
+    def names(self) -> Iterable[str]:
+        return self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        module = self._modules.get(name)
+        if module is None:
+            return self._stored.shape(name)
+        return self._named(self._method.shape, module)
+
+    def nbytes(self, name: str) -> int:
+        module = self._modules.get(name)
+        if module is None:
+            return self._stored.nbytes(name)
+        return sum(self._parts.nbytes(module, part) for part in self._method.parts)
+
+    def read(self, name: str) -> torch.Tensor:
+        module = self._modules.get(name)
+        if module is None:
+            return self._stored.read(name)
+        return self._named(self._method.read, module)
+
+    def packed(self, name: str) -> Packed | None:
+        """The codes and scales as stored; None where not quantised or where the packed format
+        cannot follow the source's blocks (NF4 that straddles rows)."""
+        module = self._modules.get(name)
+        if module is None:
+            return self._stored.packed(name)
+        return self._named(self._method.packed, module)
+
+    def _named(self, load: Callable[[str], Any], module: str) -> Any:
+        try:
+            return load(module)
+        except InputError:
+            raise
+        except (TypeError, ValueError) as error:  # kernels.w4 names the module and the part
+            raise InputError(f"{self.path}: {error}") from None
