@@ -33,13 +33,19 @@ def execute(app: Callable[[], Any]) -> None:
     """Runs a typer app; what the user can mend becomes one line on stderr and exit code 2."""
     try:
         app()
-    except Exception as error:
+    except InputError as error:
+        refuse(error)
+    except RuntimeError as error:
         from engine.kernels.dispatch import BackendUnavailable
 
-        if not isinstance(error, InputError | BackendUnavailable):
+        if not isinstance(error, BackendUnavailable):
             raise
-        print(f"engine: {error}", file=sys.stderr)
-        sys.exit(2)
+        refuse(error)
+
+
+def refuse(error: Exception) -> None:
+    print(f"engine: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 def check_writable(path: Path | None) -> None:

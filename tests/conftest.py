@@ -1,9 +1,12 @@
 """Fixtures that every test may use."""
 
 import secrets
+from pathlib import Path
 
 import pytest
 import torch
+
+from engine.errors import InputError
 
 
 @pytest.fixture
@@ -12,3 +15,14 @@ def rng() -> torch.Generator:
     seed = secrets.randbits(32)
     print(f"seed {seed}")
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """The default model's GGUF: from the cache, or fetched; skipped where neither is possible."""
+    from engine.checkpoint.locate import locate
+
+    try:
+        return locate("smollm2-135m")
+    except InputError as error:
+        pytest.skip(f"the default model is neither here nor to be fetched: {error}")

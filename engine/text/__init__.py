@@ -4,9 +4,17 @@ Built on `tokenizers` alone, which imports in milliseconds; transformers is load
 `Text.to_transformers`.
 """
 
-from engine.text.corpus import default_text, read_text_file, windows
+from engine.text.corpus import default_text, heldout_text, read_text_file, windows
 from engine.text.gguf import text_from_gguf
 from engine.text.load import load_text
 from engine.text.text import Text
 
-__all__ = ["Text", "default_text", "load_text", "read_text_file", "text_from_gguf", "windows"]
+__all__ = [
+    "Text",
+    "default_text",
+    "heldout_text",
+    "load_text",
+    "read_text_file",
+    "text_from_gguf",
+    "windows",
+]

@@ -32,5 +32,10 @@ def read_text_file(path: str | Path) -> str:
 
 
 def default_text() -> str:
-    """About 150 kB of public-domain prose, for calibration where the user gives no text."""
+    """About 200 kB of public-domain prose, for calibration where the user gives no text."""
     return (files("engine") / "data" / "prose.txt").read_text(encoding="utf-8")
+
+
+def heldout_text() -> str:
+    """121 kB of handbook English that perplexity is measured on; nothing may be fitted to it."""
+    return (files("engine") / "data" / "heldout.txt").read_text(encoding="utf-8")
