@@ -122,6 +122,8 @@ def _sources(file: GgufFile, config: ModelConfig) -> Iterator[tuple[str, _Source
             offset = config.norm_offset if stem == stored.FINAL_NORM else 0.0
             yield f"{outer[stem]}.{kind}", _Source(tensor, 0, tensor.shape[0], offset=offset)
         elif leaf in roles:
+            if kind == "bias" and not _has_bias(config, roles[leaf]):
+                raise InputError(f"{where}: this {config.family} model has no such bias")
             source = _layer_source(file, config, roles[leaf], tensor, where)
             yield f"{prefix}{family.names[roles[leaf]]}.{kind}", source
         elif leaf == stored.LAYER_NAMES["qkv"] and "q" in family.names:
@@ -129,6 +131,10 @@ def _sources(file: GgufFile, config: ModelConfig) -> Iterator[tuple[str, _Source
                 yield f"{prefix}{family.names[role]}.{kind}", source
         else:
             raise InputError(f"{where}: a {config.family} model has no such tensor")
+
+
+def _has_bias(config: ModelConfig, role: str) -> bool:
+    return role in config.biases or (role.endswith("norm") and config.norm == "layer")
 
 
 def _layer_source(

@@ -5,7 +5,7 @@ RoPE, Gemma's window pattern and attention scale); those are repeated here.
 """
 
 import math
-import struct
+from ctypes import c_float
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ def config_from_gguf(file: GgufFile, family: str) -> dict[str, Any]:
             f"attention.{stored_norm}_epsilon"
         ),
         "hidden_act": FAMILIES[family].defaults.get("hidden_act", "silu"),
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "attention_bias": "blk.0.attn_output.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
         "tie_word_embeddings": f"{HEAD}.weight" not in file.tensors,
         "bos_token_id": fields.token("bos"),
@@ -241,16 +241,11 @@ class _Fields:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """The shortest decimal that the file's float32 may stand for: 1e-05, not 9.9999997e-06."""
         value = self.get(key)
         value = default if value is None else value
         if type(value) not in (int, float) or not abs(value) < 1e30:
             raise self.wrong(key, "a number", value)
-        for digits in range(1, 9):
-            short = float(f"{value:.{digits}g}")
-            if struct.unpack("<f", struct.pack("<f", short))[0] == value:
-                return short
-        return float(value)
+        return _decimal(value)
 
     def token(self, name: str) -> int | None:
         value = self.file.metadata.get(f"tokenizer.ggml.{name}_token_id")
@@ -267,10 +262,19 @@ class _Fields:
         if tensor.type.dtype is not torch.float32 or len(tensor.shape) != 1:
             raise InputError(f"{self.file.path}: tensor {name!r}: expected a vector of F32")
         data = self.file.data[tensor.offset : tensor.offset + tensor.nbytes]
-        return data.view(torch.float32).tolist()
+        return [_decimal(value) for value in data.view(torch.float32).tolist()]
 
     def wrong(self, key: str, expected: str, found: Any) -> InputError:
         return InputError(
             f"{self.file.path}: metadata {self._prefix}.{key}: expected {expected}, "
             f"found {found!r:.200}"
         )
+
+
+def _decimal(value: float) -> float:
+    """The shortest decimal that a float32 may stand for: 1e-05, not 9.999999747378752e-06."""
+    for digits in range(1, 9):
+        short = float(f"{value:.{digits}g}")
+        if c_float(short).value == value:
+            return short
+    return float(value)
