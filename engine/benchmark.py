@@ -93,6 +93,22 @@ class RunRecord(Artifact):
     commit: str | None
 
 
+@dataclass(frozen=True)
+class Runs:
+    """What the measured runs of both engines gave."""
+
+    first: list[Generation]
+    ours: list[Timings]
+    theirs: list[Timings]
+    their_ids: list[list[int]]
+    peak_rss_bytes: int
+    peak_vram_bytes: int | None
+
+    @property
+    def new_tokens(self) -> int:
+        return max(len(result.token_ids) for result in self.first)
+
+
 def benchmark(
     model,
     prompt,
@@ -108,86 +124,105 @@ def benchmark(
 ) -> RunRecord:
     """Runs `batch` copies of the prompt `repeats` times and records the speed.
 
-    `warmup` short runs come first. `on_step` sees the first measured run. With a peer, runs of
-    both alternate, so that a slow spell of the machine meets both.
+    `model` offers `runtime` and `text`; `name` and `load_ms` are recorded as they are. `warmup`
+    short runs come first. `on_step` sees the first measured run. With a peer, runs of both
+    alternate, so that a slow spell of the machine meets both.
     """
-    runtime, prompts = model.runtime, [prompt] * batch
-    short = replace(options, max_new_tokens=min(options.max_new_tokens, WARMUP_TOKENS))
-    for _ in range(warmup):
-        generate(runtime, model.text, prompts, short)
-    first = generate(runtime, model.text, prompts, options, on_step)
-    rss_bytes = machine.peak_rss_bytes()  # before a peer loads its copy of the model
-    vram_bytes = machine.peak_vram_bytes(runtime.device)
-    new_tokens = max(len(result.token_ids) for result in first)
-    runs, peer_runs, peer_ids = [first[0].timings], [], []
-    if peer:
-        for _ in range(warmup):
-            peer.generate(short.max_new_tokens)
-    for repeat in range(repeats):
-        if repeat:
-            runs.append(generate(runtime, model.text, prompts, options)[0].timings)
-        if peer:
-            peer_ids, timings = peer.generate(new_tokens)
-            peer_runs.append(timings)
-    config, speed, threads = runtime.config, Speed.of(runs), torch.get_num_threads()
-    cache = runtime.new_cache(batch, first[0].prompt_tokens + new_tokens)
-    achieved = achieved_gb_s(runtime.weight_bytes_per_token, runs)
-    ceiling = machine.ceiling_gb_s(runtime.device, threads)
+    runtime, config = model.runtime, model.runtime.config
+    runs = run_alternating(model, [prompt] * batch, options, repeats, warmup, peer, on_step)
+    speed, first = Speed.of(runs.ours), runs.first[0]
     return RunRecord(
         model=name,
         family=config.family,
         backend=runtime.name,
-        device=str(runtime.device),
-        device_name=machine.device_name(runtime.device),
-        dtype=str(runtime.dtype).removeprefix("torch."),
-        threads=threads,
         layers=format_layers([entry.layer for entry in config.layers]),
         layers_kept=len(config.layers),
         layers_total=config.total_layers,
         batch=batch,
-        prompt_tokens=first[0].prompt_tokens,
-        new_tokens=new_tokens,
-        finish_reason=first[0].finish_reason,
+        prompt_tokens=first.prompt_tokens,
+        new_tokens=runs.new_tokens,
+        finish_reason=first.finish_reason,
         repeats=repeats,
         warmup=warmup,
         load_ms=load_ms,
         **asdict(speed),
-        weight_bytes=runtime.weight_bytes,
-        weight_bytes_per_token=runtime.weight_bytes_per_token,
-        kv_bytes=cache.nbytes,
-        peak_rss_bytes=rss_bytes,
-        peak_vram_bytes=vram_bytes,
-        achieved_gb_s=achieved,
-        ceiling_gb_s=ceiling,
-        ceiling_share=achieved / ceiling if achieved and ceiling else None,
-        compare=comparison(speed, first, peer, peer_runs, peer_ids) if peer else None,
-        versions=machine.versions() | ({peer.name: peer.version} if peer else {}),
-        commit=machine.commit(),
+        kv_bytes=runtime.new_cache(batch, first.prompt_tokens + runs.new_tokens).nbytes,
+        peak_rss_bytes=runs.peak_rss_bytes,
+        peak_vram_bytes=runs.peak_vram_bytes,
+        **_weights(runtime, runs.ours),
+        **_surroundings(runtime, peer),
+        compare=_comparison(speed, runs, peer) if peer else None,
     )
 
 
-def achieved_gb_s(bytes_per_step: int, runs: Sequence[Timings]) -> float | None:
-    """Weight bytes read a second at the median decode step; None without decode steps."""
+def run_alternating(
+    model,
+    prompts: Sequence,
+    options: Options,
+    repeats: int,
+    warmup: int,
+    peer: Peer | None,
+    on_step: Callable[[Step], None] | None,
+) -> Runs:
+    """The warm-up runs, then the measured ones, the peer's in turn with ours."""
+    short = replace(options, max_new_tokens=min(options.max_new_tokens, WARMUP_TOKENS))
+    for _ in range(warmup):
+        generate(model.runtime, model.text, prompts, short)
+    first = generate(model.runtime, model.text, prompts, options, on_step)
+    runs = Runs(
+        first=first,
+        ours=[first[0].timings],
+        theirs=[],
+        their_ids=[],
+        peak_rss_bytes=machine.peak_rss_bytes(),  # before the peer loads its copy of the model
+        peak_vram_bytes=machine.peak_vram_bytes(model.runtime.device),
+    )
+    for _ in range(warmup if peer else 0):
+        peer.generate(short.max_new_tokens)
+    for repeat in range(repeats):
+        if repeat:
+            runs.ours.append(generate(model.runtime, model.text, prompts, options)[0].timings)
+        if peer:
+            runs.their_ids[:], timings = peer.generate(runs.new_tokens)
+            runs.theirs.append(timings)
+    return runs
+
+
+def _weights(runtime, runs: Sequence[Timings]) -> dict[str, Any]:
+    """Bytes of weights, and how fast a median decode step read them beside what memory can do."""
     step_ns = [ns for run in runs for ns in run.step_ns]
-    return bytes_per_step / statistics.median(step_ns) if step_ns else None
+    achieved = runtime.weight_bytes_per_token / statistics.median(step_ns) if step_ns else None
+    ceiling = machine.ceiling_gb_s(runtime.device, torch.get_num_threads())
+    return {
+        "weight_bytes": runtime.weight_bytes,
+        "weight_bytes_per_token": runtime.weight_bytes_per_token,
+        "achieved_gb_s": achieved,
+        "ceiling_gb_s": ceiling,
+        "ceiling_share": achieved / ceiling if achieved and ceiling else None,
+    }
 
 
-def comparison(
-    speed: Speed,
-    ours: Sequence[Generation],
-    peer: Peer,
-    runs: Sequence[Timings],
-    ids: Sequence[Sequence[int]],
-) -> dict[str, Any]:
+def _surroundings(runtime, peer: Peer | None) -> dict[str, Any]:
+    return {
+        "device": str(runtime.device),
+        "device_name": machine.device_name(runtime.device),
+        "dtype": str(runtime.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "versions": machine.versions() | ({peer.name: peer.version} if peer else {}),
+        "commit": machine.commit(),
+    }
+
+
+def _comparison(speed: Speed, runs: Runs, peer: Peer) -> dict[str, Any]:
     """The peer's speed, ours over theirs, and for how many leading tokens the outputs agree."""
-    theirs = Speed.of(runs)
-    pairs = zip(ours[0].token_ids, ids[0], strict=False)
-    differs = next((at for at, (a, b) in enumerate(pairs) if a != b), len(ours[0].token_ids))
-    decode = speed.decode_tok_s and theirs.decode_tok_s
+    theirs, ours = Speed.of(runs.theirs), runs.first[0].token_ids
+    pairs = zip(ours, runs.their_ids[0], strict=False)
+    same_tokens = next((at for at, (a, b) in enumerate(pairs) if a != b), len(ours))
+    decoded = speed.decode_tok_s and theirs.decode_tok_s
     return {
         "name": peer.name,
         **asdict(theirs),
-        "decode_ratio": speed.decode_tok_s / theirs.decode_tok_s if decode else None,
+        "decode_ratio": speed.decode_tok_s / theirs.decode_tok_s if decoded else None,
         "prefill_ratio": speed.prefill_tok_s / theirs.prefill_tok_s,
-        "same_tokens": differs,
+        "same_tokens": same_tokens,
     }

@@ -1,5 +1,6 @@
 """The `engine` command."""
 
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +32,9 @@ def fetch(model: ModelArgument = command.DEFAULT_MODEL) -> None:
 @app.command("eval")
 def evaluate(
     model: ModelArgument,
-    text: Annotated[Path, typer.Option(help="UTF-8 text to predict.")],
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text to predict; one ships with the engine.")
+    ] = None,
     window: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
     count: Annotated[int | None, typer.Option(help="Windows; all if not given.")] = None,
     bos: Annotated[bool, typer.Option("--bos", help="Begin every window with BOS.")] = False,
@@ -52,7 +55,7 @@ def evaluate(
     from engine.text import read_text_file
 
     command.check_writable(json_file)
-    content = read_text_file(text)
+    content = read_text_file(text or files("engine") / "data" / "heldout.txt")
     options = {"backend": backend, "dtype": dtype}
     opened, _ = command.open_model(model, threads, drop=drop, keep=keep, **options)
     second = command.open_model(against, threads, **options)[0].runtime if against else None

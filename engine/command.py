@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -43,7 +43,7 @@ def execute(app: Callable[[], Any]) -> None:
         refuse(error)
 
 
-def refuse(error: Exception) -> None:
+def refuse(error: Exception) -> NoReturn:
     print(f"engine: {error}", file=sys.stderr)
     sys.exit(2)
 

@@ -77,22 +77,18 @@ def run(
         raise InputError("--prompt, --prompt-file and --prompt-tokens exclude each other")
 
     from engine.benchmark import benchmark
-    from engine.generate import Options
     from engine.text import read_text_file
 
-    sampling = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-    }
-    options = Options(
+    options = as_options(
         max_new_tokens=new_tokens,
         ignore_eos=ignore_eos or prompt_tokens is not None,
-        stop=stop or (),
+        stop=stop,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
-        **{name: value for name, value in sampling.items() if value is not None},
     )
     if prompt_file is not None:
         prompt = read_text_file(prompt_file)
@@ -116,6 +112,13 @@ def run(
     )
     print("\n")
     report(record, json_file)
+
+
+def as_options(**given: Any):
+    """`Options` with its own defaults where nothing is given."""
+    from engine.generate import Options
+
+    return Options(**{name: value for name, value in given.items() if value is not None})
 
 
 def as_prompt(text, prompt: str, chat: bool | None) -> str | list[dict[str, str]]:
@@ -158,7 +161,7 @@ def table(record: "RunRecord"):
     r, other = record, record.compare
     out = Table(show_header=other is not None, pad_edge=False)
     for name in ("", "engine", *((other["name"], "ratio") if other else ())):
-        out.add_column(name, justify="left" if not name else "right")
+        out.add_column(name, justify="right" if name else "left", overflow="fold")
 
     def row(name: str, value: str, theirs: str = "", ratio: float | None = None) -> None:
         extra = (theirs, "" if ratio is None else f"{ratio:.2f}x") if other else ()

@@ -10,6 +10,7 @@ class FakeCache:
     def __init__(self, batch: int, capacity: int):
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self.capacity = capacity
+        self.nbytes = batch * capacity * 8
 
 
 class FakeRuntime:
@@ -17,6 +18,8 @@ class FakeRuntime:
 
     name = "fake"
     device = torch.device("cpu")
+    dtype = torch.float32
+    weight_bytes = weight_bytes_per_token = 16384
 
     def __init__(self, seed: int, vocab_size: int = 64, max_context: int = 256, eos_ids=()):
         rng = torch.Generator().manual_seed(seed)
@@ -24,6 +27,9 @@ class FakeRuntime:
             vocab_size=vocab_size,
             max_context=max_context,
             eos_ids=tuple(eos_ids),
+            family="fake",
+            layers=tuple(SimpleNamespace(layer=layer) for layer in (0, 1, 4)),
+            total_layers=5,
             whole_prefill=False,
             rope_switch=None,
         )
@@ -58,6 +64,7 @@ class FakeText:
     vocabulary: list[str]
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
+    chat_template: str | None = None
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         start = [self.bos_id] if add_special and self.bos_id is not None else []
