@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from engine import generate as generation
+from engine import generation
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoint.locate import locate
 from engine.config import ModelConfig

@@ -9,7 +9,7 @@ import torch
 
 from engine import machine
 from engine.artifacts import Artifact
-from engine.generate import Generation, Options, Step, Timings, generate, rate_tok_s
+from engine.generation import Generation, Options, Step, Timings, generate, rate_tok_s
 from engine.layers import format_layers
 
 WARMUP_TOKENS = 8  # of a warm-up run; its prompt runs in full

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import InputError
-from engine.generate import Timings
+from engine.generation import Timings
 
 
 class TransformersPeer:

@@ -116,7 +116,7 @@ def run(
 
 def as_options(**given: Any):
     """`Options` with its own defaults where nothing is given."""
-    from engine.generate import Options
+    from engine.generation import Options
 
     return Options(**{name: value for name, value in given.items() if value is not None})
 
@@ -132,7 +132,7 @@ def as_prompt(text, prompt: str, chat: bool | None) -> str | list[dict[str, str]
 
 def open_peer(model, prompt: Any, options, batch: int):
     """transformers on the same ids and layers; greedy only, or outputs could not be compared."""
-    from engine.generate import encode_prompt
+    from engine.generation import encode_prompt
     from engine.peer import TransformersPeer
 
     if options.temperature or options.repetition_penalty != 1:

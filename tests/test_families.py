@@ -75,7 +75,7 @@ def test_left_padding(pair):
 
 @torch.no_grad()
 def test_64_greedy_tokens(pair):
-    from engine.generate import Options, stream_steps
+    from engine.generation import Options, stream_steps
 
     model, runtime, ids = pair
     prompt = ids[:1, :30]

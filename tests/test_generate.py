@@ -8,8 +8,9 @@ from fake import FakeRuntime, FakeText
 from hypothesis import given
 from hypothesis import strategies as st
 
+import engine.backend
 from engine.errors import InputError
-from engine.generate import (
+from engine.generation import (
     PREFILL_CHUNK,
     Options,
     StopStrings,
@@ -141,6 +142,10 @@ def test_interruption_leaves_the_runtime_usable(rng):
     assert len(steps) == 3
     again = generate(runtime, text, [prompt], Options(max_new_tokens=6))
     assert again[0].token_ids == expected[0].token_ids
+
+
+def test_no_module_hides_the_function_of_the_package():
+    assert callable(engine.generate) and callable(engine.load)
 
 
 def test_timings(rng):

@@ -14,7 +14,7 @@ from engine.benchmark import RunRecord, Speed, benchmark
 from engine.cli import app
 from engine.errors import InputError
 from engine.evaluate import Evaluation
-from engine.generate import Options, Timings, generate
+from engine.generation import Options, Timings, generate
 
 testing = pytest.importorskip("typer.testing")
 LETTERS = [chr(ord("a") + i % 26) for i in range(64)]
