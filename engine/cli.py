@@ -1,6 +1,5 @@
 """The `engine` command."""
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
@@ -52,10 +51,10 @@ def evaluate(
     import json
 
     from engine.evaluate import evaluate as measure
-    from engine.text import read_text_file
+    from engine.text import heldout_text, read_text_file
 
     command.check_writable(json_file)
-    content = read_text_file(text or files("engine") / "data" / "heldout.txt")
+    content = heldout_text() if text is None else read_text_file(text)
     options = {"backend": backend, "dtype": dtype}
     opened, _ = command.open_model(model, threads, drop=drop, keep=keep, **options)
     second = command.open_model(against, threads, **options)[0].runtime if against else None

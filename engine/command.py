@@ -31,6 +31,7 @@ JsonFile = Annotated[
 
 def execute(app: Callable[[], Any]) -> None:
     """Runs a typer app; what the user can mend becomes one line on stderr and exit code 2."""
+    sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal cannot show
     try:
         app()
     except InputError as error:
@@ -60,11 +61,12 @@ def open_model(ref: str, threads: int | None, **options: Any) -> tuple["Model", 
 
     import torch
 
-    from engine.backend import load
+    from engine.backend import choose_backend, load
     from engine.checkpoint.locate import locate
 
     if threads is not None:
         torch.set_num_threads(threads)
+    choose_backend(options.get("backend"))  # refused before anything is downloaded
     path = locate(ref)
     start = time.perf_counter()
     model = load(path, **options)

@@ -5,8 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from engine.errors import InputError
+
+# No deadline: a test on a busy machine is slow, not wrong. The blob reproduces a failure.
+settings.register_profile("shallow", deadline=None, print_blob=True)
+settings.load_profile("shallow")
 
 
 @pytest.fixture

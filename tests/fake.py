@@ -49,7 +49,8 @@ class FakeRuntime:
                     continue
                 seen.append(token)
                 assert len(seen) <= cache.capacity, "more tokens than the capacity asked for"
-                out[row, column] = self.logits(seen)
+                if logits == "all" or column == len(ids) - 1:
+                    out[row, column] = self.logits(seen)
         return out if logits == "all" else out[:, -1:]
 
     def logits(self, ids: list[int]) -> torch.Tensor:
