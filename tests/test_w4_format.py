@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed import every_spec, random_packed, spec_id
 
+from engine.kernels import native
 from engine.kernels.w4.format import (
     GROUPS,
     Packed,
@@ -68,25 +69,25 @@ def test_unpack_is_the_formula(spec, permuted, rng):
 @pytest.mark.parametrize("permuted", [False, True], ids=["", "permuted"])
 @pytest.mark.parametrize("spec", every_spec(), ids=spec_id)
 def test_cpp_unpacks_the_same_bits(spec, permuted, shape, rng):
-    native = pytest.importorskip("engine._cpu", reason="the native CPU extension is not built")
+    cpu = native.load("cpu")
     packed = random_packed(rng, *shape, spec, permuted)
     guard = 64
     out = torch.full((packed.shape[0] * packed.shape[1] + guard,), torch.nan)
-    native.w4_unpack(native.W4Matrix(**packed.native_fields()), out.data_ptr())
+    cpu.w4_unpack(cpu.W4Matrix(**packed.native_fields()), out.data_ptr())
     assert same_bits(out[:-guard].view(shape), unpack(packed))
     assert out[-guard:].isnan().all(), "wrote past the end"
 
 
 def test_cpp_reads_every_half_and_bfloat(rng):
     """All 65536 bit patterns as scales of one-code rows, subnormals and infinities included."""
-    native = pytest.importorskip("engine._cpu", reason="the native CPU extension is not built")
+    cpu = native.load("cpu")
     patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
         scales = patterns.view(dtype)[:, None]
         codes = pack_codes(torch.full((len(patterns), 1), 9, dtype=torch.uint8), 4)
         packed = Packed(Spec(4, 0, "symmetric", dtype), (len(patterns), 1), codes, scales)
         out = torch.empty(packed.shape)
-        native.w4_unpack(native.W4Matrix(**packed.native_fields()), out.data_ptr())
+        cpu.w4_unpack(cpu.W4Matrix(**packed.native_fields()), out.data_ptr())
         expected, nan = scales.float(), scales.isnan()
         assert torch.equal(out.isnan(), nan)
         assert same_bits(out[~nan], expected[~nan])
@@ -102,9 +103,9 @@ def test_pack_codes_round_trip(bits, k, rng):
     packed = Packed(spec, (3, k), rows, torch.ones(3, 1).half())
     assert torch.equal(unpack_codes(packed), codes)
     assert not rows[:, -(-k * bits // 8) :].any(), "padding codes are zero"
-    native = pytest.importorskip("engine._cpu", reason="the native CPU extension is not built")
+    cpu = native.load("cpu")
     ours = torch.full_like(rows, 255)
-    native.w4_pack(codes.contiguous().data_ptr(), 3, k, bits, ours.data_ptr())
+    cpu.w4_pack(codes.contiguous().data_ptr(), 3, k, bits, ours.data_ptr())
     assert torch.equal(ours, rows)
 
 

@@ -1,10 +1,10 @@
 // defines: engine._cpu.W4Matrix, w4_unpack, w4_pack
-#include <pybind11/pybind11.h>
+#include "w4.h"
 
 #include <stdexcept>
 #include <string>
 
-#include "../w4.h"
+#include "cpu/bindings.h"
 
 namespace py = pybind11;
 
