@@ -30,9 +30,7 @@ def test_read_bandwidth_takes_the_smallest_buffer():
     assert native.load("cpu").read_bandwidth(bytes=2 * 4096, threads=2, passes=1) > 0
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"bytes": 4095}, {"bytes": -1}, {"threads": 0}, {"threads": 1025}, {"passes": 0}]
-)
+@pytest.mark.parametrize("wrong", [{"bytes": 4095}, {"bytes": -1}, {"threads": 0}, {"passes": 0}])
 def test_read_bandwidth_names_what_is_wrong(wrong):
     given = {"bytes": 1 << 20, "threads": 1, "passes": 1} | wrong
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}"):

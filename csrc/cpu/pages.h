@@ -1,5 +1,4 @@
 // Zeroed memory in huge pages where the system gives them, else in small ones.
-// Weights read once per token gain a third of bandwidth from it: fewer page walks.
 #pragma once
 
 #include <sys/mman.h>
@@ -15,6 +14,7 @@ class Pages {
     static constexpr size_t kHuge = size_t{2} << 20;  // bytes of a huge page, and the alignment
 
     explicit Pages(size_t bytes) : mapped_(bytes + kHuge) {
+        if (bytes > SIZE_MAX / 2) throw std::bad_alloc();
         base_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (base_ == MAP_FAILED) throw std::bad_alloc();
         const auto address = reinterpret_cast<uintptr_t>(base_);
