@@ -68,10 +68,10 @@ def commit() -> str | None:
 
 def versions() -> dict[str, str]:
     """Of Python, torch and this engine."""
-    import engine
+    from engine import __version__
 
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "engine": engine.__version__,
+        "engine": __version__,
     }
