@@ -5,4 +5,5 @@ PYBIND11_MODULE(_cpu, m) {
     bind_features(m);
     bind_bandwidth(m);
     bind_w4_format(m);
+    bind_angular(m);
 }

@@ -1,0 +1,252 @@
+// The angular kernel, once; angular_<isa>.cpp include it after defining their vectors. Everything
+// has internal linkage, so that no copy compiled for one instruction set stands in for another.
+//
+// A vector type V holds W lanes of V::Lane and gives
+//   Vector load(const Lane*)  Vector load(const T*)  for the input types T, converting
+//   Vector zero()  Vector fma(a, b, c)  void store(Lane*, Vector)
+//   void fold(double* sums, Vector)   adds the lanes to kSumLanes float64 running sums
+//   kRows: side of the register tile     kBlock: features between two folds
+// Wide has float64 lanes. Narrow has float32 lanes and serves 16-bit inputs, whose products are
+// exact in float32; its sums are folded after 16 terms a lane.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/angular.h"
+
+namespace shallow {
+namespace {
+
+// Narrow sums err by up to 3e-7 of the norms, and an angle by that over its sine: pairs nearer than
+// 0.2 radians to parallel or opposite are computed again, in float64.
+constexpr double kCloseCosine2 = 0.96;
+// Beyond these squared norms, float32 squares of features may overflow or lose digits.
+constexpr double kLeastSquare = 1e-20, kMostSquare = 1e30;
+
+struct AlignedFree {
+    void operator()(double* p) const { ::operator delete[](p, std::align_val_t{64}); }
+};
+using Buffer = std::unique_ptr<double[], AlignedFree>;
+
+Buffer aligned(size_t doubles) {
+    return Buffer(new (std::align_val_t{64}) double[doubles]);
+}
+
+// sums[r][c] += a[r] . b[c] over n features, n a multiple of W; rows are kBlock apart.
+template <class V, int R, int C>
+void tile(const typename V::Lane* a, const typename V::Lane* b, int n, double* sums) {
+    typename V::Vector s[R][C];
+    for (auto& row : s)
+        for (auto& sum : row) sum = V::zero();
+    for (int k = 0; k < n; k += V::W) {
+        typename V::Vector y[C];
+        for (int c = 0; c < C; ++c) y[c] = V::load(b + c * V::kBlock + k);
+        for (int r = 0; r < R; ++r) {
+            const auto x = V::load(a + r * V::kBlock + k);
+            for (int c = 0; c < C; ++c) s[r][c] = V::fma(x, y[c], s[r][c]);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) V::fold(sums + (r * C + c) * kSumLanes, s[r][c]);
+}
+
+template <class V>
+using Tile = void (*)(const typename V::Lane*, const typename V::Lane*, int, double*);
+
+template <class V, int R = V::kRows, int C = V::kRows>
+Tile<V> tile_of(int rows, int columns) {
+    if constexpr (R > 1)
+        if (rows < R) return tile_of<V, R - 1, C>(rows, columns);
+    if constexpr (C > 1)
+        if (columns < C) return tile_of<V, R, C - 1>(rows, columns);
+    return tile<V, R, C>;
+}
+
+// Reads n features, writes them rounded up to whole vectors with zeros; returns that length.
+template <class V, class T>
+int stage(const T* source, int n, typename V::Lane* target) {
+    int k = 0;
+    for (; k + V::W <= n; k += V::W) V::store(target + k, V::load(source + k));
+    if (k < n) {
+        T rest[V::W] = {};
+        std::memcpy(rest, source + k, (n - k) * sizeof(T));
+        V::store(target + k, V::load(rest));
+        k += V::W;
+    }
+    return k;
+}
+
+// One sample at a time: its Gram matrix, then the distances.
+template <class T>
+class Sampler {
+public:
+    explicit Sampler(const AngularJob& job)
+        : job_(job), R_(job.R), strips_((R_ + Wide::kRows - 1) / Wide::kRows),
+          stage_(aligned(size_t(R_) * std::max<size_t>(Wide::kBlock, Narrow::kBlock))),
+          lanes_(aligned(size_t(strips_) * (strips_ + 1) / 2 * kTileDoubles)),
+          gram_(aligned(size_t(R_) * R_)), inverse_(aligned(R_)), marked_(strips_ * strips_) {}
+
+    void run(int64_t sample, double* sums) {
+        const double weight = job_.weights ? job_.weights[sample] : 1;
+        if (weight == 0) {
+            for (int i = 0; i < R_; ++i) job_.squares[i * job_.B + sample] = 1;
+            if (job_.values) std::fill_n(job_.values + sample * pairs(), pairs(), 0.0);
+            return;
+        }
+        std::fill(marked_.begin(), marked_.end(), 1);
+        if constexpr (sizeof(T) == 2 && !std::is_same_v<Wide, Narrow>) {
+            gram<Narrow>(sample);
+            if (mark_doubtful()) gram<Wide>(sample);
+        } else {
+            gram<Wide>(sample);
+        }
+        finish(sample, weight, sums);
+    }
+
+private:
+    static constexpr int kTileDoubles = Wide::kRows * Wide::kRows * kSumLanes;
+    static_assert(Wide::kRows == Narrow::kRows);
+
+    int64_t pairs() const { return int64_t(R_) * (R_ - 1) / 2; }
+    // Strips differ by at most one row: no thin tiles, whose sums would wait for one another.
+    int start(int strip) const { return strip * R_ / strips_; }
+    char& marked(int i, int j) { return marked_[i * strips_ + j]; }
+
+    // Computes the Gram matrix of the marked tiles.
+    template <class V>
+    void gram(int64_t sample) {
+        auto* staged = reinterpret_cast<typename V::Lane*>(stage_.get());
+        std::fill_n(lanes_.get(), size_t(strips_) * (strips_ + 1) / 2 * kTileDoubles, 0.0);
+        for (int64_t d = 0; d < job_.D; d += V::kBlock) {
+            const int n = int(std::min<int64_t>(V::kBlock, job_.D - d));
+            int length = 0;
+            for (int s = 0; s < strips_; ++s)
+                for (int i = start(s); marked(s, s) && i < start(s + 1); ++i)
+                    length = read<V>(i, sample, d, n, staged + i * V::kBlock);
+            each_tile([&](int i, int j, int rows, int columns, double* lanes) {
+                const auto multiply = tile_of<V>(rows, columns);
+                multiply(staged + i * V::kBlock, staged + j * V::kBlock, length, lanes);
+            });
+        }
+        each_tile([&](int i, int j, int rows, int columns, const double* lanes) {
+            for (int r = 0; r < rows; ++r)
+                for (int c = 0; c < columns; ++c, lanes += kSumLanes) {
+                    double sum = 0;
+                    for (int lane = 0; lane < kSumLanes; ++lane) sum += lanes[lane];
+                    gram_[(i + r) * R_ + j + c] = sum;
+                }
+        });
+    }
+
+    template <class V>
+    int read(int i, int64_t sample, int64_t d, int n, typename V::Lane* target) {
+        const T* source = static_cast<const T*>(job_.rows[i]) + sample * job_.strides[i] + d;
+        const char* next = reinterpret_cast<const char*>(source + V::kBlock);
+        for (int byte = 0; byte < V::kBlock * int(sizeof(T)); byte += 64)
+            __builtin_prefetch(next + byte, 0, 2);
+        return stage<V>(source, n, target);
+    }
+
+    template <class Body>
+    void each_tile(Body&& body) {
+        double* lanes = lanes_.get();
+        for (int i = 0; i < strips_; ++i)
+            for (int j = i; j < strips_; ++j, lanes += kTileDoubles)
+                if (marked(i, j))
+                    body(start(i), start(j), start(i + 1) - start(i), start(j + 1) - start(j), lanes);
+    }
+
+    // Marks the tiles that float32 sums do not settle, with the norms they need; false for none.
+    bool mark_doubtful() {
+        std::fill(marked_.begin(), marked_.end(), 0);
+        bool any = false;
+        for (int s = 0; s < strips_; ++s)
+            for (int t = s; t < strips_; ++t)
+                if (doubtful(s, t)) {
+                    marked(s, t) = marked(s, s) = marked(t, t) = 1;
+                    any = true;
+                }
+        return any;
+    }
+
+    bool doubtful(int s, int t) const {
+        for (int i = start(s); i < start(s + 1); ++i)
+            for (int j = std::max(i, start(t)); j < start(t + 1); ++j) {
+                const double ii = gram_[i * R_ + i], jj = gram_[j * R_ + j], ij = gram_[i * R_ + j];
+                const bool plain = ii > kLeastSquare && ii < kMostSquare &&
+                                   jj > kLeastSquare && jj < kMostSquare;
+                if (!plain || (i != j && !(ij * ij <= kCloseCosine2 * ii * jj))) return true;
+            }
+        return false;
+    }
+
+    void finish(int64_t sample, double weight, double* sums) {
+        for (int i = 0; i < R_; ++i) {
+            const double square = gram_[i * R_ + i];
+            job_.squares[i * job_.B + sample] = square;
+            inverse_[i] = 1 / std::sqrt(square);
+        }
+        const int64_t P = pairs();
+        double* value = job_.values ? job_.values + sample * P : nullptr;
+        for (int i = 0; i < R_ - 1; ++i) {
+            const double* row = gram_.get() + i * R_;
+            for (int j = i + 1; j < R_; ++j, ++sums) {
+                const double cosine = row[j] * inverse_[i] * inverse_[j];
+                const double distance = turn(cosine);
+                const double apart = row[i] + gram_[j * R_ + j] - 2 * row[j];
+                sums[0] += weight * distance;
+                sums[P] += weight * distance * distance;
+                sums[2 * P] += weight * cosine;
+                sums[3 * P] += weight * std::sqrt(std::max(apart, 0.0)) * inverse_[j];
+                if (value) *value++ = distance;
+            }
+        }
+    }
+
+    // arccos(cosine) / pi; the rational function is fdlibm's for arcsin on [0, 0.5].
+    static double turn(double cosine) {
+        const double a = std::min(std::fabs(cosine), 1.0);
+        const bool central = a < 0.5;
+        const double z = central ? a * a : (1 - a) / 2;
+        const double s = central ? a : std::sqrt(z);
+        const double p = z * (0.16666666666666666 + z * (-0.3255658186224009 +
+            z * (0.20121253213486293 + z * (-0.04005553450067941 +
+            z * (7.915349942898145e-4 + z * 3.479331075960212e-5)))));
+        const double q = 1 + z * (-2.403394911734414 + z * (2.0209457602335057 +
+            z * (-0.6882839716054533 + z * 0.07703815055590194)));
+        const double arcsine = s + s * (p / q);
+        const double angle = (central ? kPi / 2 - arcsine : 2 * arcsine) / kPi;
+        return cosine < 0 ? 1 - angle : angle;
+    }
+
+    static constexpr double kPi = 3.14159265358979323846;
+    const AngularJob& job_;
+    const int R_, strips_;
+    Buffer stage_, lanes_, gram_, inverse_;
+    std::vector<char> marked_;  // (strips, strips): tiles to compute
+};
+
+template <class T>
+void run_samples(const AngularJob& job, int64_t begin, int64_t end, double* sums) {
+    Sampler<T> sampler(job);
+    for (int64_t sample = begin; sample < end; ++sample) sampler.run(sample, sums);
+}
+
+void run_typed(const AngularJob& job, int64_t begin, int64_t end, double* sums) {
+    switch (job.type) {
+        case Float::f64: return run_samples<double>(job, begin, end, sums);
+        case Float::f32: return run_samples<float>(job, begin, end, sums);
+        case Float::f16: return run_samples<Half>(job, begin, end, sums);
+        case Float::bf16: return run_samples<Bfloat>(job, begin, end, sums);
+    }
+}
+
+}  // namespace
+}  // namespace shallow
