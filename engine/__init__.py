@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from engine.backend import Model
 
 __version__ = "0.1.0"
-__all__ = ["load"]
+__all__ = ["generate", "load"]
 
 
 def load(ref: str = "smollm2-135m", **options: Any) -> "Model":
@@ -22,3 +22,8 @@ def load(ref: str = "smollm2-135m", **options: Any) -> "Model":
     from engine.backend import load as open_model
 
     return open_model(ref, **options)
+
+
+def generate(prompt: Any, ref: str = "smollm2-135m", **options: Any):
+    """One call from prompt to text: loads `ref` and completes `prompt`; see `Model.generate`."""
+    return load(ref).generate(prompt, **options)
