@@ -45,12 +45,13 @@ def test_cached_steps(pair):
     model, runtime, ids = pair
     cut = LENGTH - 20
     output = model(ids[:, :cut], use_cache=True)
+    held = "cache" if "cache" in output else "past_key_values"  # renamed in transformers 5
     references = [output.logits]
     cache = runtime.new_cache(2)
     got = [runtime.forward(ids[:, :cut], cache, logits="all")]
     for step in [*range(cut, LENGTH - 4), slice(LENGTH - 4, LENGTH)]:  # singles, then four at once
         piece = ids[:, step] if isinstance(step, slice) else ids[:, step : step + 1]
-        output = model(piece, past_key_values=output.past_key_values, use_cache=True)
+        output = model(piece, use_cache=True, **{held: output[held]})
         references.append(output.logits)
         got.append(runtime.forward(piece, cache, logits="all"))
     assert_close("cached logits", torch.cat(references, 1), torch.cat(got, 1), BOUND)

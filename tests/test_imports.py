@@ -22,7 +22,7 @@ model
 stream
 measure plan budget quantize heal export score
 runtime
-generate
+generation
 backend
 benchmark command evaluate peer plot
 run
