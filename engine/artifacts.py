@@ -109,7 +109,7 @@ class Profile(Artifact):
     `distances[count - 1][start]` is the mean angular distance (0..1, 1 = opposite) between
     boundary `start` and boundary `start + count`, each a running number of the profiled model;
     `standard_errors` has the same shape. `influence[l]` is 1 - mean cosine across layer l
-    (ShortGPT), `magnitude[l]` the mean of |x_out - x_in| / |x_in|.
+    (ShortGPT), `magnitude[l]` the mean of |x_out - x_in| / |x_out|.
     """
 
     kind: ClassVar[str] = "profile"

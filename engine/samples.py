@@ -1,0 +1,132 @@
+"""Calibration samples: token ids from a text, a directory, a JSONL or parquet column, a hub set."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from engine.errors import InputError
+from engine.text import Text, default_text, read_text_file
+
+TEXT_SUFFIXES = (".txt", ".md")
+
+
+def read_samples(
+    source: str | None,
+    text: Text,
+    length: int,
+    *,
+    count: int | None = None,
+    column: str = "text",
+    split: str = "train",
+    bos: bool | None = None,
+) -> tuple[list[list[int]], bool]:
+    """(samples of at most `length` tokens, do they begin with BOS?).
+
+    `source`: a text file or a directory of them, cut into consecutive samples of `length` tokens;
+    a .jsonl or .parquet file, one sample a row from `column`, the first `length` tokens of each;
+    "hub:NAME", a dataset of the Hugging Face hub (the extra `heal` brings `datasets`), likewise;
+    None, the built-in prose. `bos` puts BOS first; by default where the tokenizer has the habit.
+    `count` takes the first so many. InputError when nothing is there to read.
+    """
+    if length < 1:
+        raise InputError(f"length: expected at least 1 token, found {length}")
+    if count is not None and count < 1:
+        raise InputError(f"samples: expected at least 1, found {count}")
+    prefix = _prefix(text, bos)
+    room = length - len(prefix)
+    if room < 1:
+        raise InputError(f"length: {length} leaves no room beside BOS")
+    where = source or "the built-in text"
+    samples: list[list[int]] = []
+    for piece in _pieces(source, column, split):
+        ids = text.encode(piece, add_special=False)
+        whole = _is_running_text(source)
+        starts = range(0, len(ids) - room + 1, room) if whole else range(min(len(ids), 1))
+        samples += [prefix + ids[start : start + room] for start in starts]
+        if count is not None and len(samples) >= count:
+            break
+    if not samples:
+        raise InputError(f"{where}: too short for one sample of {length} tokens")
+    if count is not None and len(samples) < count:
+        raise InputError(f"{where}: expected {count} samples of {length}, found {len(samples)}")
+    return samples[:count], bool(prefix)
+
+
+def _prefix(text: Text, bos: bool | None) -> list[int]:
+    if bos and text.bos_id is None:
+        raise InputError("bos: the tokenizer has no BOS token")
+    habit = text.bos_id is not None and text.encode("a")[:1] == [text.bos_id]
+    return [text.bos_id] if (habit if bos is None else bos) else []
+
+
+def _is_running_text(source: str | None) -> bool:
+    return source is None or not source.endswith((".jsonl", ".parquet")) and source[:4] != "hub:"
+
+
+def _pieces(source: str | None, column: str, split: str) -> Iterator[str]:
+    if source is None:
+        yield default_text()
+    elif source.startswith("hub:"):
+        yield from _hub_rows(source, column, split)
+    elif source.endswith(".jsonl"):
+        yield from _jsonl_rows(Path(source), column)
+    elif source.endswith(".parquet"):
+        yield from _parquet_rows(Path(source), column)
+    elif Path(source).is_dir():
+        files = sorted(p for p in Path(source).rglob("*") if p.suffix in TEXT_SUFFIXES)
+        if not files:
+            raise InputError(f"{source}: expected files {', '.join(TEXT_SUFFIXES)}, found none")
+        yield "\n\n".join(read_text_file(file) for file in files)
+    else:
+        yield read_text_file(source)
+
+
+def _jsonl_rows(path: Path, column: str) -> Iterator[str]:
+    for number, line in enumerate(read_text_file(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: line {number}: not valid JSON ({error})") from error
+        columns = list(row) if isinstance(row, dict) else []
+        yield _value(row.get(column) if columns else None, column, columns, f"{path}:{number}")
+
+
+def _parquet_rows(path: Path, column: str) -> Iterator[str]:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError:
+        raise InputError(f"{path}: parquet needs pyarrow: pip install 'shallow[heal]'") from None
+    try:
+        file = parquet.ParquetFile(path)
+    except (OSError, ArrowInvalid) as error:
+        raise InputError(f"{path}: not readable as parquet ({error})") from error
+    names = file.schema_arrow.names
+    if column not in names:
+        _value(None, column, names, str(path))
+    for batch in file.iter_batches(columns=[column]):
+        for row in batch.column(0).to_pylist():
+            yield _value(row, column, names, str(path))
+
+
+def _hub_rows(source: str, column: str, split: str) -> Iterator[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise InputError(f"{source}: needs datasets: pip install 'shallow[heal]'") from None
+    try:
+        rows = load_dataset(source.removeprefix("hub:"), split=split, streaming=True)
+        for row in rows:
+            yield _value(row.get(column), column, list(row), source)
+    except InputError:
+        raise
+    except Exception as error:  # whatever the hub, the network or the dataset's files bring up
+        raise InputError(f"{source}: {type(error).__name__}: {error}") from error
+
+
+def _value(value: object, column: str, columns: Sequence[str], where: str) -> str:
+    if not isinstance(value, str):
+        found = "a column that is not text" if column in columns else ", ".join(columns) or "none"
+        raise InputError(f"{where}: expected a text column {column!r}, found {found}")
+    return value
