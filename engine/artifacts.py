@@ -158,6 +158,21 @@ class Profile(Artifact):
         row = [self.distance(start, count) for start in range(len(self.layers) - count + 1)]
         return min(range(len(row)), key=row.__getitem__)
 
+    def rescaled(self, count: int) -> list[float]:
+        """The row of the heat map: distances of all blocks of `count`, shifted and scaled to 0..1.
+
+        A row whose distances are all equal is 0 throughout.
+        """
+        row = [self.distance(start, count) for start in range(len(self.layers) - count + 1)]
+        low, span = min(row), max(row) - min(row)
+        return [(value - low) / span if span else 0.0 for value in row]
+
+    def slot(self, layer: int) -> int:
+        """Where a layer of the checkpoint stands in the profiled model."""
+        if layer not in self.layers:
+            raise InputError(f"layer {layer} is not among the profiled layers of {self.model}")
+        return self.layers.index(layer)
+
 
 @dataclass(frozen=True)
 class Plan(Artifact):

@@ -1,5 +1,6 @@
 """`import engine` as a backend: a loaded model that generates, streams and gives logits."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 
 from engine import generation
+from engine.artifacts import Plan
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoint.locate import locate
 from engine.config import ModelConfig
@@ -15,6 +17,7 @@ from engine.errors import InputError
 from engine.layers import kept_layers
 from engine.runtime import Runtime
 from engine.text import Text, load_text
+from engine.weights import lineage_hash
 
 DTYPES = {
     "float32": torch.float32,
@@ -83,7 +86,7 @@ class Model:
 def load(
     ref: str | Path = "smollm2-135m",
     *,
-    drop: str | Iterable[int] | None = None,
+    drop: str | Iterable[int] | Plan | None = None,
     keep: str | Iterable[int] | None = None,
     backend: str | None = None,
     dtype: torch.dtype | str | None = None,
@@ -93,7 +96,7 @@ def load(
     """Opens a model: a directory, a .gguf file, a hub id, or the default by name.
 
     `drop` and `keep` are layers of the checkpoint ("20-24", "3,7,21-25", or numbers); those not
-    kept are never read. `backend` is one of BACKENDS, chosen by the machine when None. `dtype` is
+    kept are never read. `drop` may be a Plan. `backend` is one of BACKENDS, chosen by the machine when None. `dtype` is
     a torch dtype or its name: by default the checkpoint's on a GPU, float32 on a CPU. Raises
     `InputError` with one sentence for whatever the caller can mend.
     """
@@ -101,13 +104,40 @@ def load(
     device = choose_device(device)
     path = locate(str(ref))
     checkpoint = open_checkpoint(path)
-    config = checkpoint.config
-    config = config.keep(kept_layers(config.total_layers, drop, keep))
+    config = choose_layers(checkpoint, drop, keep)
     dtype = choose_dtype(dtype, checkpoint, device)
 
     from engine.runtime.reference import ReferenceRuntime
 
     return Model(path, ReferenceRuntime.load(checkpoint, config, device, dtype, progress))
+
+
+def choose_layers(
+    checkpoint: Checkpoint,
+    drop: str | Iterable[int] | Plan | None = None,
+    keep: str | Iterable[int] | None = None,
+) -> ModelConfig:
+    """The checkpoint's config with the layers that stay.
+
+    A Plan made on another architecture is an InputError; on other weights of the same one, a
+    warning. Bits do not matter: a plan made on 16-bit weights drives a 4-bit copy.
+    """
+    config = checkpoint.config
+    if not isinstance(drop, Plan):
+        return config.keep(kept_layers(config.total_layers, drop, keep))
+    if keep is not None:
+        raise InputError("a plan and keep exclude each other; give one of them")
+    if drop.architecture != config.architecture_hash:
+        raise InputError(
+            f"the plan was made for {drop.model}, whose layers have other shapes than those of "
+            f"{checkpoint.path}"
+        )
+    if drop.lineage != lineage_hash(checkpoint, config):
+        warnings.warn(
+            f"the plan was made on other weights ({drop.model}) than {checkpoint.path} holds",
+            stacklevel=2,
+        )
+    return config.keep(drop.keep)
 
 
 def choose_backend(name: str | None) -> str:
@@ -133,7 +163,9 @@ def choose_device(device: torch.device | str | None) -> torch.device:
 
 
 def choose_dtype(
-    dtype: torch.dtype | str | None, checkpoint: Checkpoint, device: torch.device
+    dtype: torch.dtype | str | None,
+    checkpoint: Checkpoint,
+    device: torch.device = torch.device("cpu"),
 ) -> torch.dtype:
     """The dtype asked for; else the checkpoint's 16-bit one on a GPU, float32 on a CPU."""
     if dtype is None:

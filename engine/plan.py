@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from engine.artifacts import Profile
+from engine.artifacts import Plan, Profile
 from engine.errors import InputError
 
 Score = Callable[[tuple[int, ...]], float]  # kept slots, ascending -> loss or divergence
@@ -77,6 +77,41 @@ def influence(profile: Profile, count: int, protect: frozenset[int] = frozenset(
     free = sorted(set(range(total)) - protect, key=lambda layer: (profile.influence[layer], layer))
     chosen = sorted(free[:count])
     return Choice(tuple(chosen), sum(profile.influence[layer] for layer in chosen))
+
+
+def manual(slots: Sequence[int], total: int) -> Choice:
+    """Exactly these slots."""
+    drop = tuple(sorted(set(slots)))
+    if not drop or drop[0] < 0 or drop[-1] >= total or len(drop) >= total:
+        raise InputError(
+            f"drop: expected some but not all of the slots 0-{total - 1}, found {drop}"
+        )
+    return Choice(drop)
+
+
+def plan_from(
+    profile: Profile,
+    choice: Choice,
+    rule: str,
+    protect: frozenset[int] = frozenset(),
+    text_hash: str | None = None,
+) -> Plan:
+    """The Plan of a choice, in layers of the checkpoint. What the profile left out stays out."""
+    dropped = set(choice.drop)
+    keep = tuple(layer for slot, layer in enumerate(profile.layers) if slot not in dropped)
+    return Plan(
+        model=profile.model,
+        architecture=profile.architecture,
+        lineage=profile.lineage,
+        total_layers=profile.total_layers,
+        keep=keep,
+        rule=rule,
+        score=choice.score,
+        protect=tuple(sorted(profile.layers[slot] for slot in protect)),
+        profile=profile.hash,
+        text_hash=text_hash,
+        note=choice.note,
+    )
 
 
 def largest_count(profile: Profile, max_distance: float, protect: frozenset[int]) -> int:

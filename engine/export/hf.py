@@ -14,7 +14,19 @@ from engine.checkpoint import Checkpoint
 from engine.config import ModelConfig
 from engine.errors import InputError
 from engine.families import layer_tensors, outer_tensors
+from engine.text import load_text
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 SHARD_BYTES = 5_000_000_000
 # Rules that count layers from 0 would mean other layers after a cut; they become explicit lists.
 _RULES = ("sliding_window_pattern", "max_window_layers", "no_rope_layer_interval")
@@ -34,7 +46,6 @@ def prune(
     checkpoint: Checkpoint,
     config: ModelConfig,
     out: Path,
-    save_tokenizer: Callable[[Path], None],
     *,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -54,7 +65,7 @@ def prune(
     partial = out.with_name(out.name + ".partial")
     pruned = json.dumps(pruned_config(config, dtype), indent=2, sort_keys=True)
     _start(partial, pruned)
-    save_tokenizer(partial)
+    copy_tokenizer(checkpoint.path, partial)
     total = sum(_nbytes(item, dtype) for shard in shards for item in shard)
     done = 0
     for index, shard in enumerate(shards):
@@ -67,6 +78,17 @@ def prune(
     if len(shards) > 1:
         _write_index(partial, shards, total)
     partial.replace(out)
+
+
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """The tokenizer's files as they are, or written anew from the metadata of a GGUF."""
+    if not source.is_dir():
+        load_text(source).to_transformers().save_pretrained(out)
+        return
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            with replacing(out / name) as beside:
+                shutil.copyfile(source / name, beside)
 
 
 def items(config: ModelConfig) -> Iterator[Item]:
