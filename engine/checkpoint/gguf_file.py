@@ -133,8 +133,8 @@ class _Header:
         for _ in range(self._count("metadata pairs", _LEAST_PAIR_BYTES)):
             key = self._string("a metadata key")
             if key in values:
-                raise InputError(f"{self._path}: metadata {key!r} appears twice")
-            values[key] = self._value(f"metadata {key!r}")
+                raise InputError(f"{self._path}: metadata {key!r:.100} appears twice")
+            values[key] = self._value(f"metadata {key!r:.100}")
         return values
 
     def tensors(self, count: int, alignment: int) -> dict[str, GgufTensor]:
@@ -143,8 +143,8 @@ class _Header:
         for _ in range(count):
             name = self._string("a tensor name")
             if name in tensors:
-                raise InputError(f"{self._path}: tensor {name!r} appears twice")
-            tensors[name] = self._tensor(f"tensor {name!r}")
+                raise InputError(f"{self._path}: tensor {name!r:.100} appears twice")
+            tensors[name] = self._tensor(f"tensor {name!r:.100}")
         base = -(-self._at // alignment) * alignment
         placed = {
             name: GgufTensor(tensor.type, tensor.shape, base + tensor.offset)
