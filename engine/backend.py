@@ -95,10 +95,10 @@ def load(
 ) -> Model:
     """Opens a model: a directory, a .gguf file, a hub id, or the default by name.
 
-    `drop` and `keep` are layers of the checkpoint ("20-24", "3,7,21-25", or numbers); those not
-    kept are never read. `drop` may be a Plan. `backend` is one of BACKENDS, chosen by the machine when None. `dtype` is
-    a torch dtype or its name: by default the checkpoint's on a GPU, float32 on a CPU. Raises
-    `InputError` with one sentence for whatever the caller can mend.
+    `drop` and `keep` are layers of the checkpoint ("20-24", "3,7,21-25", or numbers), `drop` also
+    a Plan; those not kept are never read. `backend` is one of BACKENDS, chosen by the machine when
+    None. `dtype` is a torch dtype or its name: by default the checkpoint's on a GPU, float32 on a
+    CPU. Raises `InputError` with one sentence for whatever the caller can mend.
     """
     backend = choose_backend(backend)
     device = choose_device(device)
@@ -163,15 +163,18 @@ def choose_device(device: torch.device | str | None) -> torch.device:
 
 
 def choose_dtype(
-    dtype: torch.dtype | str | None,
-    checkpoint: Checkpoint,
-    device: torch.device = torch.device("cpu"),
+    dtype: torch.dtype | str | None, checkpoint: Checkpoint, device: torch.device
 ) -> torch.dtype:
     """The dtype asked for; else the checkpoint's 16-bit one on a GPU, float32 on a CPU."""
     if dtype is None:
         source = checkpoint.config.source
         stored = str(source.get("dtype") or source.get("torch_dtype")).removeprefix("torch.")
         return torch.float32 if device.type == "cpu" else DTYPES.get(stored, torch.float16)
+    return parse_dtype(dtype)
+
+
+def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A torch dtype or its name, one of DTYPES."""
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")

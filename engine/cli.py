@@ -7,6 +7,7 @@ import typer
 
 from engine import command
 from engine.command import Backend, Drop, Dtype, JsonFile, Keep, Threads
+from engine.layer_commands import plan, profile, prune
 from engine.run import run
 
 app = typer.Typer(
@@ -16,6 +17,9 @@ app = typer.Typer(
     help="Shallow: large language models with fewer layers and 4-bit weights.",
 )
 app.command("run")(run)
+app.command("profile")(profile)
+app.command("plan")(plan)
+app.command("prune")(prune)
 
 ModelArgument = Annotated[str, typer.Argument(help="Directory, .gguf file or hub id.")]
 

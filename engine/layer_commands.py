@@ -326,7 +326,7 @@ def prune(
 ) -> None:
     """Write the shallower model as an ordinary Hugging Face directory."""
     from engine.artifacts import Plan
-    from engine.backend import choose_dtype, choose_layers
+    from engine.backend import choose_layers, parse_dtype
     from engine.checkpoint import open_checkpoint
     from engine.checkpoint.locate import locate
     from engine.export.hf import prune as write
@@ -340,7 +340,7 @@ def prune(
             checkpoint,
             config,
             out,
-            dtype=choose_dtype(dtype, checkpoint) if dtype else None,
+            dtype=parse_dtype(dtype) if dtype else None,
             progress=progress,
         )
     print(f"{out}: {len(config.layers)} of {config.total_layers} layers")

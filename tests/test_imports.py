@@ -18,14 +18,14 @@ families rope
 hf_config
 checkpoint cache sample
 text weights
-model
+model samples
 stream
 measure plan budget quantize heal export score
 runtime
 generation
 backend
 benchmark command evaluate peer plot
-run
+layer_commands run
 cli
 __init__
 """.split("\n")
