@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from engine.text import default_text
+from engine.text import Text, default_text
 from engine.text.spm import BYTE, CONTROL, NORMAL, UNKNOWN
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>"]
@@ -27,6 +27,14 @@ SAMPLES = [
     "CamelCaseWords mixedUPPERlower o'clock aaaa aaaaa bbbbbbb",
     "▁already escaped ▁▁ and <0x41> \u00a0\u2003\u200b\ufeff.",
 ]
+
+
+SMOLLM = pre_tokenizers.Sequence(
+    [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
+)
 
 
 def prose() -> list[str]:
@@ -107,3 +115,19 @@ def train_spm(directory: Path, kind: str = "bpe", **options: Any) -> Path:
         **options,
     )
     return directory / "tokenizer.model"
+
+
+def comparable(sample: str) -> bool:
+    """sentencepiece takes special tokens in a text for text, `tokenizers` byte pieces for bytes."""
+    return not any(token in sample for token in (*SPECIAL, "<0x", "▁"))
+
+
+def same_as_transformers(text: Text, other) -> None:
+    for sample in SAMPLES:
+        ids = text.encode(sample)
+        assert ids == other(sample)["input_ids"], sample
+        assert text.encode(sample, add_special=False) == other.encode(
+            sample, add_special_tokens=False
+        ), sample
+        assert text.decode(ids, skip_special=False) == other.decode(ids), sample
+        assert text.decode(ids) == other.decode(ids, skip_special_tokens=True), sample

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from engine.errors import InputError
 from engine.text import spm
+from engine.text.damage import naming
 from engine.text.special import add_ends, add_special
 from engine.text.text import Text
 
@@ -105,7 +107,7 @@ class _Metadata:
         if value is None:
             return None
         value = list(value) if not isinstance(value, (str, bytes, int, float)) else [None]
-        if not all(isinstance(item, kind) for item in value):
+        if set(map(type, value)) - {kind}:
             raise InputError(
                 f"{self.where}: expected tokenizer.ggml.{name} to be an array of {kind.__name__}"
             )
@@ -121,10 +123,18 @@ class _Metadata:
             )
         return value
 
-    def mark_control(self, tokens: list[str | None]) -> None:
+    @property
+    def is_sentencepiece(self) -> bool:
+        return self.metadata.get("tokenizer.ggml.model") == "llama"
+
+    def of_type(self, *kinds: int) -> list[str]:
+        listed = zip(self.tokens, self.types, strict=True)
+        return [token for token, kind in listed if kind in kinds]
+
+    def mark_control(self, tokens: set[str]) -> None:
         """Files without types, or with wrong ones, still name the tokens that must not be text."""
         for token in tokens:
-            if token is not None and self.types[index := self.tokens.index(token)] == spm.NORMAL:
+            if self.types[index := self.tokens.index(token)] == spm.NORMAL:
                 self.types[index] = spm.CONTROL
 
     def token(self, name: str, default: int | None = None) -> str | None:
@@ -142,12 +152,13 @@ def _byte_level(data: _Metadata, split: _Split) -> Tokenizer:
     """A byte-level BPE: `data.tokens` and the merges in GPT-2's byte alphabet."""
     merges = [tuple(merge.split(" ", 1)) for merge in data.array("merges", str) or ()]
     vocabulary = {token: i for i, token in enumerate(data.tokens)}
-    for merge in merges:
-        if len(merge) != 2 or not all(part in vocabulary for part in (*merge, "".join(merge))):
-            raise InputError(
-                f"{data.where}: expected merges of two tokens into a third,"
-                f" found {' '.join(merge)!r:.80}"
-            )
+    # `tokenizers` panics, with a trace on stderr, where two tokens make none.
+    parts = chain.from_iterable(merges), map("".join, merges)
+    if set(map(len, merges)) - {2} or not all(map(vocabulary.__contains__, chain(*parts))):
+        raise InputError(
+            f"{data.where}: expected every entry of tokenizer.ggml.merges to be two tokens"
+            " that make a third, found otherwise"
+        )
     model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split.ignore_merges)
     tokenizer = Tokenizer(model)
     steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in split.patterns]
@@ -165,6 +176,30 @@ def _sentencepiece(data: _Metadata) -> Tokenizer:
     return spm.build(spm.Vocabulary(data.tokens, scores, data.types, prefix))
 
 
+def _tokenizer(data: _Metadata) -> tuple[Tokenizer, bool]:
+    """The model and its split into words, and whether it takes a BOS where the file is silent."""
+    model, pre = data.get("ggml.model", str), data.get("ggml.pre", str, "default")
+    if model == "llama":
+        return _sentencepiece(data), True
+    if model != "gpt2":
+        raise InputError(
+            f"{data.where}: expected tokenizer.ggml.model gpt2 or llama, found {model!r}"
+        )
+    if pre not in _SPLIT_OF:
+        known = ", ".join(sorted(_SPLIT_OF))
+        raise InputError(f"{data.where}: expected tokenizer.ggml.pre among {known}, found {pre!r}")
+    return _byte_level(data, _SPLIT_OF[pre]), _SPLIT_OF[pre].add_bos
+
+
+def _add_types(tokenizer: Tokenizer, data: _Metadata) -> None:
+    """Adds the special and the user-defined tokens that the file's token types name."""
+    # Phi-3's tags take the white space after them along, which GGUF has no field for.
+    phi3 = data.metadata.get("general.architecture") == "phi3" and data.is_sentencepiece
+    greedy = set(data.tokens) - {"<unk>", "<s>", "<|endoftext|>"} if phi3 else ()
+    special = data.of_type(spm.CONTROL, spm.UNKNOWN)
+    add_special(tokenizer, special, data.of_type(spm.USER_DEFINED), greedy)
+
+
 def text_from_gguf(metadata: Mapping[str, Any], where: str) -> Text:
     """The tokenizer in the metadata of a GGUF file; `where` names the file in errors.
 
@@ -172,38 +207,20 @@ def text_from_gguf(metadata: Mapping[str, Any], where: str) -> Text:
     or "llama" (sentencepiece, Gemma's too). Raises InputError for any other, for a file without
     a tokenizer, and for arrays and ids that contradict each other.
     """
-    model = metadata.get("tokenizer.ggml.model")
     data = _Metadata(metadata, where)
-    pre = data.get("ggml.pre", str, "default")
-    if model not in ("gpt2", "llama"):
-        raise InputError(f"{where}: expected tokenizer.ggml.model gpt2 or llama, found {model!r}")
-    if model == "gpt2" and pre not in _SPLIT_OF:
-        known = ", ".join(sorted(_SPLIT_OF))
-        raise InputError(f"{where}: expected tokenizer.ggml.pre among {known}, found {pre!r}")
-    defaults = {"bos_token": 1, "eos_token": 2, "unk_token": 0} if model == "llama" else {}
+    defaults = {"bos_token": 1, "eos_token": 2, "unk_token": 0} if data.is_sentencepiece else {}
     named = {name: data.token(key, defaults.get(name)) for name, key in _SPECIAL.items()}
     special = {name: token for name, token in named.items() if token is not None}
-    ends = [special.get("eos_token"), data.token("eot_token_id"), data.token("eom_token_id")]
-    data.mark_control([special.get("bos_token"), *ends])
+    ends = {special.get("eos_token"), data.token("eot_token_id"), data.token("eom_token_id")}
+    data.mark_control({special.get("bos_token"), *ends} - {None})
+    stops = ends - {None} | _ENDS.intersection(data.of_type(spm.CONTROL))
 
-    tokenizer = _sentencepiece(data) if model == "llama" else _byte_level(data, _SPLIT_OF[pre])
-    # Phi-3's tags swallow the white space after them, which GGUF has no field for.
-    phi3 = model == "llama" and metadata.get("general.architecture") == "phi3"
-    greedy = set(data.tokens) - {"<unk>", "<s>", "<|endoftext|>"} if phi3 else ()
-    add_special(tokenizer, data.tokens, data.types, greedy)
-    has_bos = "bos_token" in special and (model == "llama" or _SPLIT_OF[pre].add_bos)
-    add_bos = data.get("ggml.add_bos_token", bool, has_bos)
+    with naming(where):
+        tokenizer, bos = _tokenizer(data)
+    _add_types(tokenizer, data)
+    add_bos = data.get("ggml.add_bos_token", bool, bos and "bos_token" in special)
     add_eos = data.get("ggml.add_eos_token", bool, False)
-    if add_bos and "bos_token" not in special or add_eos and "eos_token" not in special:
-        raise InputError(
-            f"{where}: tokenizer.ggml asks for a BOS or EOS token that it does not name"
-        )
-    add_ends(tokenizer, special, add_bos, add_eos)
-
-    control = {
-        token for token, kind in zip(data.tokens, data.types, strict=True) if kind == spm.CONTROL
-    }
-    stops = {token for token in ends if token is not None} | (control & _ENDS)
+    add_ends(tokenizer, special, add_bos, add_eos, where)
     return Text(
         tokenizer,
         where,

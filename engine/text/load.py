@@ -11,8 +11,9 @@ from tokenizers import AddedToken, Tokenizer
 from engine.errors import InputError
 from engine.text import spm
 from engine.text.corpus import read_text_file
+from engine.text.damage import naming
 from engine.text.gguf import text_from_gguf
-from engine.text.special import add_ends
+from engine.text.special import add_ends, add_special
 from engine.text.text import Text
 
 _NAMED = (
@@ -54,12 +55,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
-    try:
+    with naming(path):
         tokenizer = Tokenizer.from_file(str(path))
-    except BaseException as error:  # some malformed files make the library panic
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        raise InputError(f"{path}: expected a tokenizer, found otherwise ({error})") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -146,6 +143,20 @@ def _max_length(path: Path, config: Mapping[str, Any], model: Mapping[str, Any])
     return min((int(n) for n in limits if n is not None and 0 < n < 1 << 40), default=None)
 
 
+def _from_model(path: Path, config: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, str]]:
+    """The tokenizer of a sentencepiece tokenizer.model, and its named special tokens."""
+    vocabulary = spm.read_model(path / "tokenizer.model")
+    if config.get("legacy") is False and vocabulary.prefix == "every":
+        vocabulary = replace(vocabulary, prefix="first")
+    with naming(path / "tokenizer.model"):
+        tokenizer = spm.build(vocabulary)
+    add_special(tokenizer, vocabulary.of_type(spm.CONTROL, spm.UNKNOWN))
+    special = _add_tokens(tokenizer, {**vocabulary.special, **config}, path)
+    add_bos, add_eos = (config.get(f"add_{end}_token") is True for end in ("bos", "eos"))
+    add_ends(tokenizer, special, add_bos, add_eos, path)
+    return tokenizer, special
+
+
 def _from_directory(path: Path) -> Text:
     config, model = _read_json(path / "tokenizer_config.json"), _read_json(path / "config.json")
     model = _entry(model, "text_config", dict, path) or model
@@ -156,21 +167,15 @@ def _from_directory(path: Path) -> Text:
         tokenizer = _read_tokenizer(path / "tokenizer.json")
         special = _add_tokens(tokenizer, config, path)
     elif (path / "tokenizer.model").exists():
-        vocabulary = spm.read_model(path / "tokenizer.model")
-        if config.get("legacy") is False and vocabulary.prefix == "every":
-            vocabulary = replace(vocabulary, prefix="first")
-        tokenizer = spm.build(vocabulary)
-        special = _add_tokens(tokenizer, {**vocabulary.special, **config}, path)
-        wanted = (config.get("add_bos_token"), config.get("add_eos_token"))
-        add_ends(tokenizer, special, *map(bool, wanted))
+        tokenizer, special = _from_model(path, config)
     else:
         raise InputError(f"{path}: expected tokenizer.json or tokenizer.model, found neither")
-    eos = tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None
+    eos = {tokenizer.token_to_id(special["eos_token"])} if "eos_token" in special else set()
     return Text(
         tokenizer,
         str(path),
         special,
-        eos_ids=tuple(sorted(_eos_ids(path, model) | ({eos} - {None}))),
+        eos_ids=tuple(sorted(_eos_ids(path, model) | eos)),
         chat_template=_chat_template(path, config),
         max_length=_max_length(path, config, model),
         directory=path if native else None,

@@ -16,19 +16,21 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Pieces by id with what sentencepiece does before it looks them up."""
+    """Pieces by id, with what sentencepiece does before it looks them up."""
 
     pieces: Sequence[str]
     scores: Sequence[float]
     types: Sequence[int]
     prefix: str = "every"  # "▁" before "every" text between special tokens, the "first", or "never"
-    isolated: bool = (
-        False  # user-defined pieces are cut out after normalisation, as in sentencepiece
-    )
+    isolated: bool = False  # user-defined pieces are matched in the normalised text
     unigram: bool = False
     squeeze: bool = False  # strip the text and make one space of several
     charsmap: bytes = b""  # sentencepiece's compiled normalisation
     special: Mapping[str, str] = field(default_factory=dict)  # "bos_token" -> "<s>", ...
+
+    def of_type(self, *kinds: int) -> list[str]:
+        listed = zip(self.pieces, self.types, strict=True)
+        return [piece for piece, kind in listed if kind in kinds]
 
 
 def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
@@ -39,16 +41,14 @@ def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     """
     apart = {UNKNOWN, CONTROL, BYTE} | ({USER_DEFINED} if vocabulary.isolated else set())
     listed = zip(vocabulary.pieces, vocabulary.scores, vocabulary.types, strict=True)
-    ranks = {
-        piece: (-score, i) for i, (piece, score, kind) in enumerate(listed) if kind not in apart
-    }
-    ranked = []
-    for piece, rank in ranks.items():
+    scores = {piece: score for piece, score, kind in listed if kind not in apart}
+    merges = []
+    for piece in sorted(scores, key=scores.__getitem__, reverse=True):  # stable: then by id
         for cut in range(len(piece) - 1, 0, -1):
-            if piece[:cut] in ranks and piece[cut:] in ranks:
-                ranked.append((rank, -cut, piece))
-    ranked.sort()
-    return [(piece[:-cut], piece[-cut:]) for _, cut, piece in ranked]
+            left, right = piece[:cut], piece[cut:]
+            if left in scores and right in scores:
+                merges.append((left, right))
+    return merges
 
 
 def _model(vocabulary: Vocabulary) -> models.Model:
@@ -80,14 +80,13 @@ def _normalizer(vocabulary: Vocabulary) -> normalizers.Normalizer:
 
 
 def build(vocabulary: Vocabulary) -> Tokenizer:
-    """Encodes as sentencepiece does, but for the special pieces (see `special.py`)."""
+    """Encodes as sentencepiece does; `add_special` has yet to be told of the special pieces."""
     tokenizer = Tokenizer(_model(vocabulary))
     tokenizer.normalizer = _normalizer(vocabulary)
     cuts = []
     if vocabulary.prefix == "first":
         cuts.append(pre_tokenizers.Metaspace(prepend_scheme="first", split=False))
-    listed = zip(vocabulary.pieces, vocabulary.types, strict=True)
-    whole = sorted((p for p, kind in listed if kind == USER_DEFINED), key=len, reverse=True)
+    whole = sorted(vocabulary.of_type(USER_DEFINED), key=len, reverse=True)
     if vocabulary.isolated and whole:
         cuts.append(pre_tokenizers.Split(Regex("|".join(map(re.escape, whole))), "isolated"))
     if cuts:

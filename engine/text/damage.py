@@ -1,0 +1,19 @@
+"""What `tokenizers` makes of a damaged file, as one sentence."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from engine.errors import InputError
+
+
+@contextmanager
+def naming(where: str | Path) -> Iterator[None]:
+    """Turns whatever `tokenizers` raises into an InputError that names `where`."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the library is no Exception
+        reason = " ".join(str(error).split())
+        raise InputError(f"{where}: the tokenizer is damaged: {reason:.200}") from error
