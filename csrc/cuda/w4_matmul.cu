@@ -1,0 +1,470 @@
+// The decode matmul: every weight is read once, dequantised in registers, and multiplied on tensor
+// cores, whose 8 columns are the rows of x.
+//
+// A block owns 16 rows of W; its warps take turns along K, 64 bytes of each row at a time, and add
+// up their parts at the end. A lane loads 16 bytes of rows g and g + 8 (lane = 4 g + t), kDepth
+// chunks ahead: a block of 256 threads holds 32 KiB in flight and two blocks to a multiprocessor
+// 64 KiB, twice what an H100 needs to keep its memory busy. x lies in shared memory, where its
+// permutation, norm and padding have been dealt with while the first weights are on their way.
+//
+// Codes become small integers, exact in float16 and bfloat16; scales multiply the float32 sum of a
+// group's products. A zero point or minimum adds minimum * (sum of the group's x): one more mma,
+// whose first factor is all ones. So nothing is rounded but x, codebook entries and y.
+#include "cuda/w4_matmul.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/kernel.h"
+#include "cuda/w4_decode.h"
+
+namespace shallow {
+namespace {
+
+using w4::ScaleType;
+using w4::Scheme;
+
+constexpr int kTile = 16;           // rows of W of a block
+constexpr int kChunkBytes = 64;     // of a row, read at once by the 4 lanes of a quad
+constexpr int kStep = 16;           // weights along K of one mma
+constexpr int kMaxWarps = 8;
+constexpr int kDepth = 4;           // chunks of a warp in flight
+constexpr int kColumnStride = 20;   // floats from column to column of a partial tile
+constexpr int kMaxXBytes = 64 << 10;  // of x in shared memory at once, unless one round needs more
+
+constexpr int chunk_weights(int bits) { return 8 * kChunkBytes / bits; }
+
+// What a code stands for before it is scaled.
+enum class Values {
+    centred,  // code - 2^(bits - 1)
+    plain,    // code; the group adds a minimum
+    table,    // an entry of the codebook
+};
+
+struct Params {
+    W4Matmul call;
+    std::int64_t row_bytes;         // of codes
+    int chunks, groups, supers;     // along K
+    int slice_chunks;               // whose x lies in shared memory at once
+    int x_stride4;                  // 4 elements each, from row to row of that x
+    int group_shift;                // chunk << shift, or >> -shift, is its first group
+    int step_shift;                 // log2 of the steps of a group in a chunk
+    int scale_bytes, offset_bytes;  // of an element of scales; of zeros or mins
+    bool aligned;                   // x and norm can be read 4 elements at a time
+};
+
+// ---- x ----
+
+template <typename T>
+struct Four {
+    T v[4];
+};
+
+// Elements k .. k + 3 of a row of x or of the norm's weights, in the stored order of W's columns;
+// zeros beyond K.
+template <typename T>
+__device__ Four<T> load4(const Params& p, const T* row, int k) {
+    const int columns = static_cast<int>(p.call.weights.k);
+    const std::int32_t* perm = p.call.weights.perm;
+    Four<T> four;
+    if (p.aligned && k < columns) {
+        const uint2 bits = *reinterpret_cast<const uint2*>(row + k);
+        memcpy(&four, &bits, 8);
+        return four;
+    }
+    for (int i = 0; i < 4; ++i) {
+        narrow(four.v[i], 0);
+        if (k + i < columns) four.v[i] = row[perm ? perm[k + i] : k + i];
+    }
+    return four;
+}
+
+template <typename T>
+__device__ const T* row_of_x(const Params& p, int row) {
+    return static_cast<const T*>(p.call.x) + row * p.call.x_stride;
+}
+
+using Squares = Shared<float, kMaxWarps * kW4MaxRows>;
+
+// Each warp's part of every row's sum of squares.
+template <typename T>
+__device__ void sum_squares(const Params& p, Squares& squares) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int row = 0; row < p.call.m; ++row) {
+        float sum = 0;
+#pragma unroll 4
+        for (int k = 4 * threadIdx.x; k < p.call.weights.k; k += 4 * blockDim.x) {
+            const Four<T> four = load4(p, row_of_x<T>(p, row), k);
+            for (const T v : four.v) sum += widen(v) * widen(v);
+        }
+        for (int i = 16; i; i /= 2) sum += __shfl_xor_sync(kAllLanes, sum, i);
+        if (lane == 0) squares[warp * kW4MaxRows + row] = sum;
+    }
+}
+
+// 1 / sqrt(mean(x^2) + eps) of one row.
+__device__ float inverse_rms(const Params& p, Squares& squares, int row) {
+    float sum = 0;
+    for (int warp = 0; warp < static_cast<int>(blockDim.x / 32); ++warp)
+        sum += squares[warp * kW4MaxRows + row];
+    return rsqrtf(sum / static_cast<float>(p.call.weights.k) + p.call.norm_eps);
+}
+
+// Puts x of a slice of chunks into shared memory: permuted, normalised, padded with zeros.
+template <typename T, int CHUNK_WEIGHTS>
+__device__ void stage_x(const Params& p, SharedArray<uint2> x, Squares& squares, int first_chunk) {
+    const int first = first_chunk * CHUNK_WEIGHTS;
+    const int count4 = min(p.slice_chunks, p.chunks - first_chunk) * CHUNK_WEIGHTS / 4;
+    const T* norm = static_cast<const T*>(p.call.norm);
+    for (int row = 0; row < p.call.m; ++row) {
+        const float inverse = norm ? inverse_rms(p, squares, row) : 0;
+#pragma unroll 4
+        for (int i = threadIdx.x; i < count4; i += blockDim.x) {
+            Four<T> four = load4(p, row_of_x<T>(p, row), first + 4 * i);
+            if (norm) {
+                const Four<T> weight = load4(p, norm, first + 4 * i);
+                for (int j = 0; j < 4; ++j)
+                    narrow(four.v[j], widen(four.v[j]) * inverse *
+                                          (widen(weight.v[j]) + p.call.norm_offset));
+            }
+            uint2 bits;
+            memcpy(&bits, &four, 8);
+            x[row * p.x_stride4 + i] = bits;
+        }
+    }
+}
+
+// ---- a warp's work ----
+
+// Of rows g and g + 8 (first index), a chunk's groups t and t + 4.
+using GroupBits = std::uint32_t[2][2];
+using GroupFloats = float[2][2];
+
+// A lane's share of one chunk of the tile, as loaded.
+struct Stage {
+    uint4 codes[2];    // of rows g and g + 8
+    GroupBits scale;   // kquant: [][1] is d, dmin
+    GroupBits offset;  // zero point, minimum or kquant sub-minimum
+};
+
+__device__ void widen(const GroupBits& bits, ScaleType type, GroupFloats& values) {
+    if (type == ScaleType::float32) {
+        for (int i = 0; i < 4; ++i) values[i / 2][i % 2] = __uint_as_float(bits[i / 2][i % 2]);
+    } else if (type == ScaleType::bfloat16) {
+        for (int i = 0; i < 4; ++i) values[i / 2][i % 2] = __uint_as_float(bits[i / 2][i % 2] << 16);
+    } else {
+        for (int i = 0; i < 4; ++i)
+            values[i / 2][i % 2] = __low2float(as_pair<__half2>(bits[i / 2][i % 2]));
+    }
+}
+
+// Element i of an array whose elements have 2, 4 or, where BYTE, 1 byte.
+template <bool BYTE>
+__device__ std::uint32_t load_bits(const void* array, int i, int bytes) {
+    if (BYTE && bytes == 1) return static_cast<const std::uint8_t*>(array)[i];
+    if (bytes == 2) return static_cast<const std::uint16_t*>(array)[i];
+    return static_cast<const std::uint32_t*>(array)[i];
+}
+
+__device__ std::uint32_t word_of(const uint4& v, int i) {
+    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+template <typename T, int BITS, Values VALUES>
+class Warp {
+public:
+    static constexpr int kWeights = chunk_weights(BITS);
+    static constexpr int kSteps = kWeights / kStep;
+
+    __device__ Warp(const Params& p, int row, int other_row)
+        : p_(p), lane_(threadIdx.x % 32), rows_{row, other_row}, entry_{} {
+        for (int r = 0; r < 2; ++r)
+            codes_[r] = p.call.weights.codes + rows_[r] * p.row_bytes + lane_ % 4 * 16;
+        if (VALUES == Values::table) narrow(entry_, p.call.weights.codebook[lane_ % 16]);
+    }
+
+    // Starts the loads of one chunk.
+    __device__ void load(Stage& stage, int chunk) const {
+        const w4::Matrix& w = p_.call.weights;
+        for (int r = 0; r < 2; ++r)
+            stage.codes[r] = load_stream(codes_[r] + std::int64_t{chunk} * kChunkBytes);
+        const int shift = p_.group_shift;
+        const int group = (shift < 0 ? chunk >> -shift : chunk << shift) + lane_ % 4;
+        for (int r = 0; r < 2; ++r) {
+            load_group(stage.scale[r][0], stage.offset[r][0], r, group);
+            if (kSteps == 8 && shift == 3)
+                load_group(stage.scale[r][1], stage.offset[r][1], r, group + 4);
+            if (VALUES == Values::plain && w.scheme == Scheme::kquant) {
+                const int super = chunk / (w4::kSuper / kWeights);
+                stage.scale[r][1] = load_bits<false>(w.supers, rows_[r] * p_.supers + super, 4);
+            }
+        }
+    }
+
+    // Adds the chunk's products to the tile; x is the lane's column at the chunk's first weight.
+    __device__ void add(const Stage& stage, SharedArray<uint2> x) {
+        GroupFloats scale, minimum;
+        group_values(stage, scale, minimum);
+        float part[4] = {}, sums[4] = {};
+        for (int word = 0; word < 4; ++word) {
+            std::uint32_t a[2][kSteps / 2];  // pairs of rows g and g + 8
+            for (int r = 0; r < 2; ++r) {
+                const std::uint32_t codes = word_of(stage.codes[r], word);
+                if constexpr (VALUES == Values::table)
+                    look_up(codes, entry_, a[r]);
+                else
+                    decode(codes, VALUES == Values::centred ? 1 << (BITS - 1) : 0, T{}, a[r]);
+            }
+            for (int i = 0; i < kSteps / 4; ++i) {
+                const int step = word * (kSteps / 4) + i;
+                const uint2 four = x[step * kStep / 4];
+                const std::uint32_t b[2] = {four.x, four.y};
+                mma<T>(part, {a[0][2 * i], a[1][2 * i], a[0][2 * i + 1], a[1][2 * i + 1]}, b);
+                if (VALUES == Values::plain) mma<T>(sums, {kOnes, kOnes, kOnes, kOnes}, b);
+                // After every word, not every group: cheaper than asking whether the group ends.
+                if (i + 1 == kSteps / 4 || p_.step_shift == 0)
+                    scale_part(step >> p_.step_shift, scale, minimum, part, sums);
+            }
+        }
+    }
+
+    // Lane 4 g + t holds rows g (first two) and g + 8, columns 2 t and 2 t + 1.
+    float tile[4] = {};
+
+private:
+    static constexpr std::uint32_t kOnes =
+        std::is_same<T, __half>::value ? 0x3c003c00u : 0x3f803f80u;
+
+    __device__ void load_group(std::uint32_t& scale, std::uint32_t& offset, int r, int group) const {
+        const w4::Matrix& w = p_.call.weights;
+        const int i = rows_[r] * p_.groups + min(group, p_.groups - 1);
+        scale = load_bits<VALUES == Values::plain>(w.scales, i, p_.scale_bytes);
+        if (VALUES != Values::plain) return;
+        offset = load_bits<true>(w.scheme == Scheme::zero ? w.zeros : w.mins, i, p_.offset_bytes);
+    }
+
+    // Scale and minimum of the groups that this lane loaded, in float32.
+    __device__ void group_values(const Stage& stage, GroupFloats& scale, GroupFloats& minimum) const {
+        const w4::Matrix& w = p_.call.weights;
+        if (VALUES == Values::plain && w.scheme == Scheme::kquant) {
+            for (int r = 0; r < 2; ++r) {
+                const auto super = as_pair<__half2>(stage.scale[r][1]);
+                scale[r][0] = __low2float(super) * static_cast<float>(stage.scale[r][0]);
+                minimum[r][0] = -__high2float(super) * static_cast<float>(stage.offset[r][0]);
+                scale[r][1] = minimum[r][1] = 0;
+            }
+            return;
+        }
+        widen(stage.scale, w.scale_type, scale);
+        if (VALUES != Values::plain) return;
+        if (w.scheme != Scheme::zero) return widen(stage.offset, w.scale_type, minimum);
+        for (int r = 0; r < 2; ++r)
+            for (int i = 0; i < 2; ++i)
+                minimum[r][i] = -scale[r][i] * static_cast<float>(stage.offset[r][i]);
+    }
+
+    // Adds the sums of a group's products, or of part of them, to the tile and clears them.
+    __device__ void scale_part(int group, const GroupFloats& scale, const GroupFloats& minimum,
+                               float (&part)[4], float (&sums)[4]) {
+        const int holder = (lane_ & ~3) | (group & 3);
+        for (int r = 0; r < 2; ++r) {
+            const float s = __shfl_sync(kAllLanes, group < 4 ? scale[r][0] : scale[r][1], holder);
+            for (int i = 0; i < 2; ++i) tile[2 * r + i] += s * part[2 * r + i];
+            if (VALUES == Values::plain) {
+                const float m =
+                    __shfl_sync(kAllLanes, group < 4 ? minimum[r][0] : minimum[r][1], holder);
+                for (int i = 0; i < 2; ++i) tile[2 * r + i] += m * sums[i];
+            }
+        }
+        for (int i = 0; i < 4; ++i) part[i] = sums[i] = 0;
+    }
+
+    const Params& p_;
+    int lane_;
+    int rows_[2];
+    const std::uint8_t* codes_[2];
+    T entry_;
+};
+
+// ---- the block ----
+
+using Partial = Shared<float, kMaxWarps * kW4MaxRows * kColumnStride>;
+
+// The sum over warps of one element of the tile.
+__device__ float tile_sum(Partial& partial, int row, int column) {
+    float sum = 0;
+    for (int warp = 0; warp < static_cast<int>(blockDim.x / 32); ++warp)
+        sum += partial[(warp * kW4MaxRows + column) * kColumnStride + row];
+    return sum;
+}
+
+template <typename T>
+__device__ float bias_of(const Params& p, int row) {
+    return p.call.bias ? widen(static_cast<const T*>(p.call.bias)[row]) : 0;
+}
+
+// Writes the columns of y that belong to the block's rows of W.
+template <typename T>
+__device__ void store_tile(const Params& p, Partial& partial, int first, int n) {
+    const bool gated = p.call.gated;
+    const int rows = gated ? kTile / 2 : kTile;
+    for (int i = threadIdx.x; i < rows * p.call.m; i += blockDim.x) {
+        const int row = i % rows, column = i / rows;
+        if (first + row >= n) continue;
+        float value = tile_sum(partial, row, column) + bias_of<T>(p, first + row);
+        if (gated) {
+            const float up = tile_sum(partial, row + rows, column) + bias_of<T>(p, n + first + row);
+            value = value / (1 + __expf(-value)) * up;
+        }
+        const std::int64_t place = std::int64_t{column} * n + first + row;
+        if (p.call.y_type == ScaleType::float32)
+            static_cast<float*>(p.call.y)[place] = value;
+        else
+            narrow(static_cast<T*>(p.call.y)[place], value);
+    }
+}
+
+template <typename T, int BITS, Values VALUES>
+__global__ void __launch_bounds__(32 * kMaxWarps, 2)
+    w4_matmul_kernel(const __grid_constant__ Params p) {
+    __shared__ Squares squares;
+    __shared__ Partial partial;
+    const SharedArray<uint2> x = dynamic_shared<uint2>();
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const int n = static_cast<int>(p.call.gated ? p.call.weights.n / 2 : p.call.weights.n);
+    const int first = static_cast<int>(blockIdx.x) * (p.call.gated ? kTile / 2 : kTile);
+    // Rows of W beyond the last repeat it, columns beyond the rows of x too; neither is written.
+    const int row = min(first + g, n - 1);
+    const int other = p.call.gated ? n + row : min(first + g + 8, n - 1);
+    const SharedArray<uint2> column = x + (min(g, p.call.m - 1) * p.x_stride4 + t);
+
+    Warp<T, BITS, VALUES> work(p, row, other);
+    Stage stages[kDepth] = {};
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d)
+        if (warp + d * warps < p.chunks) work.load(stages[d], warp + d * warps);
+    allow_next_kernel();
+    wait_for_previous_kernel();
+
+    if (p.call.norm) {
+        sum_squares<T>(p, squares);
+        __syncthreads();
+    }
+    for (int slice = 0; slice < p.chunks; slice += p.slice_chunks) {
+        if (slice) __syncthreads();
+        stage_x<T, work.kWeights>(p, x, squares, slice);
+        __syncthreads();
+        const int end = min(slice + p.slice_chunks, p.chunks);
+        for (int round = slice + warp; round < end; round += kDepth * warps) {
+#pragma unroll
+            for (int d = 0; d < kDepth; ++d) {
+                const int chunk = round + d * warps, next = chunk + kDepth * warps;
+                if (chunk >= end) break;
+                work.add(stages[d], column + (chunk - slice) * (work.kWeights / 4));
+                if (next < p.chunks) work.load(stages[d], next);
+            }
+        }
+    }
+    for (int i = 0; i < 4; ++i)
+        partial[(warp * kW4MaxRows + 2 * t + i % 2) * kColumnStride + g + i / 2 * 8] = work.tile[i];
+    __syncthreads();
+    store_tile<T>(p, partial, first, n);
+}
+
+// ---- the launch ----
+
+using Kernel = void (*)(Params);
+
+template <typename T>
+Kernel kernel_for(const w4::Matrix& w) {
+    const bool centred = w.scheme == Scheme::symmetric;
+    if (w.bits == 8)
+        return centred ? w4_matmul_kernel<T, 8, Values::centred>
+                       : w4_matmul_kernel<T, 8, Values::plain>;
+    if (w.scheme == Scheme::codebook) return w4_matmul_kernel<T, 4, Values::table>;
+    return centred ? w4_matmul_kernel<T, 4, Values::centred>
+                   : w4_matmul_kernel<T, 4, Values::plain>;
+}
+
+void require(bool holds, const std::string& message) {
+    if (!holds) throw std::invalid_argument("w4_matmul: " + message);
+}
+
+bool divides(std::uint64_t divisor, const void* address) {
+    return reinterpret_cast<std::uintptr_t>(address) % divisor == 0;
+}
+
+void check_arguments(const W4Matmul& call) {
+    const w4::Matrix& w = call.weights;
+    require(call.m >= 0 && call.m <= kW4MaxRows,
+            "x must have 0 to 8 rows, found " + std::to_string(call.m));
+    require(w.n >= 1 && w.k >= 1, "the weight matrix is empty");
+    require(w.k <= INT32_MAX / 2 && w.n <= INT32_MAX / w.groups(), "the weight matrix is too large");
+    require(w.bits == 4 || (w.bits == 8 && w.scheme < Scheme::codebook),
+            "bits must be 4, or 8 without a codebook or super-scales, found " +
+                std::to_string(w.bits));
+    require(w.group == 0 || w.group == 16 || w.group == 32 || w.group == 64 || w.group == 128,
+            "group must be 0, 16, 32, 64 or 128, found " + std::to_string(w.group));
+    require(call.x_type != ScaleType::float32, "x must be float16 or bfloat16");
+    require(call.y_type == call.x_type || call.y_type == ScaleType::float32,
+            "y must have the type of x or float32");
+    require(!call.gated || w.n % 2 == 0, "gated weights must have an even number of rows");
+    require(divides(16, w.codes), "codes must lie on a multiple of 16 bytes");
+}
+
+int bytes_of(ScaleType type) { return type == ScaleType::float32 ? 4 : 2; }
+
+Params derive(const W4Matmul& call, int warps) {
+    const w4::Matrix& w = call.weights;
+    const int width = chunk_weights(w.bits), steps = width / kStep;
+    Params p{};
+    p.call = call;
+    p.chunks = static_cast<int>(w4::ceil_div(w.k, width));
+    p.row_bytes = std::int64_t{p.chunks} * kChunkBytes;
+    p.groups = static_cast<int>(w.groups());
+    p.supers = static_cast<int>(w4::ceil_div(w.k, w4::kSuper));
+
+    const int round = kDepth * warps, round_bytes = call.m * round * width * 2;
+    p.slice_chunks = std::min(std::max(kMaxXBytes / round_bytes, 1) * round, p.chunks);
+    p.x_stride4 = p.slice_chunks * width / 4;
+    p.x_stride4 += (4 - p.x_stride4 % 16 + 16) % 16;  // 4 rows of x, 32 bytes each: all 32 banks
+
+    p.group_shift = -31;  // the row is one group
+    if (w.group)
+        for (int shift = -1; shift <= 3; ++shift)
+            if ((shift < 0 ? w.group >> -shift : w.group << shift) == width) p.group_shift = shift;
+    const int group_steps = steps >> std::max(p.group_shift, 0);
+    while (1 << p.step_shift < group_steps) ++p.step_shift;
+
+    p.scale_bytes = w.scheme == Scheme::kquant ? 1 : bytes_of(w.scale_type);
+    p.offset_bytes = w.scheme == Scheme::minimum ? bytes_of(w.scale_type) : 1;
+    p.aligned = !w.perm && w.k % 4 == 0 && call.x_stride % 4 == 0 && divides(8, call.x) &&
+                divides(8, call.norm);
+    return p;
+}
+
+}  // namespace
+
+void w4_matmul(const W4Matmul& call, void* stream) {
+    check_arguments(call);
+    if (call.m == 0) return;
+    const w4::Matrix& w = call.weights;
+    const auto chunks = static_cast<int>(w4::ceil_div(w.k, chunk_weights(w.bits)));
+    const int warps = std::min(kMaxWarps, chunks);
+    const Params p = derive(call, warps);
+    const std::int64_t blocks = call.gated ? w4::ceil_div(w.n / 2, kTile / 2)
+                                           : w4::ceil_div(w.n, kTile);
+    Launch where{};
+    where.grid = static_cast<unsigned>(blocks);
+    where.block = static_cast<unsigned>(32 * warps);
+    where.shared_bytes = call.m * p.x_stride4 * sizeof(uint2);
+    where.stream = static_cast<cudaStream_t>(stream);
+    where.overlap = call.overlap != 0;
+    launch(where,
+           call.x_type == ScaleType::float16 ? kernel_for<__half>(w) : kernel_for<__nv_bfloat16>(w),
+           p);
+}
+
+}  // namespace shallow

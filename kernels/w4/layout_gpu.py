@@ -1,0 +1,64 @@
+"""Codes in the order that GPUs read: 64-byte chunks of a row, one for the 4 lanes of a quad.
+
+A tensor core takes a row's weights from the 4 lanes of a quad, 4 of every 16 each. A chunk holds
+128 weights (4 bits) or 64 (8 bits); lane t reads its bytes 16 t .. 16 t + 15 in one load: word s
+of these 4 words holds
+
+    4 bits: weights 32 s + 4 t + (0, 1, 2, 3) and 32 s + 16 + 4 t + (0, 1, 2, 3), as nibbles in
+            the order 0 2 4 6 1 3 5 7, so that `word >> 4 i & 0x000f000f` is weights 2 i, 2 i + 1
+    8 bits: weights 16 s + 4 t + (0, 1, 2, 3), a byte each
+
+of the chunk. Rows stay apart, so stacking matrices is `torch.cat`; all else stays as packed.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch.nn.functional import pad
+
+from engine.kernels.w4.format import Packed, Spec
+
+CHUNK_BYTES = 64
+NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # from the lowest
+
+
+@dataclass(frozen=True, eq=False)
+class GpuMatrix:
+    """A packed matrix (N, K) with its codes in GPU order; the other tensors as in `Packed`."""
+
+    spec: Spec
+    shape: tuple[int, int]  # (N, K)
+    codes: torch.Tensor  # (N, CHUNK_BYTES * chunks) uint8, padded with zero codes
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    mins: torch.Tensor | None
+    supers: torch.Tensor | None
+    codebook: torch.Tensor | None
+    perm: torch.Tensor | None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors present, by field name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+def to_gpu(packed: Packed) -> GpuMatrix:
+    """The same matrix with its codes in GPU order, on the packed matrix's device."""
+    parts = {field.name: getattr(packed, field.name) for field in fields(GpuMatrix)}
+    return GpuMatrix(**parts | {"codes": interleave(packed.codes, packed.spec.bits)})
+
+
+def interleave(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """(N, row_bytes) uint8 as in `Packed` -> (N, CHUNK_BYTES * ceil(row_bytes / CHUNK_BYTES))."""
+    codes = pad(codes, (0, -codes.shape[1] % CHUNK_BYTES))
+    n, row_bytes = codes.shape
+    if bits == 8:  # word, lane, byte
+        return codes.view(n, -1, 4, 4, 4).transpose(2, 3).reshape(n, row_bytes)
+    nibbles = torch.stack((codes & 15, codes >> 4), dim=-1)
+    words = nibbles.view(n, -1, 4, 2, 4, 4)  # word, half, lane, nibble of the half
+    words = words.permute(0, 1, 4, 2, 3, 5).reshape(n, -1, 8)[..., NIBBLES]
+    return (words[..., ::2] | words[..., 1::2] << 4).reshape(n, row_bytes)

@@ -1,0 +1,79 @@
+// Runs the CUDA kernels on a CPU, for tests: `emulated CALLS RESULTS`, two files.
+//
+// CALLS holds calls, one after another, in integers of 8 bytes:
+//   bytes of the op's argument struct, the struct, and how many arrays follow; for each of these:
+//   where its pointer lies in the struct, whether it is an output, its offset from a multiple of
+//   16 bytes, its bytes, and these bytes
+// RESULTS gets for each call: the bytes of an error's message and the message; or 0 and the bytes
+// of its outputs. Arrays are allocated to the byte, for AddressSanitizer to guard.
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <fstream>
+#include <iostream>
+#include <memory>
+#include <vector>
+
+#include "cuda/w4_matmul.h"
+
+namespace {
+
+struct Array {
+    std::int64_t place, output, offset, bytes;
+    std::unique_ptr<char[]> memory;
+    char* data() { return memory.get() + offset; }
+};
+
+std::int64_t read_integer(std::istream& in) {
+    std::int64_t value = 0;
+    in.read(reinterpret_cast<char*>(&value), sizeof value);
+    return value;
+}
+
+void write_integer(std::ostream& out, std::int64_t value) {
+    out.write(reinterpret_cast<const char*>(&value), sizeof value);
+}
+
+Array read_array(std::istream& in) {
+    Array array{};
+    for (std::int64_t* field : {&array.place, &array.output, &array.offset, &array.bytes})
+        *field = read_integer(in);
+    array.memory.reset(new char[array.offset + array.bytes]);
+    in.read(array.data(), array.bytes);
+    return array;
+}
+
+void run_call(std::istream& in, std::ostream& out) {
+    shallow::W4Matmul call;
+    if (read_integer(in) != sizeof call) throw std::length_error("the argument struct has another size");
+    in.read(reinterpret_cast<char*>(&call), sizeof call);
+    std::vector<Array> arrays;
+    for (std::int64_t left = read_integer(in); left; --left) {
+        arrays.push_back(read_array(in));
+        char* address = arrays.back().data();
+        std::memcpy(reinterpret_cast<char*>(&call) + arrays.back().place, &address, sizeof address);
+    }
+    try {
+        shallow::w4_matmul(call, nullptr);
+    } catch (const std::exception& error) {
+        write_integer(out, std::strlen(error.what()));
+        out << error.what();
+        return;
+    }
+    write_integer(out, 0);
+    for (Array& array : arrays)
+        if (array.output) out.write(array.data(), array.bytes);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    if (count != 3) {
+        std::cerr << "usage: emulated CALLS RESULTS\n";
+        return 2;
+    }
+    std::ifstream calls(arguments[1], std::ios::binary);
+    std::ofstream results(arguments[2], std::ios::binary);
+    while (calls.peek() != EOF) run_call(calls, results);
+    return results.flush() ? 0 : 1;
+}
