@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-_CHUNK_WEIGHTS = 1 << 22  # bounds the temporaries, and keeps them in the cache
+_CHUNK_WEIGHTS = 1 << 16  # the temporaries, of 256 KiB at most, stay in the cache
 
 
 @dataclass(frozen=True)
