@@ -17,11 +17,8 @@ from vocabularies import (
     train_spm,
 )
 
-import engine.text
 from engine.errors import InputError
-from engine.text import Text, default_text, load_text, read_text_file, windows
-
-DATA = Path(engine.text.__file__).parents[1] / "data"
+from engine.text import Text, default_text, heldout_text, load_text, read_text_file, windows
 
 
 def save(tokenizer: Tokenizer, path: Path, **config) -> Path:
@@ -161,7 +158,7 @@ def test_text_files(tmp_path):
 
 def test_shipped_texts_are_apart():
     """What is calibrated on is not what is measured on."""
-    heldout = read_text_file(DATA / "heldout.txt")
+    heldout = heldout_text()
     assert 100_000 < len(heldout) < 130_000 < len(default_text()) < 210_000
     paragraphs = [line for line in default_text().split("\n") if len(line) > 40]
     assert not any(line in heldout for line in paragraphs)

@@ -1,7 +1,5 @@
 """Tokenizers from GGUF metadata: transformers', sentencepiece's, and those they were made from."""
 
-from pathlib import Path
-
 import pytest
 from tokenizers import Regex, pre_tokenizers
 from vocabularies import (
@@ -16,11 +14,7 @@ from vocabularies import (
     train_spm,
 )
 
-import engine.text
-from engine.checkpoint.fetch import DEFAULT, cached
-from engine.text import load_text, read_text_file, text_from_gguf
-
-DATA = Path(engine.text.__file__).parents[1] / "data"
+from engine.text import heldout_text, load_text, text_from_gguf
 
 
 def test_gguf_splits_equal_transformers(tmp_path):
@@ -156,15 +150,14 @@ def test_gguf_file_equals_transformers(tmp_path):
     assert text.max_length == 256
 
 
-def test_default_model_equals_transformers():
+def test_default_model_equals_transformers(default_model):
     """transformers ignores the file's rule that every digit stands alone: see the last line."""
     from transformers import AutoTokenizer
 
-    path = cached(DEFAULT) or pytest.skip("the default model is not in the cache: `engine fetch`")
-    other = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    text = load_text(path)
+    other = AutoTokenizer.from_pretrained(default_model.parent, gguf_file=default_model.name)
+    text = load_text(default_model)
     assert (text.vocab_size, text.bos_id, text.eos_ids, text.max_length) == (49152, 1, (0, 2), 8192)
-    heldout = read_text_file(DATA / "heldout.txt")
+    heldout = heldout_text()
     for sample in [*SAMPLES, heldout, *heldout.split("\n")]:
         if "½" not in sample:
             assert text.encode(sample) == other(sample)["input_ids"], sample
