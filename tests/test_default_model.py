@@ -68,3 +68,36 @@ def test_the_public_surface(model):
     assert batch[0].token_ids == single.token_ids
     assert model(model.text.encode("Hello")).shape[2] == model.config.vocab_size
     assert model.tokenizer.decode(single.token_ids, skip_special_tokens=True) == single.text
+
+
+@torch.no_grad()
+def test_profile_of_the_handbook_against_transformers(model, peer):
+    """All distances, and the best block of every size, from hooked states in float64."""
+    from test_measure import angles, largest_difference
+
+    from engine.checkpoint import open_checkpoint
+    from engine.measure import describe, measure, merge
+
+    ids = model.text.encode(heldout_text(), add_special=False)
+    samples = [ids[start : start + 64] for start in range(0, 12 * 64, 64)]
+    states = []
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: states.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+        for layer in peer.model.layers
+    ]
+    hooks.append(peer.model.norm.register_forward_pre_hook(lambda _, args: states.append(args[0])))
+    peer(torch.tensor(samples), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    table = angles(torch.stack([state[:, -1] for state in states]).double())
+
+    checkpoint = open_checkpoint(model.path)
+    source = describe("default", checkpoint, model.config, samples)
+    profile = merge([measure(model.runtime.decoder, samples, source)])
+    assert largest_difference(profile, table) < 2e-5
+    for count in range(1, len(profile.layers)):
+        rivals = [float(table[start, start + count]) for start in range(31 - count)]
+        assert rivals[profile.best(count)] - min(rivals) < 2e-5
