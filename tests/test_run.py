@@ -15,6 +15,7 @@ from engine.cli import app
 from engine.errors import InputError
 from engine.evaluate import Evaluation
 from engine.generation import Options, Timings, generate
+from engine.kernels.dispatch import BackendUnavailable
 
 testing = pytest.importorskip("typer.testing")
 LETTERS = [chr(ord("a") + i % 26) for i in range(64)]
@@ -200,6 +201,24 @@ def test_a_refusal_is_one_line_and_exit_code_2(arguments):
     done = command_line(*arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("engine: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", [InputError, BackendUnavailable])
+def test_what_the_user_can_mend_has_no_traceback(kind, capfd):
+    def app():
+        raise kind("no such thing")
+
+    with pytest.raises(SystemExit) as stopped:
+        command.execute(app)
+    assert stopped.value.code == 2 and capfd.readouterr().err == "engine: no such thing\n"
+
+
+def test_a_fault_of_the_engine_is_not_hidden(capfd):
+    def app():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        command.execute(app)
 
 
 def test_help_imports_nothing_heavy():
