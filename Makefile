@@ -15,7 +15,7 @@ test: .venv/test
 test-slow: .venv/test
 	$(BIN)/python -m pytest -m slow
 
-lint: .venv/test
+lint: $(BIN)/ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -26,6 +26,9 @@ lint: .venv/test
 .venv/test: $(SOURCES) | $(BIN)/pip
 	$(BIN)/pip install -e '.[test]'
 	@touch $@ .venv/run
+
+$(BIN)/ruff: | $(BIN)/pip
+	$(BIN)/pip install ruff
 
 $(BIN)/pip:
 	@need() { echo "Shallow needs $$1."; exit 1; }; \
