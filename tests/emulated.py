@@ -70,7 +70,7 @@ def build(name: str, *sources: str) -> Path:
 
 @dataclass(frozen=True, eq=False)
 class Matmul:
-    """One call of the W4 matmul; `offset` moves x and y that many bytes off their alignment."""
+    """One call of the W4 matmul; x and y lie `offset` elements off a multiple of 16 bytes."""
 
     x: torch.Tensor
     weights: GpuMatrix
@@ -85,20 +85,28 @@ class Matmul:
         n = self.weights.shape[0] // (2 if self.gated else 1)
         return torch.full((len(self.x), n), torch.nan, dtype=self.out_dtype or self.x.dtype)
 
-    def encode(self) -> bytes:
-        y = self.output()
-        call = describe(self.x, self.weights, y, self.bias, self.norm, self.gated)
-        places = {name: getattr(Matrix, name).offset for name in Matrix.POINTERS}
-        places |= {name: getattr(Call, name).offset for name in Call.POINTERS}
-        arrays = self.weights.tensors() | {"x": self.x, "y": y, "bias": self.bias}
-        arrays["norm"] = self.norm and self.norm.weight
-        arrays = {name: tensor for name, tensor in arrays.items() if tensor is not None}
-        encoded = [struct.pack("q", ctypes.sizeof(call)), bytes(call), struct.pack("q", len(arrays))]
-        for name, tensor in arrays.items():
-            data = storage_bytes(tensor)
-            offset = self.offset if name in "xy" else 0
-            encoded.append(struct.pack("4q", places[name], name == "y", offset, len(data)) + data)
-        return b"".join(encoded)
+    def call(self) -> Call:
+        return describe(self.x, self.weights, self.output(), self.bias, self.norm, self.gated)
+
+    def arrays(self) -> dict[int, torch.Tensor]:
+        """What the call's pointers point to, by their places in the struct."""
+        named = [(Matrix, name, tensor) for name, tensor in self.weights.tensors().items()]
+        others = {"x": self.x, "y": self.output(), "bias": self.bias}
+        others["norm"] = self.norm and self.norm.weight
+        named += [(Call, name, tensor) for name, tensor in others.items() if tensor is not None]
+        return {getattr(owner, name).offset: tensor for owner, name, tensor in named}
+
+
+def encode(matmul: Matmul, call: Call) -> bytes:
+    """The call as tests/emulated.cpp reads it."""
+    arrays = matmul.arrays()
+    encoded = [struct.pack("q", ctypes.sizeof(call)), bytes(call), struct.pack("q", len(arrays))]
+    for place, tensor in arrays.items():
+        data = storage_bytes(tensor)
+        moves = place in (Call.x.offset, Call.y.offset)
+        moved = matmul.offset * tensor.itemsize if moves else 0
+        encoded += [struct.pack("4q", place, place == Call.y.offset, moved, len(data)), data]
+    return b"".join(encoded)
 
 
 def storage_bytes(tensor: torch.Tensor) -> bytes:
@@ -110,27 +118,34 @@ def storage_bytes(tensor: torch.Tensor) -> bytes:
     return flat.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def run(executable: Path, calls: list[Matmul], folder: Path) -> list[torch.Tensor | str]:
-    """The outputs of all calls, or the errors they raised. Fails with the sanitizers' report."""
+def run(executable: Path, matmuls: list[Matmul], folder: Path) -> list[torch.Tensor]:
+    """The outputs. Fails with the emulator's or a sanitizer's report."""
+    calls = [encode(matmul, matmul.call()) for matmul in matmuls]
+    data, at, found = run_encoded(executable, calls, folder), 0, []
+    for matmul in matmuls:
+        y = matmul.output()
+        (message_bytes,) = struct.unpack_from("q", data, at)
+        assert message_bytes == 0, data[at + 8 : at + 8 + message_bytes].decode()
+        stored = bytearray(data[at + 8 : at + 8 + y.nbytes])
+        found.append(torch.frombuffer(stored, dtype=y.dtype).view(y.shape) if y.nbytes else y)
+        at += 8 + y.nbytes
+    assert at == len(data), f"{len(data) - at} bytes of results too many"
+    return found
+
+
+def error_of(executable: Path, matmul: Matmul, call: Call, folder: Path) -> str:
+    """The message of the exception that the call throws; "" without one."""
+    data = run_encoded(executable, [encode(matmul, call)], folder)
+    (message_bytes,) = struct.unpack_from("q", data)
+    return data[8 : 8 + message_bytes].decode()
+
+
+def run_encoded(executable: Path, calls: list[bytes], folder: Path) -> bytes:
     requests, results = folder / "calls", folder / "results"
-    requests.write_bytes(b"".join(call.encode() for call in calls))
+    requests.write_bytes(b"".join(calls))
     ran = subprocess.run(
         [str(executable), str(requests), str(results)],
         capture_output=True, text=True, timeout=900, env=ENVIRONMENT,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-4000:]
-    data, at, found = results.read_bytes(), 0, []
-    for call in calls:
-        (message_bytes,) = struct.unpack_from("q", data, at)
-        at += 8
-        if message_bytes:
-            found.append(data[at : at + message_bytes].decode())
-            at += message_bytes
-            continue
-        y = call.output()
-        if y.nbytes:
-            y.copy_(torch.frombuffer(bytearray(data[at : at + y.nbytes]), dtype=y.dtype).view(y.shape))
-        found.append(y)
-        at += y.nbytes
-    assert at == len(data), f"{len(data) - at} bytes of results too many"
-    return found
+    return results.read_bytes()

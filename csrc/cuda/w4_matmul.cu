@@ -148,7 +148,7 @@ struct Stage {
     GroupBits offset;  // zero point, minimum or kquant sub-minimum
 };
 
-__device__ void widen(const GroupBits& bits, ScaleType type, GroupFloats& values) {
+__device__ void widen_groups(const GroupBits& bits, ScaleType type, GroupFloats& values) {
     if (type == ScaleType::float32) {
         for (int i = 0; i < 4; ++i) values[i / 2][i % 2] = __uint_as_float(bits[i / 2][i % 2]);
     } else if (type == ScaleType::bfloat16) {
@@ -256,9 +256,9 @@ private:
             }
             return;
         }
-        widen(stage.scale, w.scale_type, scale);
+        widen_groups(stage.scale, w.scale_type, scale);
         if (VALUES != Values::plain) return;
-        if (w.scheme != Scheme::zero) return widen(stage.offset, w.scale_type, minimum);
+        if (w.scheme != Scheme::zero) return widen_groups(stage.offset, w.scale_type, minimum);
         for (int r = 0; r < 2; ++r)
             for (int i = 0; i < 2; ++i)
                 minimum[r][i] = -scale[r][i] * static_cast<float>(stage.offset[r][i]);
@@ -401,12 +401,12 @@ void check_arguments(const W4Matmul& call) {
     require(call.m >= 0 && call.m <= kW4MaxRows,
             "x must have 0 to 8 rows, found " + std::to_string(call.m));
     require(w.n >= 1 && w.k >= 1, "the weight matrix is empty");
-    require(w.k <= INT32_MAX / 2 && w.n <= INT32_MAX / w.groups(), "the weight matrix is too large");
     require(w.bits == 4 || (w.bits == 8 && w.scheme < Scheme::codebook),
             "bits must be 4, or 8 without a codebook or super-scales, found " +
                 std::to_string(w.bits));
     require(w.group == 0 || w.group == 16 || w.group == 32 || w.group == 64 || w.group == 128,
             "group must be 0, 16, 32, 64 or 128, found " + std::to_string(w.group));
+    require(w.k <= INT32_MAX / 2 && w.n <= INT32_MAX / w.groups(), "the weight matrix is too large");
     require(call.x_type != ScaleType::float32, "x must be float16 or bfloat16");
     require(call.y_type == call.x_type || call.y_type == ScaleType::float32,
             "y must have the type of x or float32");
