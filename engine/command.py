@@ -29,11 +29,10 @@ JsonFile = Annotated[
 ]
 
 
-def execute(app: Callable[[], Any]) -> None:
+def execute(app: Callable[..., Any]) -> None:
     """Runs a typer app; what the user can mend becomes one line on stderr and exit code 2."""
-    sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal cannot show
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except InputError as error:
         refuse(error)
     except RuntimeError as error:
@@ -42,9 +41,17 @@ def execute(app: Callable[[], Any]) -> None:
         if not isinstance(error, BackendUnavailable):
             raise
         refuse(error)
+    except Exception as error:
+        if type(error).__name__ == "Abort":
+            sys.exit(130)  # Ctrl-C
+        if not hasattr(error, "format_message"):  # typer's word on an option it could not read
+            raise
+        if message := error.format_message():
+            refuse(message)
+        sys.exit(2)  # the help was all there is to say
 
 
-def refuse(error: Exception) -> NoReturn:
+def refuse(error: Exception | str) -> NoReturn:
     print(f"engine: {error}", file=sys.stderr)
     sys.exit(2)
 

@@ -146,9 +146,14 @@ def report(record: "RunRecord", json_file: Path | None) -> None:
     """Prints the table and the JSON line; writes the file where one is asked for."""
     import json
 
+    import torch
     from rich.console import Console
 
+    from engine.machine import ceiling_missing
+
     Console().print(table(record))
+    if record.ceiling_gb_s is None:
+        print(f"no ceiling: {ceiling_missing(torch.device(record.device))}")
     if json_file is not None:
         record.save(json_file)
     print(json.dumps(record.to_json()), flush=True)

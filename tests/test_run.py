@@ -205,7 +205,7 @@ def test_a_refusal_is_one_line_and_exit_code_2(arguments):
 
 @pytest.mark.parametrize("kind", [InputError, BackendUnavailable])
 def test_what_the_user_can_mend_has_no_traceback(kind, capfd):
-    def app():
+    def app(standalone_mode):
         raise kind("no such thing")
 
     with pytest.raises(SystemExit) as stopped:
@@ -214,7 +214,7 @@ def test_what_the_user_can_mend_has_no_traceback(kind, capfd):
 
 
 def test_a_fault_of_the_engine_is_not_hidden(capfd):
-    def app():
+    def app(standalone_mode):
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
@@ -226,3 +226,18 @@ def test_help_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == ""
     assert "--prompt-tokens" in command_line("engine.run", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run", "--new-tokens", "0"], "'--new-tokens'"),
+        (["run", "--nothing"], "No such option: --nothing"),
+        (["eval"], "Missing argument"),
+        (["nothing"], "No such command 'nothing'"),
+    ],
+)
+def test_options_that_cannot_be_read_are_one_line(arguments, sentence):
+    done = command_line("engine.cli", *arguments)
+    assert done.returncode == 2
+    assert sentence in done.stderr and len(done.stderr.splitlines()) == 1
