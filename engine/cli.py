@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from engine import command
+from engine.budget_command import budget
 from engine.command import Backend, Drop, Dtype, JsonFile, Keep, Threads
 from engine.layer_commands import plan, profile, prune
 from engine.run import run
@@ -17,6 +18,7 @@ app = typer.Typer(
     help="Shallow: large language models with fewer layers and 4-bit weights.",
 )
 app.command("run")(run)
+app.command("budget")(budget)
 app.command("profile")(profile)
 app.command("plan")(plan)
 app.command("prune")(prune)

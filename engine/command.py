@@ -11,6 +11,7 @@ import typer
 from engine.errors import InputError
 
 if TYPE_CHECKING:
+    from engine.artifacts import Plan
     from engine.backend import Model
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -19,6 +20,9 @@ Drop = Annotated[
     str | None, typer.Option(metavar="LAYERS", help="Layers never loaded: 20-24 or 3,7,21-25.")
 ]
 Keep = Annotated[str | None, typer.Option(metavar="LAYERS", help="The only layers loaded.")]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", metavar="FILE", help="Layers chosen by `engine plan`.")
+]
 Backend = Annotated[
     str | None, typer.Option(help="Which kernels; the machine's best if not given.")
 ]
@@ -60,6 +64,15 @@ def check_writable(path: Path | None) -> None:
     """Raises before any work is done for a file that could not be written after it."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise InputError(f"{path}: expected a file in a directory that is there")
+
+
+def planned(path: Path, drop: str | None, keep: str | None) -> "Plan":
+    """The Plan in a file, where neither --drop nor --keep is given."""
+    from engine.artifacts import Plan
+
+    if drop is not None or keep is not None:
+        raise InputError("--plan excludes --drop and --keep")
+    return Plan.load(path)
 
 
 def open_model(ref: str, threads: int | None, **options: Any) -> tuple["Model", float]:

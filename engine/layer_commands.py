@@ -180,6 +180,11 @@ def plan(
     max_distance: Annotated[
         float | None, typer.Option(help="The most layers whose best block stays below.")
     ] = None,
+    target_memory: Annotated[
+        str | None, typer.Option(metavar="8GB", help="The fewest, so that the weights fit.")
+    ] = None,
+    bits: Annotated[int, typer.Option(help="Of the weights that are to fit.")] = 4,
+    group: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
     rule: Annotated[str, typer.Option(help=", ".join(RULES))] = "similarity",
     protect: Annotated[
         str, typer.Option(metavar="LAYERS", help="Never dropped; 'none' is the paper's rule.")
@@ -215,7 +220,10 @@ def plan(
         layers = parse_layers(drop, found.total_layers, "drop")
         choice = rules.manual([found.slot(layer) for layer in layers], total)
     else:
-        wanted = how_many(found, count, fraction, max_distance, protected)
+        fewest = None
+        if target_memory is not None:
+            fewest = to_fit(found, model or found.model, target_memory, bits, group)
+        wanted = how_many(found, count, fraction, max_distance, fewest, protected)
         if rule == "simple":
             choice = rules.simple(total, wanted)
         elif rule in ("similarity", "influence"):
@@ -251,14 +259,18 @@ def how_many(
     count: int | None,
     fraction: str | None,
     max_distance: float | None,
+    fewest: int | None,
     protected: frozenset[int],
 ) -> int:
-    """Layers to drop, from the one of three options that is given."""
+    """Layers to drop, from the one of four options that is given."""
     from engine.plan import check_count, largest_count
 
-    if sum(value is not None for value in (count, fraction, max_distance)) != 1:
-        raise InputError("plan: expected one of --count, --fraction and --max-distance")
+    if sum(value is not None for value in (count, fraction, max_distance, fewest)) != 1:
+        raise InputError(
+            "plan: expected one of --count, --fraction, --target-memory and --max-distance"
+        )
     total = len(found.layers)
+    count = fewest if fewest is not None else count
     if max_distance is not None:
         return largest_count(found, max_distance, protected)
     if fraction is not None:
@@ -268,6 +280,18 @@ def how_many(
         share = float(match[1]) / 100 if match[1] else float(match[2])
         count = round(share * total)
     check_count(total, count, protected)
+    return count
+
+
+def to_fit(found: "Profile", model: str, target: str, bits: int, group: int) -> int:
+    """The fewest of the profiled layers to drop so that the weights fit."""
+    from engine.budget import Storage, smallest_drop
+    from engine.budget_command import parse_bytes, read_config
+
+    config = read_config(model).keep(found.layers)
+    count = smallest_drop(config, Storage(bits, group), parse_bytes(target))
+    if not count:
+        raise InputError(f"target-memory: {model} fits {target} with all its layers")
     return count
 
 
@@ -317,7 +341,7 @@ def scored(rule, scorer, total, count, protected, seed, evaluations, seconds) ->
 def prune(
     model: Annotated[str, typer.Argument(help="Directory, .gguf file or hub id.")],
     out: Annotated[Path, typer.Argument(help="A new directory.")],
-    plan_path: Annotated[Path | None, typer.Option("--plan", metavar="FILE")] = None,
+    plan_path: command.PlanFile = None,
     drop: command.Drop = None,
     keep: command.Keep = None,
     dtype: Annotated[
@@ -325,7 +349,6 @@ def prune(
     ] = None,
 ) -> None:
     """Write the shallower model as an ordinary Hugging Face directory."""
-    from engine.artifacts import Plan
     from engine.backend import choose_layers, parse_dtype
     from engine.checkpoint import open_checkpoint
     from engine.checkpoint.locate import locate
@@ -333,7 +356,7 @@ def prune(
 
     path = locate(model)
     checkpoint = open_checkpoint(path)
-    chosen = Plan.load(plan_path) if plan_path is not None else drop
+    chosen = drop if plan_path is None else command.planned(plan_path, drop, keep)
     config = choose_layers(checkpoint, chosen, keep)
     with command.progress("bytes") as progress:
         write(

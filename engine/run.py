@@ -13,10 +13,12 @@ from engine.command import (
     Dtype,
     JsonFile,
     Keep,
+    PlanFile,
     Threads,
     check_writable,
     execute,
     open_model,
+    planned,
 )
 from engine.errors import InputError
 
@@ -43,6 +45,7 @@ def run(
         bool, typer.Option("--ignore-eos", help="No stop token ends it.")
     ] = False,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends it; repeatable.")] = None,
+    plan: PlanFile = None,
     drop: Drop = None,
     keep: Keep = None,
     backend: Backend = None,
@@ -92,6 +95,8 @@ def run(
     )
     if prompt_file is not None:
         prompt = read_text_file(prompt_file)
+    if plan is not None:
+        drop = planned(plan, drop, keep)
     opened, load_ms = open_model(model, threads, drop=drop, keep=keep, backend=backend, dtype=dtype)
     if prompt_tokens is not None:
         given = list(islice(cycle(opened.text.encode(PROMPT)), prompt_tokens))

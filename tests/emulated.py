@@ -31,7 +31,10 @@ def cuda_headers() -> list[str]:
     Those of nvcc, or of the packages nvidia-cuda-runtime and nvidia-cuda-cccl.
     """
     nvcc = shutil.which("nvcc")
-    homes = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")), *Path("/usr/local").glob("cuda*")]
+    homes = [
+        Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")),
+        *Path("/usr/local").glob("cuda*"),
+    ]
     homes += [Path(nvcc).resolve().parent.parent] if nvcc else []
     folders = [home / "include" for home in homes]
     folders += [folder / "cccl" for folder in folders]
@@ -113,7 +116,9 @@ def storage_bytes(tensor: torch.Tensor) -> bytes:
     """From the first element to the last, gaps between rows included."""
     if not tensor.numel():
         return b""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     flat = tensor.as_strided((last + 1,), (1,))
     return flat.contiguous().view(torch.uint8).numpy().tobytes()
 

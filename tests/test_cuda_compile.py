@@ -27,7 +27,9 @@ def find(tool: str) -> str | None:
     """An executable of CUDA, on PATH, in CUDA_HOME or in triton's package."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     triton = Path(sysconfig.get_path("purelib"), "triton/backends/nvidia/bin")
-    return shutil.which(tool, path=os.pathsep.join([os.environ["PATH"], f"{home}/bin", str(triton)]))
+    return shutil.which(
+        tool, path=os.pathsep.join([os.environ["PATH"], f"{home}/bin", str(triton)])
+    )
 
 
 @pytest.fixture(scope="module")
@@ -92,5 +94,3 @@ def test_weights_arrive_in_16_byte_loads(compiled):
         assert len(wide) >= 16, f"{name}: {len(wide)} wide loads; 4 chunks x 2 rows, twice"
         assert "HMMA" in kernel, f"{name}: no tensor core instruction"
         assert not re.search(r"\b(LDL|STL)\b", kernel), f"{name}: local memory"
-
-

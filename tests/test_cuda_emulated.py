@@ -27,7 +27,9 @@ def reference(matmul: Matmul, packed: Packed) -> tuple[torch.Tensor, torch.Tenso
     """The result in float64, and what errors of few outputs are measured by: the sum of |x| times
     the parts of w, its offset apart (a kernel may sum these apart too)."""
     x, w = matmul.x.double(), unpack(packed).double()
-    offsets = {name: packed.tensors()[name] for name in ("zeros", "mins") if name in packed.tensors()}
+    offsets = {
+        name: packed.tensors()[name] for name in ("zeros", "mins") if name in packed.tensors()
+    }
     without = {name: torch.zeros_like(tensor) for name, tensor in offsets.items()}
     parts = w.abs() + unpack(dataclasses.replace(packed, **without)).double().abs()
     if matmul.norm:
@@ -84,9 +86,7 @@ def make(rng, spec: Spec, dtype, m: int, n: int, k: int, **options) -> tuple[str
 
 @pytest.mark.parametrize("dtype", BOUND)
 def test_every_spec(kernels, rng, tmp_path, dtype):
-    cases = [
-        make(rng, spec, dtype, 8, 33, 300, out_dtype=torch.float32) for spec in every_spec()
-    ]
+    cases = [make(rng, spec, dtype, 8, 33, 300, out_dtype=torch.float32) for spec in every_spec()]
     check(kernels, tmp_path, cases)
 
 

@@ -25,6 +25,7 @@ runtime
 generation
 backend
 benchmark command evaluate peer plot
+budget_command
 layer_commands run
 cli
 __init__

@@ -155,7 +155,9 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     with pytest.raises(Killed):
         case.profile(batch_tokens=64, resume=resume, progress=kill)
     first = len(calls)
-    again = case.profile(batch_tokens=64, resume=resume, progress=lambda done, _: calls.append(done))
+    again = case.profile(
+        batch_tokens=64, resume=resume, progress=lambda done, _: calls.append(done)
+    )
     assert again == whole
     assert calls[first] > calls[first - 1], "samples were run again"
 
