@@ -171,10 +171,10 @@ def _rope(fields: "_Fields", head_dim: int) -> dict[str, Any]:
         scaling = _yarn(fields, factor)
     elif kind in (None, "linear") and factor != 1.0:
         scaling = {"rope_type": "linear", "factor": factor}
-    elif kind in (None, "none", "linear", "longrope"):
+    elif kind in (None, "none", "linear"):
         return rope
     else:
-        raise fields.wrong("rope.scaling.type", "none, linear, yarn or longrope", kind)
+        raise fields.wrong("rope.scaling.type", "none, linear or yarn", kind)
     return rope | {"rope_scaling": scaling}
 
 
