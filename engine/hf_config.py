@@ -19,6 +19,7 @@ _ACTIVATIONS = {
 }
 _ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "divisors")
 _LARGEST = 1 << 24  # no size of a model is larger; a config that says so is wrong
+_MOST_LAYERS = 4096
 
 
 def from_hf(raw: Mapping[str, Any], where: str) -> ModelConfig:
@@ -44,11 +45,11 @@ class _Reader:
     def get(self, name: str, default: Any = None) -> Any:
         return self.raw[name] if name in self.raw else self.family.defaults.get(name, default)
 
-    def size(self, name: str, default: int | None = None) -> int:
+    def size(self, name: str, default: int | None = None, largest: int = _LARGEST) -> int:
         value = self.get(name)
         value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _LARGEST:
-            raise self.wrong(name, f"a whole number from 1 to {_LARGEST}", value)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= largest:
+            raise self.wrong(name, f"a whole number from 1 to {largest}", value)
         return value
 
     def number(self, name: str, default: float | None = None, values=None) -> float:
@@ -81,7 +82,7 @@ class _Reader:
         if heads % kv_heads:
             raise self.wrong("num_key_value_heads", f"a divisor of {heads} heads", kv_heads)
         scale = self.positive("query_pre_attn_scalar", head_dim) ** -0.5
-        total = self.size("num_hidden_layers")
+        total = self.size("num_hidden_layers", largest=_MOST_LAYERS)
         eos = get("eos_token_id")
         return ModelConfig(
             family=self.key,
