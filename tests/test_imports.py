@@ -16,7 +16,7 @@ errors kernels
 artifacts config layers machine
 families rope
 hf_config
-checkpoint cache sample
+checkpoint cache grid sample
 text weights
 model samples
 stream

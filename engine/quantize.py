@@ -1,0 +1,160 @@
+"""Weights to codes: round to nearest, HQQ, GPTQ and NF4, each from one matrix to one `Packed`.
+
+Each takes a weight (N, K) of any float dtype, a `Spec`, and the name that errors give the weight:
+InputError where it is no matrix, holds NaN or Inf, or where the method lacks the scheme.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from engine.errors import InputError
+from engine.grid import (
+    UNIFORM,
+    Grid,
+    by_group,
+    by_rows,
+    checked,
+    fit_grid,
+    groups_of,
+    nonzero,
+    packed_grids,
+    require_finite,
+    require_scheme,
+    stored,
+)
+from engine.kernels.w4.format import NF4, Packed, Spec, pack_codes, validate
+
+_HQQ_STEPS = 20
+
+
+def rtn(weight: torch.Tensor, spec: Spec, clip: str = "minmax", name: str = "weight") -> Packed:
+    """Round to nearest, over each group's range or ("mse") the clipped range of least error."""
+    return by_group(weight, spec, lambda values: fit_grid(values, spec, clip), name)
+
+
+def hqq(weight: torch.Tensor, spec: Spec, name: str = "weight") -> Packed:
+    """Half-quadratic quantisation (Badri and Shaji, 2023): least |error|**0.7, no data needed.
+
+    Alternates between the outliers E, a shrinkage of the error, and the grid that fits W - E. From
+    the paper it departs in that the scale is fitted too, and that it starts at a clipped range.
+    """
+
+    def fit(values: torch.Tensor) -> Grid:
+        grid = best = fit_grid(values, spec, "mse")
+        least = torch.full_like(grid.scale, torch.inf)
+        for step in range(_HQQ_STEPS):
+            codes = grid.encode(values)
+            error = values - grid.decode(codes)
+            size = error.abs()
+            power = size.pow(0.7)
+            found = power.sum(-1, keepdim=True)
+            best = best.better(grid, found < least)
+            least = torch.minimum(found, least)
+            beta = 10 * 1.01**step
+            outliers = (size - power / (beta * size.clamp_min(1e-8))).clamp_min_(0)
+            grid = _refit(grid, codes, values - error.sign() * outliers)
+        return best
+
+    return by_group(weight, spec, fit, name)
+
+
+def nf4(weight: torch.Tensor, spec: Spec, name: str = "weight") -> Packed:
+    """NormalFloat (Dettmers et al., 2305.14314): the nearest quantile of each group's maximum."""
+    require_scheme(spec, ("codebook",), name)
+    table = torch.tensor(NF4, device=weight.device)
+    middles = (table[1:] + table[:-1]) / 2
+
+    def rows(part: torch.Tensor) -> Packed:
+        pieces = groups_of(part, spec)
+        scales = [stored(piece.abs().amax(-1, keepdim=True), spec) for piece in pieces]
+        codes = [
+            torch.bucketize(piece / nonzero(scale), middles).flatten(1)
+            for piece, scale in zip(pieces, scales, strict=True)
+        ]
+        scale = torch.cat(scales, 1)[..., 0]
+        require_finite(scale, spec, name)
+        codes = pack_codes(torch.cat(codes, 1).to(torch.uint8), spec.bits)
+        shape, scale = tuple(part.shape), scale.to(spec.scale_dtype)
+        return validate(Packed(spec, shape, codes, scale, codebook=table), name)
+
+    return by_rows(weight, rows, name)
+
+
+def gptq(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    spec: Spec,
+    *,
+    act_order: bool = False,
+    damp: float = 0.01,
+    block: int = 128,
+    clip: str = "minmax",
+    name: str = "weight",
+) -> Packed:
+    """GPTQ (Frantar et al., 2210.17323): rounds column by column, each error spread over the rest.
+
+    `hessian` (K, K) is the sum of x x' over the inputs. `act_order` goes through the inputs from
+    the largest to the smallest, which the packed permutation records. `damp` is a share of the mean
+    diagonal; `block` columns are rounded before the columns after them hear of it. InputError where
+    the damped Hessian is not positive definite.
+    """
+    require_scheme(spec, UNIFORM, name)
+    weight = checked(weight, name).clone()
+    k = weight.shape[1]
+    if hessian.shape != (k, k) or not hessian.isfinite().all():
+        raise InputError(f"{name}: the Hessian must be finite and {(k, k)}")
+    perm = hessian.diagonal().argsort(descending=True, stable=True) if act_order else None
+    if perm is not None:
+        weight, hessian = weight[:, perm], hessian[perm][:, perm]
+    factor = _inverse_factor(hessian, damp, name).to(weight.dtype)
+    if spec.group:  # a group ends in the block it starts in, where every error is known
+        block = spec.group * max(1, block // spec.group)
+    codes, grids = torch.empty_like(weight), []
+    for start in range(0, k, block):
+        stop = min(start + block, k)
+        errors = torch.empty_like(weight[:, start:stop])
+        for i in range(start, stop):
+            if i % (spec.group or k) == 0:
+                group = weight[:, i : i + (spec.group or k)]
+                grids.append(fit_grid(group[:, None], spec, clip))
+            column = weight[:, i, None, None]
+            code = grids[-1].encode(column)
+            error = (column - grids[-1].decode(code))[..., 0] / factor[i, i]
+            weight[:, i:stop] -= error * factor[i, i:stop]
+            codes[:, i], errors[:, i - start] = code[:, 0, 0], error[:, 0]
+        weight[:, stop:] -= errors @ factor[start:stop, stop:]
+    if perm is not None and not spec.group:  # a row's one grid knows no order
+        codes, perm = codes[:, perm.argsort()], None
+    return packed_grids(spec, codes, grids, perm, name)
+
+
+def _refit(grid: Grid, codes: torch.Tensor, target: torch.Tensor) -> Grid:
+    """The grid nearest to `target` under given codes, by least squares; a code of zero stays."""
+    free = grid.spec.scheme == "minimum"
+    centre = codes.mean(-1, keepdim=True) if free else grid.shift
+    centred = codes - centre
+    squares = centred.square().sum(-1, keepdim=True)
+    scale = stored((centred * target).sum(-1, keepdim=True) / nonzero(squares), grid.spec)
+    if not free:
+        return replace(grid, scale=scale)
+    shift = stored(target.mean(-1, keepdim=True) - scale * centre, grid.spec)
+    return replace(grid, scale=scale, shift=shift)
+
+
+def _inverse_factor(hessian: torch.Tensor, damp: float, name: str) -> torch.Tensor:
+    """(K, K) upper triangular U, U' U the inverse of the damped Hessian."""
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean()
+    diagonal[diagonal == 0] = mean if mean > 0 else 1  # inputs that were always zero
+    diagonal += damp * mean
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    if not failed:
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if failed:
+        raise InputError(
+            f"{name}: the Hessian is not positive definite with damp {damp}; raise it, or "
+            "calibrate on more text"
+        )
+    return upper
