@@ -18,6 +18,7 @@ from engine.kernels.w4.format import (
     check_finite,
     concatenate,
     pack_codes,
+    rows,
     unpack,
     unpack_codes,
     validate,
@@ -97,16 +98,16 @@ def test_cpp_reads_every_half_and_bfloat(rng):
 @pytest.mark.parametrize("k", [1, 15, 16, 17, 31, 32, 33, 100])
 def test_pack_codes_round_trip(bits, k, rng):
     codes = torch.randint(0, 1 << bits, (3, k), generator=rng, dtype=torch.uint8)
-    rows = pack_codes(codes, bits)
+    packed_rows = pack_codes(codes, bits)
     spec = Spec(bits, 0, "symmetric")
-    assert rows.shape == (3, spec.row_bytes(k)) and rows.shape[1] % 16 == 0
-    packed = Packed(spec, (3, k), rows, torch.ones(3, 1).half())
+    assert packed_rows.shape == (3, spec.row_bytes(k)) and packed_rows.shape[1] % 16 == 0
+    packed = Packed(spec, (3, k), packed_rows, torch.ones(3, 1).half())
     assert torch.equal(unpack_codes(packed), codes)
-    assert not rows[:, -(-k * bits // 8) :].any(), "padding codes are zero"
+    assert not packed_rows[:, -(-k * bits // 8) :].any(), "padding codes are zero"
     cpu = native.load("cpu")
-    ours = torch.full_like(rows, 255)
+    ours = torch.full_like(packed_rows, 255)
     cpu.w4_pack(codes.contiguous().data_ptr(), 3, k, bits, ours.data_ptr())
-    assert torch.equal(ours, rows)
+    assert torch.equal(ours, packed_rows)
 
 
 @settings(max_examples=60, deadline=None)
@@ -236,6 +237,10 @@ def test_concatenate_stacks_rows(scheme, rng):
     second = replace(random_packed(rng, 2, 100, spec), perm=first.perm.clone())
     fused = validate(concatenate([first, second]))
     assert torch.equal(unpack(fused), torch.cat([unpack(first), unpack(second)]))
+    assert torch.equal(unpack(validate(rows(fused, 3, 5))), unpack(second))
+    assert rows(fused, 0, 3).codes.data_ptr() == fused.codes.data_ptr()
+    with pytest.raises(ValueError, match=r"part of 0\.\.5, found 3\.\.6"):
+        rows(fused, 3, 6)
     with pytest.raises(ValueError, match="one perm, found two"):
         concatenate([first, replace(second, perm=None)])
     with pytest.raises(ValueError, match="one spec and K"):

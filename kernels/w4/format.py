@@ -15,6 +15,7 @@ GROUPS = (0, 16, 32, 64, 128)  # 0: the whole row
 SCHEMES = ("symmetric", "zero", "minimum", "codebook", "kquant")
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 ROW_ALIGN_BYTES = 16  # a row of codes is read in 16-byte loads
+SHARED = ("perm", "codebook")  # what all rows have in common
 SUPER = 256  # weights under one pair of kquant super-scales
 NF4 = (
     *(-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105003625, 0.0),
@@ -265,7 +266,7 @@ def concatenate(parts: Sequence[Packed]) -> Packed:
                 f"fused weights need one spec and K, found {first.spec}, K={first.shape[1]} "
                 f"and {part.spec}, K={part.shape[1]}"
             )
-        for shared in ("perm", "codebook"):
+        for shared in SHARED:
             ours, theirs = getattr(first, shared), getattr(part, shared)
             if (ours is None) != (theirs is None) or (
                 ours is not None and not torch.equal(ours, theirs)
@@ -274,7 +275,18 @@ def concatenate(parts: Sequence[Packed]) -> Packed:
     stacked = {
         name: torch.cat([getattr(part, name) for part in parts])
         for name in first.tensors()
-        if name not in ("perm", "codebook")
+        if name not in SHARED
     }
     rows = sum(part.shape[0] for part in parts)
     return replace(first, shape=(rows, first.shape[1]), **stacked)
+
+
+def rows(packed: Packed, start: int, stop: int) -> Packed:
+    """Rows start .. stop - 1 as views, for the parts of a matrix that was stored fused."""
+    n, k = packed.shape
+    if not 0 <= start < stop <= n:
+        raise ValueError(f"rows must be a part of 0..{n}, found {start}..{stop}")
+    part = {
+        name: tensor[start:stop] for name, tensor in packed.tensors().items() if name not in SHARED
+    }
+    return replace(packed, shape=(stop - start, k), **part)
