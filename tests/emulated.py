@@ -7,14 +7,14 @@ import shutil
 import struct
 import subprocess
 import sysconfig
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from w4_calls import Matmul
 
-from engine.kernels.w4.cuda import Call, Matrix, Norm, describe
-from engine.kernels.w4.layout_gpu import GpuMatrix
+from engine.kernels.w4.cuda import Call, Matrix
+from engine.kernels.w4.layout_gpu import to_gpu
 
 ROOT = Path(__file__).parent.parent
 # A stack for use-after-return checks per fiber costs ten times the rest.
@@ -26,26 +26,23 @@ FLAGS = (
 
 
 def cuda_headers() -> list[str]:
-    """Folders that hold NVIDIA's cuda_fp16.h and nv/target; skips the test where they are missing.
+    """Folders that hold NVIDIA's headers; skips the test where they are missing.
 
-    Those of nvcc, or of the packages nvidia-cuda-runtime and nvidia-cuda-cccl.
+    Those of nvcc, or of the packages nvidia-cuda-runtime, nvidia-cuda-cccl and nvidia-cuda-crt.
     """
     nvcc = shutil.which("nvcc")
-    homes = [
-        Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")),
-        *Path("/usr/local").glob("cuda*"),
-    ]
+    homes = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))]
     homes += [Path(nvcc).resolve().parent.parent] if nvcc else []
-    folders = [home / "include" for home in homes]
-    folders += [folder / "cccl" for folder in folders]
-    folders += Path(sysconfig.get_path("purelib"), "nvidia").glob("*/include")
-    folders += Path(sysconfig.get_path("purelib"), "nvidia").glob("*/include/cccl")
+    homes += sorted(Path("/usr/local").glob("cuda-*"))
+    homes += sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("*"))
     found = []
-    for header in ("cuda_fp16.h", "cuda_runtime_api.h", "nv/target"):
-        with_header = [str(folder) for folder in folders if (folder / header).exists()]
-        if not with_header:
-            pytest.skip(f"no {header}: install nvidia-cuda-runtime and nvidia-cuda-cccl, or CUDA")
-        found.append(with_header[0])
+    for header in ("cuda_fp16.h", "crt/host_defines.h", "nv/target"):
+        folders = [home / "include" for home in homes if (home / "include" / header).exists()]
+        if not folders:
+            pytest.skip(
+                f"no {header}: it comes with CUDA and with nvidia-cuda-runtime, -cccl, -crt"
+            )
+        found.append(str(folders[0]))
     return list(dict.fromkeys(found))
 
 
@@ -71,43 +68,24 @@ def build(name: str, *sources: str) -> Path:
     return target
 
 
-@dataclass(frozen=True, eq=False)
-class Matmul:
-    """One call of the W4 matmul; x and y lie `offset` elements off a multiple of 16 bytes."""
-
-    x: torch.Tensor
-    weights: GpuMatrix
-    bias: torch.Tensor | None = None
-    norm: Norm | None = None
-    gated: bool = False
-    out_dtype: torch.dtype | None = None
-    offset: int = 0
-
-    def output(self) -> torch.Tensor:
-        """NaN, of the output's shape and dtype."""
-        n = self.weights.shape[0] // (2 if self.gated else 1)
-        return torch.full((len(self.x), n), torch.nan, dtype=self.out_dtype or self.x.dtype)
-
-    def call(self) -> Call:
-        return describe(self.x, self.weights, self.output(), self.bias, self.norm, self.gated)
-
-    def arrays(self) -> dict[int, torch.Tensor]:
-        """What the call's pointers point to, by their places in the struct."""
-        named = [(Matrix, name, tensor) for name, tensor in self.weights.tensors().items()]
-        others = {"x": self.x, "y": self.output(), "bias": self.bias}
-        others["norm"] = self.norm and self.norm.weight
-        named += [(Call, name, tensor) for name, tensor in others.items() if tensor is not None]
-        return {getattr(owner, name).offset: tensor for owner, name, tensor in named}
+def arrays_of(case: Matmul) -> dict[int, torch.Tensor]:
+    """What the call's pointers point to, by their places in the struct."""
+    weights = [(Matrix, name, tensor) for name, tensor in to_gpu(case.packed).tensors().items()]
+    others = {"x": case.x, "y": case.output(), "bias": case.bias}
+    others["norm"] = case.norm and case.norm.weight
+    named = weights + [(Call, name, tensor) for name, tensor in others.items()]
+    present = [entry for entry in named if entry[2] is not None]
+    return {getattr(owner, name).offset: tensor for owner, name, tensor in present}
 
 
-def encode(matmul: Matmul, call: Call) -> bytes:
+def encode(case: Matmul, call: Call) -> bytes:
     """The call as tests/emulated.cpp reads it."""
-    arrays = matmul.arrays()
+    arrays = arrays_of(case)
     encoded = [struct.pack("q", ctypes.sizeof(call)), bytes(call), struct.pack("q", len(arrays))]
     for place, tensor in arrays.items():
         data = storage_bytes(tensor)
         moves = place in (Call.x.offset, Call.y.offset)
-        moved = matmul.offset * tensor.itemsize if moves else 0
+        moved = case.offset * tensor.itemsize if moves else 0
         encoded += [struct.pack("4q", place, place == Call.y.offset, moved, len(data)), data]
     return b"".join(encoded)
 
@@ -116,19 +94,18 @@ def storage_bytes(tensor: torch.Tensor) -> bytes:
     """From the first element to the last, gaps between rows included."""
     if not tensor.numel():
         return b""
-    last = sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    flat = tensor.as_strided((last + 1,), (1,))
-    return flat.contiguous().view(torch.uint8).numpy().tobytes()
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    elements = 1 + sum((size - 1) * stride for size, stride in strides)
+    flat = tensor.as_strided((elements,), (1,)).contiguous()
+    return flat.view(torch.uint8).numpy().tobytes()
 
 
-def run(executable: Path, matmuls: list[Matmul], folder: Path) -> list[torch.Tensor]:
+def run(executable: Path, cases: list[Matmul], folder: Path) -> list[torch.Tensor]:
     """The outputs. Fails with the emulator's or a sanitizer's report."""
-    calls = [encode(matmul, matmul.call()) for matmul in matmuls]
-    data, at, found = run_encoded(executable, calls, folder), 0, []
-    for matmul in matmuls:
-        y = matmul.output()
+    data = run_encoded(executable, [encode(case, case.call()) for case in cases], folder)
+    at, found = 0, []
+    for case in cases:
+        y = case.output()
         (message_bytes,) = struct.unpack_from("q", data, at)
         assert message_bytes == 0, data[at + 8 : at + 8 + message_bytes].decode()
         stored = bytearray(data[at + 8 : at + 8 + y.nbytes])
@@ -138,9 +115,9 @@ def run(executable: Path, matmuls: list[Matmul], folder: Path) -> list[torch.Ten
     return found
 
 
-def error_of(executable: Path, matmul: Matmul, call: Call, folder: Path) -> str:
+def error_of(executable: Path, case: Matmul, call: Call, folder: Path) -> str:
     """The message of the exception that the call throws; "" without one."""
-    data = run_encoded(executable, [encode(matmul, call)], folder)
+    data = run_encoded(executable, [encode(case, call)], folder)
     (message_bytes,) = struct.unpack_from("q", data)
     return data[8 : 8 + message_bytes].decode()
 

@@ -5,16 +5,14 @@ from itertools import product
 
 import pytest
 import torch
-from close import rms_ratio
-from emulated import Matmul, build, error_of, run
-from packed import every_spec, random_packed, spec_id
+from emulated import build, error_of, run
+from packed import every_spec
+from w4_calls import BOUND, EDGES_K, EDGES_N, Matmul, check, make, random_case, scaled
 
 from engine.kernels.w4.cuda import Norm, describe
-from engine.kernels.w4.format import Packed, Spec, unpack
+from engine.kernels.w4.format import Spec
 from engine.kernels.w4.layout_gpu import to_gpu
 
-BOUND = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
-EXACT = 1e-5  # float32 outputs, where nothing else is rounded
 G128 = Spec(4, 128, "symmetric")
 
 
@@ -23,154 +21,65 @@ def kernels():
     return build("w4", "csrc/cuda/w4_matmul.cu", "tests/emulated.cpp")
 
 
-def reference(matmul: Matmul, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
-    """The result in float64, and what errors of few outputs are measured by: the sum of |x| times
-    the parts of w, its offset apart (a kernel may sum these apart too)."""
-    x, w = matmul.x.double(), unpack(packed).double()
-    offsets = {
-        name: packed.tensors()[name] for name in ("zeros", "mins") if name in packed.tensors()
-    }
-    without = {name: torch.zeros_like(tensor) for name, tensor in offsets.items()}
-    parts = w.abs() + unpack(dataclasses.replace(packed, **without)).double().abs()
-    if matmul.norm:
-        x = x * (x.square().mean(dim=1, keepdim=True) + matmul.norm.eps).rsqrt()
-        x = x * (matmul.norm.weight.double() + matmul.norm.offset)
-    y, size = x @ w.T, x.abs() @ parts.T
-    if matmul.bias is not None:
-        y, size = y + matmul.bias.double(), size + matmul.bias.double().abs()
-    if matmul.gated:
-        n = packed.shape[0] // 2
-        y = torch.nn.functional.silu(y[:, :n]) * y[:, n:]
-        size = (size[:, :n] + 1) * (size[:, n:] + 1)
-    return y, size
-
-
-def scaled(packed: Packed, factor: float) -> Packed:
-    """The matrix times `factor`, its scales rounded anew."""
-    names = ("supers",) if packed.spec.scheme == "kquant" else ("scales", "mins")
-    tensors = {name: packed.tensors()[name] for name in names if name in packed.tensors()}
-    return dataclasses.replace(packed, **{n: t * factor for n, t in tensors.items()})
-
-
-def check(kernels, folder, cases: list[tuple[str, Matmul, Packed]]) -> None:
-    """Runs all and holds each to its bound."""
-    outputs = run(kernels, [matmul for _, matmul, _ in cases], folder)
-    for (name, matmul, packed), y in zip(cases, outputs, strict=True):
-        expected, size = reference(matmul, packed)
-        exact = packed.spec.scheme != "codebook" and y.dtype == torch.float32 and not matmul.norm
-        bound = EXACT if exact and not matmul.gated else BOUND[matmul.x.dtype]
-        if y.numel() >= 256:
-            found = rms_ratio(expected, y)
-        else:
-            errors = (y.double() - expected).abs() / size.clamp_min(1e-30)
-            found = float(errors.max()) if y.numel() else 0.0
-        assert found <= bound, f"{name}: error {found:.3g}, bound {bound}"
-
-
-def make(rng, spec: Spec, dtype, m: int, n: int, k: int, **options) -> tuple[str, Matmul, Packed]:
-    """A named case: x and x @ w.T of about unit RMS. Options: permuted, bias, norm (the offset),
-    gated, out_dtype, offset, strided."""
-    taken = dict(options)
-    packed = random_packed(rng, n, k, spec, permuted=taken.pop("permuted", False))
-    packed = scaled(packed, k**-0.5)
-    x = torch.randn(m, k + 3 if taken.pop("strided", False) else k, generator=rng).to(dtype)[:, :k]
-    if taken.pop("bias", False):
-        taken["bias"] = torch.randn(n, generator=rng).to(dtype)
-    norm_offset = taken.pop("norm", None)
-    if norm_offset is not None:
-        weight = torch.randn(k, generator=rng).to(dtype)
-        taken["norm"] = Norm(weight, eps=1e-5, offset=norm_offset)
-    name = f"{spec_id(spec)} {dtype} M={m} N={n} K={k} {options}"
-    return name, Matmul(x, to_gpu(packed), **taken), packed
+def check_all(kernels, cases: list[Matmul], folder) -> None:
+    for case, y in zip(cases, run(kernels, cases, folder), strict=True):
+        check(case, y)
 
 
 @pytest.mark.parametrize("dtype", BOUND)
 def test_every_spec(kernels, rng, tmp_path, dtype):
-    cases = [make(rng, spec, dtype, 8, 33, 300, out_dtype=torch.float32) for spec in every_spec()]
-    check(kernels, tmp_path, cases)
-
-
-def random_options(rng, n: int) -> dict:
-    def flip() -> bool:
-        return bool(torch.randint(0, 2, (), generator=rng))
-
-    return {
-        "permuted": flip(),
-        "bias": flip(),
-        "norm": float(flip()) if flip() else None,
-        "gated": n % 2 == 0 and flip(),
-        "out_dtype": torch.float32 if flip() else None,
-        "offset": int(torch.randint(0, 8, (), generator=rng)),
-        "strided": flip(),
-    }
-
-
-def random_cases(rng, shapes) -> list[tuple[str, Matmul, Packed]]:
-    specs, dtypes = every_spec(), list(BOUND)
-    cases = []
-    for m, n, k in shapes:
-        spec = specs[int(torch.randint(0, len(specs), (), generator=rng))]
-        dtype = dtypes[int(torch.randint(0, 2, (), generator=rng))]
-        cases.append(make(rng, spec, dtype, m, n, k, **random_options(rng, n)))
-    return cases
-
-
-# Rows of a tile 16, weights of a chunk 128 (4 bits) or 64, of an mma 16, of a lane 4.
-EDGES_N, EDGES_K = (1, 2, 15, 16, 17, 34), (1, 3, 4, 15, 16, 17, 63, 64, 65, 127, 128, 129)
+    wide = {"out_dtype": torch.float32}
+    cases = [make(rng, spec, dtype, 8, 33, 300, **wide) for spec in every_spec()]
+    check_all(kernels, cases, tmp_path)
 
 
 def test_edges_with_random_options(kernels, rng, tmp_path):
-    check(kernels, tmp_path, random_cases(rng, product((1, 2, 8), EDGES_N, EDGES_K)))
+    shapes = product((1, 2, 8), EDGES_N, EDGES_K)
+    check_all(kernels, [random_case(rng, *shape) for shape in shapes], tmp_path)
 
 
 @pytest.mark.slow
 def test_sweep(kernels, rng, tmp_path):
     shapes = list(product(range(1, 9), (*EDGES_N, 50), (*EDGES_K, 300, 576, 1021)))
     for _ in range(3):
-        check(kernels, tmp_path, random_cases(rng, shapes))
+        check_all(kernels, [random_case(rng, *shape) for shape in shapes], tmp_path)
 
 
 @pytest.mark.parametrize("bits", (4, 8))
 def test_more_chunks_than_fly_and_more_x_than_fits(kernels, rng, tmp_path, bits):
     """K beyond 8 warps x 4 chunks, and at M = 8 beyond the slice of x in shared memory."""
     chunk = 512 // bits
-    spec = Spec(bits, 32, "minimum")
     cases = [
-        make(rng, spec, dtype, m, 3, k, bias=True, norm=norm)
+        make(rng, Spec(bits, 32, "minimum"), dtype, m, 3, k, bias=True, norm=norm)
         for dtype in BOUND
         for m, k in ((1, 33 * chunk + 4), (8, 65 * chunk + 1))
         for norm in (None, 1.0)
     ]
-    check(kernels, tmp_path, cases)
+    check_all(kernels, cases, tmp_path)
 
 
 def test_hard_values(kernels, rng, tmp_path):
-    """Scales beyond float16, and x whose squares are: sums are float32 throughout."""
+    """Scales below float16's, and x whose squares are beyond: sums are float32 throughout."""
     spec = Spec(4, 32, "symmetric", torch.float32)
-    _, matmul, packed = make(rng, spec, torch.float16, 8, 33, 128, out_dtype=torch.float32)
-    tiny = scaled(packed, 1e-8)
-    weight = torch.full((128,), 1e-3, dtype=torch.float16)
-    large = dataclasses.replace(matmul, x=matmul.x * 1e4, norm=Norm(weight, eps=1e-6))
-    cases = [
-        ("tiny scales", dataclasses.replace(matmul, weights=to_gpu(tiny)), tiny),
-        ("large x", large, packed),
-    ]
-    check(kernels, tmp_path, cases)
+    case = make(rng, spec, torch.float16, 8, 33, 128, out_dtype=torch.float32)
+    tiny = dataclasses.replace(case, name="tiny scales", packed=scaled(case.packed, 1e-8))
+    norm = Norm(torch.full((128,), 1e-3, dtype=torch.float16), eps=1e-6)
+    large = dataclasses.replace(case, name="large x", x=case.x * 1e4, norm=norm)
+    check_all(kernels, [tiny, large], tmp_path)
 
 
 def test_no_rows(kernels, rng, tmp_path):
-    check(kernels, tmp_path, [make(rng, G128, torch.float16, 0, 17, 128)])
+    check_all(kernels, [make(rng, G128, torch.float16, 0, 17, 128)], tmp_path)
 
 
 def test_native_errors(kernels, rng, tmp_path):
-    _, matmul, _ = make(rng, G128, torch.float16, 2, 16, 128)
+    case = make(rng, G128, torch.float16, 2, 16, 128)
 
     def error(**fields) -> str:
-        call = matmul.call()
+        call = case.call()
         for name, value in fields.items():
-            owner = call.weights if hasattr(call.weights, name) else call
-            setattr(owner, name, value)
-        return error_of(kernels, matmul, call, tmp_path)
+            setattr(call.weights if hasattr(call.weights, name) else call, name, value)
+        return error_of(kernels, case, call, tmp_path)
 
     assert error() == ""
     assert error(m=9) == "w4_matmul: x must have 0 to 8 rows, found 9"
@@ -184,8 +93,8 @@ def test_native_errors(kernels, rng, tmp_path):
 
 
 def test_python_errors(rng):
-    _, matmul, _ = make(rng, G128, torch.float16, 2, 16, 128)
-    x, weights, y = matmul.x, matmul.weights, matmul.output()
+    case = make(rng, G128, torch.float16, 2, 16, 128)
+    x, y, weights = case.x, case.output(), to_gpu(case.packed)
 
     def raises(kind, message: str, **arguments) -> None:
         with pytest.raises(kind, match=message):
@@ -199,4 +108,4 @@ def test_python_errors(rng):
     raises(ValueError, r"y must be a contiguous \(2, 16\)", y=y[:, :8])
     raises(ValueError, r"bias must be a contiguous \(16,\) torch.float16", bias=torch.zeros(16))
     raises(ValueError, "norm must be a contiguous", norm=Norm(torch.zeros(64).half(), 1e-5))
-    raises(ValueError, "x is on cpu", y=y.to("meta"))
+    raises(ValueError, "y is on meta, x is on cpu", y=y.to("meta"))

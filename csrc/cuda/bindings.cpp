@@ -2,6 +2,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include "cuda/w4_matmul.h"
+
 namespace py = pybind11;
 using release_gil = py::call_guard<py::gil_scoped_release>;
 
@@ -20,6 +22,11 @@ double copy_bandwidth(int64_t bytes, int passes, uintptr_t stream) {
     return shallow::copy_bandwidth(bytes, passes, reinterpret_cast<void*>(stream));
 }
 
+void w4_matmul(uintptr_t call, uintptr_t stream) {
+    shallow::w4_matmul(*reinterpret_cast<const shallow::W4Matmul*>(call),
+                       reinterpret_cast<void*>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -31,4 +38,8 @@ PYBIND11_MODULE(_cuda, m) {
           py::arg("stream") = 0, release_gil(),
           "GB/s (1e9), bytes read plus bytes written, of copying `bytes` bytes in the memory of\n"
           "the current device: the best of `passes` passes.");
+    m.def("w4_matmul", w4_matmul, py::arg("call"), py::arg("stream") = 0,
+          "Launches the decode matmul on the current device; `call` is the address of a W4Matmul\n"
+          "(csrc/cuda/w4_matmul.h, kernels/w4/cuda.py).");
+    m.attr("W4_MATMUL_BYTES") = sizeof(shallow::W4Matmul);
 }
