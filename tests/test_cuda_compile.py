@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = "csrc/cuda/w4_matmul.cu"
 KERNELS = 10  # 2 dtypes x (4 bits: centred, plain, table; 8 bits: centred, plain)
 MAX_REGISTERS = 65536 // (2 * 256)  # two blocks of 256 threads to a multiprocessor
-X_BYTES = 8 * (4096 + 16) * 2  # the most that a block holds of x
+X_BYTES = (64 << 10) + 960  # the most that a block holds of x
 SHARED_BYTES = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # of a multiprocessor
 TARGETS = [
     pytest.param(90),

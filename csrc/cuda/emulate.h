@@ -402,6 +402,9 @@ inline void allow_next_kernel() {}
 
 template <typename... Parameters>
 void launch(const Launch& where, void (*kernel)(Parameters...), Parameters... arguments) {
+    if (where.shared_bytes > where.max_shared_bytes)
+        emulate::fail("launch: %zu bytes of shared memory, more than the %zu announced",
+                      where.shared_bytes, where.max_shared_bytes);
     const std::function<void()> body = [&] { kernel(arguments...); };
     emulate::block.kernel = &body;
     emulate::block.grid = where.grid;

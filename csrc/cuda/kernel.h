@@ -14,7 +14,8 @@ namespace shallow {
 
 struct Launch {
     dim3 grid, block;
-    std::size_t shared_bytes;  // dynamic
+    std::size_t shared_bytes;      // dynamic
+    std::size_t max_shared_bytes;  // the most that any launch of this kernel asks for
     cudaStream_t stream;
     bool overlap;  // see wait_for_previous_kernel; compute capability 9.0 and later
 };
@@ -103,8 +104,8 @@ __device__ inline void allow_next_kernel() {
 // Throws std::runtime_error with CUDA's message.
 template <typename... Parameters>
 void launch(const Launch& where, void (*kernel)(Parameters...), Parameters... arguments) {
-    const auto shared_bytes = static_cast<int>(where.shared_bytes);
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(where.max_shared_bytes)),
           "kernel launch");
     cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -31,7 +31,8 @@ constexpr int kStep = 16;           // weights along K of one mma
 constexpr int kMaxWarps = 8;
 constexpr int kDepth = 4;           // chunks of a warp in flight
 constexpr int kColumnStride = 20;   // floats from column to column of a partial tile
-constexpr int kMaxXBytes = 64 << 10;  // of x in shared memory at once, unless one round needs more
+constexpr int kMaxXBytes = 64 << 10;  // of x in shared memory at once, without its padding
+constexpr int kMaxSharedBytes = kMaxXBytes + kW4MaxRows * 15 * sizeof(uint2);
 
 constexpr int chunk_weights(int bits) { return 8 * kChunkBytes / bits; }
 
@@ -325,6 +326,23 @@ __device__ void store_tile(const Params& p, Partial& partial, int first, int n) 
     }
 }
 
+// Adds the warp's chunks of a slice, and keeps kDepth of its chunks in flight.
+template <typename Work>
+__device__ void add_slice(const Params& p, Work& work, Stage (&stages)[kDepth],
+                          SharedArray<uint2> column, int slice) {
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int end = min(slice + p.slice_chunks, p.chunks);
+    for (int round = slice + warp; round < end; round += kDepth * warps) {
+#pragma unroll
+        for (int d = 0; d < kDepth; ++d) {
+            const int chunk = round + d * warps, next = chunk + kDepth * warps;
+            if (chunk >= end) break;
+            work.add(stages[d], column + (chunk - slice) * (Work::kWeights / 4));
+            if (next < p.chunks) work.load(stages[d], next);
+        }
+    }
+}
+
 template <typename T, int BITS, Values VALUES>
 __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     w4_matmul_kernel(const __grid_constant__ Params p) {
@@ -356,16 +374,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
         if (slice) __syncthreads();
         stage_x<T, work.kWeights>(p, x, squares, slice);
         __syncthreads();
-        const int end = min(slice + p.slice_chunks, p.chunks);
-        for (int round = slice + warp; round < end; round += kDepth * warps) {
-#pragma unroll
-            for (int d = 0; d < kDepth; ++d) {
-                const int chunk = round + d * warps, next = chunk + kDepth * warps;
-                if (chunk >= end) break;
-                work.add(stages[d], column + (chunk - slice) * (work.kWeights / 4));
-                if (next < p.chunks) work.load(stages[d], next);
-            }
-        }
+        add_slice(p, work, stages, column, slice);
     }
     for (int i = 0; i < 4; ++i)
         partial[(warp * kW4MaxRows + 2 * t + i % 2) * kColumnStride + g + i / 2 * 8] = work.tile[i];
@@ -460,6 +469,7 @@ void w4_matmul(const W4Matmul& call, void* stream) {
     where.grid = static_cast<unsigned>(blocks);
     where.block = static_cast<unsigned>(32 * warps);
     where.shared_bytes = call.m * p.x_stride4 * sizeof(uint2);
+    where.max_shared_bytes = kMaxSharedBytes;
     where.stream = static_cast<cudaStream_t>(stream);
     where.overlap = call.overlap != 0;
     launch(where,

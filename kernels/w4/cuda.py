@@ -62,6 +62,8 @@ def matmul(
     `overlap`: the kernel may start before the one before it ends (compute capability 9.0), whose
     outputs it reads only as x. Raises ValueError, TypeError or RuntimeError (CUDA's own).
     """
+    if not x.is_cuda:
+        raise ValueError(f"x must be on a GPU, found {x.device}")
     n = weights.shape[0] // 2 if gated else weights.shape[0]
     y = torch.empty(len(x), n, dtype=out_dtype or x.dtype, device=x.device)
     call = describe(x, weights, y, bias, norm, gated, overlap)

@@ -1,0 +1,134 @@
+"""Measures the GPU kernels and writes benchmarks/results/<gpu>.json. Run by gpu.sh."""
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from engine.kernels import native
+from engine.kernels.w4.cuda import matmul
+from engine.kernels.w4.format import Packed, Spec, unpack
+from engine.kernels.w4.layout_gpu import to_gpu
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES = {  # (N, K), by the matrices they are
+    "4096 x 4096": (4096, 4096),
+    "8192 x 8192": (8192, 8192),
+    "SmolLM2-135M down": (576, 1536),
+    "Llama-3.2-1B qkv": (3072, 2048),
+    "Llama-3-8B qkv": (6144, 4096),
+    "Llama-3-8B gate and up": (28672, 4096),
+    "Llama-3-8B down": (4096, 14336),
+    "Llama-2-70B gate and up": (57344, 8192),
+    "Llama-2-70B down": (8192, 28672),
+}
+SPECS = {
+    "symmetric g128": Spec(4, 128, "symmetric"),
+    "zero g128": Spec(4, 128, "zero"),
+    "minimum g32": Spec(4, 32, "minimum"),
+    "kquant": Spec(4, 32, "kquant"),
+    "nf4 g64": Spec(4, 64, "codebook", torch.float32),
+    "symmetric 8 bits, row": Spec(8, 0, "symmetric"),
+}
+FLUSH_BYTES = 256 << 20  # weights cycle through more than any L2 holds
+REPLAYS = 15
+LINE = (
+    "{shape:24} {spec:20} M={m} {us:8.2f} us {gb_s:6.0f} GB/s "
+    "{share_of_copy:4.0%} of copy, {speedup:5.2f} x float16"
+)
+
+
+def random_weights(spec: Spec, n: int, k: int, device: str = "cuda") -> Packed:
+    """(n, k), about unit RMS of w @ x for unit x; made on the device, since it may be large."""
+    groups, levels, gpu = spec.groups(k), 1 << spec.bits, {"device": device}
+    codes = torch.randint(0, 256, (n, spec.row_bytes(k)), dtype=torch.uint8, **gpu)
+    step = (0.5 + torch.rand(n, groups, **gpu)) * 4 / levels * k**-0.5
+    parts = {"scales": step.to(spec.scale_dtype)}
+    if spec.scheme == "zero":
+        parts["zeros"] = torch.randint(0, levels, (n, groups), dtype=torch.uint8, **gpu)
+    elif spec.scheme == "minimum":
+        parts["mins"] = (-step * levels / 2).to(spec.scale_dtype)
+    elif spec.scheme == "codebook":
+        parts["codebook"] = torch.linspace(-1, 1, 16, **gpu)
+    elif spec.scheme == "kquant":
+        sub = [torch.randint(0, 64, (n, groups), dtype=torch.uint8, **gpu) for _ in range(2)]
+        supers = torch.rand(n, -(-k // 256), 2, **gpu) * k**-0.5 / 64
+        parts = {"scales": sub[0], "mins": sub[1], "supers": supers.half()}
+    return Packed(spec, (n, k), codes, **parts)
+
+
+def time_us(calls: list[Callable[[], object]]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile of a call's microseconds, all of them in one CUDA graph."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call() for call in calls]
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    del kept
+    fifths = statistics.quantiles(times, n=5)
+    return statistics.median(times), fifths[0], fifths[3]
+
+
+def measure(name: str, label: str, m: int, copy_gb_s: float, overlaps: bool) -> dict:
+    """One case: checked, then timed with and without overlap, beside torch's float16 matmul."""
+    (n, k), spec = SHAPES[name], SPECS[label]
+    packed = random_weights(spec, n, k)
+    weights, x = to_gpu(packed), torch.randn(m, k, device="cuda").half()
+    dense = unpack(packed).half()
+    expected, y = x.float() @ unpack(packed).T, matmul(x, weights, out_dtype=torch.float32)
+    ratio = float((y - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+    if not ratio <= 2e-3:
+        raise AssertionError(f"{name}, {label}, M={m}: RMS ratio {ratio}")
+    copies = math.ceil(FLUSH_BYTES / weights.nbytes)
+    cycle = [to_gpu(packed) for _ in range(copies)] * math.ceil(16 / copies)
+    result = {"shape": name, "n": n, "k": k, "m": m, "spec": label, "rms_ratio": ratio}
+    for overlap in (False, True) if overlaps else (False,):
+        calls = [lambda w=w, o=overlap: matmul(x, w, overlap=o) for w in cycle]
+        us, low, high = time_us(calls)
+        gb_s = (weights.nbytes + x.nbytes + 2 * m * n) / us / 1e3
+        prefix = "overlapped_" if overlap else ""
+        result |= {f"{prefix}us": us, f"{prefix}us_p20": low, f"{prefix}us_p80": high}
+        result |= {f"{prefix}gb_s": gb_s, f"{prefix}share_of_copy": gb_s / copy_gb_s}
+    copies = math.ceil(FLUSH_BYTES / dense.nbytes)
+    dense_cycle = [dense.clone() for _ in range(copies)] * math.ceil(16 / copies)
+    us = time_us([lambda w=w: torch.nn.functional.linear(x, w) for w in dense_cycle])[0]
+    return result | {"torch_float16_us": us, "speedup": us / result["us"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>.json")
+    out = parser.parse_args().out
+    cuda, gpu = native.load("cuda"), torch.cuda.get_device_name()
+    overlaps = torch.cuda.get_device_capability() >= (9, 0)
+    copy_gb_s = cuda.copy_bandwidth(1 << 30)
+    cases = [(name, "symmetric g128", m) for name in SHAPES for m in (1, 2, 4, 8)]
+    cases += [(name, label, 1) for name in list(SHAPES)[:2] for label in list(SPECS)[1:]]
+    print(f"{gpu}: copies {copy_gb_s:.0f} GB/s")
+    results = []
+    for case in cases:
+        results.append(measure(*case, copy_gb_s, overlaps))
+        print(LINE.format(**results[-1]))
+    record = {"gpu": gpu, "torch": torch.__version__, "copy_gb_s": copy_gb_s, "w4_matmul": results}
+    out = out or RESULTS / f"{gpu.lower().replace(' ', '-')}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    print(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one go and offline: builds, tests, then measures into
+# benchmarks/results/<gpu>.json. PYTHON names an interpreter with torch, pybind11 and pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+
+"$python" setup.py -q build_ext --inplace
+"$python" -m pytest -q -m gpu tests
+PYTHONPATH=. "$python" benchmarks/gpu.py "$@"
