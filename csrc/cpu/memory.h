@@ -8,6 +8,8 @@
 
 namespace shallow {
 
+class Pages;
+
 // A zeroed buffer aligned to 64 bytes. Buffers under 8 MiB are cut from common slabs, so that a
 // model of many small matrices wastes no half-empty huge page each; a slab returns to the system
 // with its last buffer. Throws std::bad_alloc.
@@ -20,7 +22,7 @@ public:
     std::size_t size() const { return size_; }
 
 private:
-    std::shared_ptr<std::uint8_t> slab_;
+    std::shared_ptr<Pages> slab_;
     std::uint8_t* data_ = nullptr;
     std::size_t size_ = 0;
 };

@@ -1,4 +1,4 @@
-#include "threads.h"
+#include "cpu/threads.h"
 
 #include <algorithm>
 #include <chrono>
@@ -87,10 +87,10 @@ void Signal::wait_past(uint32_t seen) {
     sleepers_.fetch_sub(1, std::memory_order_relaxed);
 }
 
-void Barrier::wait() {
-    if (threads_ == 1) return;
+void Barrier::wait(int threads) {
+    if (threads == 1) return;
     const uint32_t seen = passed_.value();
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
         arrived_.store(0, std::memory_order_relaxed);
         passed_.advance();
     } else {

@@ -24,14 +24,12 @@ private:
     std::condition_variable moved_;
 };
 
-// Meeting point of the `threads` threads of one region; usable any number of times.
+// Meeting point of the threads of one region; usable any number of times.
 class Barrier {
 public:
-    explicit Barrier(int threads) : threads_(threads) {}
-    void wait();
+    void wait(int threads);  // all of the region's threads call it
 
 private:
-    const int threads_;
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) Signal passed_;
 };

@@ -1,0 +1,417 @@
+// The 4- and 8-bit matmul for one instruction set, in terms of its vector type V.
+// Everything is local to the including file: an inline function shared by files compiled for
+// different instruction sets could be linked into the wrong one.
+//
+// V names its vector F of V::lanes floats (16 or 8 rows of a tile), V::max_rows rows of x that its
+// registers hold, whether it gains from unpacked tiles (V::unpacks), and the functions used below.
+#pragma once
+
+#include "cpu/w4_matmul.h"
+
+namespace shallow {
+namespace {
+
+using std::int64_t;
+using std::int8_t;
+using std::uint8_t;
+
+constexpr int64_t kAhead = 1024;  // bytes of weights prefetched
+constexpr float kTiny = 1e-30f;  // below this 127 / peak could overflow: taken as zero
+
+template <class V>
+constexpr int kParts = kTileRows / V::lanes;  // vectors a tile's 16 rows take
+
+// The group's scale and min for the tile's rows from `lane` on: value = scale * code + min.
+template <class V, Codes C>
+inline void load_params(const TileView& w, const uint8_t* record, const std::uint16_t* super,
+                        int lane, typename V::F& scale, typename V::F& min) {
+    using w4::Scheme;
+    if constexpr (C == Codes::unpacked) {
+        scale = V::load(record + lane * 4, ScaleType::float32);
+        min = V::load(record + 64 + lane * 4, ScaleType::float32);
+        return;
+    }
+    if (w.scheme == Scheme::kquant) {
+        scale = V::mul(V::load_half(super + lane), V::load_bytes(record + lane));
+        min = V::mul(V::load_half(super + 16 + lane), V::load_bytes(record + 16 + lane));
+        min = V::mul(min, V::set(-1.0f));
+        return;
+    }
+    const int size = w.scale_type == ScaleType::float32 ? 4 : 2;
+    const uint8_t* const second = record + 16 * size;
+    scale = V::load(record + lane * size, w.scale_type);
+    if (w.scheme == Scheme::minimum)
+        min = V::load(second + lane * size, w.scale_type);
+    else if (w.scheme == Scheme::zero)
+        min = V::mul(V::mul(V::load_bytes(second + lane), scale), V::set(-1.0f));
+    else if (C == Codes::nibble_table)
+        min = V::set(0.0f);
+    else
+        min = V::mul(scale, V::set(-w.center));
+}
+
+// Walks the groups of one tile.
+template <class V, Codes C>
+struct Params {
+    const TileView& w;
+    const uint8_t* record;
+    const std::uint16_t* super;
+    int64_t group = 0;
+
+    Params(const TileView& view, int64_t tile)
+        : w(view), record(w.params + tile * w.groups * w.record_bytes),
+          super(w.supers + tile * ((w.blocks + 7) / 8) * 32) {}
+
+    void next(typename V::F* scale, typename V::F* min) {
+        for (int p = 0; p < kParts<V>; ++p)
+            load_params<V, C>(w, record, super + group / 8 * 32, p * V::lanes, scale[p], min[p]);
+        record += w.record_bytes;
+        ++group;
+    }
+    // For int8 products, where a codebook is a table of bytes around 128.
+    void next8(typename V::F* scale, typename V::F* min) {
+        next(scale, min);
+        if (C != Codes::nibble_table) return;
+        for (int p = 0; p < kParts<V>; ++p) {
+            scale[p] = V::mul(scale[p], V::set(w.values8_step));
+            min[p] = V::mul(scale[p], V::set(-128.0f));
+        }
+    }
+};
+
+// Where R rows of x meet one tile of W.
+struct Place {
+    int64_t tile;           // of the view
+    int64_t panel, first;   // rows of x: first.. of the panel
+    int64_t column, n;      // of y, and how many columns y has
+};
+
+// sums: (rows, 16), for the place's rows of x and the tile's rows of W.
+template <class V>
+__attribute__((noinline)) void write(const float* sums, int rows, const Output& y,
+                                     const Place& at) {
+    const int64_t size = y.type == ScaleType::float32 ? 4 : 2;
+    for (int lane = 0; lane < kTileRows && at.column + lane < at.n; lane += V::lanes) {
+        const int64_t column = at.column + lane, left = at.n - column;
+        const int count = static_cast<int>(left < V::lanes ? left : V::lanes);
+        const auto bias = y.bias ? V::load_some(y.bias + column, count) : V::set(0.0f);
+        for (int i = 0; i < rows; ++i) {
+            const int64_t row = at.panel * kPanelRows + at.first + i;
+            const auto sum = V::load(sums + i * kTileRows + lane, ScaleType::float32);
+            V::store(static_cast<uint8_t*>(y.data) + (row * y.stride + column) * size, y.type,
+                     V::add(sum, bias), count);
+        }
+    }
+}
+
+template <class V, int R>
+inline void write_rows(const typename V::F (&total)[kParts<V>][R], const Output& y,
+                       const Place& at) {
+    alignas(64) float sums[R * kTileRows];
+#pragma GCC unroll 2
+    for (int p = 0; p < kParts<V>; ++p)
+#pragma GCC unroll 16
+        for (int i = 0; i < R; ++i) V::store_all(sums + i * kTileRows + p * V::lanes, total[p][i]);
+    write<V>(sums, R, y, at);
+}
+
+// Adds the products of half-blocks First..Last-1 of a block with R rows of x.
+template <class V, Codes C, int R, int First, int Last>
+inline void add_block(const TileView& w, const uint8_t* block, const int8_t* q,
+                      const float* scales, typename V::F scale, typename V::F (&total)[R]) {
+    const auto codes = V::template codes<C, First, Last>(w, block);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+        const typename V::F dot = V::dot(codes, q + i * kBlock + 16 * First);
+        total[i] = V::fma(dot, V::mul(scale, V::set(scales[i])), total[i]);
+    }
+}
+
+// Split: group 16, so two groups a block.
+template <class V, Codes C, int R, bool Split>
+void int8_rows(const TileView& w, const Int8Input& x, const Output& y, const Place& at) {
+    using F = typename V::F;
+    const uint8_t* block = w.codes + at.tile * w.blocks * w.block_bytes;
+    const int8_t* q = x.q + (at.panel * w.blocks * x.panel + at.first) * kBlock;
+    const float* scales = x.scales + at.panel * w.blocks * x.panel + at.first;
+    const float* sums = x.sums + at.panel * w.groups * x.panel + at.first;
+    Params<V, C> params(w, at.tile);
+    F total[kParts<V>][R], scale[1 + Split][kParts<V>], min[kParts<V>];
+    for (auto& part : total)
+        for (F& sum : part) sum = V::set(0.0f);
+
+    for (int64_t b = 0, left = 0; b < w.blocks; ++b) {
+        if (left-- == 0) {
+            for (auto& of_group : scale) {
+                params.next8(of_group, min);
+                for (int p = 0; p < kParts<V>; ++p)
+#pragma GCC unroll 16
+                    for (int i = 0; i < R; ++i)
+                        total[p][i] = V::fma(min[p], V::set(sums[i]), total[p][i]);
+                sums += x.panel;
+            }
+            left = Split ? 0 : w.group_blocks - 1;
+        }
+        if constexpr (R <= 4)  // more rows wait for the arithmetic, not for memory
+            for (int line = 0; line < w.block_bytes; line += 64)
+                __builtin_prefetch(block + kAhead + line);
+        for (int p = 0; p < kParts<V>; ++p) {
+            const uint8_t* const rows = block + p * V::lanes * 4;
+            if constexpr (Split) {
+                add_block<V, C, R, 0, 1>(w, rows, q, scales, scale[0][p], total[p]);
+                add_block<V, C, R, 1, 2>(w, rows, q, scales, scale[1][p], total[p]);
+            } else {
+                add_block<V, C, R, 0, 2>(w, rows, q, scales, scale[0][p], total[p]);
+            }
+        }
+        block += w.block_bytes;
+        q += x.panel * kBlock;
+        scales += x.panel;
+    }
+    write_rows<V, R>(total, y, at);
+}
+
+// One weight vector a column, in float32, times R rows of x.
+template <class V, Codes C, int R, bool Split>
+void float_rows(const TileView& w, const FloatInput& x, const Output& y, const Place& at) {
+    using F = typename V::F;
+    const uint8_t* block = w.codes + at.tile * w.blocks * w.block_bytes;
+    const float* values = x.values + at.panel * w.blocks * kBlock * x.panel + at.first;
+    Params<V, C> params(w, at.tile);
+    F total[kParts<V>][R], scale[1 + Split][kParts<V>], min[1 + Split][kParts<V>];
+    for (auto& part : total)
+        for (F& sum : part) sum = V::set(0.0f);
+
+    for (int64_t b = 0, left = 0; b < w.blocks; ++b) {
+        if (left-- == 0) {
+            for (int s = 0; s < 1 + Split; ++s) params.next(scale[s], min[s]);
+            left = Split ? 0 : w.group_blocks - 1;
+        }
+        for (int k = 0; k < kBlock; k += 4) {
+            const int s = Split ? k / 16 : 0;
+            for (int p = 0; p < kParts<V>; ++p) {
+                const auto chunk = V::template chunk<C>(block + p * V::lanes * 4, k / 4);
+                for (int byte = 0; byte < 4; ++byte) {
+                    const F code = V::template code<C>(w, chunk, byte);
+                    const F weight = V::fma(code, scale[s][p], min[s][p]);
+                    for (int i = 0; i < R; ++i)
+                        total[p][i] = V::fma(weight, V::set(values[(k + byte) * x.panel + i]),
+                                             total[p][i]);
+                }
+            }
+        }
+        block += w.block_bytes;
+        values += x.panel * kBlock;
+    }
+    write_rows<V, R>(total, y, at);
+}
+
+// 16-bit weights, two columns at a time: no codes, no parameters.
+template <class V, Codes C, int R>
+void plain_rows(const TileView& w, const FloatInput& x, const Output& y, const Place& at) {
+    using F = typename V::F;
+    const uint8_t* weights = w.codes + at.tile * w.blocks * w.block_bytes;
+    const float* values = x.values + at.panel * w.blocks * kBlock * x.panel + at.first;
+    F total[kParts<V>][R];
+    for (auto& part : total)
+        for (F& sum : part) sum = V::set(0.0f);
+    for (int64_t k = 0; k < w.blocks * kBlock; k += 2) {
+        if constexpr (R <= 4) __builtin_prefetch(weights + kAhead);
+        for (int p = 0; p < kParts<V>; ++p) {
+            F even, odd;
+            if constexpr (C == Codes::float16) {
+                even = V::load_half(weights + p * V::lanes * 2);
+                odd = V::load_half(weights + (kTileRows + p * V::lanes) * 2);
+            } else {
+                V::load_pairs(weights + p * V::lanes * 4, even, odd);
+            }
+#pragma GCC unroll 16
+            for (int i = 0; i < R; ++i) {
+                total[p][i] = V::fma(even, V::set(values[i]), total[p][i]);
+                total[p][i] = V::fma(odd, V::set(values[x.panel + i]), total[p][i]);
+            }
+        }
+        weights += 4 * kTileRows;
+        values += 2 * x.panel;
+    }
+    write_rows<V, R>(total, y, at);
+}
+
+// Calls run.template rows<R>() for R = 16, 8, 4, 2, 1 until `rows` are covered.
+template <class V, int R = V::max_rows, class Run>
+inline void in_steps(int64_t first, int64_t rows, const Run& run) {
+    for (; rows - first >= R; first += R) run.template rows<R>(first);
+    if constexpr (R > 1) in_steps<V, R / 2>(first, rows, run);
+}
+
+template <class V, Codes C>
+struct Int8Run {
+    const TileView& w;
+    const Int8Input& x;
+    const Output& y;
+    Place at;
+    template <int R>
+    void rows(int64_t first) const {
+        Place here = at;
+        here.first = first;
+        if (w.group_blocks)
+            int8_rows<V, C, R, false>(w, x, y, here);
+        else
+            int8_rows<V, C, R, true>(w, x, y, here);
+    }
+};
+
+template <class V, Codes C>
+struct FloatRun {
+    const TileView& w;
+    const FloatInput& x;
+    const Output& y;
+    Place at;
+    template <int R>
+    void rows(int64_t first) const {
+        Place here = at;
+        here.first = first;
+        if constexpr (C == Codes::float16 || C == Codes::bfloat16)
+            plain_rows<V, C, R>(w, x, y, here);
+        else if (w.group_blocks)
+            float_rows<V, C, R, false>(w, x, y, here);
+        else
+            float_rows<V, C, R, true>(w, x, y, here);
+    }
+};
+
+template <class V, template <class, Codes> class Run, Codes C, class Input>
+void panels(const TileView& w, const Input& x, const Output& y, int64_t tile, int64_t column,
+            int64_t n) {
+    for (int64_t panel = 0, left = x.m; left > 0; ++panel, left -= kPanelRows)
+        in_steps<V>(0, left < kPanelRows ? left : kPanelRows,
+                    Run<V, C>{w, x, y, {tile, panel, 0, column, n}});
+}
+
+// Writes one tile as an unpacked matrix of its own.
+template <class V, Codes C>
+TileView unpack_tile(const TileView& w, int64_t tile, uint8_t* scratch) {
+    TileView one = w;
+    one.kind = Codes::unpacked;
+    one.block_bytes = kBlock * kTileRows;
+    one.record_bytes = 2 * kTileRows * static_cast<int64_t>(sizeof(float));
+    one.tiles = 1;
+    one.codes = scratch;
+    one.params = scratch + w.blocks * one.block_bytes;
+
+    auto* out = reinterpret_cast<float*>(scratch + w.blocks * one.block_bytes);
+    Params<V, C> params(w, tile);
+    for (int64_t g = 0; g < w.groups; ++g, out += 2 * kTileRows) {
+        typename V::F scale[kParts<V>], min[kParts<V>];
+        params.next8(scale, min);
+        for (int p = 0; p < kParts<V>; ++p) {
+            V::store_all(out + p * V::lanes, scale[p]);
+            V::store_all(out + kTileRows + p * V::lanes, min[p]);
+        }
+    }
+    const uint8_t* const codes = w.codes + tile * w.blocks * w.block_bytes;
+    for (int64_t b = 0; b < w.blocks; ++b)
+        V::template unpack<C>(w, codes + b * w.block_bytes, scratch + b * one.block_bytes);
+    return one;
+}
+
+template <class V, Codes C>
+void int8_tiles_of(const TileView& w, const Int8Input& x, const Output& y, int64_t begin,
+                   int64_t end, uint8_t* scratch) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+        if constexpr (V::unpacks) {
+            if (scratch) {
+                const TileView one = unpack_tile<V, C>(w, tile, scratch);
+                panels<V, Int8Run, Codes::unpacked>(one, x, y, 0, tile * kTileRows, w.n);
+                continue;
+            }
+        }
+        panels<V, Int8Run, C>(w, x, y, tile, tile * kTileRows, w.n);
+    }
+}
+
+template <class V>
+void int8_tiles(const TileView& w, const Int8Input& x, const Output& y, int64_t begin, int64_t end,
+                uint8_t* scratch) {
+    switch (w.kind) {
+        case Codes::nibble: return int8_tiles_of<V, Codes::nibble>(w, x, y, begin, end, scratch);
+        case Codes::byte: return int8_tiles_of<V, Codes::byte>(w, x, y, begin, end, scratch);
+        default: return int8_tiles_of<V, Codes::nibble_table>(w, x, y, begin, end, scratch);
+    }
+}
+
+template <class V, Codes C>
+void float_tiles_of(const TileView& w, const FloatInput& x, const Output& y, int64_t begin,
+                    int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile)
+        panels<V, FloatRun, C>(w, x, y, tile, tile * kTileRows, w.n);
+}
+
+template <class V>
+void float_tiles(const TileView& w, const FloatInput& x, const Output& y, int64_t begin,
+                 int64_t end) {
+    switch (w.kind) {
+        case Codes::nibble: return float_tiles_of<V, Codes::nibble>(w, x, y, begin, end);
+        case Codes::nibble_table: return float_tiles_of<V, Codes::nibble_table>(w, x, y, begin, end);
+        case Codes::byte: return float_tiles_of<V, Codes::byte>(w, x, y, begin, end);
+        case Codes::float16: return float_tiles_of<V, Codes::float16>(w, x, y, begin, end);
+        default: return float_tiles_of<V, Codes::bfloat16>(w, x, y, begin, end);
+    }
+}
+
+inline const uint8_t* element(const Rows& x, int64_t row, int64_t column) {
+    const int64_t size = x.type == ScaleType::float32 ? 4 : 2;
+    return static_cast<const uint8_t*>(x.data) + (row * x.stride + column) * size;
+}
+
+template <class V>
+void quantise(const Rows& x, const TileView& w, const Int8Input& to, int64_t panel) {
+    const int64_t begin = panel * kPanelRows;
+    for (int64_t i = 0; i < to.panel && begin + i < x.m; ++i) {
+        float* sum = to.sums + panel * w.groups * to.panel + i;
+        float total = 0;
+        for (int64_t b = 0, left = w.group_blocks; b < w.blocks; ++b) {
+            const int64_t at = (panel * w.blocks + b) * to.panel + i;
+            const int64_t count = x.k - b * kBlock < kBlock ? x.k - b * kBlock : kBlock;
+            float values[kBlock];
+            std::int32_t halves[2];
+            V::widen(element(x, begin + i, b * kBlock), x.type, values, static_cast<int>(count));
+            const float scale = V::quantise(values, to.q + at * kBlock, halves);
+            to.scales[at] = scale;
+            if (w.group_blocks == 0) {
+                sum[0] = scale * static_cast<float>(halves[0]);
+                sum[to.panel] = scale * static_cast<float>(halves[1]);
+                sum += 2 * to.panel;
+                continue;
+            }
+            total += scale * static_cast<float>(halves[0] + halves[1]);
+            if (--left == 0 || b + 1 == w.blocks) {
+                *sum = total;
+                sum += to.panel;
+                total = 0;
+                left = w.group_blocks;
+            }
+        }
+    }
+}
+
+template <class V>
+void widen(const Rows& x, const TileView& w, const FloatInput& to, int64_t panel) {
+    const int64_t begin = panel * kPanelRows;
+    float* const out = to.values + panel * w.blocks * kBlock * to.panel;
+    for (int64_t i = 0; i < to.panel && begin + i < x.m; ++i)
+        for (int64_t b = 0; b < w.blocks; ++b) {
+            const int64_t count = x.k - b * kBlock < kBlock ? x.k - b * kBlock : kBlock;
+            float values[kBlock];
+            V::widen(element(x, begin + i, b * kBlock), x.type, values, static_cast<int>(count));
+            for (int j = 0; j < kBlock; ++j) out[(b * kBlock + j) * to.panel + i] = values[j];
+        }
+}
+
+template <class V>
+constexpr Kernels make_kernels() {
+    return {quantise<V>, widen<V>, int8_tiles<V>, float_tiles<V>, nullptr, nullptr};
+}
+
+}  // namespace
+}  // namespace shallow

@@ -1,0 +1,132 @@
+// y = x @ W.T on packed weights, and the layout that the CPU kernels read.
+// defines: TiledMatrix Rows Output matmul | for kernels: TileView Int8Input FloatInput Kernels
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/memory.h"
+#include "w4.h"
+
+namespace shallow {
+
+using w4::ScaleType;  // also the element types of x, y and 16-bit weights
+
+constexpr int kTileRows = 16;  // rows of W that a tile interleaves
+constexpr int kBlock = 32;     // columns of W under one activation scale
+constexpr int kPanelRows = 16; // rows of x that a panel interleaves
+
+enum class Codes : std::int32_t { nibble, nibble_table, byte, float16, bfloat16, unpacked };
+
+// A matrix as the kernels read it. Rows lie in tiles of 16, columns in blocks of 32, both padded
+// with zeros. A chunk is 64 bytes: 16 rows x 4 consecutive columns, one byte each.
+//   nibble  block of 4 chunks: columns 0..15 in the low nibbles, 16..31 in the high ones
+//   byte    block of 8 chunks
+//   unpacked  the same with float32 scales and minimums: what a nibble tile becomes for many rows
+//   float16   block of 32 columns x 16 rows
+//   bfloat16  block of 16 column pairs x 16 rows x 2: what the tile registers multiply
+// The parameters of one group of one tile are a record: 16 scales, then 16 mins or zeros.
+// With group 16 the groups are padded to two a block.
+struct TileView {
+    const std::uint8_t* codes;   // (tiles, blocks, block_bytes)
+    const std::uint8_t* params;  // (tiles, groups, record_bytes)
+    const std::uint16_t* supers; // kquant: (tiles, ceil(blocks / 8), 2, 16) float16 d, dmin
+    float values[16];            // value of each nibble
+    std::uint8_t values8[16];    // nibble_table: value = values8_step * (byte - 128), nearly
+    float values8_step;          // 0 where no step comes near enough
+    std::int64_t n, k, tiles, blocks, groups;
+    std::int64_t group_blocks;   // blocks a group; 0 for group 16
+    std::int64_t block_bytes, record_bytes;
+    Codes kind;
+    w4::Scheme scheme;
+    ScaleType scale_type;
+    float center;                // symmetric: the code that means zero
+};
+
+// Owns the layout, in huge pages where the system gives them.
+class TiledMatrix {
+public:
+    // Copies from the canonical arrays; `threads` share the work. Throws std::bad_alloc.
+    TiledMatrix(const w4::Matrix& matrix, int threads);
+    // (n, k) float16 or bfloat16 weights, contiguous.
+    TiledMatrix(const void* weights, ScaleType type, std::int64_t n, std::int64_t k, int threads);
+
+    const TileView& view() const { return view_; }
+    const std::int32_t* perm() const { return perm_.empty() ? nullptr : perm_.data(); }
+    std::size_t nbytes() const { return memory_.size(); }
+
+private:
+    void allocate();
+
+    Memory memory_;
+    TileView view_{};
+    std::vector<std::int32_t> perm_;
+};
+
+// x: (m, k), rows `stride` elements apart.
+struct Rows {
+    const void* data;
+    std::int64_t m, k, stride;
+    ScaleType type;
+};
+
+// y: (m, n), rows `stride` elements apart; every element is written.
+struct Output {
+    void* data;
+    std::int64_t stride;
+    ScaleType type;
+    const float* bias;  // null or (n,)
+};
+
+// Activations in int8, a scale for each block of 32, in panels of `panel` rows.
+// Element (row, column) of panel p: q[((p * blocks + column / 32) * panel + row) * 32 + column % 32].
+struct Int8Input {
+    std::int8_t* q;
+    float* scales;  // (panels, blocks, panel)
+    float* sums;    // (panels, groups, panel): sum over the group of scale * q
+    std::int64_t m, panel;
+};
+
+// The same in float32: values[(p * blocks * 32 + column) * panel + row].
+struct FloatInput {
+    float* values;
+    std::int64_t m, panel;
+};
+
+// The same in bfloat16, panels of 16: values[((p * blocks + column / 32) * 16 + row) * 32 + ...].
+struct BfloatInput {
+    std::uint16_t* values;
+    std::int64_t m;
+};
+
+// One instruction set's kernels. Tiles and panels are independent: any split gives the same bits.
+struct Kernels {
+    void (*quantise)(const Rows& x, const TileView& w, const Int8Input& to, std::int64_t panel);
+    void (*widen)(const Rows& x, const TileView& w, const FloatInput& to, std::int64_t panel);
+    // with scratch for one unpacked tile, tiles are unpacked: for 32 rows or more
+    void (*int8_tiles)(const TileView& w, const Int8Input& x, const Output& y, std::int64_t begin,
+                       std::int64_t end, std::uint8_t* scratch);
+    void (*float_tiles)(const TileView& w, const FloatInput& x, const Output& y,
+                        std::int64_t begin, std::int64_t end);
+    // For many rows where the processor multiplies tiles of bfloat16, else null; scratch for
+    // `end - begin` tiles in bfloat16.
+    void (*narrow)(const Rows& x, const TileView& w, const BfloatInput& to, std::int64_t panel);
+    void (*bfloat_tiles)(const TileView& w, const BfloatInput& x, const Output& y,
+                         std::int64_t begin, std::int64_t end, std::uint16_t* scratch);
+};
+
+#if defined(SHALLOW_X86)
+extern const Kernels kKernelsAvx2, kKernelsAvxvnni, kKernelsAvx512, kKernelsAmx;
+#endif
+extern const Kernels kKernelsGeneric;
+const Kernels& kernels(Isa isa);  // throws std::invalid_argument where this machine lacks it
+
+enum class Mode { int8, exact };
+
+// exact: float32 activations and weights. int8: activations rounded to int8 a block of 32, where
+// that is fastest: many rows on amx are rounded to bfloat16 (a smaller error), and 16-bit weights
+// and codebooks that 8 bits hold badly take the exact kernel. Throws std::bad_alloc.
+void matmul(const Rows& x, const TiledMatrix& w, const Output& y, Mode mode, Isa isa, int threads);
+
+}  // namespace shallow

@@ -1,0 +1,7 @@
+#include "cpu/w4_vector_avx2.h"
+
+namespace shallow {
+
+const Kernels kKernelsAvx2 = make_kernels<Avx2>();
+
+}  // namespace shallow

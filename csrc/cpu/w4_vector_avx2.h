@@ -1,0 +1,210 @@
+// 8 rows a vector, for AVX2, with or without its 256-bit VNNI.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "cpu/w4_kernel.h"
+
+namespace shallow {
+namespace {
+
+struct Avx2 {
+    using F = __m256;
+    static constexpr int lanes = 8, max_rows = 4;
+    static constexpr bool unpacks = false;
+
+    static F set(float v) { return _mm256_set1_ps(v); }
+    static F add(F a, F b) { return _mm256_add_ps(a, b); }
+    static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+
+    static F from_half(__m128i bits) { return _mm256_cvtph_ps(bits); }
+    static F from_bfloat(__m128i bits) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    }
+    static __m128i load_16_bytes(const void* p) {
+        return _mm_loadu_si128(static_cast<const __m128i*>(p));
+    }
+    static __m256i load_32_bytes(const void* p) {
+        return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+    }
+    static F load_half(const void* p) { return from_half(load_16_bytes(p)); }
+    static F load_bytes(const void* p) {
+        const __m128i bytes = _mm_loadl_epi64(static_cast<const __m128i*>(p));
+        return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+    }
+    static F load(const void* p, ScaleType type) {
+        if (type == ScaleType::float32) return _mm256_loadu_ps(static_cast<const float*>(p));
+        const __m128i bits = load_16_bytes(p);
+        return type == ScaleType::float16 ? from_half(bits) : from_bfloat(bits);
+    }
+    static F load_some(const float* p, int count) {
+        alignas(32) float values[lanes] = {};
+        std::memcpy(values, p, static_cast<std::size_t>(count) * sizeof(float));
+        return _mm256_load_ps(values);
+    }
+    static void store_all(float* p, F v) { _mm256_storeu_ps(p, v); }
+
+    static void store(void* p, ScaleType type, F v, int count) {
+        alignas(32) uint8_t bytes[32];
+        std::size_t size = 2;
+        if (type == ScaleType::float32) {
+            _mm256_store_ps(reinterpret_cast<float*>(bytes), v);
+            size = 4;
+        } else {
+            const __m128i bits = type == ScaleType::float16
+                                     ? _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)
+                                     : to_bfloat(v);
+            _mm_store_si128(reinterpret_cast<__m128i*>(bytes), bits);
+        }
+        std::memcpy(p, bytes, static_cast<std::size_t>(count) * size);
+    }
+    static __m128i to_bfloat(F v) {
+        const __m256i raw = _mm256_castps_si256(v);
+        const __m256i high = _mm256_srli_epi32(raw, 16);
+        const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+        const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+        const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(raw, half), 16);
+        const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+        const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+        const __m256i words = _mm256_blendv_epi8(rounded, quiet, nan);
+        return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    }
+
+    // 8 rows x 2 columns of bfloat16
+    static void load_pairs(const void* p, F& even, F& odd) {
+        const __m256i pairs = load_32_bytes(p);
+        even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+        odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-65536)));
+    }
+
+    // Chunks of code bytes, four a half-block.
+    template <Codes C, int Halves>
+    struct Chunks {
+        __m256i chunk[4 * Halves];
+    };
+
+    template <Codes C, int First, int Last>
+    static Chunks<C, Last - First> codes(const TileView& w, const uint8_t* block) {
+        Chunks<C, Last - First> out;
+        for (int half = First; half < Last; ++half)
+            for (int j = 0; j < 4; ++j) {
+                __m256i& chunk = out.chunk[4 * (half - First) + j];
+                if constexpr (C == Codes::byte) {
+                    chunk = load_32_bytes(block + 64 * (4 * half + j));
+                    continue;
+                }
+                chunk = load_32_bytes(block + 64 * j);
+                if (half) chunk = _mm256_srli_epi16(chunk, 4);
+                chunk = _mm256_and_si256(chunk, _mm256_set1_epi8(15));
+                if constexpr (C == Codes::nibble_table) {
+                    const __m256i table = _mm256_broadcastsi128_si256(load_16_bytes(w.values8));
+                    chunk = _mm256_shuffle_epi8(table, chunk);
+                }
+            }
+        return out;
+    }
+
+    // Pairs of products are summed in 16 bits: 8 chunks of nibbles reach 8 * 2 * 15 * 127 = 30480.
+    // Bytes are split into their nibbles to keep that bound.
+    template <Codes C, int Halves>
+    static F dot(const Chunks<C, Halves>& codes, const int8_t* q) {
+        const __m256i nibble = _mm256_set1_epi8(15);
+        __m256i low = _mm256_setzero_si256(), high = low;
+#pragma GCC unroll 8
+        for (int j = 0; j < 4 * Halves; ++j) {
+            const __m256i x = word(q + 4 * j), code = codes.chunk[j];
+            if constexpr (C == Codes::nibble) {
+                low = _mm256_add_epi16(low, _mm256_maddubs_epi16(code, x));
+            } else {
+                const __m256i above = _mm256_and_si256(_mm256_srli_epi16(code, 4), nibble);
+                const __m256i below = _mm256_and_si256(code, nibble);
+                low = _mm256_add_epi16(low, _mm256_maddubs_epi16(below, x));
+                high = _mm256_add_epi16(high, _mm256_maddubs_epi16(above, x));
+            }
+        }
+        __m256i sum = _mm256_madd_epi16(low, _mm256_set1_epi16(1));
+        if constexpr (C != Codes::nibble)
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
+        return _mm256_cvtepi32_ps(sum);
+    }
+    static __m256i word(const int8_t* p) {
+        int bits;
+        std::memcpy(&bits, p, sizeof bits);
+        return _mm256_set1_epi32(bits);
+    }
+
+    // Chunk j of a block's eight, the code of column 4 j + byte at bit 8 * byte.
+    template <Codes C>
+    static __m256i chunk(const uint8_t* block, int j) {
+        if (C == Codes::byte) return load_32_bytes(block + 64 * j);
+        const __m256i both = load_32_bytes(block + 64 * (j % 4));
+        return j < 4 ? both : _mm256_srli_epi32(both, 4);
+    }
+    template <Codes C>
+    static F code(const TileView& w, __m256i chunk, int byte) {
+        const __m256i shifted = _mm256_srli_epi32(chunk, 8 * byte);
+        if (C == Codes::nibble_table) {  // two lookups of 3 bits, chosen by the fourth
+            const F low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(w.values), shifted);
+            const F high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(w.values + 8), shifted);
+            return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(shifted, 28)));
+        }
+        const __m256i mask = _mm256_set1_epi32(C == Codes::byte ? 255 : 15);
+        return _mm256_cvtepi32_ps(_mm256_and_si256(shifted, mask));
+    }
+
+    // count elements, zeros up to 32.
+    static void widen(const void* from, ScaleType type, float* to, int count) {
+        const std::size_t size = type == ScaleType::float32 ? 4 : 2;
+        alignas(32) uint8_t raw[kBlock * 4];
+        if (count < kBlock) {
+            std::memset(raw, 0, sizeof raw);
+            std::memcpy(raw, from, static_cast<std::size_t>(count) * size);
+            from = raw;
+        }
+        for (std::size_t j = 0; j < kBlock; j += lanes)
+            _mm256_storeu_ps(to + j, load(static_cast<const uint8_t*>(from) + j * size, type));
+    }
+
+    static int horizontal_sum(__m256i v) {
+        __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+        s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+        return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+    }
+    static int horizontal_max(__m256i v) {
+        __m128i s = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+        s = _mm_max_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+        return _mm_cvtsi128_si32(_mm_max_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+    }
+
+    // 32 floats -> int8, the scale, and the sums of both halves.
+    static float quantise(const float* x, int8_t* q, std::int32_t* sums) {
+        // As integers, so that NaN counts as larger than infinity and spoils the scale.
+        const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+        __m256i largest = _mm256_setzero_si256(), v[4];
+        for (int j = 0; j < 4; ++j)
+            largest = _mm256_max_epi32(
+                largest, _mm256_and_si256(load_32_bytes(x + 8 * j), magnitude));
+        const int bits = horizontal_max(largest);
+        float peak;
+        std::memcpy(&peak, &bits, sizeof peak);
+        const bool tiny = peak < kTiny;
+        const F inverse = set(tiny ? 0.0f : 127.0f / peak);
+        for (int j = 0; j < 4; ++j)
+            v[j] = _mm256_cvtps_epi32(mul(_mm256_loadu_ps(x + 8 * j), inverse));
+        sums[0] = horizontal_sum(_mm256_add_epi32(v[0], v[1]));
+        sums[1] = horizontal_sum(_mm256_add_epi32(v[2], v[3]));
+        // packs works in 128-bit halves: dwords come out as 0 4 1 5 2 6 3 7 would read
+        const __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]),
+                                                 _mm256_packs_epi32(v[2], v[3]));
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(q),
+                            _mm256_permutevar8x32_epi32(words, order));
+        return tiny ? 0.0f : peak / 127.0f;
+    }
+};
+
+}  // namespace
+}  // namespace shallow
