@@ -77,16 +77,14 @@ class Study:
         seconds: dict[int, float] = {}
         rules.greedy(self.scorer, self.total, max(COUNTS), self.protect, dropped)
         for count in COUNTS:
-            profile = self.profile
-            simple = [
-                ("similarity", lambda n: rules.similarity(profile, n, self.protect)),
-                ("similarity, paper", lambda n: rules.similarity(profile, n)),
-                ("simple", lambda n: rules.simple(self.total, n)),
-                ("influence", lambda n: rules.influence(profile, n, self.protect)),
-            ]
-            for name, rule in simple:
-                drop = rule(count).drop
-                self.note(name, count, drop, self.without(drop), whole, 0.0)
+            instant = {
+                "similarity": rules.similarity(self.profile, count, self.protect),
+                "similarity, paper": rules.similarity(self.profile, count),
+                "simple": rules.simple(self.total, count),
+                "influence": rules.influence(self.profile, count, self.protect),
+            }
+            for name, choice in instant.items():
+                self.note(name, count, choice.drop, self.without(choice.drop), whole, 0.0)
             drop = greedy[count].drop
             self.note("greedy", count, drop, self.without(drop), whole, seconds[count])
             begun = time.monotonic()
