@@ -13,6 +13,26 @@ from engine.errors import InputError
 settings.register_profile("shallow", deadline=None, print_blob=True)
 settings.load_profile("shallow")
 
+RATIOS = pytest.StashKey[dict[str, float]]()
+
+
+def pytest_configure(config):
+    config.stash[RATIOS] = {}
+
+
+@pytest.fixture
+def ratios(request) -> dict[str, float]:
+    """Family case -> RMS ratio to transformers; shown as a table after the run."""
+    return request.config.stash[RATIOS]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    found = config.stash[RATIOS]
+    if found:
+        terminalreporter.section("logits against transformers, RMS ratio (bound 1e-4)")
+        for case, ratio in found.items():
+            terminalreporter.write_line(f"{case:20} {ratio:.1e}")
+
 
 @pytest.fixture
 def rng() -> torch.Generator:
