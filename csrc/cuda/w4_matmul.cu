@@ -52,7 +52,7 @@ struct Params {
     int group_shift;                // chunk << shift, or >> -shift, is its first group
     int step_shift;                 // log2 of the steps of a group in a chunk
     int scale_bytes, offset_bytes;  // of an element of scales; of zeros or mins
-    bool aligned;                   // x and norm can be read 4 elements at a time
+    bool aligned;                   // x and norm can be read 2 elements at a time
 };
 
 // ---- x ----
@@ -62,24 +62,29 @@ struct Four {
     T v[4];
 };
 
-// Elements k .. k + 3 of a row of x or of the norm's weights, in the stored order of W's columns;
-// zeros beyond K.
+// Elements k, k + 1, k + 8 and k + 9 of a row of x or of the norm's weights, in the stored order of
+// W's columns; zeros beyond K. A lane's share of 16, as the tensor core wants it.
 template <typename T>
 __device__ Four<T> load4(const Params& p, const T* row, int k) {
     const int columns = static_cast<int>(p.call.weights.k);
     const std::int32_t* perm = p.call.weights.perm;
     Four<T> four;
-    if (p.aligned && k < columns) {
-        const uint2 bits = *reinterpret_cast<const uint2*>(row + k);
-        memcpy(&four, &bits, 8);
-        return four;
-    }
-    for (int i = 0; i < 4; ++i) {
-        narrow(four.v[i], 0);
-        if (k + i < columns) four.v[i] = row[perm ? perm[k + i] : k + i];
+    for (int half = 0; half < 4; half += 2, k += 8) {
+        if (p.aligned && k < columns) {
+            const std::uint32_t bits = *reinterpret_cast<const std::uint32_t*>(row + k);
+            memcpy(static_cast<void*>(four.v + half), &bits, 4);
+            continue;
+        }
+        for (int i = 0; i < 2; ++i) {
+            narrow(four.v[half + i], 0);
+            if (k + i < columns) four.v[half + i] = row[perm ? perm[k + i] : k + i];
+        }
     }
     return four;
 }
+
+// Where the elements of share i begin: 4 shares to every 16.
+__device__ inline int share(int i) { return 4 * i - i % 4 * 2; }
 
 template <typename T>
 __device__ const T* row_of_x(const Params& p, int row) {
@@ -95,8 +100,8 @@ __device__ void sum_squares(const Params& p, Squares& squares) {
     for (int row = 0; row < p.call.m; ++row) {
         float sum = 0;
 #pragma unroll 4
-        for (int k = 4 * threadIdx.x; k < p.call.weights.k; k += 4 * blockDim.x) {
-            const Four<T> four = load4(p, row_of_x<T>(p, row), k);
+        for (int i = threadIdx.x; share(i) < p.call.weights.k; i += blockDim.x) {
+            const Four<T> four = load4(p, row_of_x<T>(p, row), share(i));
             for (const T v : four.v) sum += widen(v) * widen(v);
         }
         for (int i = 16; i; i /= 2) sum += __shfl_xor_sync(kAllLanes, sum, i);
@@ -122,9 +127,9 @@ __device__ void stage_x(const Params& p, SharedArray<uint2> x, Squares& squares,
         const float inverse = norm ? inverse_rms(p, squares, row) : 0;
 #pragma unroll 4
         for (int i = threadIdx.x; i < count4; i += blockDim.x) {
-            Four<T> four = load4(p, row_of_x<T>(p, row), first + 4 * i);
+            Four<T> four = load4(p, row_of_x<T>(p, row), first + share(i));
             if (norm) {
-                const Four<T> weight = load4(p, norm, first + 4 * i);
+                const Four<T> weight = load4(p, norm, first + share(i));
                 for (int j = 0; j < 4; ++j)
                     narrow(four.v[j], widen(four.v[j]) * inverse *
                                           (widen(weight.v[j]) + p.call.norm_offset));
@@ -449,8 +454,8 @@ Params derive(const W4Matmul& call, int warps) {
 
     p.scale_bytes = w.scheme == Scheme::kquant ? 1 : bytes_of(w.scale_type);
     p.offset_bytes = w.scheme == Scheme::minimum ? bytes_of(w.scale_type) : 1;
-    p.aligned = !w.perm && w.k % 4 == 0 && call.x_stride % 4 == 0 && divides(8, call.x) &&
-                divides(8, call.norm);
+    p.aligned = !w.perm && w.k % 2 == 0 && call.x_stride % 2 == 0 && divides(4, call.x) &&
+                divides(4, call.norm);
     return p;
 }
 

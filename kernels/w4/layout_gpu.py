@@ -1,12 +1,12 @@
 """Codes in the order that GPUs read: 64-byte chunks of a row, one for the 4 lanes of a quad.
 
-A tensor core takes a row's weights from the 4 lanes of a quad, 4 of every 16 each. A chunk holds
-128 weights (4 bits) or 64 (8 bits); lane t reads its bytes 16 t .. 16 t + 15 in one load: word s
-of these 4 words holds
+A tensor core takes a row's weights from the 4 lanes of a quad: of every 16, lane t has weights
+2 t + (0, 1, 8, 9). A chunk holds 128 weights (4 bits) or 64 (8 bits); lane t reads its bytes
+16 t .. 16 t + 15 in one load: word s of these 4 words holds
 
-    4 bits: weights 32 s + 4 t + (0, 1, 2, 3) and 32 s + 16 + 4 t + (0, 1, 2, 3), as nibbles in
+    4 bits: weights 32 s + 2 t + (0, 1, 8, 9) and 32 s + 16 + 2 t + (0, 1, 8, 9), as nibbles in
             the order 0 2 4 6 1 3 5 7, so that `word >> 4 i & 0x000f000f` is weights 2 i, 2 i + 1
-    8 bits: weights 16 s + 4 t + (0, 1, 2, 3), a byte each
+    8 bits: weights 16 s + 2 t + (0, 1, 8, 9), a byte each
 
 of the chunk. Rows stay apart, so stacking matrices is `torch.cat`; all else stays as packed.
 """
@@ -56,9 +56,9 @@ def interleave(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """(N, row_bytes) uint8 as in `Packed` -> (N, CHUNK_BYTES * ceil(row_bytes / CHUNK_BYTES))."""
     codes = pad(codes, (0, -codes.shape[1] % CHUNK_BYTES))
     n, row_bytes = codes.shape
-    if bits == 8:  # word, lane, byte
-        return codes.view(n, -1, 4, 4, 4).transpose(2, 3).reshape(n, row_bytes)
+    if bits == 8:  # word, eighth weight, lane, weight of the pair
+        return codes.view(n, -1, 4, 2, 4, 2).transpose(3, 4).transpose(2, 3).reshape(n, row_bytes)
     nibbles = torch.stack((codes & 15, codes >> 4), dim=-1)
-    words = nibbles.view(n, -1, 4, 2, 4, 4)  # word, half, lane, nibble of the half
+    words = nibbles.view(n, -1, 4, 4, 4, 2)  # word, half and eighth weight, lane, of the pair
     words = words.permute(0, 1, 4, 2, 3, 5).reshape(n, -1, 8)[..., NIBBLES]
     return (words[..., ::2] | words[..., 1::2] << 4).reshape(n, row_bytes)
