@@ -45,7 +45,7 @@ Array read_array(std::istream& in) {
 
 void run_call(std::istream& in, std::ostream& out) {
     shallow::W4Matmul call;
-    if (read_integer(in) != sizeof call) throw std::length_error("the argument struct has another size");
+    if (read_integer(in) != sizeof call) throw std::length_error("a struct of another size");
     in.read(reinterpret_cast<char*>(&call), sizeof call);
     std::vector<Array> arrays;
     for (std::int64_t left = read_integer(in); left; --left) {

@@ -136,7 +136,9 @@ int main(int count, char** arguments) {
     std::vector<int> result(64, -1);
     for (const auto& entry : kKernels) {
         if (count != 2 || std::strcmp(entry.name, arguments[1])) continue;
-        shallow::launch({2, 64, 63 * sizeof(int), 63 * sizeof(int), nullptr, false}, entry.kernel, result.data());
+        const std::size_t shared_bytes = 63 * sizeof(int);
+        shallow::launch({2, 64, shared_bytes, shared_bytes, nullptr, false}, entry.kernel,
+                        result.data());
         std::printf("%d %d\n", result[0], result[1]);
         return 0;
     }

@@ -1,6 +1,6 @@
-// Shared memory of kernels that run on a CPU; a part of emulate.h. Every access is checked: that the
-// element exists, that a thread of this block wrote it, and that a barrier lies between two threads'
-// accesses of which one writes.
+// Shared memory of kernels that run on a CPU; a part of emulate.h. Every access is checked: the
+// element exists, a thread of this block wrote it, and a barrier lies between two threads' accesses
+// of which one writes.
 #pragma once
 
 #include "cuda/emulate.h"
@@ -24,8 +24,8 @@ public:
         if (shadow.writer == Shadow::kNone)
             fail("shared memory: element %d is read and was never written", i);
         if (shadow.writer != number && shadow.write_round == round)
-            fail("shared memory: element %d is read, and thread %d wrote it since the last barrier, "
-                 "a race", i, shadow.writer);
+            fail("shared memory: element %d is read, and thread %d wrote it since the last "
+                 "barrier, a race", i, shadow.writer);
         const bool others = shadow.reader != Shadow::kNone && shadow.reader != number;
         shadow.reader = others && shadow.read_round == round ? Shadow::kSeveral : number;
         shadow.read_round = round;

@@ -49,8 +49,8 @@ __device__ inline void decode(std::uint32_t word, float bias, __nv_bfloat16,
                               std::uint32_t (&pairs)[4]) {
     const __nv_bfloat162 raise = __float2bfloat162_rn(128 + bias);
     for (int i = 0; i < 4; ++i) {
-        const auto raised = as_pair<__nv_bfloat162>(and_or(word >> 4 * i, 0x000f000fu, 0x43004300u));
-        pairs[i] = as_bits(__hsub2(raised, raise));
+        const std::uint32_t raised = and_or(word >> 4 * i, 0x000f000fu, 0x43004300u);
+        pairs[i] = as_bits(__hsub2(as_pair<__nv_bfloat162>(raised), raise));
     }
 }
 
