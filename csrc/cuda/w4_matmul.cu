@@ -4,8 +4,8 @@
 // A block owns 16 rows of W; its warps take turns along K, 64 bytes of each row at a time, and add
 // up their parts at the end. A lane loads 16 bytes of rows g and g + 8 (lane = 4 g + t), kDepth
 // chunks ahead: a block of 256 threads has 32 KiB in flight, and two blocks share a multiprocessor.
-// (3 TB/s for 1 us on 132 multiprocessors are 23 KiB each.) x lies in shared memory; its permutation,
-// norm and padding are dealt with while the first weights are on their way.
+// (3 TB/s for 1 us on 132 multiprocessors are 23 KiB each.) x lies in shared memory; its
+// permutation, norm and padding are dealt with while the first weights are on their way.
 //
 // Codes become small integers, exact in float16 and bfloat16; scales multiply the float32 sum of a
 // group's products. A zero point or minimum adds minimum * (sum of the group's x): one more mma,
