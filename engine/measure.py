@@ -20,6 +20,7 @@ from engine.stream import DEFAULT_LIMIT_BYTES, pad_batches, storage, stream
 from engine.weights import lineage_hash
 
 SAVE_SECONDS = 10.0  # between two notes of how far a run is
+ACTIVATION_BYTES = 128_000_000  # of a batch in a streamed run: four (tokens, F) at their widest
 _CHUNK = 256  # vectors handed to the accumulator at once in a streamed run
 
 Progress = Callable[[int, int], None]  # (samples or layers done, in all)
@@ -142,7 +143,7 @@ def measure_streamed(
     samples: Sequence[Sequence[int]],
     source: Source,
     *,
-    batch_tokens: int = 2048,
+    batch_tokens: int | None = None,
     backend: str | None = None,
     dtype: torch.dtype = torch.float32,
     limit_bytes: int = DEFAULT_LIMIT_BYTES,
@@ -153,7 +154,12 @@ def measure_streamed(
 
     Hidden states and tapped vectors live in `directory`, from which a killed run is taken up, or
     where there is none in memory up to `limit_bytes` each, and in an unnamed file beyond it.
+    Beside the layer and these, a batch's activations take about ACTIVATION_BYTES, unless a single
+    sample takes more.
     """
+    if batch_tokens is None:
+        widest = max(config.ffn_size, config.heads * config.head_dim)
+        batch_tokens = max(1, ACTIVATION_BYTES // (4 * widest * dtype.itemsize))
     mine = own_samples(samples, source.shard)
     batches = list(pad_batches(mine, batch_tokens))
     chosen = [wanted(tokens, source) for tokens in batches]

@@ -195,22 +195,38 @@ def attention(
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
     keys, values = cache.append(slot, rows, angles.positions, key, value)
 
-    rows_, heads, steps, width = query.shape
-    query = query.view(rows_, config.kv_heads, heads // config.kv_heads, steps, width)
-    scores = query @ keys[:, :, None].transpose(-1, -2) * config.attention_scale
-    if config.attention_softcap is not None:
-        scores = config.attention_softcap * torch.tanh(scores / config.attention_softcap)
     visible = visibility(angles.positions, keys.shape[2], layer.window)
+    mixed = attend(config, query, keys, values, visible)
+    return linear(mixed.transpose(1, 2).flatten(2), weights, "o")
+
+
+def attend(
+    config: ModelConfig,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    visible: torch.Tensor,
+) -> torch.Tensor:
+    """softmax(scale * query @ keys) @ values: query (R, H, T, E), keys (R, G, C, E), visible
+    (R, T, C) -> (R, H, T, E). A soft cap bends the scores, which torch's own function cannot."""
+    scale, cap = config.attention_scale, config.attention_softcap
+    if cap is None:
+        return functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=visible[:, None], scale=scale, enable_gqa=True
+        )
+    grouped = query.unflatten(1, (config.kv_heads, -1))  # (R, G, H / G, T, E)
+    scores = cap * torch.tanh(grouped @ keys[:, :, None].transpose(-1, -2) * (scale / cap))
     scores = scores.masked_fill(~visible[:, None, None], torch.finfo(scores.dtype).min)
     shares = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
-    mixed = shares @ values[:, :, None]  # (R, G, H / G, T, E)
-    mixed = mixed.view(rows_, heads, steps, width).transpose(1, 2).reshape(rows_, steps, -1)
-    return linear(mixed, weights, "o")
+    return (shares @ values[:, :, None]).flatten(1, 2)
 
 
 def visibility(positions: torch.Tensor, context: int, window: int | None) -> torch.Tensor:
-    """(B, T, C) bool: may the query at `positions` (B, T) see the key at each of C positions?"""
-    query = positions[..., None]
+    """(B, T, C) bool: may the query at `positions` (B, T) see the key at each of C positions?
+
+    Padding sees position 0, since a softmax over nothing is not a number.
+    """
+    query = positions[..., None].clamp_min(0)
     key = torch.arange(context, device=positions.device)
     visible = key <= query
     return visible if window is None else visible & (key > query - window)
@@ -228,7 +244,9 @@ def mlp(config: ModelConfig, weights: Weights, x: torch.Tensor) -> torch.Tensor:
 
 
 def linear(x: torch.Tensor, weights: Weights, role: str) -> torch.Tensor:
-    return functional.linear(x, weights[role], weights.get(f"{role}.bias"))
+    """x (..., K) through a role's matrix; weights of another dtype are cast as they are used."""
+    bias = weights.get(f"{role}.bias")
+    return functional.linear(x, weights[role].to(x.dtype), None if bias is None else bias.to(x))
 
 
 def heads_first(x: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ from engine.cache import KVCache
 from engine.checkpoint import Checkpoint
 from engine.config import ModelConfig
 from engine.model import Angles, run_layer
-from engine.weights import Weights, load_layer, load_outer
+from engine.weights import Weights, load_embedding, load_layer
 
 DEFAULT_LIMIT_BYTES = 1 << 30
 
@@ -109,7 +109,7 @@ def stream(
     states = open_states(checkpoint, config, batches, dtype, limit_bytes, directory)
     while states.slot < len(config.layers):
         slot = states.slot
-        weights = layer_weights(checkpoint, config, slot, dtype)
+        weights = load_layer(checkpoint, config, config.layers[slot].layer)
         for index, tokens in enumerate(batches):
             visit(slot, index, states[index])
             states.put(index, step(config, slot, weights, states[index], tokens))
@@ -133,20 +133,12 @@ def open_states(
     shapes = [(*tokens.shape, config.hidden_size) for tokens in batches]
     states = HiddenStates(shapes, dtype, limit_bytes, directory, digest.hexdigest())
     if states.slot < 0:
-        table = load_outer(checkpoint, config)["embedding"]
+        table = load_embedding(checkpoint, config)
         scale = torch.tensor(config.embedding_scale, dtype=dtype)
         for index, tokens in enumerate(batches):
             states.put(index, functional.embedding(tokens.clamp_min(0), table).to(dtype) * scale)
         states.advance()
     return states
-
-
-def layer_weights(
-    checkpoint: Checkpoint, config: ModelConfig, slot: int, dtype: torch.dtype = torch.float32
-) -> Weights:
-    """One slot's weights by role, in `dtype`; drop them before taking the next."""
-    weights = load_layer(checkpoint, config, config.layers[slot].layer)
-    return {role: tensor.to(dtype) for role, tensor in weights.items()}
 
 
 def step(

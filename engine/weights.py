@@ -39,6 +39,11 @@ def load_outer(checkpoint: Checkpoint, config: ModelConfig) -> Weights:
     return weights
 
 
+def load_embedding(checkpoint: Checkpoint, config: ModelConfig) -> torch.Tensor:
+    """(V, D), for those who need nothing else from outside the layers."""
+    return _read(checkpoint, *outer_tensors(config)["embedding"])
+
+
 def lineage_hash(checkpoint: Checkpoint, config: ModelConfig) -> str:
     """Of the norm weights, which 16-bit, GGUF and packed copies of one model share exactly.
 

@@ -49,7 +49,11 @@ def test_llama_2_70b_by_hand():
     assert before.bytes_per_token == 2 * (before.total_parameters - 262_144_000 + 8192) + (
         before.kv_bytes_per_token * 4096
     )
-    for group, scale_bits, low, high in [(128, 16, 18.2, 18.8), (32, 16, 20.2, 20.4), (32, 32, 22.3, 22.5)]:
+    for group, scale_bits, low, high in [
+        (128, 16, 18.2, 18.8),
+        (32, 16, 20.2, 20.4),
+        (32, 32, 22.3, 22.5),
+    ]:
         after = cost(half, Storage(4, group, 16, scale_bits), 4096)
         assert low < after.total_weight_bytes / 1e9 < high
         matrices = after.parameters["attention"] + after.parameters["mlp"]

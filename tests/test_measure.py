@@ -285,3 +285,67 @@ def test_bad_sources(name, content, options, sentence, tmp_path, default_model):
     options = {"length": 16} | options
     with pytest.raises(InputError, match=sentence):
         read_samples(str(path), load_text(default_model), **options)
+
+
+_STREAM = """
+import threading
+from pathlib import Path
+import torch
+from engine.checkpoint import open_checkpoint
+from engine.measure import describe, measure_streamed
+
+def private_kb():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+checkpoint = open_checkpoint(Path(DIRECTORY))
+samples = torch.randint(0, 256, (6, 200)).tolist()
+torch.ones(8, 8) @ torch.ones(8, 8)
+before, peak, done = private_kb(), [0], threading.Event()
+
+def watch():
+    while not done.wait(0.01):
+        peak[0] = max(peak[0], private_kb())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+source = describe("big", checkpoint, checkpoint.config, samples)
+measure_streamed(checkpoint, checkpoint.config, samples, source, directory=Path(WORK))
+done.set()
+watcher.join()
+print((peak[0] - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="counts memory as Linux does")
+def test_streaming_a_2_gb_checkpoint_takes_less_than_300_mb(tmp_path):
+    from safetensors.torch import save_file
+
+    from engine.families import layer_tensors, outer_tensors
+    from engine.hf_config import from_hf
+
+    directory, work = tmp_path / "model", tmp_path / "work"
+    directory.mkdir()
+    work.mkdir()
+    raw = {
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 2048, "intermediate_size": 8192,
+        "num_attention_heads": 16, "num_hidden_layers": 15, "vocab_size": 256,
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(raw))
+    config = from_hf(raw, "config.json")
+    index = {}
+    for layer in range(15):
+        tensors = dict(layer_tensors(config, layer).values())
+        tensors |= dict(outer_tensors(config).values()) if layer == 0 else {}
+        drawn = {name: torch.randn(shape).mul_(0.02).bfloat16() for name, shape in tensors.items()}
+        save_file(drawn, directory / f"{layer}.safetensors")
+        index |= dict.fromkeys(drawn, f"{layer}.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    size = sum(path.stat().st_size for path in directory.iterdir())
+    assert size > 2e9
+    code = f"DIRECTORY, WORK = {str(directory)!r}, {str(work)!r}\n{_STREAM}"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    private = int(done.stdout)
+    print(f"{private / 1e6:.0f} MB of private memory for a checkpoint of {size / 1e9:.2f} GB")
+    assert private < 300e6
