@@ -29,7 +29,7 @@ ISA_FLAGS = {  # csrc/cpu/<op>_<isa>.cpp is compiled on x86 alone, with these; e
     "amx": [*AVX512, "-mamx-tile", "-mamx-int8"],
 }
 CXX_FLAGS = "-std=c++17 -O3 -g0 -fvisibility=hidden -pthread".split()
-NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 NVCC_FLAGS += [f"-gencode=arch=compute_{target},code=sm_{target}" for target in (80, 90, 100)]
 NVCC_FLAGS += ["-gencode=arch=compute_100,code=compute_100"]  # PTX, for what comes after
 
