@@ -10,26 +10,36 @@ from torch import Tensor
 
 from engine.kernels.angular.reference import Sums
 
-PROGRAMS_PER_CORE = 2
+PROGRAMS_PER_CORE = 4
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Sizes of a launch: TILES * TILE rows cover the boundaries, read BLOCK_D features a step."""
+    """TILES strips of TILE boundaries cover them all; BLOCK_D features are read in a step."""
 
     TILE: int
     TILES: int
     BLOCK_D: int
     num_warps: int
-    num_stages: int
+    num_stages: int = 3
 
-    @staticmethod
-    def choose(boundaries: int) -> "Launch":
-        """The launch for 2 to 128 boundaries; ValueError beyond."""
-        if boundaries > 128:
-            raise ValueError(f"the triton kernel takes up to 128 boundaries, found {boundaries}")
-        tile = 16 if boundaries <= 48 else 32
-        return Launch(tile, triton.cdiv(boundaries, tile), 64 if tile == 16 else 32, 4, 3)
+
+# By the most boundaries that a launch takes: the widest steps that spill no register.
+LAUNCHES = {
+    32: Launch(16, 2, 64, 2),
+    48: Launch(16, 3, 32, 2),
+    64: Launch(32, 2, 32, 4),
+    96: Launch(32, 3, 32, 4),
+    128: Launch(64, 2, 32, 8),
+}
+
+
+def choose_launch(boundaries: int) -> Launch:
+    """The launch for 2 to 128 boundaries; ValueError beyond."""
+    for most, launch in LAUNCHES.items():
+        if boundaries <= most:
+            return launch
+    raise ValueError(f"the triton kernel takes up to {most} boundaries, found {boundaries}")
 
 
 @triton.jit
@@ -54,7 +64,7 @@ def read_strips(
     x_ptr, stride_r, d, R, D,
     TILE: tl.constexpr, TILES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Features d .. d + BLOCK_D of all boundaries of a sample, as strips (TILE, BLOCK_D) float64."""
+    """Features d .. d + BLOCK_D of a sample: strips (TILE, BLOCK_D) float64 of its boundaries."""
     columns = d + tl.arange(0, BLOCK_D)
     strips = ()
     for t in tl.static_range(TILES):
@@ -146,7 +156,7 @@ def angular_sums(
 ) -> Sums:
     """As in reference.py, for 2 to 128 boundaries."""
     R, (B, D), device = len(boundaries), boundaries[0].shape, boundaries[0].device
-    launch = Launch.choose(R)
+    launch = choose_launch(R)
     x, stride_r, stride_b = _one_tensor(boundaries)
     programs = max(1, min(B, PROGRAMS_PER_CORE * _cores(device)))
     P, side, float64 = R * (R - 1) // 2, launch.TILE * launch.TILES, torch.float64
@@ -181,8 +191,8 @@ def _one_tensor(boundaries: Sequence[Tensor]) -> tuple[Tensor, int, int]:
     first = boundaries[0]
     starts = [row.data_ptr() for row in boundaries]
     steps = {after - before for before, after in zip(starts, starts[1:], strict=False)}
-    even = len(steps) == 1 and min(steps) % first.itemsize == 0
-    if not even or any(row.stride() != first.stride() for row in boundaries) or first.stride(1) != 1:
+    strides = {row.stride() for row in boundaries}
+    if len(steps) > 1 or len(strides) > 1 or min(steps) % first.itemsize or first.stride(1) != 1:
         x = torch.stack(list(boundaries))
         return x, x.stride(0), x.stride(1)
     return first, steps.pop() // first.itemsize, first.stride(0)
