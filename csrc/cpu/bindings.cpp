@@ -6,4 +6,6 @@ PYBIND11_MODULE(_cpu, m) {
     bind_bandwidth(m);
     bind_w4_format(m);
     bind_angular(m);
+    bind_w4_matmul(m);
+    bind_peak(m);
 }

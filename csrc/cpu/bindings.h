@@ -7,3 +7,5 @@ void bind_features(pybind11::module_& m);
 void bind_bandwidth(pybind11::module_& m);
 void bind_w4_format(pybind11::module_& m);
 void bind_angular(pybind11::module_& m);
+void bind_w4_matmul(pybind11::module_& m);
+void bind_peak(pybind11::module_& m);

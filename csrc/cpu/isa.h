@@ -12,7 +12,7 @@ enum class Isa : int {
     avx2,     // AVX2, FMA, F16C
     avxvnni,  // avx2 and 256-bit int8 dot products
     avx512,   // AVX-512 F, BW, DQ, VL, VNNI
-    amx,      // avx512 and int8 tile products
+    amx,      // avx512 and tile products of int8 and bfloat16
 };
 constexpr int kIsas = 5;
 

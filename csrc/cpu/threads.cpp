@@ -159,7 +159,8 @@ Pool::Worker* Pool::acquire(int& threads) {
     std::unique_lock lock(mutex_);
     const uint64_t ticket = next_ticket_++;
     freed_.wait(lock, [&] {
-        return ticket == serving_ && (running_ == 0 || running_ + threads <= size());
+        threads = std::clamp(threads, 1, size());
+        return ticket == serving_ && running_ + threads <= size();
     });
     ++serving_;
     Worker* team = nullptr;
@@ -200,7 +201,6 @@ void Pool::resize(int threads) {
 
 void Pool::run_erased(int threads, Call call, void* context) {
     if (inside_region) return call(context, 0, 1);
-    threads = std::clamp(threads, 1, size());
     Worker* const team = acquire(threads);
     int thread = 0;
     for (Worker* worker = team; worker; worker = worker->next) {

@@ -62,7 +62,7 @@ private:
 
     Pool();
     void run_erased(int threads, Call call, void* context);
-    Worker* acquire(int& threads);  // threads - 1 workers, linked; fewer if the system refuses
+    Worker* acquire(int& threads);  // sets threads to how many may run: the caller, and these
     void release(int threads, Worker* team);
 
     std::atomic<int> size_;

@@ -1,18 +1,16 @@
-// 16 rows a vector of the compiler's own kind, for any processor.
+// 4 rows a vector of the compiler's own kind, for any processor.
 #include <cmath>
 #include <cstring>
 
 #include "cpu/w4_kernel.h"
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // wide vectors stay inside this file
 
 namespace shallow {
 namespace {
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef std::uint32_t Words __attribute__((vector_size(64)));
-typedef uint8_t Bytes __attribute__((vector_size(16)));
-typedef std::uint16_t Halves __attribute__((vector_size(32)));
+typedef float Floats __attribute__((vector_size(16)));
+typedef std::uint32_t Words __attribute__((vector_size(16)));
+typedef uint8_t Bytes __attribute__((vector_size(4)));
 
 std::uint16_t to_half(float v) {
     std::uint32_t bits;
@@ -46,7 +44,7 @@ float to_float(const void* p, ScaleType type) {
 
 struct Generic {
     using F = Floats;
-    static constexpr int lanes = 16, max_rows = 4;
+    static constexpr int lanes = 4, max_rows = 4;
     static constexpr bool unpacks = false;
 
     static F set(float v) { return F{} + v; }
@@ -61,13 +59,13 @@ struct Generic {
     }
     static F load(const void* p, ScaleType type) {
         const int size = type == ScaleType::float32 ? 4 : 2;
-        F v;
+        F v{};
         for (int i = 0; i < lanes; ++i)
             v[i] = to_float(static_cast<const uint8_t*>(p) + i * size, type);
         return v;
     }
     static F load_half(const void* p) { return load(p, ScaleType::float16); }
-    static void load_pairs(const void* p, F& even, F& odd) {  // 16 rows x 2 columns of bfloat16
+    static void load_pairs(const void* p, F& even, F& odd) {  // 4 rows x 2 columns of bfloat16
         Words words;
         std::memcpy(&words, p, sizeof words);
         const Words high = words << 16, low = words & 0xffff0000u;
@@ -104,7 +102,7 @@ struct Generic {
     static F code(const TileView& w, Words chunk, int byte) {
         const Words codes = chunk >> (8 * byte) & (C == Codes::byte ? 255u : 15u);
         if (C != Codes::nibble_table) return __builtin_convertvector(codes, F);
-        F v;
+        F v{};
         for (int i = 0; i < lanes; ++i) v[i] = w.values[codes[i]];
         return v;
     }

@@ -1,0 +1,53 @@
+"""The native thread pool (csrc/cpu/threads.h), plain and under sanitizers."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from engine.kernels import native
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("tests/threads_check.cpp", "csrc/cpu/threads.cpp")
+
+
+def check(folder: Path, *flags: str, fork: bool) -> None:
+    """Compiles the assertions with `flags` and runs them."""
+    if not shutil.which("c++"):
+        pytest.skip("no C++ compiler")
+    program = folder / "check"
+    compiler = ["c++", "-std=c++17", "-O2", "-g", "-pthread", "-Icsrc", *flags]
+    built = subprocess.run(
+        [*compiler, *SOURCES, "-o", program], cwd=ROOT, capture_output=True, text=True
+    )
+    if built.returncode and flags:
+        pytest.skip(f"this compiler lacks {flags}: {built.stderr.splitlines()[-1]}")
+    assert built.returncode == 0, built.stderr
+    command = [program, "fork" if fork else "stay"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_regions_barriers_and_loops(tmp_path):
+    check(tmp_path, fork=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_under_sanitizers(tmp_path, sanitizer):
+    # ThreadSanitizer does not follow a fork of several threads.
+    check(tmp_path, f"-fsanitize={sanitizer}", fork=sanitizer != "thread")
+
+
+def test_the_pool_has_the_cpus_of_this_process():
+    if not hasattr(os, "sched_getaffinity"):
+        pytest.skip("this system has no affinity")
+    cpu = native.load("cpu")
+    before = cpu.pool_threads()
+    assert 1 <= before <= len(os.sched_getaffinity(0))
+    cpu.resize_pool(0)
+    assert cpu.pool_threads() == 1
+    cpu.resize_pool(before)
+    assert cpu.pool_threads() == before
