@@ -9,6 +9,7 @@ from engine import command
 from engine.budget_command import budget
 from engine.command import Backend, Drop, Dtype, JsonFile, Keep, Threads
 from engine.layer_commands import plan, profile, prune
+from engine.quantize_command import quantize
 from engine.run import run
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app.command("budget")(budget)
 app.command("profile")(profile)
 app.command("plan")(plan)
 app.command("prune")(prune)
+app.command("quantize")(quantize)
 
 ModelArgument = Annotated[str, typer.Argument(help="Directory, .gguf file or hub id.")]
 

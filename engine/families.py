@@ -182,6 +182,19 @@ def layer_tensors(config: ModelConfig, layer: int) -> dict[str, tuple[str, tuple
     return tensors
 
 
+def part_names(config: ModelConfig, layer: int) -> dict[str, str]:
+    """Role -> name of a layer's tensors where none is fused, as packed directories have them."""
+    family = FAMILIES[config.family]
+    names = {}
+    for stored in layer_tensors(config, layer):
+        role, _, bias = stored.partition(".")
+        for part in family.fused.get(role, (role,)):
+            name = family.names.get(part) or _LLAMA[part]
+            key = f"{part}.{bias}" if bias else part
+            names[key] = f"model.layers.{layer}.{name}.{bias or 'weight'}"
+    return names
+
+
 def outer_tensors(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Role -> (name, shape) of what is not in a layer: embedding, final norm, head."""
     norm = FAMILIES[config.family].final_norm

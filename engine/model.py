@@ -10,7 +10,7 @@ from engine.cache import KVCache
 from engine.config import LayerConfig, ModelConfig
 from engine.errors import InputError
 from engine.rope import rotary
-from engine.weights import Weights
+from engine.weights import Observed, Weights
 
 Tap = Callable[[int, torch.Tensor], None]  # (boundary, residual stream (B, T, D)) -> None
 
@@ -245,6 +245,8 @@ def mlp(config: ModelConfig, weights: Weights, x: torch.Tensor) -> torch.Tensor:
 
 def linear(x: torch.Tensor, weights: Weights, role: str) -> torch.Tensor:
     """x (..., K) through a role's matrix; weights of another dtype are cast as they are used."""
+    if isinstance(weights, Observed):
+        weights.observe(role, x)
     bias = weights.get(f"{role}.bias")
     return functional.linear(x, weights[role].to(x.dtype), None if bias is None else bias.to(x))
 

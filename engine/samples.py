@@ -16,6 +16,7 @@ def read_samples(
     length: int,
     *,
     count: int | None = None,
+    most: int | None = None,
     column: str = "text",
     split: str = "train",
     bos: bool | None = None,
@@ -26,8 +27,8 @@ def read_samples(
     a .jsonl or .parquet file, one sample a row from `column`, the first `length` tokens of each;
     "hub:NAME", a dataset of the Hugging Face hub (the extra `heal` brings `datasets`), likewise;
     None, the built-in prose. `bos` puts BOS first; by default where the tokenizer has the habit.
-    `count` takes so many: of rows the first, of running text ones spread evenly over it.
-    InputError when nothing is there to read.
+    `count` takes so many, `most` no more: of rows the first, of running text ones spread evenly
+    over it. InputError when there is nothing, or less than `count`.
     """
     if length < 1:
         raise InputError(f"length: expected at least 1 token, found {length}")
@@ -39,20 +40,20 @@ def read_samples(
         raise InputError(f"length: {length} leaves no room beside BOS")
     where = source or "the built-in text"
     samples: list[list[int]] = []
-    whole = _is_running_text(source)
+    whole, wanted = _is_running_text(source), count or most
     for piece in _pieces(source, column, split):
         ids = text.encode(piece, add_special=False)
         starts = range(0, len(ids) - room + 1, room) if whole else range(min(len(ids), 1))
         samples += [prefix + ids[start : start + room] for start in starts]
-        if count is not None and len(samples) >= count and not whole:
+        if wanted is not None and len(samples) >= wanted and not whole:
             break
     if not samples:
         raise InputError(f"{where}: too short for one sample of {length} tokens")
     if count is not None and len(samples) < count:
         raise InputError(f"{where}: expected {count} samples of {length}, found {len(samples)}")
-    if count is not None:
-        step = len(samples) if whole else count
-        samples = [samples[index * step // count] for index in range(count)]
+    if wanted is not None and wanted < len(samples):
+        step = len(samples) if whole else wanted
+        samples = [samples[index * step // wanted] for index in range(wanted)]
     return samples, bool(prefix)
 
 

@@ -21,12 +21,13 @@ text weights
 model samples
 stream
 measure plan budget quantize heal export score
-runtime
+recipe
+packing runtime
 generation
 backend
 benchmark command evaluate peer plot
 budget_command
-layer_commands run
+layer_commands quantize_command run
 cli
 __init__
 """.split("\n")

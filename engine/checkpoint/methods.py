@@ -13,7 +13,7 @@ from engine.checkpoint.files import parse_json
 from engine.checkpoint.safetensors import SafetensorsCheckpoint
 from engine.errors import InputError
 from engine.kernels.w4 import from_hf, store
-from engine.kernels.w4.format import Packed, Spec, unpack
+from engine.kernels.w4.format import VERSION, Packed, Spec, unpack
 
 GROUP_SIZES = (-1, 16, 32, 64, 128)  # as the configurations write them; -1 is the whole row
 
@@ -268,6 +268,15 @@ class _Packed(Method):
 
     marker = "weight.codes"
     parts = tuple(f"weight.{part}" for part in store.PARTS)
+
+    def __init__(self, tensors: Parts, config: dict[str, Any]) -> None:
+        super().__init__(tensors, config)
+        version = config.get("version", VERSION)
+        if version != VERSION:
+            raise InputError(
+                f"{tensors.path}: a packed directory of version {version!r}; this Shallow reads "
+                f"{VERSION}, another one is needed"
+            )
 
     def shape(self, module: str) -> tuple[int, int]:
         return store.parse_metadata(f"{module}.weight", self._described(module))[1]

@@ -12,9 +12,11 @@ import torch
 
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.files import read_json
+from engine.checkpoint.fused import FusedCheckpoint
 from engine.checkpoint.methods import METHODS, Parts
 from engine.checkpoint.safetensors import SafetensorsCheckpoint
 from engine.errors import InputError
+from engine.families import FAMILIES
 from engine.kernels.w4.format import Packed
 
 
@@ -22,7 +24,11 @@ def open_directory(path: Path) -> Checkpoint:
     """A Hugging Face directory, quantised or not; InputError where it cannot be read."""
     stored = SafetensorsCheckpoint(path)
     quantization = quantization_config(path, stored.config.source)
-    return stored if quantization is None else QuantisedCheckpoint(stored, quantization)
+    if quantization is None:
+        return stored
+    checkpoint = QuantisedCheckpoint(stored, quantization)
+    fused = quantization["quant_method"] == "shallow" and FAMILIES[stored.config.family].fused
+    return FusedCheckpoint(checkpoint) if fused else checkpoint
 
 
 def quantization_config(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,0 +1,127 @@
+"""What the exported directories share: how they are begun, numbered, described and finished.
+
+A directory `out` is written beside, as `out`.partial, and renamed when it is whole. A run that was
+interrupted finds its finished files again; another model or other settings begin anew.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.artifacts import replacing
+from engine.config import ModelConfig
+from engine.errors import InputError
+from engine.text import load_text
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_NOTE = "resume.json"  # what the run is, while it is under way
+# Rules that count layers from 0 would mean other layers after a cut; they become explicit lists.
+_RULES = ("sliding_window_pattern", "max_window_layers", "no_rope_layer_interval")
+_WINDOWED = ("qwen2", "qwen3", "gemma2", "gemma3", "smollm3")
+
+
+def begin(out: Path, source: Path, config: ModelConfig, described: Mapping[str, Any]) -> Path:
+    """`out`.partial with `described` as its config.json and the tokenizer of `source`.
+
+    It is taken up again where an earlier run had the same source, layers and description.
+    InputError where `out` exists or nothing can be written beside it.
+    """
+    if out.exists():
+        raise InputError(f"{out}: exists already; name a new directory")
+    partial = out.with_name(out.name + ".partial")
+    text = json.dumps(described, indent=2, sort_keys=True)
+    files = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
+    stamps = [[str(file.resolve()), file.stat().st_mtime_ns] for file in files]
+    layers = [entry.layer for entry in config.layers]
+    note = json.dumps({"source": stamps, "layers": layers, "config": text})
+    noted = partial / _NOTE
+    if partial.exists() and not (noted.is_file() and noted.read_text() == note):
+        shutil.rmtree(partial)
+    try:
+        partial.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{partial}: {error.strerror}") from error
+    write_text(noted, note)
+    write_text(partial / "config.json", text)
+    copy_tokenizer(source, partial)
+    return partial
+
+
+def finish(partial: Path, out: Path) -> None:
+    partial.joinpath(_NOTE).unlink(missing_ok=True)
+    partial.replace(out)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """The tokenizer's files as they are, or written anew from the metadata of a GGUF."""
+    if not source.is_dir():
+        load_text(source).to_transformers().save_pretrained(out)
+        return
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            with replacing(out / name) as beside:
+                shutil.copyfile(source / name, beside)
+
+
+def shard_name(index: int, count: int) -> str:
+    if count == 1:
+        return "model.safetensors"
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(directory: Path, files: Mapping[str, str], total_bytes: int) -> None:
+    """`files` says which shard holds each tensor."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": files}
+    text = json.dumps(index, indent=2, sort_keys=True)
+    write_text(directory / "model.safetensors.index.json", text)
+
+
+def sliced_config(config: ModelConfig, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """The Hugging Face config of the kept layers: every per-layer list sliced, no counting rule.
+
+    Lists of the source with one entry a layer are sliced; what a rule implied (Gemma's window
+    pattern, Qwen's first windowed layer, SmolLM3's NoPE interval) is written out layer by layer.
+    How the source was quantised is left out.
+    """
+    kept = [entry.layer for entry in config.layers]
+    if config.source.get("num_kv_shared_layers"):
+        raise InputError(
+            "num_kv_shared_layers: layers that share their keys and values cannot be cut"
+        )
+    left_out = (*_RULES, "quantization_config")
+    raw = {key: value for key, value in config.source.items() if key not in left_out}
+    for key, value in raw.items():
+        if key not in ("architectures", "eos_token_id") and isinstance(value, list):
+            if len(value) == config.total_layers:
+                raw[key] = [value[layer] for layer in kept]
+    raw["num_hidden_layers"] = len(kept)
+    if config.family in _WINDOWED:
+        raw["layer_types"] = [
+            "full_attention" if entry.window is None else "sliding_attention"
+            for entry in config.layers
+        ]
+    if config.family == "smollm3":
+        raw["no_rope_layers"] = [int(entry.rope is not None) for entry in config.layers]
+    if dtype is not None:
+        raw.pop("torch_dtype", None)
+        raw["dtype"] = str(dtype).removeprefix("torch.")
+    return raw

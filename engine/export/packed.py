@@ -1,0 +1,93 @@
+"""The packed directory: config, tokenizer, plan, and a safetensors file for every layer.
+
+A matrix lies under its Hugging Face name as kernels/w4/store.py writes it, never fused. Layers are
+numbered from 0; `plan.json` says which of the original's they are. The metadata entry NAME.source
+says what a tensor was before.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from engine.artifacts import replacing
+from engine.checkpoint.safetensors import SafetensorsFile
+from engine.kernels.w4 import store
+from engine.kernels.w4.format import Packed
+from engine.weights import describe
+
+PLAN = "plan.json"
+_SOURCE = ".source"
+_KIND = re.compile(r"(\w+(?:\.bias)?)(?:\.weight)?$")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Kinds of tensors that fared alike, such as q_proj and k_proj."""
+
+    kinds: tuple[str, ...]
+    source: str
+    stored: str
+    count: int
+    weights: int
+    nbytes: int
+
+
+def write_shard(
+    path: Path, tensors: Mapping[str, Packed | torch.Tensor], sources: Mapping[str, str]
+) -> None:
+    """One safetensors file; `sources` says what each tensor was."""
+    from safetensors.torch import save_file
+
+    parts, metadata = {}, {"format": "pt"}
+    for name, stored in tensors.items():
+        metadata[name + _SOURCE] = sources[name]
+        if isinstance(stored, Packed):
+            parts |= store.to_tensors(name, stored)
+            metadata |= store.to_metadata(name, stored)
+        else:
+            parts[name] = stored
+    parts = {name: tensor.contiguous() for name, tensor in parts.items()}
+    with replacing(path) as beside:
+        save_file(parts, beside, metadata)
+
+
+def read_shard(path: Path) -> dict[str, Packed | torch.Tensor]:
+    """The tensors that `write_shard` was given, mapped."""
+    file = SafetensorsFile(path)
+    return {name: _stored(file, name) for name in _names(file)}
+
+
+def tensor_names(path: Path) -> list[str]:
+    """A shard's tensors as they are stored, codes and scales apart."""
+    return list(SafetensorsFile(path).entries)
+
+
+def summary(shards: Sequence[Path]) -> list[Entry]:
+    """What a packed directory holds and what that was made from."""
+    found: dict[tuple[str, str], Entry] = {}
+    for file in map(SafetensorsFile, shards):
+        for name in _names(file):
+            stored, source = _stored(file, name), file.metadata[name + _SOURCE]
+            kind = _KIND.search(name)[1]
+            key = source, describe(stored)
+            entry = found.get(key, Entry((), *key, 0, 0, 0))
+            found[key] = replace(
+                entry,
+                kinds=tuple(dict.fromkeys((*entry.kinds, kind))),
+                count=entry.count + 1,
+                weights=entry.weights + torch.Size(stored.shape).numel(),
+                nbytes=entry.nbytes + stored.nbytes,
+            )
+    return list(found.values())
+
+
+def _names(file: SafetensorsFile) -> list[str]:
+    return sorted(key.removesuffix(_SOURCE) for key in file.metadata if key.endswith(_SOURCE))
+
+
+def _stored(file: SafetensorsFile, name: str) -> Packed | torch.Tensor:
+    described = file.metadata.get(name)
+    return file.read(name) if described is None else store.from_tensors(name, file.read, described)
