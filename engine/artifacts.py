@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
 from engine.errors import InputError
 
@@ -65,13 +66,7 @@ class Artifact:
     @classmethod
     def load(cls, path: Path) -> Self:
         """InputError when the file is unreadable, of another kind, newer, or incomplete."""
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror or error}") from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not valid JSON ({error})") from error
-        return cls.from_json(raw, str(path))
+        return cls.from_json(read_raw(path), str(path))
 
     @classmethod
     def from_json(cls, raw: Any, where: str) -> Self:
@@ -86,20 +81,41 @@ class Artifact:
                 f"{where}: a {cls.kind} of version {version}; this Shallow reads up to "
                 f"{cls.version}, a newer one is needed"
             )
-        names = {field.name for field in fields(cls)}
+        hints, names = get_type_hints(cls), {field.name for field in fields(cls)}
         given = set(raw) - {"kind", "version"}
         if given != names:
             wrong = sorted(names - given) or sorted(given - names)
             trouble = "is missing" if names - given else "is not known"
             raise InputError(f"{where}: {cls.kind}: {wrong[0]!r} {trouble}")
         try:
-            return cls(**{name: _frozen(raw[name]) for name in names})
+            return cls(**{name: _typed(raw[name], hints[name], name) for name in names})
         except (TypeError, ValueError) as error:
             raise InputError(f"{where}: {cls.kind}: {error}") from error
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+def read_raw(path: Path) -> Any:
+    """What a JSON file holds; InputError when it is unreadable."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from error
+
+
+def _typed(value: Any, hint: Any, name: str) -> Any:
+    """A value from JSON as a field of type `hint` holds it, tuples for lists; else ValueError."""
+    outer, inner = get_origin(hint), get_args(hint)
+    if outer is UnionType:
+        return None if value is None and NoneType in inner else _typed(value, inner[0], name)
+    if outer is tuple and isinstance(value, list | tuple):
+        return tuple(_typed(item, inner[0], name) for item in value)
+    if outer in (dict, Mapping) and isinstance(value, dict):
+        return {key: _typed(item, inner[1], name) for key, item in value.items()}
+    if hint is Any or type(value) is hint or (hint is float and type(value) is int):
+        return value
+    expected = getattr(outer or hint, "__name__", hint)
+    raise ValueError(f"{name}: expected {expected}, found {repr(value)[:40]}")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Counts are exact for the shapes. FLOPs count a multiply and an add as two. GB is
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from engine.artifacts import Artifact
@@ -107,6 +107,20 @@ class Budget(Artifact):
     after: Mapping[str, Any]
     storage: Mapping[str, int]
     keep: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        counts = {field.name for field in fields(Cost)} | {"total_parameters", "total_weight_bytes"}
+        by_part = ("parameters", "weight_bytes")
+        for name in ("before", "after"):
+            side = getattr(self, name)
+            if set(side) != counts or any(set(side[part]) != set(PARTS) for part in by_part):
+                raise ValueError(f"{name}: expected {', '.join(sorted(counts))}")
+            numbers = [side[count] for count in counts if count not in by_part]
+            numbers += [value for part in by_part for value in side[part].values()]
+            if not all(type(number) is int and number >= 0 for number in numbers):
+                raise ValueError(f"{name}: expected whole numbers, none below 0")
+        if set(self.storage) != {field.name for field in fields(Storage)}:
+            raise ValueError(f"storage: expected {', '.join(f.name for f in fields(Storage))}")
 
 
 def cost(
