@@ -1,5 +1,6 @@
 """How well a model predicts a text: perplexity, and agreement with a second model."""
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import torch
 
 from engine.artifacts import Artifact
 from engine.errors import InputError
+from engine.layers import format_layers
 
 LOGITS_BYTES = 256 * 2**20  # of one call of the runtime; bounds memory whatever the vocabulary
 ROWS = 64  # positions whose softmax is taken at once; its temporaries are a few (ROWS, V)
@@ -17,16 +19,22 @@ LARGEST_EXPONENT = 700.0  # math.exp raises a little beyond
 
 @dataclass(frozen=True)
 class Evaluation(Artifact):
-    """The result and the protocol that it depends on."""
+    """The result, and the model and protocol that it depends on."""
 
     kind: ClassVar[str] = "evaluation"
 
+    model: str  # as it was asked for
+    layers: str  # run, as the checkpoint numbers them: "0-19,25-29"
+    layers_kept: int
+    layers_total: int
+    rule: str | None  # that chose the layers, as in Plan; None where no plan did
     perplexity: float  # exp(nll)
     nll: float  # mean negative log-likelihood of a predicted token, nats
     tokens: int  # predicted tokens: windows * (window - 1)
     windows: int
     window: int  # tokens a window, the BOS included
     bos: bool
+    text_hash: str  # of the token ids of all windows
     kl: float | None = None  # mean KL(second model || this one), nats
     top1_agreement: float | None = None  # share of positions where both have the same argmax
 
@@ -36,6 +44,8 @@ def evaluate(
     text,
     content: str,
     *,
+    name: str = "",
+    rule: str | None = None,
     window: int = 512,
     count: int | None = None,
     bos: bool = False,
@@ -50,6 +60,7 @@ def evaluate(
     negative log-likelihood averaged over its positions 1 .. window - 1. With `bos`, every window
     begins with the BOS token, followed by window - 1 tokens of text. `progress` is called with
     positions done and in total. `slots` are the layers that `runtime` runs; `second` runs all.
+    `name` of the model and `rule` that chose its layers are recorded as they are.
     Raises `InputError` for a text too short, and for models whose vocabularies differ in size.
     """
     vocab_size = runtime.config.vocab_size
@@ -69,13 +80,21 @@ def evaluate(
             if progress:
                 progress(done, total)
     nll, kl, agreement = (sums / total).tolist()
+    held = runtime.config.layers
+    layers = [entry.layer for entry in (held if slots is None else map(held.__getitem__, slots))]
     return Evaluation(
+        model=name,
+        layers=format_layers(layers),
+        layers_kept=len(layers),
+        layers_total=runtime.config.total_layers,
+        rule=rule,
         perplexity=math.exp(nll) if nll < LARGEST_EXPONENT else math.inf,
         nll=nll,
         tokens=total,
         windows=windows.shape[0],
         window=window,
         bos=bos,
+        text_hash=hashlib.sha256(repr(windows.tolist()).encode()).hexdigest(),
         kl=None if second is None else kl,
         top1_agreement=None if second is None else agreement,
     )
