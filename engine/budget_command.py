@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from engine.budget import Budget
     from engine.config import ModelConfig
 
+COLUMNS = ("", "before", "after", "share")
 _UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 # Section 1 of arXiv 2403.17887: 140 GB and 3e10 FLOPs a token become 17.5 GB and 1.5e10.
 _PAPER = {"before_gb": 140.0, "after_gb": 17.5, "before_flops": 3e10, "after_flops": 1.5e10}
@@ -107,44 +109,49 @@ def show(found: "Budget", bandwidth: float | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    table = Table(*COLUMNS, title=found.model)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for section in rows(found, bandwidth):
+        for row in section:
+            table.add_row(*row)
+        table.add_section()
+    Console().print(table)
+
+
+def rows(found: "Budget", bandwidth: float | None = None) -> Iterator[list[tuple[str, ...]]]:
+    """The table's sections, in rows of COLUMNS: parameters, weights, and what a token asks."""
     from engine.budget import PARTS
 
     before, after = found.before, found.after
-    table = Table("", "before", "after", "share", title=found.model)
-    for column in table.columns[1:]:
-        column.justify = "right"
 
-    def row(name: str, old: float, new: float, form) -> None:
-        share = f"{new / old:.1%}" if old else "-"
-        table.add_row(name, form(old), form(new), share)
+    def row(name: str, old: float, new: float, form: Callable[[float], str]) -> tuple[str, ...]:
+        return name, form(old), form(new), f"{new / old:.1%}" if old else "-"
 
-    row("layers", before["layers"], after["layers"], "{:,}".format)
-    for part in (*PARTS[:-1], None):
-        name = "parameters" if part is None else f"  {part}"
-        values = [
-            side["total_parameters"] if part is None else side["parameters"][part]
-            for side in (before, after)
-        ]
-        row(name, *values, "{:,}".format)
-    table.add_section()
-    for part in (*PARTS, None):
-        name = "weight bytes" if part is None else f"  {part}"
-        values = [
-            side["total_weight_bytes"] if part is None else side["weight_bytes"][part]
-            for side in (before, after)
-        ]
-        row(name, *values, _bytes)
-    table.add_section()
-    row("KV bytes a token", before["kv_bytes_per_token"], after["kv_bytes_per_token"], _bytes)
-    row(f"KV bytes at {found.context:,}", before["kv_bytes"], after["kv_bytes"], _bytes)
-    row("read a token", before["bytes_per_token"], after["bytes_per_token"], _bytes)
-    row("FLOPs a token", before["flops_per_token"], after["flops_per_token"], "{:.3e}".format)
+    def parts(name: str, field: str, form: Callable[[float], str]) -> Iterator[tuple[str, ...]]:
+        for part in PARTS:
+            if field != "parameters" or part != "scales":  # scales are no parameters
+                yield row(f"  {part}", before[field][part], after[field][part], form)
+        yield row(name, before[f"total_{field}"], after[f"total_{field}"], form)
+
+    count = "{:,}".format
+    yield [
+        row("layers", before["layers"], after["layers"], count),
+        *parts("parameters", "parameters", count),
+    ]
+    yield [*parts("weight bytes", "weight_bytes", _bytes)]
+    last = [
+        row("KV bytes a token", before["kv_bytes_per_token"], after["kv_bytes_per_token"], _bytes),
+        row(f"KV bytes at {found.context:,}", before["kv_bytes"], after["kv_bytes"], _bytes),
+        row("read a token", before["bytes_per_token"], after["bytes_per_token"], _bytes),
+        row("FLOPs a token", before["flops_per_token"], after["flops_per_token"], "{:.3e}".format),
+    ]
     if bandwidth is not None:
         if not bandwidth > 0:
             raise InputError(f"bandwidth: expected more than 0 GB/s, found {bandwidth}")
         speeds = [bandwidth * 1e9 / side["bytes_per_token"] for side in (before, after)]
-        row(f"tok/s at {bandwidth:g} GB/s", *speeds, "{:,.1f}".format)
-    Console().print(table)
+        last.append(row(f"tok/s at {bandwidth:g} GB/s", *speeds, "{:,.1f}".format))
+    yield last
 
 
 def show_paper(found: "Budget") -> None:

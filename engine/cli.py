@@ -7,8 +7,10 @@ import typer
 
 from engine import command
 from engine.budget_command import budget
-from engine.command import Backend, Drop, Dtype, JsonFile, Keep, Threads
-from engine.layer_commands import plan, profile, prune
+from engine.command import Backend, Drop, Dtype, JsonFile, Keep, PlanFile, Threads
+from engine.layer_commands import plan, prune
+from engine.plot_command import plot
+from engine.profile_command import profile
 from engine.quantize_command import quantize
 from engine.run import run
 
@@ -24,6 +26,7 @@ app.command("profile")(profile)
 app.command("plan")(plan)
 app.command("prune")(prune)
 app.command("quantize")(quantize)
+app.command("plot")(plot)
 
 ModelArgument = Annotated[str, typer.Argument(help="Directory, .gguf file or hub id.")]
 
@@ -48,6 +51,7 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Also the divergence from this model.")
     ] = None,
+    plan: PlanFile = None,
     drop: Drop = None,
     keep: Keep = None,
     backend: Backend = None,
@@ -63,14 +67,17 @@ def evaluate(
 
     command.check_writable(json_file)
     content = heldout_text() if text is None else read_text_file(text)
+    chosen = None if plan is None else command.planned(plan, drop, keep)
     options = {"backend": backend, "dtype": dtype}
-    opened, _ = command.open_model(model, threads, drop=drop, keep=keep, **options)
+    opened, _ = command.open_model(model, threads, drop=chosen or drop, keep=keep, **options)
     second = command.open_model(against, threads, **options)[0].runtime if against else None
     with command.progress("windows") as progress:
         result = measure(
             opened.runtime,
             opened.text,
             content,
+            name=model,
+            rule=chosen and chosen.rule,
             window=window,
             count=count,
             bos=bos,

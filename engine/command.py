@@ -32,6 +32,15 @@ JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the record to a file too.")
 ]
 
+TextSource = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE",
+        help="Text file or directory, .jsonl, .parquet or hub:NAME; built-in prose if not given.",
+    ),
+]
+Column = Annotated[str, typer.Option(help="Of a .jsonl, .parquet or hub source.")]
+
 
 def execute(app: Callable[..., Any]) -> None:
     """Runs a typer app; what the user can mend becomes one line on stderr and exit code 2."""
@@ -60,8 +69,10 @@ def refuse(error: Exception | str) -> NoReturn:
     sys.exit(2)
 
 
-def check_writable(path: Path | None) -> None:
+def check_writable(path: Path | None, *suffixes: str) -> None:
     """Raises before any work is done for a file that could not be written after it."""
+    if path is not None and suffixes and path.suffix.lower() not in suffixes:
+        raise InputError(f"{path}: expected a name that ends in {' or '.join(suffixes)}")
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise InputError(f"{path}: expected a file in a directory that is there")
 

@@ -1,6 +1,5 @@
-"""The commands from text to a shallower model: profile, plan, prune."""
+"""The commands from a profile to a shallower model: plan, prune."""
 
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,161 +14,7 @@ if TYPE_CHECKING:
     from engine.plan import Choice
 
 RULES = ("similarity", "simple", "influence", "greedy", "search", "manual")
-LENGTH = 256  # tokens a sample
 SCORED = 8  # windows of 512 tokens that greedy and search score on
-
-TextOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SOURCE",
-        help="Text file or directory, .jsonl, .parquet or hub:NAME; built-in prose if not given.",
-    ),
-]
-Column = Annotated[str, typer.Option(help="Of a .jsonl, .parquet or hub source.")]
-
-
-def profile(
-    paths: Annotated[
-        list[str], typer.Argument(metavar="MODEL", help="Or profiles, with --show and --merge.")
-    ],
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where it goes.")] = None,
-    text: TextOption = None,
-    length: Annotated[int, typer.Option(help="Tokens a sample.")] = LENGTH,
-    samples: Annotated[int | None, typer.Option(help="How many; all if not given.")] = None,
-    tokens: Annotated[str, typer.Option(help="'last' of each sample, or 'all'.")] = "last",
-    column: Column = "text",
-    split: Annotated[str, typer.Option(help="Of a hub source.")] = "train",
-    bos: Annotated[
-        bool | None, typer.Option("--bos/--no-bos", help="Default: as the tokenizer does.")
-    ] = None,
-    drop: command.Drop = None,
-    keep: command.Keep = None,
-    stream: Annotated[
-        bool, typer.Option("--stream", help="Hold one layer's weights at a time.")
-    ] = False,
-    shard: Annotated[
-        str | None, typer.Option(metavar="I/N", help="Only part I; a launcher's RANK is taken.")
-    ] = None,
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Join the parts of a sharded run.")
-    ] = False,
-    show: Annotated[bool, typer.Option("--show", help="Print a profile's tables.")] = False,
-    threads: command.Threads = None,
-) -> None:
-    """Measure how far every block of layers turns the residual stream (Gromov et al.)."""
-    from engine.artifacts import Profile
-    from engine.measure import ProfilePart
-    from engine.measure import merge as join
-
-    if show:
-        for path in paths:
-            show_profile(Profile.load(Path(path)))
-        return
-    if out is None:
-        raise InputError("profile: --out FILE says where the profile goes")
-    command.check_writable(out)
-    if merge:
-        join([ProfilePart.load(Path(path)) for path in paths]).save(out)
-        return
-    if len(paths) != 1:
-        raise InputError(f"profile: expected one model, found {len(paths)}")
-    part = _measured(
-        paths[0], out, text, length, samples, tokens, column, split, bos, drop, keep, stream,
-        parse_shard(shard), threads,
-    )  # fmt: skip
-    if part.source["shard"][1] > 1:
-        part.save(out)
-        print(f"{out}: a part; join all of them with `engine profile --merge PARTS --out FILE`")
-    else:
-        found = join([part])
-        found.save(out)
-        show_profile(found)
-    resume = _resume(out)
-    resume.unlink(missing_ok=True)
-
-
-def _measured(
-    model, out, text, length, count, tokens, column, split, bos, drop, keep, stream, shard, threads
-):
-    """Runs the model over the samples; a killed run is found again beside `out`."""
-    import shutil
-
-    import torch
-
-    from engine.backend import load
-    from engine.checkpoint import open_checkpoint
-    from engine.checkpoint.locate import locate
-    from engine.layers import kept_layers
-    from engine.machine import peak_rss_bytes
-    from engine.measure import describe, measure, measure_streamed
-    from engine.samples import read_samples
-    from engine.text import load_text
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    path = locate(model)
-    checkpoint = open_checkpoint(path)
-    config = checkpoint.config.keep(kept_layers(checkpoint.config.total_layers, drop, keep))
-    taken, has_bos = read_samples(
-        text, load_text(path), length, count=count, column=column, split=split, bos=bos
-    )
-    source = describe(model, checkpoint, config, taken, tokens, has_bos, shard)
-    with command.progress("layers" if stream else "samples") as progress:
-        if stream:
-            work = out.with_name(out.name + ".work")
-            work.mkdir(exist_ok=True)
-            part = measure_streamed(
-                checkpoint, config, taken, source, directory=work, progress=progress
-            )
-            shutil.rmtree(work)
-        else:
-            decoder = load(path, drop=drop, keep=keep, backend="reference").runtime.decoder
-            part = measure(decoder, taken, source, resume=_resume(out), progress=progress)
-    print(f"peak memory {peak_rss_bytes() / 1e6:,.0f} MB, {part.tokens_used:,} tokens")
-    return part
-
-
-def _resume(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
-
-
-def parse_shard(shard: str | None) -> tuple[int, int]:
-    """ "2/8" -> (2, 8); by default what torchrun, accelerate or Slurm say, else (0, 1)."""
-    if shard is None:
-        for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-            if rank in os.environ and world in os.environ:
-                shard = f"{os.environ[rank]}/{os.environ[world]}"
-                break
-        else:
-            return 0, 1
-    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", shard)
-    if not match or int(match[1]) >= int(match[2]):
-        raise InputError(f"shard: expected I/N with I from 0 to N - 1, found {shard!r}")
-    return int(match[1]), int(match[2])
-
-
-def show_profile(found: "Profile") -> None:
-    """The best block of every size, and the table behind the heat map."""
-    from rich.console import Console
-    from rich.table import Table
-
-    total = len(found.layers)
-    best = Table("layers", "best block", "distance", "standard error", title=found.model)
-    for count in range(1, total):
-        start = found.best(count)
-        last = start + count - 1
-        best.add_row(
-            str(count),
-            f"{found.layers[start]}-{found.layers[last]}",
-            f"{found.distance(start, count):.6f}",
-            f"{found.standard_errors[count - 1][start]:.6f}",
-        )
-    console = Console()
-    console.print(best)
-    console.print("shifted rescaled distance in percent; rows: layers dropped, columns: start")
-    for count in range(1, total):
-        cells = (f"{100 * value:3.0f}" for value in found.rescaled(count))
-        console.print(f"{count:3d} {' '.join(cells)}", soft_wrap=True, highlight=False)
 
 
 def plan(
@@ -193,8 +38,8 @@ def plan(
     model: Annotated[
         str | None, typer.Option(help="That greedy and search run; the profiled one if not given.")
     ] = None,
-    text: TextOption = None,
-    column: Column = "text",
+    text: command.TextSource = None,
+    column: command.Column = "text",
     windows: Annotated[int, typer.Option(help="Of 512 tokens, scored by greedy, search.")] = SCORED,
     metric: Annotated[str, typer.Option(help="'kl' to the unpruned model, or 'loss'.")] = "kl",
     seed: Annotated[int, typer.Option(help="Of search.")] = 0,

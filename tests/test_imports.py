@@ -25,9 +25,11 @@ recipe
 packing runtime
 generation
 backend
-benchmark command evaluate peer plot
-budget_command
-layer_commands quantize_command run
+benchmark command drawing evaluate peer
+budget_command figures
+plot
+report
+layer_commands plot_command profile_command quantize_command run
 cli
 __init__
 """.split("\n")
