@@ -74,7 +74,7 @@ class Artifact:
         if found != cls.kind:
             raise InputError(f"{where}: expected a {cls.kind}, found {found!r}")
         version = raw.get("version")
-        if not isinstance(version, int) or version < 1:
+        if type(version) is not int or version < 1:
             raise InputError(f"{where}: version: expected a whole number, found {version!r}")
         if version > cls.version:
             raise InputError(

@@ -1,6 +1,7 @@
 """What the commands share: their common options, and how a refusal reaches the user."""
 
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,7 @@ Column = Annotated[str, typer.Option(help="Of a .jsonl, .parquet or hub source."
 
 def execute(app: Callable[..., Any]) -> None:
     """Runs a typer app; what the user can mend becomes one line on stderr and exit code 2."""
+    warnings.showwarning = lambda message, *_: print(f"engine: {message}", file=sys.stderr)
     try:
         sys.exit(app(standalone_mode=False))
     except InputError as error:
@@ -111,6 +113,7 @@ def progress(label: str):
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

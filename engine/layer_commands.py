@@ -11,10 +11,13 @@ from engine.errors import InputError
 
 if TYPE_CHECKING:
     from engine.artifacts import Profile
+    from engine.config import ModelConfig
     from engine.plan import Choice
+    from engine.score import PrefixScorer
 
 RULES = ("similarity", "simple", "influence", "greedy", "search", "manual")
-SCORED = 8  # windows of 512 tokens that greedy and search score on
+METRICS = ("kl", "loss")
+WINDOW = 512  # tokens that greedy and search score at once, fewer where the context is shorter
 
 
 def plan(
@@ -40,44 +43,44 @@ def plan(
     ] = None,
     text: command.TextSource = None,
     column: command.Column = "text",
-    windows: Annotated[int, typer.Option(help="Of 512 tokens, scored by greedy, search.")] = SCORED,
+    windows: Annotated[
+        int, typer.Option(help=f"Of {WINDOW} tokens, scored by greedy and search.")
+    ] = 8,
     metric: Annotated[str, typer.Option(help="'kl' to the unpruned model, or 'loss'.")] = "kl",
     seed: Annotated[int, typer.Option(help="Of search.")] = 0,
-    evaluations: Annotated[int | None, typer.Option(help="Of search.")] = 200,
-    seconds: Annotated[float | None, typer.Option(help="Of search.")] = None,
+    evaluations: Annotated[int | None, typer.Option(min=1, help="Of search.")] = 200,
+    seconds: Annotated[float | None, typer.Option(min=0, help="Of search.")] = None,
     threads: command.Threads = None,
 ) -> None:
     """Choose the layers to drop."""
     from engine import plan as rules
     from engine.artifacts import Profile
-    from engine.layers import format_layers, parse_layers
+    from engine.layers import format_layers
 
     command.check_writable(out)
     if rule not in RULES:
         raise InputError(f"rule: expected one of {', '.join(RULES)}, found {rule!r}")
+    if metric not in METRICS:
+        raise InputError(f"metric: expected {' or '.join(METRICS)}, found {metric!r}")
     found = Profile.load(profile_path)
-    total = len(found.layers)
+    total, text_hash, ref = len(found.layers), found.text_hash, model or found.model
     protected = protected_slots(found, protect)
-    text_hash = found.text_hash
-    if rule == "manual":
-        if drop is None:
-            raise InputError("rule manual: --drop LAYERS says which")
-        layers = parse_layers(drop, found.total_layers, "drop")
-        choice = rules.manual([found.slot(layer) for layer in layers], total)
+    asked = count, fraction, max_distance, target_memory
+    if rule == "manual" or drop is not None:
+        choice = by_hand(found, rule, drop, asked)
+        protected = frozenset() if protect == "default" else protected  # the list is the user's
     else:
-        fewest = None
-        if target_memory is not None:
-            fewest = to_fit(found, model or found.model, target_memory, bits, group)
+        fewest = None if target_memory is None else to_fit(found, ref, target_memory, bits, group)
         wanted = how_many(found, count, fraction, max_distance, fewest, protected)
         if rule == "simple":
             choice = rules.simple(total, wanted)
         elif rule in ("similarity", "influence"):
             choice = getattr(rules, rule)(found, wanted, protected)
         else:
-            scorer, text_hash = open_scorer(
-                found, model or found.model, text, column, windows, metric, threads
-            )
+            scorer, text_hash = open_scorer(found, ref, text, column, windows, metric, threads)
             choice = scored(rule, scorer, total, wanted, protected, seed, evaluations, seconds)
+    if caught := [found.layers[slot] for slot in choice.drop if slot in protected]:
+        raise InputError(f"rule {rule}: drops {format_layers(caught)}, which --protect keeps")
     made = rules.plan_from(found, choice, rule, protected, text_hash)
     made.save(out)
     score = "" if choice.score is None else f", score {choice.score:.6f}"
@@ -95,8 +98,20 @@ def protected_slots(found: "Profile", protect: str) -> frozenset[int]:
         return default_protection(len(found.layers))
     if protect == "none":
         return frozenset()
-    layers = parse_layers(protect, found.total_layers, "protect")
-    return frozenset(found.layers.index(layer) for layer in layers if layer in found.layers)
+    return frozenset(map(found.slot, parse_layers(protect, found.total_layers, "protect")))
+
+
+def by_hand(found: "Profile", rule: str, drop: str | None, asked: tuple) -> "Choice":
+    """The layers that --drop names."""
+    from engine.layers import parse_layers
+    from engine.plan import manual
+
+    if rule != "manual" or drop is None:
+        raise InputError(f"rule {rule}: --rule manual and --drop LAYERS go together")
+    if any(value is not None for value in asked):
+        raise InputError("rule manual: --drop says how many layers go; leave other counts out")
+    layers = parse_layers(drop, found.total_layers, "drop")
+    return manual([found.slot(layer) for layer in layers], len(found.layers))
 
 
 def how_many(
@@ -133,37 +148,69 @@ def to_fit(found: "Profile", model: str, target: str, bits: int, group: int) -> 
     from engine.budget import Storage, smallest_drop
     from engine.budget_command import parse_bytes, read_config
 
-    config = read_config(model).keep(found.layers)
-    count = smallest_drop(config, Storage(bits, group), parse_bytes(target))
+    config = read_config(model)
+    check_same(found, config, model)
+    count = smallest_drop(config.keep(found.layers), Storage(bits, group), parse_bytes(target))
     if not count:
         raise InputError(f"target-memory: {model} fits {target} with all its layers")
     return count
 
 
-def open_scorer(found, model, text, column, windows, metric, threads):
+def check_same(found: "Profile", config: "ModelConfig", model: str) -> None:
+    """InputError unless the model has the shapes of the profiled one."""
+    if config.architecture_hash != found.architecture:
+        raise InputError(f"{model}: its layers have other shapes than the profile's {found.model}")
+
+
+def open_scorer(
+    found: "Profile",
+    model: str,
+    text: str | None,
+    column: str,
+    windows: int,
+    metric: str,
+    threads: int | None,
+) -> "tuple[PrefixScorer, str]":
     """(scorer over the model's layers, hash of its text) for greedy and search."""
     import hashlib
+    import warnings
 
     import torch
 
     from engine.backend import load
+    from engine.checkpoint import open_checkpoint
+    from engine.checkpoint.locate import locate
     from engine.samples import read_samples
     from engine.score import PrefixScorer
+    from engine.weights import lineage_hash
 
     if threads is not None:
         torch.set_num_threads(threads)
-    opened = load(model, keep=found.layers, backend="reference")
-    if opened.config.architecture_hash != found.architecture:
-        raise InputError(f"{model}: another architecture than the profile's {found.model}")
-    samples, _ = read_samples(text, opened.text, 512, count=windows, column=column, bos=False)
-    whole = [sample for sample in samples if len(sample) == 512]
+    path = locate(model)
+    checkpoint = open_checkpoint(path)
+    check_same(found, checkpoint.config, model)
+    if lineage_hash(checkpoint, checkpoint.config) != found.lineage:
+        warnings.warn(f"{model}: other weights than the profile's {found.model}", stacklevel=2)
+    opened = load(path, keep=found.layers, backend="reference")
+    size = min(WINDOW, checkpoint.config.max_context)
+    samples, _ = read_samples(text, opened.text, size, count=windows, column=column, bos=False)
+    whole = [sample for sample in samples if len(sample) == size]
     if not whole:
-        raise InputError(f"{text}: expected samples of 512 tokens, found shorter ones")
+        raise InputError(f"{text}: expected samples of {size} tokens, found shorter ones")
     digest = hashlib.sha256(repr(whole).encode()).hexdigest()
     return PrefixScorer(opened.runtime.decoder, torch.tensor(whole), metric), digest
 
 
-def scored(rule, scorer, total, count, protected, seed, evaluations, seconds) -> "Choice":
+def scored(
+    rule: str,
+    scorer: "PrefixScorer",
+    total: int,
+    count: int,
+    protected: frozenset[int],
+    seed: int,
+    evaluations: int | None,
+    seconds: float | None,
+) -> "Choice":
     """Greedy, and from there the search where that is the rule."""
     from engine.plan import greedy, search
 

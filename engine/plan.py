@@ -51,14 +51,16 @@ def similarity(profile: Profile, count: int, protect: frozenset[int] = frozenset
     starts = [s for s in range(total - count + 1) if protect.isdisjoint(range(s, s + count))]
     if not starts:
         raise InputError(
-            f"count: no block of {count} layers is free of the protected {sorted(protect)}"
+            f"count: no block of {count} layers is free of the protected "
+            f"{[profile.layers[slot] for slot in sorted(protect)]}"
         )
     start = min(starts, key=lambda s: profile.distance(s, count))
     best = profile.best(count)
     note = ""
     if profile.distance(best, count) < profile.distance(start, count):
         note = (
-            f"protection overrode the block {best}-{best + count - 1} of smallest distance "
+            f"protection overrode the block {profile.layers[best]}-"
+            f"{profile.layers[best + count - 1]} of smallest distance "
             f"{profile.distance(best, count):.6f}"
         )
     return Choice(tuple(range(start, start + count)), profile.distance(start, count), note)

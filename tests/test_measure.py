@@ -210,20 +210,19 @@ def test_two_launched_processes(tmp_path):
     directory = tmp_path / "model"
     directory.mkdir()
     tiny.write("qwen2", directory, 3)
-    _save_tokenizer(directory)
+    tiny.save_tokenizer(directory)
     text = tmp_path / "text.jsonl"
     rows = [" ".join(str(secrets.randbelow(150)) for _ in range(20)) for _ in range(10)]
     text.write_text("\n".join(json.dumps({"body": row}) for row in rows))
     command = [sys.executable, "-m", "engine.cli", "profile"]
     options = ["--text", str(text), "--column", "body", "--length", "16", "--no-bos"]
     running = []
+    call = [*command, str(directory), "--out", str(tmp_path / "part.json"), *options]
     for rank in range(2):
         environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"}
-        part = str(tmp_path / f"part{rank}")
-        call = [*command, str(directory), "--out", part, *options]
         running.append(subprocess.Popen(call, env=environment, stdout=subprocess.PIPE))
     assert [process.wait(120) for process in running] == [0, 0]
-    parts = [str(tmp_path / f"part{rank}") for rank in range(2)]
+    parts = [str(tmp_path / f"part.{rank}-of-2.json") for rank in range(2)]
     joined, whole = tmp_path / "joined.json", tmp_path / "whole.json"
     subprocess.run([*command, *parts, "--merge", "--out", str(joined)], check=True)
     call = [*command, str(directory), "--out", str(whole), *options, "--shard", "0/1"]
@@ -231,16 +230,6 @@ def test_two_launched_processes(tmp_path):
     assert largest_difference(Profile.load(joined), _table(Profile.load(whole))) < 1e-6
     assert Profile.load(joined).samples == 10
     assert not list(tmp_path.glob("*.partial"))
-
-
-def _save_tokenizer(directory) -> None:
-    """Words that are numbers, so that any text of numbers is tokens of the tiny vocabulary."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    vocabulary = {str(number): number for number in range(tiny.VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(directory / "tokenizer.json"))
 
 
 def test_sources_of_text(tmp_path, default_model):

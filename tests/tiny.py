@@ -116,3 +116,13 @@ def write(case: str, directory: Path, seed: int, **overrides: Any):
     model = build(case, seed, **overrides)
     model.save_pretrained(directory)
     return model
+
+
+def save_tokenizer(directory: Path) -> None:
+    """Words that are numbers, so that any text of numbers is tokens of the tiny vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {str(number): number for number in range(VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(directory / "tokenizer.json"))
