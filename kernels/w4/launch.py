@@ -1,0 +1,49 @@
+"""Which kernel runs a matmul, and in what sizes: a pure function over a shipped table.
+
+The sizes are reasoned, not measured, until benchmarks/gpu.sh has run: registers, shared memory and
+instructions are those of the compiled kernels (tests/test_w4_triton.py), bandwidths an H100's.
+"""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: str  # "gemv", "gemm", or "dense": dequantise, then torch.matmul
+    BLOCK_M: int  # rows of x of a program
+    WARPS: int  # gemv: chunks of K a step, 16 rows of W; gemm: 16 rows of W each
+    num_stages: int  # of Triton's pipeline
+    SPLITS: int = 1  # parts of K, added up by a second kernel
+
+
+# By the most rows of x. A gemv keeps (num_stages - 1) * WARPS KiB of codes in flight; with two
+# programs on a multiprocessor that is 48 KiB, where an H100's latency times its bandwidth is 18.
+TABLE = (
+    (8, Launch("gemv", BLOCK_M=8, WARPS=8, num_stages=4)),
+    (16, Launch("gemv", BLOCK_M=16, WARPS=8, num_stages=3)),
+    (32, Launch("gemm", BLOCK_M=32, WARPS=4, num_stages=5)),
+    (64, Launch("gemm", BLOCK_M=64, WARPS=4, num_stages=4)),
+    (1023, Launch("gemm", BLOCK_M=128, WARPS=8, num_stages=3)),
+)
+DENSE = Launch("dense", BLOCK_M=0, WARPS=4, num_stages=1)
+DENSE_ROWS = 1024  # from here on dequantising once costs less than again for every 128 rows of x
+DENSE_WEIGHTS = 1 << 26  # dequantised at a time: 128 MiB
+SPLIT_CHUNKS = 8  # the fewest worth a program of their own
+PROGRAMS_PER_CORE = 2  # that splitting K aims at
+
+
+def choose(m: int, n: int, k: int, bits: int, cores: int) -> Launch:
+    """The launch for x (m, k) and W (n, k), on a GPU of so many multiprocessors."""
+    if m >= DENSE_ROWS:
+        return DENSE
+    launch = next(launch for most, launch in TABLE if m <= most)
+    chunks = -(-k * bits // 512)
+    if launch.kernel == "gemv":
+        return replace(launch, WARPS=min(launch.WARPS, 1 << chunks.bit_length() - 1))
+    programs = -(-n // (16 * launch.WARPS)) * -(-m // launch.BLOCK_M)
+    splits = min(
+        PROGRAMS_PER_CORE * cores // programs,
+        chunks // SPLIT_CHUNKS,
+        k * bits // (256 * m),  # parts, written and read in float32: a quarter of the codes' bytes
+    )
+    return replace(launch, SPLITS=max(splits, 1))
