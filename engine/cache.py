@@ -10,30 +10,19 @@ from engine.errors import InputError
 _FIRST_CAPACITY = 64  # positions; doubled when full, so a token is copied at most once on average
 
 
-class KVCache:
-    """What attention has seen: per slot, keys and values (B, G, C, E).
+class Lengths:
+    """How far each slot of each sequence is filled: what every cache shares.
 
     `lengths` (B, S) int64 on the CPU counts the filled positions. A sequence stands at the
     largest of its lengths; a slot that was skipped on the way there cannot run again before
     `truncate` has taken the sequence back to what the slot has seen.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        capacity: int | None = None,
-    ) -> None:
+    def __init__(self, config: ModelConfig, batch: int) -> None:
         if batch < 1:
             raise InputError(f"batch: expected at least 1 sequence, found {batch}")
         self.config = config
         self.lengths = torch.zeros(batch, len(config.layers), dtype=torch.int64)
-        first = min(capacity or _FIRST_CAPACITY, config.max_context)
-        shape = (batch, config.kv_heads, first, config.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in config.layers]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in config.layers]
 
     @property
     def batch(self) -> int:
@@ -43,11 +32,6 @@ class KVCache:
     def positions(self) -> torch.Tensor:
         """(B,) int64: where each sequence stands, the position of its next token."""
         return self.lengths.amax(dim=1)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, filled or not."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
     def truncate(self, lengths: int | Sequence[int] | torch.Tensor) -> None:
         """Takes every sequence back to `lengths` ((B,) or one for all); longer is an error."""
@@ -69,6 +53,29 @@ class KVCache:
                     f"KV cache: sequence {sequence} stands at position {position}, but slot {slot} "
                     f"is filled only up to {length}; truncate the sequence to {length} first"
                 )
+
+
+class KVCache(Lengths):
+    """What attention has seen: per slot, keys and values (B, G, C, E)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        capacity: int | None = None,
+    ) -> None:
+        super().__init__(config, batch)
+        first = min(capacity or _FIRST_CAPACITY, config.max_context)
+        shape = (batch, config.kv_heads, first, config.head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in config.layers]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in config.layers]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, filled or not."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
     def append(
         self,

@@ -6,7 +6,7 @@ from copy import copy
 import torch
 from torch.nn import functional
 
-from engine.cache import KVCache
+from engine.cache import KVCache, Lengths
 from engine.config import LayerConfig, ModelConfig
 from engine.errors import InputError
 from engine.rope import rotary
@@ -76,31 +76,11 @@ class Decoder:
         self, tokens: torch.Tensor, cache: KVCache, slots
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Checks a call against the cache; embeddings (B, T, D), positions (B, T), slots (B, S)."""
-        config = self.config
-        if tokens.ndim != 2 or tokens.shape[0] != cache.batch or tokens.shape[1] < 1:
-            raise InputError(
-                f"tokens: expected shape ({cache.batch}, T >= 1), found {tuple(tokens.shape)}"
-            )
-        padding = (tokens < 0).sum(dim=1)
-        if bool((tokens[:, 1:] < 0).logical_and(tokens[:, :-1] >= 0).any()):
-            raise InputError("tokens: padding (negative ids) may only stand to the left")
-        if bool((tokens >= config.vocab_size).any()):
-            raise InputError(
-                f"tokens: expected ids below {config.vocab_size}, found {int(tokens.max())}"
-            )
-        start = cache.positions
-        end = int((start + tokens.shape[1] - padding.cpu()).max())
-        if end > config.max_context:
-            raise InputError(
-                f"context: the model holds {config.max_context} positions, this call needs {end}"
-            )
-        steps = torch.arange(tokens.shape[1], device=tokens.device) - padding[:, None]
-        positions = torch.where(steps >= 0, steps + start.to(tokens.device)[:, None], -1)
-        chosen = choose_slots(config, cache, slots).to(self.device)
+        positions, chosen = check_call(self.config, tokens, cache, slots)
         x = functional.embedding(tokens.clamp_min(0).to(self.device), self.outer["embedding"])
-        if config.embedding_scale != 1.0:
-            x = x * torch.tensor(config.embedding_scale, dtype=x.dtype)
-        return x, positions.to(self.device), chosen
+        if self.config.embedding_scale != 1.0:
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
+        return x, positions.to(self.device), chosen.to(self.device)
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Residual stream (B, T, D) -> logits (B, T, V) float32, through the final norm."""
@@ -126,7 +106,34 @@ class Angles:
         return part
 
 
-def choose_slots(config: ModelConfig, cache: KVCache, slots) -> torch.Tensor:
+def check_call(
+    config: ModelConfig, tokens: torch.Tensor, cache: Lengths, slots
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions (B, T), -1 at padding, and who runs what (B, S) bool; InputError where a call of
+    any runtime breaks a rule of the protocol."""
+    if tokens.ndim != 2 or tokens.shape[0] != cache.batch or tokens.shape[1] < 1:
+        raise InputError(
+            f"tokens: expected shape ({cache.batch}, T >= 1), found {tuple(tokens.shape)}"
+        )
+    padding = (tokens < 0).sum(dim=1)
+    if bool((tokens[:, 1:] < 0).logical_and(tokens[:, :-1] >= 0).any()):
+        raise InputError("tokens: padding (negative ids) may only stand to the left")
+    if bool((tokens >= config.vocab_size).any()):
+        raise InputError(
+            f"tokens: expected ids below {config.vocab_size}, found {int(tokens.max())}"
+        )
+    start = cache.positions
+    end = int((start + tokens.shape[1] - padding.cpu()).max())
+    if end > config.max_context:
+        raise InputError(
+            f"context: the model holds {config.max_context} positions, this call needs {end}"
+        )
+    steps = torch.arange(tokens.shape[1], device=tokens.device) - padding[:, None]
+    positions = torch.where(steps >= 0, steps + start.to(tokens.device)[:, None], -1)
+    return positions, choose_slots(config, cache, slots)
+
+
+def choose_slots(config: ModelConfig, cache: Lengths, slots) -> torch.Tensor:
     """(B, S) bool: who runs what. InputError for a slot out of range or with a gap in its cache."""
     total = len(config.layers)
     if slots is None:
