@@ -254,6 +254,16 @@ def unpack(packed: Packed) -> torch.Tensor:
     return values.contiguous() if packed.perm is None else values[:, packed.perm.argsort()]
 
 
+def rows_of(packed: Packed, start: int, stop: int) -> Packed:
+    """Rows start..stop-1: views."""
+    shared = ("codebook", "perm")
+    rows = {
+        name: tensor if name in shared else tensor[start:stop]
+        for name, tensor in packed.tensors().items()
+    }
+    return replace(packed, shape=(stop - start, packed.shape[1]), **rows)
+
+
 def concatenate(parts: Sequence[Packed]) -> Packed:
     """Matrices of one spec, K, perm and codebook stacked along N, for fused projections.
 
