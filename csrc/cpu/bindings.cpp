@@ -8,4 +8,5 @@ PYBIND11_MODULE(_cpu, m) {
     bind_angular(m);
     bind_w4_matmul(m);
     bind_peak(m);
+    bind_decoder(m);
 }

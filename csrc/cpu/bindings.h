@@ -9,3 +9,4 @@ void bind_w4_format(pybind11::module_& m);
 void bind_angular(pybind11::module_& m);
 void bind_w4_matmul(pybind11::module_& m);
 void bind_peak(pybind11::module_& m);
+void bind_decoder(pybind11::module_& m);

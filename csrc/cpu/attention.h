@@ -1,0 +1,59 @@
+// Grouped-query attention over pages of keys and values, with a running softmax.
+// defines: Queries Attended AttentionKernels attention_kernels attention_scratch
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+#include "cpu/kv_cache.h"
+
+namespace shallow {
+
+// Consecutive queries of one sequence, for the heads that share one kv head: row r of
+// `count * heads` is head r % heads of query r / heads.
+struct Queries {
+    const float* data;            // element e of row r: data[r / heads * stride + r % heads * head_dim + e]
+    std::int64_t stride;
+    std::int64_t count, heads;
+    std::int64_t position;        // of the first query
+    std::int64_t window;          // positions that a query sees, itself included; 0: all
+    float scale, softcap;         // of the scores; softcap 0: none
+};
+
+// The outcome over a span of positions.
+struct Attended {
+    float* data;                  // rows as the queries', written
+    std::int64_t stride;
+    // null where the span is all; else data are sums of shares * values, weighed by exp(score - peak)
+    float* peaks;                 // (rows,): -inf where the span holds nothing visible
+    float* totals;                // (rows,): sums of shares
+};
+
+struct AttentionKernels {
+    // Stores the key and value (head_dim) of kv head `head` at `position`.
+    void (*append)(const KvShape& shape, std::uint8_t* const* pages, std::int64_t head,
+                   std::int64_t position, const float* key, const float* value);
+    // Positions begin..end-1 (begin a multiple of kPage) for kv head `head`; scratch as below.
+    void (*attend)(const KvShape& shape, std::uint8_t* const* pages, std::int64_t head,
+                   std::int64_t begin, std::int64_t end, const Queries& queries,
+                   const Attended& to, float* scratch);
+    // One head's row from the outcomes of its spans: data `stride` floats apart, peaks and totals
+    // `heads` apart.
+    void (*combine)(const float* data, std::int64_t stride, const float* peaks,
+                    const float* totals, std::int64_t heads, std::int64_t spans,
+                    std::int64_t head_dim, float* out);
+};
+
+constexpr std::int64_t kQueryRows = 48;  // rows of one attend() at most, or one query's heads
+constexpr std::int64_t kMaxHeadDim = 1024;
+
+// Floats that attend() needs for `rows` rows.
+std::int64_t attention_scratch(const KvShape& shape, std::int64_t rows);
+
+#if defined(SHALLOW_X86)
+extern const AttentionKernels kAttentionAvx2, kAttentionAvx512;
+#endif
+extern const AttentionKernels kAttentionGeneric;
+const AttentionKernels& attention_kernels(Isa isa);
+
+}  // namespace shallow

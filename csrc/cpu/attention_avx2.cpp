@@ -1,0 +1,8 @@
+#include "cpu/lanes_avx2.h"
+#include "cpu/attention_kernel.h"
+
+namespace shallow {
+
+const AttentionKernels kAttentionAvx2 = kAttention;
+
+}  // namespace shallow

@@ -1,0 +1,8 @@
+#include "cpu/lanes_avx512.h"
+#include "cpu/attention_kernel.h"
+
+namespace shallow {
+
+const AttentionKernels kAttentionAvx512 = kAttention;
+
+}  // namespace shallow

@@ -1,0 +1,278 @@
+// Attention over pages, once; attention_<isa>.cpp include it after their lanes. Everything is local
+// to the including file.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/attention.h"
+#include "cpu/functions.h"
+
+namespace shallow {
+namespace {
+
+using std::int64_t;
+using std::int8_t;
+using std::uint8_t;
+
+constexpr int kRowGroup = 6;       // rows that meet a key or value while it is in registers
+
+// One kv head of one page.
+template <class T>
+struct Head {
+    const T *keys, *values;
+    const float *key_scales, *value_scales;  // int8 only
+
+    Head(const KvShape& shape, const uint8_t* page, int64_t head) {
+        const uint8_t* const at = page + head * shape.head_bytes;
+        keys = reinterpret_cast<const T*>(at);
+        values = reinterpret_cast<const T*>(at + shape.key_bytes);
+        key_scales = reinterpret_cast<const float*>(at + shape.key_bytes + shape.value_bytes);
+        value_scales = key_scales + kPage;
+    }
+};
+
+// scores (R, kPage) of the first `positions` keys, rounded up to two vectors.
+template <class T, int R>
+void score(const T* keys, int64_t head_dim, const float* const* rows, int64_t positions,
+           float* scores) {
+    for (int64_t p = 0; p < positions; p += 2 * Lanes::count) {
+        const int64_t q = p + Lanes::count;
+        const T* const first = keys + p / kStripe * kStripe * head_dim + p % kStripe;
+        const T* const second = keys + q / kStripe * kStripe * head_dim + q % kStripe;
+        F total[R][2];
+        for (auto& pair : total) pair[0] = pair[1] = Lanes::set(0);
+        for (int64_t e = 0; e < head_dim; ++e) {
+            const F a = Lanes::load(first + e * kStripe), b = Lanes::load(second + e * kStripe);
+#pragma GCC unroll 6
+            for (int r = 0; r < R; ++r) {
+                const F query = Lanes::set(rows[r][e]);
+                total[r][0] = Lanes::fma(query, a, total[r][0]);
+                total[r][1] = Lanes::fma(query, b, total[r][1]);
+            }
+        }
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+            Lanes::store(scores + r * kPage + p, total[r][0]);
+            Lanes::store(scores + r * kPage + q, total[r][1]);
+        }
+    }
+}
+
+// sums (R, width) = factors * sums + shares (R, kPage) @ values, features from.. of W vectors.
+template <class T, int R, int W>
+inline void weigh_part(const T* values, int64_t width, int64_t positions, const float* shares,
+                       const float* factors, float* sums) {
+    F total[R][W];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int w = 0; w < W; ++w)
+            total[r][w] = Lanes::mul(Lanes::load(sums + r * width + w * Lanes::count),
+                                     Lanes::set(factors[r]));
+    for (int64_t p = 0; p < positions; ++p, values += width) {
+        F value[W];
+#pragma GCC unroll 4
+        for (int w = 0; w < W; ++w) value[w] = Lanes::load(values + w * Lanes::count);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+            const F share = Lanes::set(shares[r * kPage + p]);
+#pragma GCC unroll 4
+            for (int w = 0; w < W; ++w) total[r][w] = Lanes::fma(share, value[w], total[r][w]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int w = 0; w < W; ++w)
+            Lanes::store(sums + r * width + w * Lanes::count, total[r][w]);
+}
+
+template <class T, int R>
+void weigh(const T* values, int64_t width, int64_t positions, const float* shares,
+           const float* factors, float* sums) {
+    constexpr int64_t kWide = Lanes::wide * Lanes::count;
+    int64_t from = 0;
+    for (; from + kWide <= width; from += kWide)
+        weigh_part<T, R, Lanes::wide>(values + from, width, positions, shares, factors,
+                                      sums + from);
+    for (; from < width; from += Lanes::count)
+        weigh_part<T, R, 1>(values + from, width, positions, shares, factors, sums + from);
+}
+
+// call(std::integral_constant<int, R>, first row) for groups of R rows, R at most kRowGroup.
+template <class Call>
+inline void in_groups(int64_t rows, const Call& call) {
+    int64_t row = 0;
+    for (; rows - row >= kRowGroup; row += kRowGroup)
+        call(std::integral_constant<int, kRowGroup>(), row);
+    switch (rows - row) {
+        case 1: return call(std::integral_constant<int, 1>(), row);
+        case 2: return call(std::integral_constant<int, 2>(), row);
+        case 3: return call(std::integral_constant<int, 3>(), row);
+        case 4: return call(std::integral_constant<int, 4>(), row);
+        case 5: return call(std::integral_constant<int, 5>(), row);
+        default: return;
+    }
+}
+
+struct Softmax {
+    float peak = -INFINITY, total = 0;
+
+    // Turns one row's scores into shares under the new peak, those outside lo..hi-1 into 0, up to
+    // `positions`; returns what earlier sums are to be multiplied by.
+    float update(float* scores, int64_t lo, int64_t hi, int64_t positions, float scale,
+                 float softcap, const float* key_scales) {
+        if (hi <= lo) {
+            std::fill(scores, scores + positions, 0.0f);
+            return 1.0f;
+        }
+        const int64_t begin = lo / Lanes::count * Lanes::count;
+        const int64_t end = (hi + Lanes::count - 1) / Lanes::count * Lanes::count;
+        for (int64_t p = begin; p < end; p += Lanes::count) {
+            F v = Lanes::mul(Lanes::load(scores + p), Lanes::set(scale));
+            if (key_scales) v = Lanes::mul(v, Lanes::load(key_scales + p));
+            if (softcap != 0)
+                v = Lanes::mul(hyperbolic_tangent(Lanes::mul(v, Lanes::set(1.0f / softcap))),
+                               Lanes::set(softcap));
+            Lanes::store(scores + p, v);
+        }
+        std::fill(scores + begin, scores + lo, -INFINITY);
+        std::fill(scores + hi, scores + end, -INFINITY);
+        F largest = Lanes::set(peak);
+        for (int64_t p = begin; p < end; p += Lanes::count)
+            largest = Lanes::max(largest, Lanes::load(scores + p));
+        const float before = peak;
+        peak = Lanes::peak(largest);
+        for (int64_t p = begin; p < end; p += Lanes::count)
+            Lanes::store(scores + p, exponential(Lanes::sub(Lanes::load(scores + p), Lanes::set(peak))));
+        std::fill(scores, scores + lo, 0.0f);
+        std::fill(scores + hi, scores + std::max(positions, end), 0.0f);
+        F sum = Lanes::set(0);
+        for (int64_t p = begin; p < end; p += Lanes::count)
+            sum = Lanes::add(sum, Lanes::load(scores + p));
+        const float factor = std::exp(before - peak);
+        total = total * factor + Lanes::sum(sum);
+        return factor;
+    }
+};
+
+template <class T>
+void attend_to(const KvShape& shape, uint8_t* const* pages, int64_t head, int64_t begin,
+               int64_t end, const Queries& queries, const Attended& to, float* scratch) {
+    const int64_t rows = queries.count * queries.heads, width = shape.width;
+    float* const scores = scratch;                // (rows, kPage)
+    float* const sums = scores + rows * kPage;    // (rows, width)
+    float* const factors = sums + rows * width;   // (rows,)
+    auto* const softmax = reinterpret_cast<Softmax*>(factors + rows);
+    std::fill(sums, sums + rows * width, 0.0f);
+    for (int64_t r = 0; r < rows; ++r) softmax[r] = Softmax();
+    const auto query = [&](int64_t r) {
+        return queries.data + r / queries.heads * queries.stride + r % queries.heads * shape.head_dim;
+    };
+    const int64_t oldest = queries.window ? std::max<int64_t>(0, queries.position + 1 - queries.window) : 0;
+    begin = std::max(begin, oldest / kPage * kPage);
+    for (int64_t at = begin; at < end; at += kPage) {
+        const Head<T> page(shape, pages[at / kPage], head);
+        const int64_t positions = std::min(kPage, end - at);
+        in_groups(rows, [&](auto group, int64_t row) {
+            const float* some[group()];
+            for (int r = 0; r < group(); ++r) some[r] = query(row + r);
+            score<T, group()>(page.keys, shape.head_dim, some, positions, scores + row * kPage);
+        });
+        for (int64_t r = 0; r < rows; ++r) {
+            const int64_t position = queries.position + r / queries.heads;
+            const int64_t lo = queries.window ? position + 1 - queries.window - at : 0;
+            float* const shares = scores + r * kPage;
+            factors[r] = softmax[r].update(shares, std::max<int64_t>(lo, 0),
+                                           std::min(position + 1 - at, positions), positions,
+                                           queries.scale, queries.softcap,
+                                           std::is_same_v<T, int8_t> ? page.key_scales : nullptr);
+            if (std::is_same_v<T, int8_t>)
+                for (int64_t p = 0; p < positions; ++p) shares[p] *= page.value_scales[p];
+        }
+        in_groups(rows, [&](auto group, int64_t row) {
+            weigh<T, group()>(page.values, width, positions, scores + row * kPage, factors + row,
+                              sums + row * width);
+        });
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        float* const out = to.data + r / queries.heads * to.stride + r % queries.heads * shape.head_dim;
+        const float factor = to.peaks ? 1.0f : 1.0f / softmax[r].total;
+        for (int64_t e = 0; e < shape.head_dim; ++e) out[e] = sums[r * width + e] * factor;
+        if (!to.peaks) continue;
+        to.peaks[r] = softmax[r].peak;
+        to.totals[r] = softmax[r].total;
+    }
+}
+
+void attend(const KvShape& shape, uint8_t* const* pages, int64_t head, int64_t begin, int64_t end,
+            const Queries& queries, const Attended& to, float* scratch) {
+    switch (shape.type) {
+        case KvType::float32:
+            return attend_to<float>(shape, pages, head, begin, end, queries, to, scratch);
+        case KvType::float16:
+            return attend_to<std::uint16_t>(shape, pages, head, begin, end, queries, to, scratch);
+        case KvType::int8:
+            return attend_to<int8_t>(shape, pages, head, begin, end, queries, to, scratch);
+    }
+}
+
+void combine(const float* data, int64_t stride, const float* peaks, const float* totals,
+             int64_t heads, int64_t spans, int64_t head_dim, float* out) {
+    float peak = peaks[0], total = 0;
+    for (int64_t s = 1; s < spans; ++s) peak = std::max(peak, peaks[s * heads]);
+    for (int64_t s = 0; s < spans; ++s) total += totals[s * heads] * std::exp(peaks[s * heads] - peak);
+    std::fill(out, out + head_dim, 0.0f);
+    for (int64_t s = 0; s < spans; ++s) {
+        const float share = std::exp(peaks[s * heads] - peak) / total;
+        for (int64_t e = 0; e < head_dim; ++e) out[e] += share * data[s * stride + e];
+    }
+}
+
+// (head_dim,) floats as T, zeros up to whole vectors; returns the scale of int8.
+template <class T>
+float narrow(const float* from, int64_t head_dim, T* to) {
+    float largest = 0;
+    for (int64_t e = 0; e < head_dim; ++e) largest = std::max(largest, std::fabs(from[e]));
+    const bool whole = std::is_same_v<T, int8_t>;
+    const F factor = Lanes::set(whole ? (largest > 1e-30f ? 127.0f / largest : 0.0f) : 1.0f);
+    for (int64_t e = 0; e < head_dim; e += Lanes::count) {
+        const F v = Lanes::load(from + e, std::min<int64_t>(Lanes::count, head_dim - e));
+        Lanes::store(to + e, whole ? Lanes::round(Lanes::mul(v, factor)) : v);
+    }
+    return largest / 127.0f;
+}
+
+template <class T>
+void append_as(const KvShape& shape, uint8_t* page, int64_t head, int64_t at, const float* key,
+               const float* value) {
+    const Head<T> place(shape, page, head);
+    T narrowed[kMaxHeadDim];
+    const float key_scale = narrow(key, shape.head_dim, narrowed);
+    T* const keys = const_cast<T*>(place.keys) + at / kStripe * kStripe * shape.head_dim + at % kStripe;
+    for (int64_t e = 0; e < shape.head_dim; ++e) keys[e * kStripe] = narrowed[e];
+    const float value_scale =
+        narrow(value, shape.head_dim, const_cast<T*>(place.values) + at * shape.width);
+    if (!std::is_same_v<T, int8_t>) return;
+    const_cast<float*>(place.key_scales)[at] = key_scale;
+    const_cast<float*>(place.value_scales)[at] = value_scale;
+}
+
+void append(const KvShape& shape, uint8_t* const* pages, int64_t head, int64_t position,
+            const float* key, const float* value) {
+    uint8_t* const page = pages[position / kPage];
+    const int64_t at = position % kPage;
+    switch (shape.type) {
+        case KvType::float32: return append_as<float>(shape, page, head, at, key, value);
+        case KvType::float16: return append_as<std::uint16_t>(shape, page, head, at, key, value);
+        case KvType::int8: return append_as<int8_t>(shape, page, head, at, key, value);
+    }
+}
+
+constexpr AttentionKernels kAttention = {append, attend, combine};
+
+}  // namespace
+}  // namespace shallow

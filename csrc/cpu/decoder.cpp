@@ -1,0 +1,202 @@
+#include "cpu/decoder.h"
+
+#include <algorithm>
+#include <set>
+#include <stdexcept>
+#include <utility>
+
+namespace shallow {
+namespace {
+
+constexpr std::size_t kChunkRows = 512;  // tokens that run through the layers together
+
+std::string found(std::int64_t expected, std::int64_t got) {
+    return ": expected " + std::to_string(expected) + ", found " + std::to_string(got);
+}
+
+// Takes weights by role, checked against their sizes.
+class Roles {
+public:
+    Roles(const Weights& weights, const Rules& rules) : weights_(weights), rules_(rules) {}
+
+    MatrixRef matrix(const std::string& role, std::int64_t n, std::int64_t k) const {
+        const auto at = weights_.matrices.find(role);
+        if (at == weights_.matrices.end()) throw std::invalid_argument("no matrix " + role);
+        const TileView& v = at->second->view();
+        if (v.n != n) throw std::invalid_argument(role + " outputs" + found(n, v.n));
+        if (v.k != k) throw std::invalid_argument(role + " inputs" + found(k, v.k));
+        return at->second;
+    }
+    const float* vector(const std::string& role, std::int64_t n) const {  // null: absent
+        const auto at = weights_.vectors.find(role);
+        if (at == weights_.vectors.end()) return nullptr;
+        const auto size = static_cast<std::int64_t>(at->second.size());
+        if (size != n) throw std::invalid_argument(role + found(n, size));
+        return at->second.data();
+    }
+    Norm norm(const std::string& role, std::int64_t n, bool centred) const {
+        return {vector(role, n), vector(role + ".bias", n), rules_.norm_eps, centred};
+    }
+    void add(Product& product, Input& input, const std::string& role, std::int64_t n,
+             std::int64_t k, std::int64_t column = 0, bool aside = false) const {
+        product.add(input, matrix(role, n, k), vector(role + ".bias", n), column, aside);
+    }
+
+private:
+    const Weights& weights_;
+    const Rules& rules_;
+};
+
+}  // namespace
+
+Decoder::Decoder(const Rules& rules, Isa isa, int threads) : model_(rules, isa), threads_(threads) {
+    if (threads < 1) throw std::invalid_argument("threads" + found(1, threads));
+    if (rules.head_dim > kMaxHeadDim)
+        throw std::invalid_argument("head_dim" + found(kMaxHeadDim, rules.head_dim));
+}
+
+void Decoder::set_outer(Weights weights, const void* embedding, ScaleType type) {
+    weights_.push_back(std::make_unique<Weights>(std::move(weights)));
+    const Rules& r = model_.rules;
+    const Roles roles(*weights_.back(), r);
+    model_.final_norm = roles.norm("norm", r.hidden, r.centred);
+    roles.add(model_.head, model_.head_input, "head", r.vocab, r.hidden);
+    model_.embedding_rows = embedding;
+    model_.embedding_type = type;
+    if (!embedding) model_.embedding = roles.matrix("embedding", r.vocab, r.hidden);
+}
+
+void Decoder::add_layer(Weights weights, std::int64_t window, int rope, std::int64_t rope_dim) {
+    weights_.push_back(std::make_unique<Weights>(std::move(weights)));
+    const Rules& r = model_.rules;
+    const Roles roles(*weights_.back(), r);
+    const Input input(*model_.kernels, r.mode);
+    const std::int64_t queries = r.query_width(), keys = r.key_width();
+    const bool whole = r.qk_norm == QkNorm::all;
+    Layer layer{roles.norm("attn_norm", r.hidden, r.centred),
+                roles.norm("attn_post_norm", r.hidden, r.centred),
+                roles.norm("mlp_norm", r.hidden, r.centred),
+                roles.norm("mlp_post_norm", r.hidden, r.centred),
+                roles.norm("q_norm", whole ? queries : r.head_dim, r.centred),
+                roles.norm("k_norm", whole ? keys : r.head_dim, r.centred),
+                input, input, input, input, {}, {}, {}, {}, window, rope, rope_dim};
+    roles.add(layer.qkv, layer.qkv_input, "q", queries, r.hidden);
+    roles.add(layer.qkv, layer.qkv_input, "k", keys, r.hidden, queries);
+    roles.add(layer.qkv, layer.qkv_input, "v", keys, r.hidden, queries + keys);
+    roles.add(layer.o, layer.o_input, "o", r.hidden, queries);
+    Input& up_input = r.parallel ? layer.qkv_input : layer.up_input;
+    roles.add(layer.up, up_input, "up", r.ffn, r.hidden);
+    if (r.gated) roles.add(layer.up, up_input, "gate", r.ffn, r.hidden, r.ffn, true);
+    roles.add(layer.down, layer.down_input, "down", r.hidden, r.ffn);
+    model_.layers.push_back(std::move(layer));
+}
+
+KvCache Decoder::new_cache(KvType type, std::int64_t batch) const {
+    const Rules& r = model_.rules;
+    return KvCache(KvShape(type, r.kv_heads, r.head_dim), batch, slots());
+}
+
+std::int64_t Decoder::nbytes() const {
+    std::set<const TiledMatrix*> seen;
+    std::int64_t bytes = 0;
+    for (const auto& weights : weights_)
+        for (const auto& [role, matrix] : weights->matrices)
+            if (seen.insert(matrix.get()).second) bytes += static_cast<std::int64_t>(matrix->nbytes());
+    return bytes;
+}
+
+void Decoder::measure(bool on) {
+    const std::lock_guard lock(mutex_);
+    measured_ = on;
+    times_ = {};
+}
+
+// The rules of engine/model.py, which says what is wrong with a call that breaks them.
+void Decoder::check(const Call& call) const {
+    const auto require = [](bool holds, const char* what) {
+        if (!holds) throw std::invalid_argument(what);
+    };
+    require(call.batch == call.cache->batch() && slots() == call.cache->slots(), "cache");
+    require(call.steps >= 1, "tokens");
+    for (std::int64_t b = 0; b < call.batch; ++b) {
+        const std::int64_t* const lengths = call.lengths + b * slots();
+        const std::int64_t* const tokens = call.tokens + b * call.steps;
+        const std::int64_t start = *std::max_element(lengths, lengths + slots());
+        std::int64_t padding = 0;
+        while (padding < call.steps && tokens[padding] < 0) ++padding;
+        for (std::int64_t t = padding; t < call.steps; ++t)
+            require(tokens[t] >= 0 && tokens[t] < model_.rules.vocab, "tokens");
+        require(start + call.steps - padding <= model_.rules.max_context, "context");
+        for (std::int64_t s = 0; s < slots(); ++s)
+            require(lengths[s] == start || (call.chosen && !call.chosen[b * slots() + s]), "slots");
+    }
+}
+
+void Decoder::forward(Call& call, const std::function<void()>& pause) {
+    const std::lock_guard lock(mutex_);
+    check(call);
+    rows_.clear();
+    const std::int64_t total = slots();
+    for (std::int64_t b = 0; b < call.batch; ++b) {
+        std::int64_t position = *std::max_element(call.lengths + b * total, call.lengths + (b + 1) * total);
+        for (std::int64_t t = 0; t < call.steps; ++t) {
+            const std::int64_t token = call.tokens[b * call.steps + t];
+            if (token >= 0) rows_.push_back({token, b, position++, call.all || t + 1 == call.steps});
+        }
+        for (std::int64_t s = 0; s < total; ++s)
+            if (!call.chosen || call.chosen[b * total + s]) call.cache->reserve(b, s, position);
+    }
+    float* logits = call.logits;
+    for (std::size_t begin = 0; begin < rows_.size(); begin += kChunkRows) {
+        if (begin) pause();
+        const std::size_t end = std::min(begin + kChunkRows, rows_.size());
+        run_chunk(call, begin, end, logits);
+        logits += chunk_.sets[chunk_.wanted].size() * model_.rules.vocab;
+    }
+    for (const Row& row : rows_)
+        for (std::int64_t s = 0; s < total; ++s)
+            if (!call.chosen || call.chosen[row.sequence * total + s])
+                call.lengths[row.sequence * total + s] = row.position + 1;
+}
+
+void Decoder::run_chunk(const Call& call, std::size_t begin, std::size_t end, float* logits) {
+    chunk_.rows.assign(rows_.begin() + static_cast<std::ptrdiff_t>(begin),
+                       rows_.begin() + static_cast<std::ptrdiff_t>(end));
+    chunk_.angles = call.angles.data();
+    chunk_.cache = call.cache;
+    chunk_.logits = logits;
+    chunk_.used = 0;
+    chunk_.set_of.clear();
+    // The set of the rows that `runs` accepts: an earlier one with the same rows, or a new one.
+    const auto set_of = [&](const auto& runs) {
+        if (chunk_.sets.size() == chunk_.used) chunk_.sets.emplace_back();
+        RowSet& set = chunk_.sets[chunk_.used];
+        set.rows.clear();
+        for (std::size_t i = 0; i < chunk_.rows.size(); ++i)
+            if (runs(chunk_.rows[i])) set.rows.push_back(static_cast<std::int32_t>(i));
+        for (std::size_t s = 0; s < chunk_.used; ++s)
+            if (chunk_.sets[s].rows == set.rows) return s;
+        set.add_items(chunk_.rows, model_.rules);
+        return chunk_.used++;
+    };
+    if (!call.chosen) chunk_.set_of.assign(model_.layers.size(), set_of([](const Row&) { return true; }));
+    for (std::int64_t s = 0; call.chosen && s < slots(); ++s)
+        chunk_.set_of.push_back(set_of([&](const Row& row) {
+            return call.chosen[row.sequence * slots() + s] != 0;
+        }));
+    chunk_.wanted = set_of([](const Row& row) { return row.wanted; });
+
+    const std::int64_t bytes = workspace_bytes(model_, chunk_, threads_);
+    if (static_cast<std::int64_t>(workspace_.size()) < bytes) {
+        workspace_ = Memory();
+        workspace_ = Memory(static_cast<std::size_t>(bytes));
+    }
+    if (queue_count_ < queues_needed(model_)) {
+        queue_count_ = queues_needed(model_);
+        queues_.reset(new Queue[queue_count_]);
+    }
+    run_step(model_, chunk_, threads_, workspace_.data(), queues_.get(), measured_ ? &times_ : nullptr);
+    if (measured_) ++times_.calls, times_.tokens += chunk_.size();
+}
+
+}  // namespace shallow

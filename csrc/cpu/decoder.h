@@ -1,0 +1,77 @@
+// A decoder over its kept layers: one call runs a prompt or a token through all of it.
+// defines: Rules Weights Layer Call Decoder
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "cpu/attention.h"
+#include "cpu/product.h"
+#include "cpu/rows.h"
+#include "cpu/step.h"
+
+namespace shallow {
+
+// Weights by role ("q", "up", "attn_norm", "q.bias"), as engine/families.py names them.
+struct Weights {
+    std::map<std::string, MatrixRef> matrices;
+    std::map<std::string, std::vector<float>> vectors;
+};
+
+// One forward call. `lengths` is updated when the call succeeds.
+struct Call {
+    const std::int64_t* tokens;        // (batch, steps); negative ones, left, are padding
+    std::int64_t batch, steps;
+    std::int64_t* lengths;             // (batch, slots): filled positions of the cache
+    const std::uint8_t* chosen;        // null: all slots; or (batch, slots): which of them run
+    std::vector<const float*> angles;  // a table each rope: (positions, dim), cosines then sines
+    KvCache* cache;
+    bool all;                          // logits of every token; else of each sequence's last
+    float* logits;                     // (tokens asked for, vocab), padding left out
+};
+
+class Decoder {
+public:
+    Decoder(const Rules& rules, Isa isa, int threads);
+
+    // Rows of the embedding: of a matrix, or (vocab, hidden) elements that the caller keeps.
+    void set_outer(Weights weights, const void* embedding, ScaleType type);
+    // rope: index of the angles' table, -1 for none; rope_dim: how much of a head it turns.
+    void add_layer(Weights weights, std::int64_t window, int rope, std::int64_t rope_dim);
+
+    // `pause` is called between chunks of a long prompt; what it throws ends the call. Throws
+    // std::invalid_argument where the call breaks a rule, std::bad_alloc. One call at a time runs.
+    void forward(Call& call, const std::function<void()>& pause);
+
+    KvCache new_cache(KvType type, std::int64_t batch) const;
+    std::int64_t slots() const { return static_cast<std::int64_t>(model_.layers.size()); }
+    std::int64_t nbytes() const;         // of all matrices, a tied one once
+    const Model& model() const { return model_; }
+
+    void measure(bool on);               // from now on; clears what was measured
+    const Times& times() const { return times_; }
+    int threads() const { return threads_; }
+
+private:
+    void check(const Call& call) const;
+    void run_chunk(const Call& call, std::size_t begin, std::size_t end, float* logits);
+
+    Model model_;
+    std::vector<std::unique_ptr<Weights>> weights_;
+    int threads_;
+    std::mutex mutex_;
+    std::vector<Row> rows_;
+    Chunk chunk_;
+    Memory workspace_;
+    std::unique_ptr<Queue[]> queues_;
+    std::size_t queue_count_ = 0;
+    bool measured_ = false;
+    Times times_{};
+};
+
+}  // namespace shallow

@@ -1,0 +1,160 @@
+#include <pybind11/functional.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cpu/bindings.h"
+#include "cpu/decoder.h"
+
+namespace py = pybind11;
+
+namespace shallow {
+namespace {
+
+constexpr const char* kParts[kPartCount] = {"embedding", "norms", "qkv",  "rope",       "attention",
+                                            "mix",       "o",     "up",   "activation", "down",
+                                            "head",      "wait"};
+
+template <class Value>
+Value named(const std::string& name, std::initializer_list<std::pair<const char*, Value>> known,
+            const char* what) {
+    for (const auto& [key, value] : known)
+        if (name == key) return value;
+    throw std::invalid_argument("unknown " + std::string(what) + " '" + name + "'");
+}
+
+Rules rules_from(const py::dict& fields) {
+    const auto size = [&](const char* name) { return fields[name].cast<std::int64_t>(); };
+    const auto real = [&](const char* name) { return fields[name].cast<float>(); };
+    const auto flag = [&](const char* name) { return fields[name].cast<bool>(); };
+    const auto text = [&](const char* name) { return fields[name].cast<std::string>(); };
+    Rules r{};
+    r.hidden = size("hidden_size");
+    r.vocab = size("vocab_size");
+    r.heads = size("heads");
+    r.kv_heads = size("kv_heads");
+    r.head_dim = size("head_dim");
+    r.ffn = size("ffn_size");
+    r.max_context = size("max_context");
+    r.norm_eps = real("norm_eps");
+    r.attention_scale = real("attention_scale");
+    r.attention_softcap = real("attention_softcap");
+    r.logit_softcap = real("logit_softcap");
+    r.embedding_scale = real("embedding_scale");
+    r.centred = text("norm") == "layer";
+    r.gated = flag("gated");
+    r.parallel = flag("parallel");
+    r.qk_norm = named<QkNorm>(text("qk_norm"),
+                              {{"", QkNorm::none}, {"head", QkNorm::head}, {"all", QkNorm::all}},
+                              "qk_norm");
+    r.activation = named<Activation>(text("activation"),
+                                     {{"silu", Activation::silu},
+                                      {"gelu", Activation::gelu},
+                                      {"gelu_tanh", Activation::gelu_tanh},
+                                      {"relu", Activation::relu}},
+                                     "activation");
+    r.mode = named<Mode>(text("mode"), {{"int8", Mode::int8}, {"exact", Mode::exact}}, "mode");
+    return r;
+}
+
+// Matrices share ownership with Python; vectors are (address, length) of float32 and are copied.
+Weights weights_from(const py::dict& matrices, const py::dict& vectors) {
+    Weights weights;
+    for (const auto& [role, matrix] : matrices) {
+        auto owner = std::make_shared<py::object>(py::reinterpret_borrow<py::object>(matrix));
+        weights.matrices[role.cast<std::string>()] =
+            MatrixRef(owner, matrix.cast<const TiledMatrix*>());
+    }
+    for (const auto& [role, vector] : vectors) {
+        const auto [address, size] = vector.cast<std::pair<std::uintptr_t, std::size_t>>();
+        const auto* const data = reinterpret_cast<const float*>(address);
+        weights.vectors[role.cast<std::string>()].assign(data, data + size);
+    }
+    return weights;
+}
+
+void forward(Decoder& decoder, KvCache& cache, std::uintptr_t tokens, std::int64_t batch,
+             std::int64_t steps, std::uintptr_t lengths, std::uintptr_t chosen,
+             const std::vector<std::uintptr_t>& angles, bool all, std::uintptr_t logits) {
+    Call call{reinterpret_cast<const std::int64_t*>(tokens),
+              batch,
+              steps,
+              reinterpret_cast<std::int64_t*>(lengths),
+              reinterpret_cast<const std::uint8_t*>(chosen),
+              {},
+              &cache,
+              all,
+              reinterpret_cast<float*>(logits)};
+    for (const std::uintptr_t table : angles)
+        call.angles.push_back(reinterpret_cast<const float*>(table));
+    const py::gil_scoped_release release;
+    decoder.forward(call, [] {
+        const py::gil_scoped_acquire acquire;
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    });
+}
+
+py::dict times(const Decoder& decoder) {
+    const Times& measured = decoder.times();
+    py::dict seconds;
+    for (int i = 0; i < kPartCount; ++i) seconds[kParts[i]] = measured.seconds[i];
+    return py::dict(py::arg("seconds") = seconds, py::arg("calls") = measured.calls,
+                    py::arg("tokens") = measured.tokens);
+}
+
+}  // namespace
+}  // namespace shallow
+
+void bind_decoder(py::module_& m) {
+    using namespace shallow;
+    py::class_<KvCache>(m, "KvCache", "Keys and values by (sequence, slot), in pages.")
+        .def("reserve",
+             [](KvCache& cache, std::int64_t length) {
+                 for (std::int64_t b = 0; b < cache.batch(); ++b)
+                     for (std::int64_t s = 0; s < cache.slots(); ++s) cache.reserve(b, s, length);
+             },
+             py::arg("length"), "Makes room for that many positions everywhere.")
+        .def_property_readonly("batch", &KvCache::batch)
+        .def_property_readonly("nbytes", &KvCache::nbytes);
+    py::class_<Decoder>(m, "Decoder", "A decoder over its kept layers, one call a step.")
+        .def(py::init([](const py::dict& rules, const std::string& isa, int threads) {
+                 return std::make_unique<Decoder>(rules_from(rules), isa_from_name(isa), threads);
+             }),
+             py::arg("rules"), py::arg("isa"), py::arg("threads"))
+        .def("set_outer",
+             [](Decoder& decoder, const py::dict& matrices, const py::dict& vectors,
+                std::uintptr_t embedding, const std::string& dtype) {
+                 decoder.set_outer(weights_from(matrices, vectors),
+                                   reinterpret_cast<const void*>(embedding),
+                                   named<ScaleType>(dtype,
+                                                    {{"float16", ScaleType::float16},
+                                                     {"bfloat16", ScaleType::bfloat16},
+                                                     {"float32", ScaleType::float32}},
+                                                    "dtype"));
+             },
+             py::arg("matrices"), py::arg("vectors"), py::arg("embedding"), py::arg("dtype"))
+        .def("add_layer",
+             [](Decoder& decoder, const py::dict& matrices, const py::dict& vectors,
+                std::int64_t window, int rope, std::int64_t rope_dim) {
+                 decoder.add_layer(weights_from(matrices, vectors), window, rope, rope_dim);
+             },
+             py::arg("matrices"), py::arg("vectors"), py::arg("window"), py::arg("rope"),
+             py::arg("rope_dim"))
+        .def("new_cache",
+             [](const Decoder& decoder, const std::string& dtype, std::int64_t batch) {
+                 return decoder.new_cache(named<KvType>(dtype,
+                                                        {{"float32", KvType::float32},
+                                                         {"float16", KvType::float16},
+                                                         {"int8", KvType::int8}},
+                                                        "cache dtype"),
+                                          batch);
+             },
+             py::arg("dtype"), py::arg("batch"))
+        .def("forward", &forward, py::arg("cache"), py::arg("tokens"), py::arg("batch"),
+             py::arg("steps"), py::arg("lengths"), py::arg("chosen"), py::arg("angles"),
+             py::arg("all"), py::arg("logits"))
+        .def("measure", &Decoder::measure, py::arg("on"))
+        .def("times", &times)
+        .def_property_readonly("nbytes", &Decoder::nbytes);
+}

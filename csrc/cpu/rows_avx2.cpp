@@ -1,0 +1,8 @@
+#include "cpu/lanes_avx2.h"
+#include "cpu/rows_kernel.h"
+
+namespace shallow {
+
+const RowKernels kRowsAvx2 = kRows;
+
+}  // namespace shallow

@@ -1,0 +1,8 @@
+#include "cpu/lanes_avx512.h"
+#include "cpu/rows_kernel.h"
+
+namespace shallow {
+
+const RowKernels kRowsAvx512 = kRows;
+
+}  // namespace shallow

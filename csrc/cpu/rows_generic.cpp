@@ -1,0 +1,17 @@
+#include "cpu/lanes_generic.h"
+#include "cpu/rows_kernel.h"
+
+namespace shallow {
+
+const RowKernels kRowsGeneric = kRows;
+
+const RowKernels& row_kernels(Isa isa) {
+#if defined(SHALLOW_X86)
+    if (isa >= Isa::avx512) return kRowsAvx512;
+    if (isa >= Isa::avx2) return kRowsAvx2;
+#endif
+    (void)isa;
+    return kRowsGeneric;
+}
+
+}  // namespace shallow

@@ -1,0 +1,121 @@
+// The row operations, once; rows_<isa>.cpp include them after their lanes. Everything is local to
+// the including file.
+#pragma once
+
+#include <cmath>
+
+#include "cpu/functions.h"
+#include "cpu/rows.h"
+
+namespace shallow {
+namespace {
+
+using std::int64_t;
+
+// body(i, some) for every vector of n floats, `some` of whose lanes count.
+template <class Body>
+inline void each_vector(int64_t n, const Body& body) {
+    int64_t i = 0;
+    for (; i + Lanes::count <= n; i += Lanes::count) body(i, int64_t{Lanes::count});
+    if (i < n) body(i, n - i);
+}
+
+inline F load(const float* p, int64_t some) {
+    return some == Lanes::count ? Lanes::load(p) : Lanes::load(p, some);
+}
+
+inline void store(float* p, F v, int64_t some) {
+    some == Lanes::count ? Lanes::store(p, v) : Lanes::store(p, v, some);
+}
+
+void normalise(const Norm& norm, const float* x, float* out, int64_t n) {
+    float mean = 0;
+    if (norm.centred) {
+        F total = Lanes::set(0);
+        each_vector(n, [&](int64_t i, int64_t some) {
+            total = Lanes::add(total, load(x + i, some));
+        });
+        mean = Lanes::sum(total) / static_cast<float>(n);
+    }
+    F squares = Lanes::set(0);
+    const F centre = Lanes::set(mean);
+    each_vector(n, [&](int64_t i, int64_t some) {
+        F v = Lanes::sub(load(x + i, some), centre);
+        if (some < Lanes::count) v = Lanes::first(v, some);
+        squares = Lanes::fma(v, v, squares);
+    });
+    const float variance = Lanes::sum(squares) / static_cast<float>(n);
+    const F factor = Lanes::set(1.0f / std::sqrt(variance + norm.eps));
+    each_vector(n, [&](int64_t i, int64_t some) {
+        const F v = Lanes::mul(Lanes::sub(load(x + i, some), centre), factor);
+        const F offset = norm.bias ? load(norm.bias + i, some) : Lanes::set(0);
+        store(out + i, Lanes::fma(v, load(norm.weight + i, some), offset), some);
+    });
+}
+
+void add(float* x, const float* y, int64_t n) {
+    each_vector(n, [&](int64_t i, int64_t some) {
+        store(x + i, Lanes::add(load(x + i, some), load(y + i, some)), some);
+    });
+}
+
+void scale(float* x, float factor, int64_t n) {
+    each_vector(n, [&](int64_t i, int64_t some) {
+        store(x + i, Lanes::mul(load(x + i, some), Lanes::set(factor)), some);
+    });
+}
+
+template <Activation A>
+inline F activated(F x) {
+    const F half = Lanes::mul(x, Lanes::set(0.5f));
+    if constexpr (A == Activation::relu) {
+        return Lanes::max(Lanes::set(0), x);
+    } else if constexpr (A == Activation::silu) {
+        const F decay = exponential(Lanes::mul(x, Lanes::set(-1.0f)));
+        return Lanes::div(x, Lanes::add(decay, Lanes::set(1.0f)));
+    } else if constexpr (A == Activation::gelu) {
+        return Lanes::fma(half, error_function(Lanes::mul(x, Lanes::set(0.70710678f))), half);
+    } else {
+        const F inner = fma(Lanes::mul(x, x), Lanes::set(0.7978845608f * 0.044715f), 0.7978845608f);
+        return Lanes::fma(half, hyperbolic_tangent(Lanes::mul(x, inner)), half);
+    }
+}
+
+template <Activation A>
+void activate_by(const float* gate, float* x, int64_t n) {
+    each_vector(n, [&](int64_t i, int64_t some) {
+        const F v = load(x + i, some);
+        store(x + i, gate ? Lanes::mul(activated<A>(load(gate + i, some)), v) : activated<A>(v),
+              some);
+    });
+}
+
+void activate(Activation activation, const float* gate, float* x, int64_t n) {
+    switch (activation) {
+        case Activation::silu: return activate_by<Activation::silu>(gate, x, n);
+        case Activation::gelu: return activate_by<Activation::gelu>(gate, x, n);
+        case Activation::gelu_tanh: return activate_by<Activation::gelu_tanh>(gate, x, n);
+        case Activation::relu: return activate_by<Activation::relu>(gate, x, n);
+    }
+}
+
+void rotate(float* x, const float* angles, int64_t half) {
+    each_vector(half, [&](int64_t i, int64_t some) {
+        const F a = load(x + i, some), b = load(x + half + i, some);
+        const F cosine = load(angles + i, some), sine = load(angles + half + i, some);
+        store(x + i, Lanes::sub(Lanes::mul(a, cosine), Lanes::mul(b, sine)), some);
+        store(x + half + i, Lanes::fma(b, cosine, Lanes::mul(a, sine)), some);
+    });
+}
+
+void softcap(float* x, float cap, int64_t n) {
+    each_vector(n, [&](int64_t i, int64_t some) {
+        const F v = hyperbolic_tangent(Lanes::mul(load(x + i, some), Lanes::set(1.0f / cap)));
+        store(x + i, Lanes::mul(v, Lanes::set(cap)), some);
+    });
+}
+
+constexpr RowKernels kRows = {normalise, add, scale, activate, rotate, softcap};
+
+}  // namespace
+}  // namespace shallow

@@ -1,0 +1,486 @@
+#include "cpu/step.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+namespace shallow {
+namespace {
+
+constexpr std::int64_t kSpan = 256;  // positions of a span at least
+
+// Parts of the workspace, handed out in order; first measured with a null base.
+struct Cutter {
+    std::uint8_t* base;
+    std::int64_t used = 0;
+
+    template <class T>
+    T* cut(std::int64_t count) {
+        T* const part = base ? reinterpret_cast<T*>(base + used) : nullptr;
+        used += (count * static_cast<std::int64_t>(sizeof(T)) + 63) / 64 * 64;
+        return part;
+    }
+};
+
+// Of one thread. A lone row is kept by every thread for itself, which saves barriers.
+struct Mine {
+    float *x, *qkv;                     // of a lone row: (hidden,), (qkv_width,)
+    float *staged, *spare;              // a panel of inputs, and the same in another column order
+    std::uint8_t *hidden_forms, *other_forms;  // of a lone row
+    float* attention;
+    std::uint8_t* unpacked;
+};
+
+struct Buffers {
+    float *x;                        // (rows, hidden): the residual stream
+    float *qkv, *attended;           // (rows, qkv_width), (rows, query_width)
+    float *y, *y2;                   // (rows, hidden): what is to be added to x
+    float* up;                       // (rows, up_width): the gate lies behind
+    float *mixed, *peaks, *totals;   // of spans: (rows, kMaxSpans, query_width), (..., heads)
+    std::uint8_t *hidden_forms, *other_forms;
+    std::int64_t bytes;
+    std::int64_t mine_bytes;
+    std::uint8_t* mine;
+
+    Buffers(const Model& model, const Chunk& chunk, int threads, std::uint8_t* base);
+    Mine of(const Model& model, const Chunk& chunk, int thread, int threads) const;
+};
+
+std::int64_t widest(const Rules& r) { return std::max({r.hidden, r.query_width(), r.ffn}); }
+
+Mine cut_mine(Cutter& cutter, const Model& model, const Chunk& chunk, int threads) {
+    const Rules& r = model.rules;
+    const std::int64_t m = chunk.size(), panel = std::min<std::int64_t>(m, kPanelRows);
+    std::int64_t hidden = model.head_input.nbytes(1), other = 0, unpacked = 0;
+    const auto meet = [&](const Input& input, const Product& product) {
+        unpacked = std::max(unpacked, product.scratch_bytes(input, m, threads));
+    };
+    meet(model.head_input, model.head);
+    for (const Layer& layer : model.layers) {
+        hidden = std::max({hidden, layer.qkv_input.nbytes(1), layer.up_input.nbytes(1)});
+        other = std::max({other, layer.o_input.nbytes(1), layer.down_input.nbytes(1)});
+        meet(layer.qkv_input, layer.qkv);
+        meet(layer.o_input, layer.o);
+        meet(r.parallel ? layer.qkv_input : layer.up_input, layer.up);
+        meet(layer.down_input, layer.down);
+    }
+    const std::int64_t query_rows = std::max(kQueryRows, r.heads / r.kv_heads);
+    Mine mine;
+    mine.x = cutter.cut<float>(r.hidden);
+    mine.qkv = cutter.cut<float>(r.qkv_width());
+    mine.staged = cutter.cut<float>(panel * widest(r));
+    mine.spare = cutter.cut<float>(panel * widest(r));
+    mine.hidden_forms = cutter.cut<std::uint8_t>(hidden);
+    mine.other_forms = cutter.cut<std::uint8_t>(other);
+    mine.attention = cutter.cut<float>(attention_scratch(chunk.cache->shape(), query_rows));
+    mine.unpacked = cutter.cut<std::uint8_t>(unpacked);
+    return mine;
+}
+
+Buffers::Buffers(const Model& model, const Chunk& chunk, int threads, std::uint8_t* base) {
+    const Rules& r = model.rules;
+    const std::int64_t m = chunk.size();
+    std::int64_t hidden = model.head_input.nbytes(m), other = 0;
+    for (const Layer& layer : model.layers) {
+        hidden = std::max({hidden, layer.qkv_input.nbytes(m), layer.up_input.nbytes(m)});
+        other = std::max({other, layer.o_input.nbytes(m), layer.down_input.nbytes(m)});
+    }
+    bool split = false;
+    for (std::size_t s = 0; s < chunk.used; ++s) split |= chunk.sets[s].split;
+    const std::int64_t spans = split ? m * kMaxSpans : 0;
+    Cutter cutter{base};
+    x = cutter.cut<float>(m * r.hidden);
+    qkv = cutter.cut<float>(m * r.qkv_width());
+    attended = cutter.cut<float>(m * r.query_width());
+    y = cutter.cut<float>(m * r.hidden);
+    y2 = cutter.cut<float>(r.parallel ? m * r.hidden : 0);
+    up = cutter.cut<float>(m * r.up_width());
+    mixed = cutter.cut<float>(spans * r.query_width());
+    peaks = cutter.cut<float>(spans * r.heads);
+    totals = cutter.cut<float>(spans * r.heads);
+    hidden_forms = cutter.cut<std::uint8_t>(hidden);
+    other_forms = cutter.cut<std::uint8_t>(other);
+    mine = base ? base + cutter.used : nullptr;
+    Cutter measure{nullptr};
+    cut_mine(measure, model, chunk, threads);
+    mine_bytes = measure.used;
+    bytes = cutter.used + mine_bytes * threads;
+}
+
+Mine Buffers::of(const Model& model, const Chunk& chunk, int thread, int threads) const {
+    Cutter cutter{mine + thread * mine_bytes};
+    return cut_mine(cutter, model, chunk, threads);
+}
+
+// What is still to be added to the residual stream of a set's rows.
+struct Pending {
+    const RowSet* set = nullptr;
+    const float *y = nullptr, *y2 = nullptr;  // (rows, hidden)
+    const Norm* post = nullptr;               // applied to y first
+};
+
+class Worker {
+public:
+    Worker(const Model& model, const Chunk& chunk, const Buffers& buffers, Queue* queues,
+           Barrier& barrier, int thread, int threads, int planned, Times* times)
+        : model_(model), rules_(model.rules), rows_(*model.row_kernels), chunk_(chunk),
+          shared_(buffers), mine_(buffers.of(model, chunk, thread, planned)), queue_(queues),
+          barrier_(barrier), thread_(thread), threads_(threads), planned_(planned),
+          alone_(chunk.size() == 1), times_(thread == 0 ? times : nullptr) {
+        if (times_) last_ = std::chrono::steady_clock::now();
+    }
+
+    void run() {
+        embed();
+        for (std::size_t slot = 0; slot < model_.layers.size(); ++slot) {
+            set_ = &chunk_.sets[chunk_.set_of[slot]];
+            if (set_->size()) layer(model_.layers[slot], static_cast<std::int64_t>(slot));
+        }
+        set_ = &chunk_.sets[chunk_.wanted];
+        if (set_->size()) head();
+    }
+
+private:
+    void layer(const Layer& layer, std::int64_t slot) {
+        const Rules& r = rules_;
+        const Input& up_input = r.parallel ? layer.qkv_input : layer.up_input;
+        const auto widen = [&] {
+            multiply(layer.up, up_input, hidden_forms(), shared_.up, r.up_width(), Part::up,
+                     [&](std::int64_t begin, std::int64_t end) { activate(begin, end); });
+        };
+        enter(layer.attn_norm, layer.qkv_input);
+        multiply(layer.qkv, layer.qkv_input, hidden_forms(), shared_.qkv, r.qkv_width(), Part::qkv);
+        if (r.parallel) widen();
+        meet();
+        turn(layer, slot);
+        attend(layer, slot);
+        meet();
+        mix(layer.o_input);
+        multiply(layer.o, layer.o_input, other_forms(), shared_.y, r.hidden, Part::o);
+        meet();
+        if (!r.parallel) {
+            pending_ = {set_, shared_.y, nullptr, present(layer.attn_post)};
+            enter(layer.mlp_norm, layer.up_input);
+            widen();
+            meet();
+        }
+        each_unit([&](std::int64_t i, std::int64_t count) {
+            layer.down_input.write(other_forms(), set_->size(), i, shared_.up + i * r.up_width(),
+                                   r.up_width(), count, mine_.spare);
+        });
+        mark(Part::norm);
+        settle_rows();
+        float* const y = r.parallel ? shared_.y2 : shared_.y;
+        multiply(layer.down, layer.down_input, other_forms(), y, r.hidden, Part::down);
+        meet();
+        pending_ = {set_, shared_.y, r.parallel ? shared_.y2 : nullptr, present(layer.mlp_post)};
+    }
+
+    void embed() {
+        for (std::int64_t i = alone_ ? 0 : thread_; i < chunk_.size(); i += alone_ ? 1 : threads_) {
+            float* const x = stream(static_cast<std::int32_t>(i));
+            model_.embed(chunk_.rows[static_cast<std::size_t>(i)].token, x);
+            if (rules_.embedding_scale != 1.0f) rows_.scale(x, rules_.embedding_scale, rules_.hidden);
+        }
+        mark(Part::embed);
+        settle_rows();
+    }
+
+    void head() {
+        enter(model_.final_norm, model_.head_input);
+        const float cap = rules_.logit_softcap;
+        multiply(model_.head, model_.head_input, hidden_forms(), chunk_.logits, rules_.vocab,
+                 Part::head, [&](std::int64_t begin, std::int64_t end) {
+                     if (cap == 0) return;
+                     columns(begin, end, rules_.vocab, [&](std::int64_t i, std::int64_t at,
+                                                           std::int64_t n) {
+                         rows_.softcap(chunk_.logits + i * rules_.vocab + at, cap, n);
+                     });
+                 });
+    }
+
+    // Adds what is pending to the residual stream, norms it and writes it as `input` wants it.
+    void enter(const Norm& norm, const Input& input) {
+        const std::int64_t hidden = rules_.hidden;
+        if (pending_.set && pending_.set != set_) {
+            const RowSet* const next = set_;
+            set_ = pending_.set;
+            each_unit([&](std::int64_t i, std::int64_t count) {
+                for (std::int64_t r = i; r < i + count; ++r) settle(r);
+            });
+            settle_rows();
+            set_ = next;
+            pending_.set = nullptr;
+        }
+        each_unit([&](std::int64_t i, std::int64_t count) {
+            for (std::int64_t r = 0; r < count; ++r) {
+                const float* const x = pending_.set ? settle(i + r) : stream(row(i + r));
+                float* const staged = mine_.staged + r * hidden;
+                if (norm.weight)
+                    rows_.normalise(norm, x, staged, hidden);
+                else
+                    std::copy(x, x + hidden, staged);
+            }
+            input.write(hidden_forms(), set_->size(), i, mine_.staged, hidden, count, mine_.spare);
+        });
+        pending_.set = nullptr;
+        mark(Part::norm);
+        settle_rows();
+    }
+
+    float* settle(std::int64_t i) {
+        const std::int64_t hidden = rules_.hidden;
+        float* const x = stream(row(i));
+        const float* y = pending_.y + i * hidden;
+        if (pending_.post) {
+            rows_.normalise(*pending_.post, y, mine_.spare, hidden);
+            y = mine_.spare;
+        }
+        rows_.add(x, y, hidden);
+        if (pending_.y2) rows_.add(x, pending_.y2 + i * hidden, hidden);
+        return x;
+    }
+
+    // Norms and turns queries and keys; stores keys and values.
+    void turn(const Layer& layer, std::int64_t slot) {
+        const std::int64_t width = rules_.qkv_width();
+        each_unit([&](std::int64_t i, std::int64_t count) {
+            for (std::int64_t r = i; r < i + count; ++r) {
+                float* at = shared_.qkv + r * width;
+                if (alone_) at = std::copy(at, at + width, mine_.qkv) - width;
+                turn_row(layer, at, chunk_.rows[static_cast<std::size_t>(row(r))].position);
+                if (alone_) continue;
+                for (std::int64_t g = 0; g < rules_.kv_heads; ++g) append(slot, r, at, g);
+            }
+        });
+        mark(Part::rope);
+        settle_rows();
+    }
+
+    void turn_row(const Layer& layer, float* qkv, std::int64_t position) const {
+        const std::int64_t e = rules_.head_dim, keys = rules_.heads, end = keys + rules_.kv_heads;
+        if (rules_.qk_norm == QkNorm::all) {
+            float* const k = qkv + rules_.query_width();
+            rows_.normalise(layer.q_norm, qkv, qkv, rules_.query_width());
+            rows_.normalise(layer.k_norm, k, k, rules_.key_width());
+        }
+        const float* const angles =
+            layer.rope < 0 ? nullptr : chunk_.angles[layer.rope] + position * layer.rope_dim;
+        for (std::int64_t h = 0; h < end; ++h) {
+            float* const head = qkv + h * e;
+            if (rules_.qk_norm == QkNorm::head)
+                rows_.normalise(h < keys ? layer.q_norm : layer.k_norm, head, head, e);
+            if (angles) rows_.rotate(head, angles, layer.rope_dim / 2);
+        }
+    }
+
+    void append(std::int64_t slot, std::int64_t i, const float* qkv, std::int64_t head) const {
+        const Row& at = chunk_.rows[static_cast<std::size_t>(row(i))];
+        const float* const key = qkv + rules_.query_width() + head * rules_.head_dim;
+        model_.attention_kernels->append(chunk_.cache->shape(),
+                                         chunk_.cache->pages(at.sequence, slot), head, at.position,
+                                         key, key + rules_.key_width());
+    }
+
+    void attend(const Layer& layer, std::int64_t slot) {
+        const auto count = static_cast<std::int64_t>(set_->items.size());
+        queue_++->take(count, 1, [&](std::int64_t begin, std::int64_t) {
+            attend_item(layer, slot, set_->items[static_cast<std::size_t>(begin)]);
+        });
+        mark(Part::attention);
+    }
+
+    void attend_item(const Layer& layer, std::int64_t slot, const AttentionItem& item) const {
+        const Rules& r = rules_;
+        const std::int64_t group = r.heads / r.kv_heads, offset = item.head * group * r.head_dim;
+        const float* const qkv = alone_ ? mine_.qkv : shared_.qkv + item.first * r.qkv_width();
+        if (alone_ && item.span + 1 == item.spans) append(slot, 0, qkv, item.head);
+        const Queries queries{qkv + offset,      r.qkv_width(), item.count,        group,
+                              item.position,     layer.window,  r.attention_scale, r.attention_softcap};
+        Attended to{shared_.attended + item.first * r.query_width() + offset, r.query_width(),
+                    nullptr, nullptr};
+        if (item.spans > 1) {
+            const std::int64_t at = item.first * kMaxSpans + item.span;
+            to = {shared_.mixed + at * r.query_width() + offset, 0,
+                  shared_.peaks + at * r.heads + item.head * group,
+                  shared_.totals + at * r.heads + item.head * group};
+        }
+        model_.attention_kernels->attend(chunk_.cache->shape(),
+                                         chunk_.cache->pages(item.sequence, slot), item.head,
+                                         item.begin, item.end, queries, to, mine_.attention);
+    }
+
+    // Joins the spans of attention and writes the outcome as the output matmul wants it.
+    void mix(const Input& input) {
+        const std::int64_t width = rules_.query_width();
+        each_unit([&](std::int64_t i, std::int64_t count) {
+            const float* from = shared_.attended + i * width;
+            for (std::int64_t r = 0; set_->split && r < count; ++r) {
+                float* const staged = mine_.staged + r * width;
+                if (set_->spans[static_cast<std::size_t>(i + r)] > 1)
+                    join(i + r, staged);
+                else
+                    std::copy(from + r * width, from + (r + 1) * width, staged);
+            }
+            input.write(other_forms(), set_->size(), i, set_->split ? mine_.staged : from, width,
+                        count, mine_.spare);
+        });
+        mark(Part::mix);
+        settle_rows();
+    }
+
+    void join(std::int64_t i, float* out) const {
+        const std::int64_t width = rules_.query_width(), e = rules_.head_dim;
+        const std::int64_t spans = set_->spans[static_cast<std::size_t>(i)], at = i * kMaxSpans;
+        for (std::int64_t h = 0; h < rules_.heads; ++h)
+            model_.attention_kernels->combine(
+                shared_.mixed + at * width + h * e, width, shared_.peaks + at * rules_.heads + h,
+                shared_.totals + at * rules_.heads + h, rules_.heads, spans, e, out + h * e);
+    }
+
+    void activate(std::int64_t begin, std::int64_t end) {
+        mark(Part::up);
+        columns(begin, end, rules_.ffn, [&](std::int64_t i, std::int64_t at, std::int64_t n) {
+            float* const up = shared_.up + i * rules_.up_width() + at;
+            rows_.activate(rules_.activation, rules_.gated ? up + rules_.ffn : nullptr, up, n);
+        });
+        mark(Part::gate);
+    }
+
+    // call(row, column, n) for the columns of tiles begin..end-1, `width` in all, in each row.
+    template <class Call>
+    void columns(std::int64_t begin, std::int64_t end, std::int64_t width, const Call& call) const {
+        const std::int64_t first = begin * kTileRows, last = std::min(end * kTileRows, width);
+        for (std::int64_t i = 0; i < set_->size(); ++i) call(i, first, last - first);
+    }
+
+    template <class After>
+    void multiply(const Product& product, const Input& input, std::uint8_t* forms, float* y,
+                  std::int64_t stride, Part part, const After& after) {
+        const std::int64_t m = set_->size();
+        queue_++->take(product.tiles(), product.step(input, m, planned_),
+                       [&](std::int64_t begin, std::int64_t end) {
+                           product.run(input, forms, m, y, stride, begin, end, mine_.unpacked);
+                           after(begin, end);
+                       });
+        mark(part);
+    }
+    void multiply(const Product& product, const Input& input, std::uint8_t* forms, float* y,
+                  std::int64_t stride, Part part) {
+        multiply(product, input, forms, y, stride, part, [](std::int64_t, std::int64_t) {});
+    }
+
+    // call(first, count) for this thread's share of the set's rows: the lone row, or every so
+    // manieth one, or panel.
+    template <class Call>
+    void each_unit(const Call& call) const {
+        if (alone_) return call(std::int64_t{0}, std::int64_t{1});
+        const std::int64_t m = set_->size(), unit = m < kManyRows ? 1 : kPanelRows;
+        for (std::int64_t i = thread_ * unit; i < m; i += threads_ * unit)
+            call(i, std::min(unit, m - i));
+    }
+
+    void settle_rows() {
+        if (!alone_) meet();
+    }
+    void meet() {
+        barrier_.wait(threads_);
+        mark(Part::wait);
+    }
+    void mark(Part part) {
+        if (!times_) return;
+        const auto now = std::chrono::steady_clock::now();
+        times_->seconds[static_cast<int>(part)] += std::chrono::duration<double>(now - last_).count();
+        last_ = now;
+    }
+
+    std::int32_t row(std::int64_t i) const { return set_->rows[static_cast<std::size_t>(i)]; }
+    float* stream(std::int32_t row) const {
+        return alone_ ? mine_.x : shared_.x + row * rules_.hidden;
+    }
+    std::uint8_t* hidden_forms() const { return alone_ ? mine_.hidden_forms : shared_.hidden_forms; }
+    std::uint8_t* other_forms() const { return alone_ ? mine_.other_forms : shared_.other_forms; }
+    static const Norm* present(const Norm& norm) { return norm.weight ? &norm : nullptr; }
+
+    const Model& model_;
+    const Rules& rules_;
+    const RowKernels& rows_;
+    const Chunk& chunk_;
+    const Buffers& shared_;
+    const Mine mine_;
+    Queue* queue_;
+    Barrier& barrier_;
+    const int thread_, threads_, planned_;
+    const bool alone_;
+    const RowSet* set_ = nullptr;
+    Pending pending_;
+    Times* const times_;
+    std::chrono::steady_clock::time_point last_;
+};
+
+}  // namespace
+
+Model::Model(const Rules& rules, Isa isa)
+    : rules(rules), kernels(&shallow::kernels(isa)), row_kernels(&shallow::row_kernels(isa)),
+      attention_kernels(&shallow::attention_kernels(isa)), final_norm{},
+      head_input(*kernels, rules.mode), embedding_rows(nullptr), embedding_type{} {}
+
+void Model::embed(std::int64_t token, float* x) const {
+    if (embedding) return read_row(*embedding, token, x);
+    const std::int64_t n = rules.hidden;
+    if (embedding_type == ScaleType::float32) {
+        std::memcpy(x, static_cast<const float*>(embedding_rows) + token * n,
+                    static_cast<std::size_t>(n) * sizeof(float));
+        return;
+    }
+    const auto* const row = static_cast<const std::uint16_t*>(embedding_rows) + token * n;
+    for (std::int64_t i = 0; i < n; ++i)
+        x[i] = embedding_type == ScaleType::float16 ? w4::half_to_float(row[i])
+                                                    : w4::bfloat_to_float(row[i]);
+}
+
+void RowSet::add_items(const std::vector<Row>& chunk, const Rules& rules) {
+    const std::int64_t queries = std::max<std::int64_t>(1, kQueryRows * rules.kv_heads / rules.heads);
+    items.clear();
+    spans.assign(rows.size(), 1);
+    split = false;
+    for (std::int64_t last = size(); last > 0;) {  // the longest work first
+        const auto at = [&](std::int64_t i) -> const Row& {
+            return chunk[static_cast<std::size_t>(rows[static_cast<std::size_t>(i)])];
+        };
+        std::int64_t first = last - 1;
+        while (first > 0 && at(first - 1).sequence == at(last - 1).sequence) --first;
+        const std::int64_t context = at(last - 1).position + 1, lone = last - first == 1;
+        const std::int64_t share = w4::ceil_div(w4::ceil_div(context, kMaxSpans), kPage) * kPage;
+        const std::int64_t span = lone ? std::max(kSpan, share) : context;
+        const std::int64_t count = w4::ceil_div(context, span);
+        if (count > 1) spans[static_cast<std::size_t>(first)] = static_cast<std::int32_t>(count), split = true;
+        for (std::int64_t end = last; end > first; end -= std::min(queries, end - first)) {
+            const std::int64_t begin = std::max(first, end - queries);
+            for (std::int64_t s = count - 1; s >= 0; --s)
+                for (std::int64_t g = 0; g < rules.kv_heads; ++g)
+                    items.push_back({begin, end - begin, at(begin).sequence, at(begin).position, g, s,
+                                     count, s * span,
+                                     std::min((s + 1) * span, at(end - 1).position + 1)});
+        }
+        last = first;
+    }
+}
+
+std::size_t queues_needed(const Model& model) { return model.layers.size() * 5 + 1; }
+
+std::int64_t workspace_bytes(const Model& model, const Chunk& chunk, int threads) {
+    return Buffers(model, chunk, threads, nullptr).bytes;
+}
+
+void run_step(const Model& model, const Chunk& chunk, int threads, std::uint8_t* workspace,
+              Queue* queues, Times* times) {
+    const Buffers buffers(model, chunk, threads, workspace);
+    for (std::size_t i = 0; i < queues_needed(model); ++i) queues[i].reset();
+    Barrier barrier;
+    Pool::instance().run(threads, [&](int thread, int count) {
+        Worker(model, chunk, buffers, queues, barrier, thread, count, threads, times).run();
+    });
+}
+
+}  // namespace shallow

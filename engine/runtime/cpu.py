@@ -1,0 +1,248 @@
+"""The CPU runtime: a step of the whole decoder in one native call (csrc/cpu/decoder.h)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from engine.cache import Lengths
+from engine.checkpoint import Checkpoint
+from engine.checkpoint.gguf_blocks import GgufBlocks
+from engine.config import ModelConfig, Rope
+from engine.errors import InputError
+from engine.families import FAMILIES, layer_tensors, outer_tensors, role_shape
+from engine.kernels import native
+from engine.kernels.w4.cpu import CpuWeight, isas
+from engine.kernels.w4.format import rows_of
+from engine.kernels.w4.from_gguf import from_blocks
+from engine.model import check_call
+from engine.rope import inverse_frequencies
+
+CACHE_DTYPES = ("float32", "float16", "int8")
+MODES = ("int8", "exact")
+
+
+class CpuCache(Lengths):
+    """Keys and values in native pages of 128 positions; grows without copying."""
+
+    def __init__(self, config: ModelConfig, pages: Any) -> None:
+        super().__init__(config, pages.batch)
+        self.pages = pages
+
+    @property
+    def nbytes(self) -> int:
+        return self.pages.nbytes
+
+
+class CpuRuntime:
+    name = "cpu"
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(self, config: ModelConfig, decoder: Any, embedding: torch.Tensor | None) -> None:
+        """`decoder` is an engine._cpu.Decoder with all its layers; `embedding` (V, D) is memory
+        that it borrows, None where it reads a matrix of its own."""
+        self.config, self.decoder, self.embedding = config, decoder, embedding
+        self.cache_dtype = "float16"
+        self._angles = Angles(config)
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        threads: int | None = None,
+        mode: str = "int8",
+        cache_dtype: str = "float16",
+        progress: Callable[[int], None] | None = None,
+    ) -> "CpuRuntime":
+        """Reads only the layers that `config` keeps; `progress` is called after each of them.
+
+        `mode` "int8" rounds activations to 8 bits in blocks of 32, "exact" keeps float32.
+        """
+        loader = Loader(checkpoint, config)
+        decoder = native.load("cpu").Decoder(rules(config, mode), isas()[0], threads or 2)
+        angles = Angles(config)
+        matrices, vectors, embedding = loader.outer()
+        decoder.set_outer(
+            matrices,
+            addresses(vectors),
+            0 if embedding is None else embedding.data_ptr(),
+            dtype_name(torch.float32 if embedding is None else embedding.dtype),
+        )
+        for entry in config.layers:
+            matrices, vectors = loader.layer(entry.layer)
+            decoder.add_layer(
+                matrices,
+                addresses(vectors),
+                entry.window or 0,
+                -1 if entry.rope is None else angles.ropes.index(entry.rope),
+                0 if entry.rope is None else entry.rope.dim,
+            )
+            if progress is not None:
+                progress(entry.layer)
+        runtime = cls(config, decoder, embedding)
+        runtime.cache_dtype = cache_dtype
+        return runtime
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.decoder.nbytes + (0 if self.embedding is None else self.embedding.nbytes)
+
+    @property
+    def weight_bytes_per_token(self) -> int:
+        return self.decoder.nbytes
+
+    def new_cache(self, batch: int, capacity: int | None = None) -> CpuCache:
+        cache = CpuCache(self.config, self.decoder.new_cache(self.cache_dtype, batch))
+        cache.pages.reserve(min(capacity or 1, self.config.max_context))
+        return cache
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        cache: CpuCache,
+        slots: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        logits: str = "last",
+    ) -> torch.Tensor:
+        if logits not in ("last", "all"):
+            raise InputError(f"logits: expected 'last' or 'all', found {logits!r}")
+        tokens = tokens.to(torch.int64).contiguous()
+        chosen = None
+        if slots is not None or tokens.ndim != 2:
+            chosen = check_call(self.config, tokens, cache, slots)[1].to(torch.uint8)
+        batch, steps = tokens.shape
+        everything = logits == "all"
+        shown = tokens if everything else tokens[:, -1:]
+        padded = bool((shown < 0).any())
+        rows = int((shown >= 0).sum()) if padded else shown.numel()
+        out = torch.empty(rows, self.config.vocab_size)
+        tables = self._angles.tables(self._length(tokens, cache))
+        try:
+            self.decoder.forward(
+                cache.pages,
+                tokens.data_ptr(),
+                batch,
+                steps,
+                cache.lengths.data_ptr(),
+                0 if chosen is None else chosen.data_ptr(),
+                [table.data_ptr() for table in tables],
+                everything,
+                out.data_ptr(),
+            )
+        except ValueError:
+            check_call(self.config, tokens, cache, slots)  # says what is wrong
+            raise
+        if not padded:
+            return out.view(*shown.shape, -1)
+        whole = out.new_zeros(*shown.shape, self.config.vocab_size)
+        whole[shown >= 0] = out
+        return whole
+
+    def _length(self, tokens: torch.Tensor, cache: CpuCache) -> int:
+        """Positions that the call reaches; an upper bound where that is all the same."""
+        if not self.config.whole_prefill:
+            return int(cache.lengths.max()) + tokens.shape[1]
+        return int((cache.positions + (tokens >= 0).sum(1)).max())
+
+
+class Angles:
+    """Tables of cosines and sines by position, one for each kind of rotary embedding."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.ropes = list(dict.fromkeys(e.rope for e in config.layers if e.rope is not None))
+        self._limit = config.max_context
+        self._tables: dict[Rope, tuple[tuple, torch.Tensor]] = {}
+
+    def tables(self, length: int) -> list[torch.Tensor]:
+        """(at least `length`, dim) float32 each: cosines, then sines."""
+        return [self._table(rope, length) for rope in self.ropes]
+
+    def _table(self, rope: Rope, length: int) -> torch.Tensor:
+        kind = None
+        if rope.kind == "longrope":
+            kind = length > rope.original_context
+        elif rope.kind == "dynamic":
+            kind = max(length, rope.original_context)
+        held, table = self._tables.get(rope, (None, None))
+        if table is not None and held == kind and len(table) >= length:
+            return table
+        positions = torch.arange(min(max(2 * length, 256), max(self._limit, length)))
+        angles = positions[:, None].float() * inverse_frequencies(rope, length)
+        table = torch.cat((angles.cos(), angles.sin()), dim=1) * rope.attention_factor
+        self._tables[rope] = kind, table
+        return table
+
+
+class Loader:
+    """Weights by role, as the native decoder takes them, out of a checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
+        self.checkpoint, self.config = checkpoint, config
+
+    def outer(self) -> tuple[dict[str, Any], dict[str, torch.Tensor], torch.Tensor | None]:
+        matrices, vectors, embedding = {}, {}, None
+        for role, (name, shape) in outer_tensors(self.config).items():
+            if len(shape) == 1:
+                vectors[role] = self._vector(role, name)
+            elif role == "embedding" and not self.config.tied and not self.checkpoint.packed(name):
+                embedding = self.checkpoint.read(name).contiguous()
+            else:
+                matrices[role] = self._matrix(name, 0, shape[0])
+        if self.config.tied:
+            matrices["head"] = matrices["embedding"]
+        return matrices, vectors, embedding
+
+    def layer(self, layer: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        matrices, vectors = {}, {}
+        fused = FAMILIES[self.config.family].fused
+        for stored, (name, shape) in layer_tensors(self.config, layer).items():
+            role, _, bias = stored.partition(".")
+            start = 0
+            whole = self._vector(stored, name) if len(shape) == 1 else None
+            for part in fused.get(role, (role,)):
+                stop = start + role_shape(self.config, part)[0]
+                if whole is None:
+                    matrices[part] = self._matrix(name, start, stop)
+                else:
+                    vectors[f"{part}.{bias}" if bias else part] = whole[start:stop]
+                start = stop
+        return matrices, vectors
+
+    def _vector(self, role: str, name: str) -> torch.Tensor:
+        vector = self.checkpoint.read(name).float()
+        return vector + self.config.norm_offset if role.endswith("norm") else vector
+
+    def _matrix(self, name: str, start: int, stop: int) -> Any:
+        """Rows start..stop-1 in the kernels' layout."""
+        packed = self.checkpoint.packed(name)
+        if packed is None:
+            weight = self.checkpoint.read(name)[start:stop]
+            return CpuWeight.from_tensor(weight).tiles
+        if isinstance(packed, GgufBlocks):
+            shape = (stop - start, packed.shape[1])
+            packed = from_blocks(packed.type, shape, packed.data[start:stop], name)
+        else:
+            packed = rows_of(packed, start, stop)
+        return CpuWeight.from_packed(packed).tiles
+
+
+def rules(config: ModelConfig, mode: str) -> dict[str, Any]:
+    """What the native decoder is told of a family."""
+    names = """hidden_size vocab_size heads kv_heads head_dim ffn_size max_context norm norm_eps
+    gated parallel activation attention_scale embedding_scale""".split()
+    return {name: getattr(config, name) for name in names} | {
+        "qk_norm": config.qk_norm or "",
+        "attention_softcap": config.attention_softcap or 0.0,
+        "logit_softcap": config.logit_softcap or 0.0,
+        "mode": mode,
+    }
+
+
+def addresses(vectors: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
+    """Of float32 vectors."""
+    return {role: (vector.data_ptr(), len(vector)) for role, vector in vectors.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
