@@ -8,6 +8,7 @@ import typer
 from engine import command
 from engine.budget_command import budget
 from engine.command import Backend, Drop, Dtype, JsonFile, Keep, PlanFile, Threads
+from engine.doctor_command import doctor
 from engine.layer_commands import plan, prune
 from engine.plot_command import plot
 from engine.profile_command import profile
@@ -27,6 +28,7 @@ app.command("plan")(plan)
 app.command("prune")(prune)
 app.command("quantize")(quantize)
 app.command("plot")(plot)
+app.command("doctor")(doctor)
 
 ModelArgument = Annotated[str, typer.Argument(help="Directory, .gguf file or hub id.")]
 

@@ -1,10 +1,13 @@
 """Facts about the machine, the process and the checkout, for the records of runs."""
 
 import platform
+import re
 import resource
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -75,3 +78,37 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "engine": __version__,
     }
+
+
+def package_versions(*packages: str) -> dict[str, str | None]:
+    """Of installed packages; None for those that are not."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def huge_pages() -> str | None:
+    """When the system gives memory in huge pages: "always", "madvise", "never"; None: no word."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    chosen = re.search(r"\[(\w+)\]", setting.read_text()) if setting.is_file() else None
+    return chosen and chosen[1]
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Every GPU that torch finds."""
+    found = []
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "name": facts.name,
+                "compute_capability": f"{facts.major}.{facts.minor}",
+                "memory_bytes": facts.total_memory,
+                "multiprocessors": facts.multi_processor_count,
+            }
+        )
+    return found

@@ -129,7 +129,7 @@ def hessians(
                 total.addmm_(rows.T, rows)
 
         step(config, slot, Observed(weights, observe), states[index], tokens)
-    return sums | {role: sums[other] for role, other in shared.items()}
+    return sums | {role: sums[other] for role, other in shared.items() if role in weights}
 
 
 def _pack_layers(

@@ -4,6 +4,16 @@ from importlib.util import find_spec
 
 from engine.kernels import native
 
+# Op -> kind of device that its tensors are on -> backends, the first that can run is taken.
+OPS = {
+    "4-bit matmul, up to 8 rows": {
+        "cpu": ("cpu", "reference"),
+        "cuda": ("cuda", "triton", "reference"),
+    },
+    "4-bit matmul, more rows": {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")},
+    "angular distances": {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")},
+}
+
 
 class BackendUnavailable(RuntimeError):
     """A backend that was asked for by name cannot run here; the message says why."""
@@ -13,8 +23,12 @@ def why_not(backend: str) -> str | None:
     """Why "reference", "cpu", "triton" or "cuda" cannot run here; None when it can."""
     if backend == "reference":
         return None
-    if backend in ("cpu", "cuda"):
-        return native.error(backend)
+    if backend == "cpu":
+        return native.error("cpu")
+    if backend == "cuda":
+        if (missing := native.error("cuda")) is not None:
+            return missing
+        return None if native.load("cuda").device_count() else "the driver shows no GPU"
     if backend != "triton":
         return f'there is no backend "{backend}"'
     if find_spec("triton") is None:
@@ -31,3 +45,8 @@ def require(backend: str) -> None:
     """Raises BackendUnavailable where the backend cannot run."""
     if reason := why_not(backend):
         raise BackendUnavailable(f"backend {backend}: {reason}")
+
+
+def choose(op: str, device: str) -> str:
+    """The backend that `op`, one of OPS, takes by itself for tensors on "cpu" or "cuda"."""
+    return next(backend for backend in OPS[op][device] if why_not(backend) is None)

@@ -51,3 +51,18 @@ def default_model() -> Path:
         return locate("smollm2-135m")
     except InputError as error:
         pytest.skip(f"the default model is neither here nor to be fetched: {error}")
+
+
+@pytest.fixture
+def source(tmp_path, rng):
+    """A function that writes the tiny model of a case (tests/tiny.py) anew and opens it."""
+    import tiny
+
+    from engine.checkpoint import open_checkpoint
+
+    def write(case: str, **overrides):
+        seed = int(torch.randint(2**31, (1,), generator=rng))
+        tiny.write(case, tmp_path / "model", seed, **overrides)
+        return open_checkpoint(tmp_path / "model")
+
+    return write

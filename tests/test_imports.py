@@ -29,7 +29,7 @@ benchmark command drawing evaluate peer
 budget_command figures
 plot
 report
-layer_commands plot_command profile_command quantize_command run
+doctor_command layer_commands plot_command profile_command quantize_command run
 cli
 __init__
 """.split("\n")

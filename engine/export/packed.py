@@ -49,7 +49,8 @@ def write_shard(
             metadata |= store.to_metadata(name, stored)
         else:
             parts[name] = stored
-    parts = {name: tensor.contiguous() for name, tensor in parts.items()}
+    layout = torch.contiguous_format  # cloned, because safetensors refuses what matrices share
+    parts = {name: tensor.clone(memory_format=layout) for name, tensor in parts.items()}
     with replacing(path) as beside:
         save_file(parts, beside, metadata)
 
