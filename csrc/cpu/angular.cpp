@@ -4,47 +4,46 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <new>
 #include <stdexcept>
-#include <thread>
 #include <vector>
 
 #include "cpu/bindings.h"
-#include "cpu/features.h"
+#include "cpu/isa.h"
+#include "cpu/threads.h"
 
 namespace shallow {
 namespace {
 
 using Kernel = void (*)(const AngularJob&, int64_t, int64_t, double*);
 
-Kernel choose(const std::string& isa) {
-#if defined(__x86_64__)
-    const Features& f = features();
-    const bool avx512 = f.avx512f && f.avx512dq && f.avx512bw && f.avx512vl;
-    if (avx512 && (isa.empty() || isa == "avx512")) return angular_avx512;
-    if (f.avx2 && f.fma && f.f16c && (isa.empty() || isa == "avx2")) return angular_avx2;
+Kernel choose(const std::string& name) {
+    const Isa isa = name.empty() ? best_isa() : isa_from_name(name);
+    if (!isa_supported(isa)) throw std::invalid_argument("this processor does not run " + name);
+#if defined(SHALLOW_X86)
+    if (isa >= Isa::avx512) return angular_avx512;
+    if (isa >= Isa::avx2) return angular_avx2;
 #endif
-    if (isa.empty() || isa == "generic") return angular_generic;
-    throw std::invalid_argument("angular: this processor does not run \"" + isa + "\"");
+    return angular_generic;
 }
 
 }  // namespace
 
+Scratch::Scratch(size_t bytes) : data(::operator new(bytes, std::align_val_t{64})) {}
+Scratch::~Scratch() { ::operator delete(data, std::align_val_t{64}); }
+
 void angular(const AngularJob& job, int threads, const std::string& isa) {
     const Kernel kernel = choose(isa);
     const int64_t size = 2 * int64_t(job.R) * (job.R - 1);  // 4 P
-    threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, job.B)));
-    std::vector<double> partial(threads * size);
+    const int most = int(std::max<int64_t>(1, std::min<int64_t>(threads, job.B)));
+    std::vector<double> partial(most * size);
     // A fixed share for each thread and a fixed order of the sums: the same bits every time.
-    const auto body = [&](int thread) {
-        kernel(job, thread * job.B / threads, (thread + 1) * job.B / threads,
+    Pool::instance().run(most, [&](int thread, int count) {
+        kernel(job, thread * job.B / count, (thread + 1) * job.B / count,
                partial.data() + thread * size);
-    };
-    std::vector<std::thread> team;
-    for (int thread = 1; thread < threads; ++thread) team.emplace_back(body, thread);
-    body(0);
-    for (auto& member : team) member.join();
+    });
     std::fill_n(job.sums, size, 0.0);
-    for (int64_t k = 0; k < threads * size; ++k) job.sums[k % size] += partial[k];
+    for (int64_t k = 0; k < most * size; ++k) job.sums[k % size] += partial[k];
 }
 
 }  // namespace shallow

@@ -1,7 +1,8 @@
 // Angular distances between the boundaries of a model, for all pairs of boundaries at once.
-// defines: Float AngularJob angular_generic angular_avx2 angular_avx512 angular
+// defines: Float AngularJob Scratch angular_generic angular_avx2 angular_avx512 angular
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
@@ -23,13 +24,21 @@ struct AngularJob {
     double* values;         // (B, P) distances, or null; 0 where the weight is 0
 };
 
+// 64-byte aligned memory. Defined in angular.cpp, so that no instruction set's file defines it.
+struct Scratch {
+    explicit Scratch(size_t bytes);
+    ~Scratch();
+    Scratch(const Scratch&) = delete;
+    void* const data;
+};
+
 // Samples begin..end-1, added to `sums` (4, P). One function for each instruction set.
 void angular_generic(const AngularJob& job, int64_t begin, int64_t end, double* sums);
 void angular_avx2(const AngularJob& job, int64_t begin, int64_t end, double* sums);
 void angular_avx512(const AngularJob& job, int64_t begin, int64_t end, double* sums);
 
-// All samples, overwriting the outputs. `isa` is "generic", "avx2", "avx512" or "" for the best;
-// throws std::invalid_argument where this processor does not have it.
+// All samples, overwriting the outputs. `isa` as in isa.h, "" for the best; throws
+// std::invalid_argument where this processor does not have it.
 void angular(const AngularJob& job, int threads, const std::string& isa);
 
 }  // namespace shallow

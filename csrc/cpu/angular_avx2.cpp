@@ -8,11 +8,12 @@ namespace {
 struct Half { uint16_t bits; };
 struct Bfloat { uint16_t bits; };
 constexpr int kSumLanes = 4;
+constexpr int kRegisterRows = 3;  // 9 sums and 4 operands in 16 registers
 
 struct Wide {
     using Lane = double;
     using Vector = __m256d;
-    static constexpr int W = 4, kRows = 3, kBlock = 256;
+    static constexpr int W = 4, kRows = kRegisterRows, kBlock = 256;
     static Vector zero() { return _mm256_setzero_pd(); }
     static Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_pd(a, b, c); }
     static void store(double* p, Vector v) { _mm256_storeu_pd(p, v); }
@@ -32,7 +33,7 @@ private:
 struct Narrow {
     using Lane = float;
     using Vector = __m256;
-    static constexpr int W = 8, kRows = 3, kBlock = 128;
+    static constexpr int W = 8, kRows = kRegisterRows, kBlock = 128;
     static Vector zero() { return _mm256_setzero_ps(); }
     static Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
     static void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }

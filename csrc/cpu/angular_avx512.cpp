@@ -8,11 +8,12 @@ namespace {
 struct Half { uint16_t bits; };
 struct Bfloat { uint16_t bits; };
 constexpr int kSumLanes = 8;
+constexpr int kRegisterRows = 5;  // 25 sums and 6 operands in 32 registers
 
 struct Wide {
     using Lane = double;
     using Vector = __m512d;
-    static constexpr int W = 8, kRows = 4, kBlock = 256;
+    static constexpr int W = 8, kRows = kRegisterRows, kBlock = 256;
     static Vector zero() { return _mm512_setzero_pd(); }
     static Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_pd(a, b, c); }
     static void store(double* p, Vector v) { _mm512_storeu_pd(p, v); }
@@ -32,7 +33,7 @@ private:
 struct Narrow {
     using Lane = float;
     using Vector = __m512;
-    static constexpr int W = 16, kRows = 4, kBlock = 256;
+    static constexpr int W = 16, kRows = kRegisterRows, kBlock = 256;
     static Vector zero() { return _mm512_setzero_ps(); }
     static Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
     static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }

@@ -14,10 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <type_traits>
-#include <vector>
 
 #include "cpu/angular.h"
 
@@ -29,15 +26,6 @@ namespace {
 constexpr double kCloseCosine2 = 0.96;
 // Beyond these squared norms, float32 squares of features may overflow or lose digits.
 constexpr double kLeastSquare = 1e-20, kMostSquare = 1e30;
-
-struct AlignedFree {
-    void operator()(double* p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-using Buffer = std::unique_ptr<double[], AlignedFree>;
-
-Buffer aligned(size_t doubles) {
-    return Buffer(new (std::align_val_t{64}) double[doubles]);
-}
 
 // sums[r][c] += a[r] . b[c] over n features, n a multiple of W; rows are kBlock apart.
 template <class V, int R, int C>
@@ -89,23 +77,24 @@ class Sampler {
 public:
     explicit Sampler(const AngularJob& job)
         : job_(job), R_(job.R), strips_((R_ + Wide::kRows - 1) / Wide::kRows),
-          stage_(aligned(size_t(R_) * std::max<size_t>(Wide::kBlock, Narrow::kBlock))),
-          lanes_(aligned(size_t(strips_) * (strips_ + 1) / 2 * kTileDoubles)),
-          gram_(aligned(size_t(R_) * R_)), inverse_(aligned(R_)), marked_(strips_ * strips_) {}
+          stage_(R_ * std::max(sizeof(double) * Wide::kBlock, sizeof(float) * Narrow::kBlock)),
+          lanes_(sizeof(double) * tiles() * kTileDoubles), gram_(sizeof(double) * R_ * R_),
+          inverse_(sizeof(double) * R_), marked_(strips_ * strips_) {}
 
     void run(int64_t sample, double* sums) {
         const double weight = job_.weights ? job_.weights[sample] : 1;
         if (weight == 0) {
             for (int i = 0; i < R_; ++i) job_.squares[i * job_.B + sample] = 1;
-            if (job_.values) std::fill_n(job_.values + sample * pairs(), pairs(), 0.0);
+            for (int64_t p = 0; job_.values && p < pairs(); ++p)
+                job_.values[sample * pairs() + p] = 0;
             return;
         }
-        std::fill(marked_.begin(), marked_.end(), 1);
+        std::memset(marked_.data, 1, strips_ * strips_);
         if constexpr (sizeof(T) == 2 && !std::is_same_v<Wide, Narrow>) {
-            gram<Narrow>(sample);
-            if (mark_doubtful()) gram<Wide>(sample);
+            multiply<Narrow>(sample);
+            if (mark_doubtful()) multiply<Wide>(sample);
         } else {
-            gram<Wide>(sample);
+            multiply<Wide>(sample);
         }
         finish(sample, weight, sums);
     }
@@ -115,15 +104,17 @@ private:
     static_assert(Wide::kRows == Narrow::kRows);
 
     int64_t pairs() const { return int64_t(R_) * (R_ - 1) / 2; }
+    size_t tiles() const { return size_t(strips_) * (strips_ + 1) / 2; }
     // Strips differ by at most one row: no thin tiles, whose sums would wait for one another.
     int start(int strip) const { return strip * R_ / strips_; }
-    char& marked(int i, int j) { return marked_[i * strips_ + j]; }
+    bool& marked(int i, int j) { return static_cast<bool*>(marked_.data)[i * strips_ + j]; }
+    double& gram(int i, int j) const { return static_cast<double*>(gram_.data)[i * R_ + j]; }
 
     // Computes the Gram matrix of the marked tiles.
     template <class V>
-    void gram(int64_t sample) {
-        auto* staged = reinterpret_cast<typename V::Lane*>(stage_.get());
-        std::fill_n(lanes_.get(), size_t(strips_) * (strips_ + 1) / 2 * kTileDoubles, 0.0);
+    void multiply(int64_t sample) {
+        auto* staged = static_cast<typename V::Lane*>(stage_.data);
+        std::memset(lanes_.data, 0, sizeof(double) * tiles() * kTileDoubles);
         for (int64_t d = 0; d < job_.D; d += V::kBlock) {
             const int n = int(std::min<int64_t>(V::kBlock, job_.D - d));
             int length = 0;
@@ -131,8 +122,8 @@ private:
                 for (int i = start(s); marked(s, s) && i < start(s + 1); ++i)
                     length = read<V>(i, sample, d, n, staged + i * V::kBlock);
             each_tile([&](int i, int j, int rows, int columns, double* lanes) {
-                const auto multiply = tile_of<V>(rows, columns);
-                multiply(staged + i * V::kBlock, staged + j * V::kBlock, length, lanes);
+                const auto add_products = tile_of<V>(rows, columns);
+                add_products(staged + i * V::kBlock, staged + j * V::kBlock, length, lanes);
             });
         }
         each_tile([&](int i, int j, int rows, int columns, const double* lanes) {
@@ -140,7 +131,7 @@ private:
                 for (int c = 0; c < columns; ++c, lanes += kSumLanes) {
                     double sum = 0;
                     for (int lane = 0; lane < kSumLanes; ++lane) sum += lanes[lane];
-                    gram_[(i + r) * R_ + j + c] = sum;
+                    gram(i + r, j + c) = sum;
                 }
         });
     }
@@ -156,7 +147,7 @@ private:
 
     template <class Body>
     void each_tile(Body&& body) {
-        double* lanes = lanes_.get();
+        double* lanes = static_cast<double*>(lanes_.data);
         for (int i = 0; i < strips_; ++i)
             for (int j = i; j < strips_; ++j, lanes += kTileDoubles)
                 if (marked(i, j))
@@ -165,12 +156,12 @@ private:
 
     // Marks the tiles that float32 sums do not settle, with the norms they need; false for none.
     bool mark_doubtful() {
-        std::fill(marked_.begin(), marked_.end(), 0);
+        std::memset(marked_.data, 0, strips_ * strips_);
         bool any = false;
         for (int s = 0; s < strips_; ++s)
             for (int t = s; t < strips_; ++t)
                 if (doubtful(s, t)) {
-                    marked(s, t) = marked(s, s) = marked(t, t) = 1;
+                    marked(s, t) = marked(s, s) = marked(t, t) = true;
                     any = true;
                 }
         return any;
@@ -179,7 +170,7 @@ private:
     bool doubtful(int s, int t) const {
         for (int i = start(s); i < start(s + 1); ++i)
             for (int j = std::max(i, start(t)); j < start(t + 1); ++j) {
-                const double ii = gram_[i * R_ + i], jj = gram_[j * R_ + j], ij = gram_[i * R_ + j];
+                const double ii = gram(i, i), jj = gram(j, j), ij = gram(i, j);
                 const bool plain = ii > kLeastSquare && ii < kMostSquare &&
                                    jj > kLeastSquare && jj < kMostSquare;
                 if (!plain || (i != j && !(ij * ij <= kCloseCosine2 * ii * jj))) return true;
@@ -188,26 +179,24 @@ private:
     }
 
     void finish(int64_t sample, double weight, double* sums) {
+        auto* inverse = static_cast<double*>(inverse_.data);
         for (int i = 0; i < R_; ++i) {
-            const double square = gram_[i * R_ + i];
-            job_.squares[i * job_.B + sample] = square;
-            inverse_[i] = 1 / std::sqrt(square);
+            job_.squares[i * job_.B + sample] = gram(i, i);
+            inverse[i] = 1 / std::sqrt(gram(i, i));
         }
         const int64_t P = pairs();
         double* value = job_.values ? job_.values + sample * P : nullptr;
-        for (int i = 0; i < R_ - 1; ++i) {
-            const double* row = gram_.get() + i * R_;
+        for (int i = 0; i < R_ - 1; ++i)
             for (int j = i + 1; j < R_; ++j, ++sums) {
-                const double cosine = row[j] * inverse_[i] * inverse_[j];
+                const double cosine = gram(i, j) * inverse[i] * inverse[j];
                 const double distance = turn(cosine);
-                const double apart = row[i] + gram_[j * R_ + j] - 2 * row[j];
+                const double apart = gram(i, i) + gram(j, j) - 2 * gram(i, j);
                 sums[0] += weight * distance;
                 sums[P] += weight * distance * distance;
                 sums[2 * P] += weight * cosine;
-                sums[3 * P] += weight * std::sqrt(std::max(apart, 0.0)) * inverse_[j];
+                sums[3 * P] += weight * std::sqrt(std::max(apart, 0.0)) * inverse[j];
                 if (value) *value++ = distance;
             }
-        }
     }
 
     // arccos(cosine) / pi; the rational function is fdlibm's for arcsin on [0, 0.5].
@@ -229,8 +218,9 @@ private:
     static constexpr double kPi = 3.14159265358979323846;
     const AngularJob& job_;
     const int R_, strips_;
-    Buffer stage_, lanes_, gram_, inverse_;
-    std::vector<char> marked_;  // (strips, strips): tiles to compute
+    // stage: (R, kBlock) lanes; lanes: (tiles, kRows, kRows, kSumLanes); gram: (R, R), upper
+    // triangle; inverse: (R,) 1 / norm; marked: (strips, strips) bool, the tiles to compute
+    Scratch stage_, lanes_, gram_, inverse_, marked_;
 };
 
 template <class T>
