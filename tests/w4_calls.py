@@ -102,11 +102,12 @@ def reference(case: Matmul) -> tuple[torch.Tensor, torch.Tensor]:
     return y, size
 
 
-def check(case: Matmul, y: torch.Tensor) -> None:
-    """Holds an output to its bound: the RMS ratio of 256 values or more, each of fewer."""
+def check(case: Matmul, y: torch.Tensor, exact: bool = True) -> None:
+    """Holds an output to its bound: the RMS ratio of 256 values or more, each of fewer. `exact`:
+    the kernel rounds nothing but what it must."""
     expected, size = reference(case)
     rounded = case.packed.spec.scheme == "codebook" or case.norm or case.gated
-    exact = y.dtype == torch.float32 and not rounded
+    exact = exact and y.dtype == torch.float32 and not rounded
     bound = EXACT if exact else BOUND[case.x.dtype]
     if y.numel() >= 256:
         found = rms_ratio(expected, y)

@@ -40,115 +40,16 @@ class Format:
 
 
 @triton.jit
-def tile_rows(WARPS: tl.constexpr):
-    """Of 16 * WARPS rows as loaded: the warp of each, and its place among the warp's 16.
-
-    Triton deals 8 rows to each warp before it comes round; a tensor core takes 16 from one warp.
-    """
-    row = tl.arange(0, 16 * WARPS)
-    return row // 8 % WARPS, row // (8 * WARPS) * 8 + row % 8
-
-
-@triton.jit
-def by_warp(tile, WARPS: tl.constexpr):
-    """(16 * WARPS, CHUNK) as loaded -> (WARPS, 16, CHUNK)."""
-    CHUNK: tl.constexpr = tile.shape[1]
-    tile = tl.permute(tl.reshape(tile, (2, WARPS, 8, CHUNK)), (1, 0, 2, 3))
-    return tl.reshape(tile, (WARPS, 16, CHUNK))
-
-
-@triton.jit
-def load_words(codes_ptr, rows, chunk, K, FORMAT: tl.constexpr):
-    """(R, 16) int32: chunk (R,) of rows (R,)."""
-    at = rows.to(tl.int64) * tl.cdiv(K, FORMAT.chunk) + chunk
-    return tl.load(codes_ptr + at[:, None] * 16 + tl.arange(0, 16)[None, :])
-
-
-@triton.jit
-def group_at(rows, chunk, K, HALF: tl.constexpr, FORMAT: tl.constexpr):
-    """Where the group of each word's first or second HALF lies among (N, G): (R, 16), or (R, 1)
-    where a chunk has one."""
-    rows = rows.to(tl.int64)[:, None]
-    chunk = chunk[:, None]
-    CHUNK: tl.constexpr = FORMAT.chunk
-    GROUP: tl.constexpr = FORMAT.group
-    if GROUP == 0:
-        at = rows
-    elif GROUP >= CHUNK:
-        at = rows * tl.cdiv(K, GROUP) + chunk // (GROUP // CHUNK)
+def and_or(word, mask, base, FORMAT: tl.constexpr):
+    """word & mask | base, in one instruction with its constants in it."""
+    if FORMAT.asm:
+        result = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xea;", "=r,r,r,r", [word, mask, base], tl.int32,
+            is_pure=True, pack=1,
+        )  # fmt: skip
     else:
-        word = tl.arange(0, 16)[None, :] % 4
-        groups = 2 * word + HALF if FORMAT.halves else word // (4 * GROUP // CHUNK)
-        if FORMAT.even:
-            at = (rows * (K // CHUNK) + chunk) * (CHUNK // GROUP) + groups
-        else:
-            last = tl.cdiv(K, GROUP) - 1
-            at = rows * (last + 1) + tl.minimum(chunk * (CHUNK // GROUP) + groups, last)
-    return at
-
-
-@triton.jit
-def load_half(
-    scales_ptr, offsets_ptr, supers_ptr, rows, chunk, K, HALF: tl.constexpr, FORMAT: tl.constexpr
-):
-    """(scale, offset, d, dmin) as stored; what the scheme lacks repeats the scale."""
-    at = group_at(rows, chunk, K, HALF, FORMAT)
-    scale = tl.load(scales_ptr + at)
-    offset = scale
-    d = scale
-    dmin = scale
-    if offsets_ptr is not None:
-        offset = tl.load(offsets_ptr + at)
-    if supers_ptr is not None:
-        pair = supers_ptr + (rows.to(tl.int64) * tl.cdiv(K, 256) + chunk // 2)[:, None] * 2
-        d = tl.load(pair)
-        dmin = tl.load(pair + 1)
-    return scale, offset, d, dmin
-
-
-@triton.jit
-def load_groups(scales_ptr, offsets_ptr, supers_ptr, rows, chunk, K, FORMAT: tl.constexpr):
-    """Those of the words' first halves, and of the second."""
-    first = load_half(scales_ptr, offsets_ptr, supers_ptr, rows, chunk, K, 0, FORMAT)
-    second = first
-    if FORMAT.halves:
-        second = load_half(scales_ptr, offsets_ptr, supers_ptr, rows, chunk, K, 1, FORMAT)
-    return first, second
-
-
-@triton.jit
-def lifted(groups, COMPUTE: tl.constexpr, FORMAT: tl.constexpr):
-    """Scale and offset; what becomes a factor or a part of the weight is times LIFT."""
-    scale, offset, d, dmin = groups
-    scale = scale.to(tl.float32) * LIFT
-    offset = offset.to(tl.float32)
-    if FORMAT.scheme == "minimum":
-        offset = offset * LIFT
-    if FORMAT.scheme == "kquant":
-        scale = scale * d.to(tl.float32)
-        offset = offset * dmin.to(tl.float32) * -LIFT
-    return scale.to(COMPUTE), offset.to(COMPUTE)
-
-
-@triton.jit
-def scaled(code, scale, offset, FORMAT: tl.constexpr):
-    if FORMAT.scheme == "zero":
-        weight = (code - offset) * scale
-    elif FORMAT.scheme == "minimum" or FORMAT.scheme == "kquant":
-        weight = tl.fma(code, scale, offset)
-    else:
-        weight = code * scale
-    return weight
-
-
-@triton.jit
-def join_four(a, b, c, d, scale, offset, FORMAT: tl.constexpr):
-    """A lane's weights 0, 1, 8 and 9 of 16, scaled: (R, 16, 2, 2), the last 8 apart."""
-    a = scaled(a, scale, offset, FORMAT)
-    b = scaled(b, scale, offset, FORMAT)
-    c = scaled(c, scale, offset, FORMAT)
-    d = scaled(d, scale, offset, FORMAT)
-    return tl.join(tl.join(a, b), tl.join(c, d))
+        result = word & mask | base
+    return result
 
 
 @triton.jit
@@ -180,19 +81,6 @@ def byte_perm(a, b, selector, FORMAT: tl.constexpr):
             byte = tl.where(place < 4, a >> (8 * (place & 3)), b >> (8 * (place & 3)))
             chosen |= (byte & 255) << (8 * i)
     return chosen
-
-
-@triton.jit
-def and_or(word, mask, base, FORMAT: tl.constexpr):
-    """word & mask | base, in one instruction with its constants in it."""
-    if FORMAT.asm:
-        result = tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, $3, 0xea;", "=r,r,r,r", [word, mask, base], tl.int32,
-            is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        result = word & mask | base
-    return result
 
 
 @triton.jit
@@ -273,6 +161,41 @@ def look_up(codes, table, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def lifted(groups, COMPUTE: tl.constexpr, FORMAT: tl.constexpr):
+    """Scale and offset; what becomes a factor or a part of the weight is times LIFT."""
+    scale, offset, d, dmin = groups
+    scale = scale.to(tl.float32) * LIFT
+    offset = offset.to(tl.float32)
+    if FORMAT.scheme == "minimum":
+        offset = offset * LIFT
+    if FORMAT.scheme == "kquant":
+        scale = scale * d.to(tl.float32)
+        offset = offset * dmin.to(tl.float32) * -LIFT
+    return scale.to(COMPUTE), offset.to(COMPUTE)
+
+
+@triton.jit
+def scaled(code, scale, offset, FORMAT: tl.constexpr):
+    if FORMAT.scheme == "zero":
+        weight = (code - offset) * scale
+    elif FORMAT.scheme == "minimum" or FORMAT.scheme == "kquant":
+        weight = tl.fma(code, scale, offset)
+    else:
+        weight = code * scale
+    return weight
+
+
+@triton.jit
+def join_four(a, b, c, d, scale, offset, FORMAT: tl.constexpr):
+    """A lane's weights 0, 1, 8 and 9 of 16, scaled: (R, 16, 2, 2), the last 8 apart."""
+    a = scaled(a, scale, offset, FORMAT)
+    b = scaled(b, scale, offset, FORMAT)
+    c = scaled(c, scale, offset, FORMAT)
+    d = scaled(d, scale, offset, FORMAT)
+    return tl.join(tl.join(a, b), tl.join(c, d))
+
+
+@triton.jit
 def dequantise(words, groups, table, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
     """(R, 16) words with the groups of their halves -> (R, CHUNK) weights times LIFT, in DTYPE."""
     R: tl.constexpr = words.shape[0]
@@ -294,67 +217,3 @@ def dequantise(words, groups, table, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
         tile = tl.reshape(tile, (R, 4, 4, 2, 2, 2))  # lane, word, weight of 2, pair, half
         tile = tl.permute(tile, (0, 2, 5, 4, 1, 3))
     return tl.reshape(tile, (R, FORMAT.chunk)).to(DTYPE)
-
-
-@triton.jit
-def add_product(acc, w, x, FORMAT: tl.constexpr):
-    """acc + w @ x."""
-    if not FORMAT.asm:  # the interpreter multiplies bfloat16 as if it were an integer
-        w = w.to(tl.float32)
-        x = x.to(tl.float32)
-    return tl.dot(w, x, acc)
-
-
-@triton.jit
-def weight_rows(tile, place, N, ROWS: tl.constexpr, GATED: tl.constexpr):
-    """The rows of W at places 0 .. ROWS - 1 of an output tile, and whether W has them.
-
-    GATED tiles hold 8 rows of gate, the same 8 of up, and so on; rows that W lacks repeat its last.
-    """
-    if GATED:
-        row = tile * (ROWS // 2) + place // 16 * 8 + place % 8
-        inside = row < N // 2
-        row = tl.minimum(row, N // 2 - 1) + place // 8 % 2 * (N // 2)
-    else:
-        row = tile * ROWS + place
-        inside = row < N
-        row = tl.minimum(row, N - 1)
-    return row, inside
-
-
-@triton.jit
-def add_bias(acc, bias_ptr, rows):
-    """acc (ROWS, M), a row of W each."""
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
-    return acc
-
-
-@triton.jit
-def silu_times(gate, up):
-    return gate / (1 + tl.exp(-gate)) * up
-
-
-@triton.jit
-def gate_up(acc):
-    """(ROWS, M) of a GATED tile -> silu(gate) * up, (ROWS / 2, M)."""
-    ROWS: tl.constexpr = acc.shape[0]
-    M: tl.constexpr = acc.shape[1]
-    acc = tl.permute(tl.reshape(acc, (ROWS // 16, 2, 8, M)), (0, 2, 3, 1))
-    gate, up = tl.split(tl.reshape(acc, (ROWS // 2, M, 2)))
-    return silu_times(gate, up)
-
-
-@triton.jit
-def store_tile(acc, bias_ptr, y_ptr, tile, m, M, N, GATED: tl.constexpr):
-    """acc (ROWS, BLOCK_M) with LIFT -> rows m of y, with bias and gate."""
-    ROWS: tl.constexpr = acc.shape[0]
-    rows, _ = weight_rows(tile, tl.arange(0, ROWS), N, ROWS, GATED)
-    y = add_bias(acc / LIFT, bias_ptr, rows)
-    if GATED:
-        y = gate_up(y)
-        N = N // 2
-    n = tile * y.shape[0] + tl.arange(0, y.shape[0])
-    inside = (n < N)[:, None] & (m < M)[None, :]
-    at = m.to(tl.int64)[None, :] * N + n[:, None]
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)

@@ -14,6 +14,7 @@ from engine.kernels.w4.launch import Launch
 from engine.kernels.w4.layout_gpu import GpuMatrix
 
 DTYPES = (torch.float16, torch.bfloat16)
+ALIGN = 16  # elements and bytes; Triton compiles a kernel for multiples of 16, and one for the rest
 REDUCE_BLOCK = 512  # outputs of a program
 
 
@@ -39,12 +40,26 @@ def matmul(
     if len(rows):
         if weight.perm is not None:
             rows = rows.index_select(1, weight.perm)
-        elif rows.stride(1) != 1:
-            rows = rows.contiguous()
         if sizes is None:
             sizes = launch.choose(len(rows), n, k, weight.spec.bits, cores(x.device))
-        RUN[sizes.kernel](rows, weight, bias, y, gated, sizes)
+        RUN[sizes.kernel](aligned(rows), weight, bias, y, gated, sizes)
     return y.view(*x.shape[:-1], outputs)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy with K padded with zeros, where its rows do not begin on multiples of 16.
+
+    Groups and chunks are multiples of 16, so that the padded K counts as many as K: kernels take it
+    for K, and read 16 bytes at a time.
+    """
+    m, k = x.shape
+    columns = triton.cdiv(k, ALIGN) * ALIGN
+    whole = k == columns and x.stride(1) == 1 and x.data_ptr() % ALIGN == 0
+    if whole and (m == 1 or x.stride(0) % ALIGN == 0):
+        return x[0][None] if m == 1 else x  # a stride like any other
+    copy = x.new_zeros(m, columns)
+    copy[:, :k] = x
+    return copy
 
 
 def check(
@@ -73,8 +88,8 @@ def run_gemv(
 ) -> None:
     programs = triton.cdiv(y.shape[1], 8 if gated else 16)
     gemv.gemv_kernel[(programs,)](
-        x, *pointers(weight), bias, y, len(x), *weight.shape, x.stride(0),
-        FORMAT=format_of(weight, sizes.WARPS), GATED=gated, BLOCK_M=sizes.BLOCK_M,
+        x, *pointers(weight), bias, y, len(x), weight.shape[0], x.shape[1], x.stride(0),
+        FORMAT=format_of(weight, x, sizes.WARPS), GATED=gated, BLOCK_M=sizes.BLOCK_M,
         WARPS=sizes.WARPS, num_warps=sizes.WARPS, num_stages=sizes.num_stages,
     )  # fmt: skip
 
@@ -88,8 +103,8 @@ def run_gemm(
         parts = torch.empty(splits, len(x), n, dtype=torch.float32, device=x.device)
     tiles = triton.cdiv(y.shape[1], (8 if gated else 16) * sizes.WARPS)
     gemm.gemm_kernel[(tiles * triton.cdiv(len(x), sizes.BLOCK_M), splits)](
-        x, *pointers(weight), bias, parts, len(x), *weight.shape, x.stride(0),
-        FORMAT=format_of(weight, 1), GATED=gated, BLOCK_M=sizes.BLOCK_M, WARPS=sizes.WARPS,
+        x, *pointers(weight), bias, parts, len(x), n, x.shape[1], x.stride(0),
+        FORMAT=format_of(weight, x, 1), GATED=gated, BLOCK_M=sizes.BLOCK_M, WARPS=sizes.WARPS,
         SPLITS=splits, num_warps=sizes.WARPS, num_stages=sizes.num_stages,
     )  # fmt: skip
     if splits > 1:
@@ -99,31 +114,25 @@ def run_gemm(
 def run_dense(
     x: Tensor, weight: GpuMatrix, bias: Tensor | None, y: Tensor, gated: bool, sizes: Launch
 ) -> None:
-    n, k = weight.shape
+    (n, _), k = weight.shape, x.shape[1]
     product = y
     if gated or bias is not None or y.dtype != x.dtype:
         product = torch.empty(len(x), n, dtype=x.dtype, device=x.device)
+    kind = format_of(weight, x, 1)
     step = max(1, launch.DENSE_WEIGHTS // k)
     w = torch.empty(min(step, n), k, dtype=x.dtype, device=x.device)
     for first in range(0, n, step):
         part = w[: n - first]
-        dequantise(weight, first, part, sizes)
+        gemm.dense_kernel[(triton.cdiv(len(part), 16 * sizes.WARPS), triton.cdiv(k, kind.chunk))](
+            *pointers(weight), part, first, first + len(part), k,
+            FORMAT=kind, WARPS=sizes.WARPS, num_warps=sizes.WARPS,
+        )  # fmt: skip
         torch.mm(x, part.T, out=product[:, first : first + len(part)])
     if product is not y:
         reduce(product[None], bias, y, gated)
 
 
 RUN = {"gemv": run_gemv, "gemm": run_gemm, "dense": run_dense}
-
-
-def dequantise(weight: GpuMatrix, first: int, w: Tensor, sizes: Launch = launch.DENSE) -> None:
-    """Rows first, first + 1 ... of the weight, in stored column order, into w (R, K)."""
-    n, k = weight.shape
-    kind = format_of(weight, 1)
-    gemm.dense_kernel[(triton.cdiv(len(w), 16 * sizes.WARPS), triton.cdiv(k, kind.chunk))](
-        *pointers(weight), w, first, first + len(w), k,
-        FORMAT=kind, WARPS=sizes.WARPS, num_warps=sizes.WARPS,
-    )  # fmt: skip
 
 
 def reduce(parts: Tensor, bias: Tensor | None, y: Tensor, gated: bool) -> None:
@@ -139,10 +148,10 @@ def pointers(weight: GpuMatrix) -> tuple[Tensor | None, ...]:
     return weight.codes.view(torch.int32), weight.scales, offsets, weight.supers, weight.codebook
 
 
-def format_of(weight: GpuMatrix, step_chunks: int) -> Format:
+def format_of(weight: GpuMatrix, x: Tensor, step_chunks: int) -> Format:
     """What the kernel is compiled for, where a step takes so many chunks of K."""
-    spec, k = weight.spec, weight.shape[1]
-    even = k % (512 // spec.bits * step_chunks) == 0
+    spec = weight.spec
+    even = x.shape[1] % (512 // spec.bits * step_chunks) == 0
     return Format(spec.scheme, spec.bits, spec.group, even, asm=not knobs.runtime.interpret)
 
 

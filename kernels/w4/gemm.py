@@ -4,13 +4,11 @@ core from registers, and x from shared memory."""
 import triton
 import triton.language as tl
 
-from engine.kernels.w4.dequantise import (
-    LIFT,
+from engine.kernels.w4.dequantise import LIFT, dequantise, load_table
+from engine.kernels.w4.tiles import (
     add_product,
     by_warp,
-    dequantise,
     load_groups,
-    load_table,
     load_words,
     silu_times,
     store_tile,

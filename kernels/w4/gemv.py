@@ -4,12 +4,11 @@ K, and add up at the end. 16 rows a program keep the whole GPU reading, small ma
 import triton
 import triton.language as tl
 
-from engine.kernels.w4.dequantise import (
+from engine.kernels.w4.dequantise import dequantise, load_table
+from engine.kernels.w4.tiles import (
     add_product,
     by_warp,
-    dequantise,
     load_groups,
-    load_table,
     load_words,
     store_tile,
     tile_rows,
