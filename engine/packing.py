@@ -79,11 +79,12 @@ def plan_of(
 ) -> Plan | None:
     """Which of the original's layers the directory will hold; None where it holds them all.
 
-    A source that was cut itself brings its plan along, and the numbers in it.
+    A packed directory that was cut itself brings its plan along, and the numbers in it.
     """
     kept = tuple(entry.layer for entry in config.layers)
     earlier = checkpoint.path / PLAN
-    if earlier.is_file():
+    ours = (config.source.get("quantization_config") or {}).get("quant_method") == "shallow"
+    if ours and earlier.is_file():
         first = Plan.load(earlier)
         if len(first.keep) != config.total_layers:
             raise InputError(

@@ -1,0 +1,167 @@
+"""What each quantiser loses: perplexity and divergence of the default model, by method and group.
+
+    python benchmarks/quality.py WORK [--model M] [--text SOURCE]
+
+The layers' matrices of the source, in float32, are quantised anew; embedding, head and norms stay
+the source's own. Packed directories and finished rows are kept in WORK, where a run that was killed
+goes on. Writes benchmarks/results/quality.md.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.backend import load
+from engine.checkpoint import open_checkpoint
+from engine.checkpoint.locate import locate
+from engine.evaluate import evaluate
+from engine.machine import device_name
+from engine.packing import pack
+from engine.quantize_command import LENGTH, SAMPLES
+from engine.recipe import Recipe
+from engine.samples import read_samples
+from engine.text import heldout_text, load_text
+
+RESULT = Path(__file__).parent / "results" / "quality.md"
+METHODS: dict[str, dict[str, Any]] = {
+    "RTN": {"method": "rtn"},
+    "RTN, MSE": {"method": "rtn", "clip": "mse"},
+    "HQQ": {"method": "hqq"},
+    "NF4": {"method": "nf4", "scheme": "codebook"},
+    "GPTQ": {"method": "gptq"},
+    "GPTQ, MSE": {"method": "gptq", "clip": "mse"},
+    "GPTQ, activation order": {"method": "gptq", "act_order": True},
+}
+SIZES = {  # group -> (scheme, methods)
+    32: ("minimum", ("RTN", "RTN, MSE", "HQQ", "GPTQ")),
+    64: ("symmetric", ("RTN", "RTN, MSE", "HQQ", "GPTQ", "NF4")),
+    128: ("symmetric", tuple(METHODS)),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. Bits count what the layers' matrices take, scales included."""
+
+    method: str
+    group: int
+    scheme: str
+    bits_per_weight: float
+    perplexity: float
+    kl: float  # mean KL(source || this), nats
+    top1_agreement: float
+    cpu_seconds: float  # of quantising, all threads together
+
+
+class Replayed:
+    """The source's logits: its residual streams are kept, only the head is computed again."""
+
+    def __init__(self, runtime) -> None:
+        self.runtime, self.config, self.device = runtime, runtime.config, runtime.device
+        self.streams: list[torch.Tensor] = []
+        self.at = 0
+
+    def new_cache(self, batch: int, capacity: int):
+        return self.runtime.new_cache(batch, capacity)
+
+    def rewind(self) -> "Replayed":
+        self.at = 0
+        return self
+
+    def forward(self, tokens: torch.Tensor, cache, logits: str) -> torch.Tensor:
+        if self.at == len(self.streams):
+            taken: dict[int, torch.Tensor] = {}
+            self.runtime.forward(tokens, cache, tap=taken.__setitem__)
+            self.streams.append(taken[len(self.config.layers)])
+        self.at += 1
+        return self.runtime.decoder.head(self.streams[self.at - 1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--text", help="to calibrate gptq on; the built-in prose if not given")
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    path = locate(given.model)
+    text = load_text(path)
+    samples, _ = read_samples(given.text, text, LENGTH, most=SAMPLES)
+    source = load(path, backend="reference", dtype="float32").runtime
+    replayed = Replayed(source)
+    own = evaluate(source, text, heldout_text(), second=replayed)
+    checkpoint = open_checkpoint(path)
+    rows = []
+    for group, (scheme, names) in SIZES.items():
+        for name in names:
+            recipe = Recipe(**{"group": group, "scheme": scheme, "head": None} | METHODS[name])
+            note = given.work / f"{name.lower().replace(', ', '-').replace(' ', '-')}-{group}.json"
+            if not note.is_file():
+                row = measured(name, recipe, checkpoint, samples, note, source, replayed, text)
+                note.write_text(json.dumps(asdict(row)))
+            rows.append(Row(**json.loads(note.read_text())))
+            print(rows[-1], flush=True)
+    write(given.model, own, bits_of_layers(checkpoint), rows, samples, given.text)
+
+
+def measured(name, recipe, checkpoint, samples, note: Path, source, replayed, text) -> Row:
+    """Packs a directory beside `note`, unless it is there, and evaluates it."""
+    out, seconds = note.with_suffix(""), note.with_suffix(".seconds")
+    if not out.exists():
+        start = time.process_time()
+        pack(checkpoint, checkpoint.config, out, recipe, samples)
+        seconds.write_text(str(time.process_time() - start))
+    opened = load(out, backend="reference", dtype="float32").runtime
+    opened.decoder.outer = source.decoder.outer  # the same values
+    found = evaluate(opened, text, heldout_text(), second=replayed.rewind())
+    return Row(
+        name,
+        recipe.group,
+        recipe.scheme,
+        bits_of_layers(open_checkpoint(out)),
+        found.perplexity,
+        found.kl,
+        found.top1_agreement,
+        float(seconds.read_text()),
+    )
+
+
+def bits_of_layers(checkpoint) -> float:
+    """Bits a weight of the layers' matrices."""
+    names = [n for n in checkpoint.names() if ".layers." in n and len(checkpoint.shape(n)) == 2]
+    weights = sum(torch.Size(checkpoint.shape(name)).numel() for name in names)
+    return 8 * sum(map(checkpoint.nbytes, names)) / weights
+
+
+def write(model: str, own, own_bits: float, rows: list[Row], samples, text: str | None) -> None:
+    """The table, with what it depends on."""
+    lines = [
+        "# Quality of the quantisers",
+        "",
+        f"`{model}` with the matrices of its layers in float32 quantised anew; embedding, head and "
+        f"norms are the source's. Perplexity and KL to the source, in nats, on "
+        f"`engine/data/heldout.txt`: {own.windows} windows of {own.window} tokens without BOS, "
+        f"float32. GPTQ is calibrated on {len(samples)} samples of {len(samples[0])} tokens of "
+        f"{text or 'the built-in prose'}. CPU seconds of all threads together, reading and "
+        f"writing included, on {device_name(torch.device('cpu'))}. By `benchmarks/quality.py`.",
+        "",
+        "| group | scheme | method | bits a weight | perplexity | KL | top-1 | CPU s |",
+        "|---:|---|---|---:|---:|---:|---:|---:|",
+        f"| | | the source | {own_bits:.2f} | {own.perplexity:.3f} | 0 | 100.0% | |",
+    ]
+    lines += [
+        f"| {row.group} | {row.scheme} | {row.method} | {row.bits_per_weight:.2f} | "
+        f"{row.perplexity:.3f} | {row.kl:.5f} | {row.top1_agreement:.1%} | {row.cpu_seconds:.0f} |"
+        for row in rows
+    ]
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
