@@ -72,13 +72,13 @@ class Artifact:
     def from_json(cls, raw: Any, where: str) -> Self:
         found = raw.get("kind") if isinstance(raw, Mapping) else type(raw).__name__
         if found != cls.kind:
-            raise InputError(f"{where}: expected a {cls.kind}, found {found!r}")
+            raise InputError(f"{where}: expected {_a(cls.kind)}, found {found!r}")
         version = raw.get("version")
         if type(version) is not int or version < 1:
             raise InputError(f"{where}: version: expected a whole number, found {version!r}")
         if version > cls.version:
             raise InputError(
-                f"{where}: a {cls.kind} of version {version}; this Shallow reads up to "
+                f"{where}: {_a(cls.kind)} of version {version}; this Shallow reads up to "
                 f"{cls.version}, a newer one is needed"
             )
         hints, names = get_type_hints(cls), {field.name for field in fields(cls)}
@@ -103,6 +103,10 @@ def read_raw(path: Path) -> Any:
         raise InputError(f"{path}: not valid JSON ({error})") from error
 
 
+def _a(kind: str) -> str:
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
 def _typed(value: Any, hint: Any, name: str) -> Any:
     """A value from JSON as a field of type `hint` holds it, tuples for lists; else ValueError."""
     outer, inner = get_origin(hint), get_args(hint)
@@ -116,6 +120,12 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         return value
     expected = getattr(outer or hint, "__name__", hint)
     raise ValueError(f"{name}: expected {expected}, found {repr(value)[:40]}")
+
+
+def _check_layers(name: str, layers: tuple[int, ...], total: int) -> None:
+    inside = all(type(n) is int and 0 <= n < total for n in layers)
+    if not layers or not inside or list(layers) != sorted(set(layers)):
+        raise ValueError(f"{name}: expected ascending layers below {total}")
 
 
 @dataclass(frozen=True)
@@ -150,8 +160,9 @@ class Profile(Artifact):
 
     def __post_init__(self) -> None:
         count = len(self.layers)
-        if not 0 < count <= self.total_layers or len(self.influence) != count:
-            raise ValueError(f"layers: {count} of {self.total_layers} do not fit the rest")
+        _check_layers("layers", self.layers, self.total_layers)
+        if not count == len(self.influence) == len(self.magnitude):
+            raise ValueError(f"influence, magnitude: expected numbers for {count} layers")
         for name in ("distances", "standard_errors"):
             rows = getattr(self, name)
             if [len(row) for row in rows] != list(range(count, 0, -1)):
@@ -209,9 +220,7 @@ class Plan(Artifact):
     note: str
 
     def __post_init__(self) -> None:
-        inside = all(type(n) is int and 0 <= n < self.total_layers for n in self.keep)
-        if not self.keep or not inside or list(self.keep) != sorted(set(self.keep)):
-            raise ValueError(f"keep: expected ascending layers below {self.total_layers}")
+        _check_layers("keep", self.keep, self.total_layers)
 
     @property
     def drop(self) -> tuple[int, ...]:

@@ -119,6 +119,10 @@ class Budget(Artifact):
             numbers += [value for part in by_part for value in side[part].values()]
             if not all(type(number) is int and number >= 0 for number in numbers):
                 raise ValueError(f"{name}: expected whole numbers, none below 0")
+            if any(side[f"total_{part}"] != sum(side[part].values()) for part in by_part):
+                raise ValueError(f"{name}: the totals are not the sums of the parts")
+            if side["attention_flops_per_token"] > side["flops_per_token"]:
+                raise ValueError(f"{name}: attention takes more than all FLOPs")
         if set(self.storage) != {field.name for field in fields(Storage)}:
             raise ValueError(f"storage: expected {', '.join(f.name for f in fields(Storage))}")
 

@@ -86,12 +86,17 @@ def log_ticks(axes: "Axes", values: Sequence[float]) -> None:
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
-def short(model: str) -> str:
+def base_name(model: str) -> str:
     """The last part of a path or a hub id."""
-    name = model.rstrip("/").rpartition("/")[2].removesuffix(".gguf") or model
+    return model.rstrip("/").rpartition("/")[2].removesuffix(".gguf") or model
+
+
+def short(model: str) -> str:
+    """The name of a model for a title or a legend."""
+    name = base_name(model)
     return plain(name if len(name) <= 40 else f"{name[:20]}…{name[-19:]}")
 
 
 def plain(text: str) -> str:
-    """Text of the user, in which a $ begins no formula and a newline no line."""
-    return " ".join(text.split()).replace("$", r"\$")
+    """Text of the user as it stands: a $ begins no formula, a first _ hides no label."""
+    return " ".join(text.split()).replace("$", r"\$").lstrip("_") or "-"

@@ -38,6 +38,12 @@ class Evaluation(Artifact):
     kl: float | None = None  # mean KL(second model || this one), nats
     top1_agreement: float | None = None  # share of positions where both have the same argmax
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.layers_kept <= self.layers_total:
+            raise ValueError(f"layers: {self.layers_kept} kept of {self.layers_total}")
+        if not self.perplexity > 0:
+            raise ValueError(f"perplexity: expected more than 0, found {self.perplexity}")
+
 
 def evaluate(
     runtime,

@@ -3,7 +3,6 @@
 matplotlib is used through its objects alone: no window, no global figure, no setting left behind.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+LARGEST = 1e100  # perplexity; an axis needs room beyond it
 MANUAL = "by hand"  # for layers that no plan chose: points, not a curve
 PARTS = {  # of a bar: label, colour and hatch
     "embedding": ("embedding", BLUE, ""),
@@ -81,6 +81,7 @@ def heat_map(profile: Profile) -> "Figure":
     bar = figure.colorbar(mesh, ax=axes, shrink=0.8, aspect=28, pad=0.02)
     bar.set_label("shifted rescaled angular distance")
     bar.outline.set_linewidth(0.6)
+    bar.solids.set_rasterized(False)
     axes.set_title(_conditions(profile))
     return figure
 
@@ -167,6 +168,8 @@ def quality(evaluations: Sequence[Evaluation]) -> "Figure":
 def bars(budget: Budget) -> "Figure":
     """Bytes by part, with the KV cache at the context, and FLOPs a token: before and after."""
     sides = budget.before, budget.after
+    if not all(side["total_weight_bytes"] and side["flops_per_token"] for side in sides):
+        raise InputError(f"the budget of {budget.model} has no weights: there is nothing to draw")
     held = [side["weight_bytes"] | {"cache": side["kv_bytes"]} for side in sides]
     flops = [(side["flops_per_token"], side["attention_flops_per_token"]) for side in sides]
     done = [{"weights": total - over, "over": over} for total, over in flops]
@@ -195,7 +198,7 @@ def _stack(axes: "Axes", before: Mapping[str, int], after: Mapping[str, int], un
             )  # fmt: skip
             left = [start + width for start, width in zip(left, widths, strict=True)]
     for y, width in enumerate(left):
-        share = f" ({width / left[0]:.0%})" if y and left[0] else ""
+        share = f" ({width / left[0]:.0%})" if y else ""
         axes.annotate(
             f"{width:,.3g}{share}", (width, y), xytext=(4, 0), textcoords="offset points",
             va="center",
@@ -219,8 +222,8 @@ def _comparable(evaluations: Sequence[Evaluation]) -> None:
     if not any(e.layers_kept < e.layers_total for e in evaluations):
         raise InputError("no evaluation drops a layer: there is nothing to draw")
     for e in evaluations:
-        if not 0 < e.perplexity < math.inf:
-            raise InputError(f"{e.model}: a perplexity of {e.perplexity} cannot be drawn")
+        if e.perplexity > LARGEST:
+            raise InputError(f"{e.model}: a perplexity of {e.perplexity} is too large to draw")
 
 
 def _series(evaluations: Sequence[Evaluation]) -> dict[tuple[str, str], list[tuple[int, float]]]:
@@ -228,7 +231,7 @@ def _series(evaluations: Sequence[Evaluation]) -> dict[tuple[str, str], list[tup
     series: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for e in evaluations:
         if e.layers_kept < e.layers_total:
-            rule = MANUAL if e.rule in (None, "manual") else e.rule
+            rule = MANUAL if e.rule in (None, "", "manual") else e.rule
             point = (e.layers_total - e.layers_kept, e.perplexity)
             series.setdefault((e.model, rule), []).append(point)
     return {key: sorted(points) for key, points in series.items()}

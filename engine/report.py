@@ -8,9 +8,12 @@ from engine import figures
 from engine.artifacts import Profile, replacing
 from engine.budget import Budget
 from engine.budget_command import COLUMNS, rows
+from engine.drawing import base_name
 from engine.evaluate import Evaluation
+from engine.layers import format_layers
 from engine.plot import inline_svg
 
+BEST_COLUMNS = ("layers", "best block", "distance", "standard error")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #111; max-width: 48rem; margin: 2rem auto;
        padding: 0 1rem; }
@@ -21,10 +24,10 @@ figure svg { max-width: 100%; height: auto; }
 figcaption, caption { color: #444; font-size: .85rem; text-align: left; padding: .3rem 0; }
 div { overflow-x: auto; margin: 1.5rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; }
-th, td { padding: .1rem .6rem; text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; white-space: pre; }
+th, td { padding: .1rem .6rem; text-align: right; white-space: pre; }
+th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 1px solid #888; }
-tbody + tbody td { border-top: 1px solid #ccc; }
+tbody + tbody tr:first-child td { border-top: 1px solid #ccc; }
 .dense th, .dense td { padding: 0 .2rem; font-size: .65rem; }
 """
 _HEAD = """<!DOCTYPE html>
@@ -46,7 +49,7 @@ def save(artefacts: Sequence[Profile | Evaluation | Budget], path: Path) -> None
 
 def page(artefacts: Sequence[Profile | Evaluation | Budget]) -> str:
     """Every profile, then the evaluations together, then every budget."""
-    models = dict.fromkeys(artefact.model for artefact in artefacts)
+    models = dict.fromkeys(base_name(artefact.model) for artefact in artefacts)
     title = html.escape("Layers of " + ", ".join(models))
     parts = [_HEAD, f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"]
     parts.append(f"<h1>{title}</h1>\n")
@@ -68,17 +71,14 @@ def best_blocks(profile: Profile) -> Iterator[tuple[str, str, str, str]]:
         start = profile.best(count)
         yield (
             str(count),
-            f"{profile.layers[start]}-{profile.layers[start + count - 1]}",
+            format_layers(profile.layers[start : start + count]),
             f"{profile.distance(start, count):.6f}",
             f"{profile.standard_errors[count - 1][start]:.6f}",
         )
 
 
-BEST_COLUMNS = ("layers", "best block", "distance", "standard error")
-
-
 def _profile(profile: Profile, name: str) -> Iterator[str]:
-    yield f"<h2>Angular distance: {html.escape(profile.model)}</h2>\n"
+    yield f"<h2>Angular distance: {html.escape(base_name(profile.model))}</h2>\n"
     if len(profile.layers) > 1:
         yield _figure(
             figures.heat_map(profile),
@@ -92,6 +92,7 @@ def _profile(profile: Profile, name: str) -> Iterator[str]:
             "Mean angular distance across the block of n layers from each start layer.",
         )
     facts = {
+        "model": profile.model,
         "layers profiled": f"{len(profile.layers)} of {profile.total_layers}",
         "samples": f"{profile.samples:,} of up to {profile.length:,} tokens",
         "averaged over": f"{profile.vectors:,} vectors, {profile.tokens} tokens",
@@ -126,22 +127,22 @@ def _quality(evaluations: Sequence[Evaluation]) -> Iterator[str]:
     ordered = sorted(evaluations, key=lambda e: (e.model, -e.layers_kept, e.rule or ""))
     cells = (
         (
-            e.model,
             e.rule or "-",
             f"{e.layers_kept} of {e.layers_total}",
-            e.layers,
-            f"{e.perplexity:,.4f}",
+            f"{e.perplexity:,.4f}" if e.perplexity < 1e6 else f"{e.perplexity:.3e}",
             "-" if e.kl is None else f"{e.kl:.5f}",
             f"{e.windows} x {e.window}{' with BOS' if e.bos else ''}",
+            e.layers,
+            base_name(e.model),
         )
         for e in ordered
     )
-    columns = ("model", "rule", "layers", "kept", "perplexity", "KL", "tokens")
+    columns = ("rule", "layers", "perplexity", "KL", "tokens", "kept", "model")
     yield _table(columns, [cells], "Evaluations")
 
 
 def _budget(budget: Budget, name: str) -> Iterator[str]:
-    yield f"<h2>Budget: {html.escape(budget.model)}</h2>\n"
+    yield f"<h2>Budget: {html.escape(base_name(budget.model))}</h2>\n"
     caption = "Memory by part and work, before (16 bits) and after."
     yield _figure(figures.bars(budget), name, caption)
     yield _table(COLUMNS, rows(budget), "Before and after")

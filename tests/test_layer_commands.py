@@ -80,7 +80,8 @@ def test_profile_is_shown_as_it_was_measured(tree):
     for count, row in zip(range(1, LAYERS), table, strict=True):
         distances = profile.distances[count - 1]
         start = distances.index(min(distances))
-        assert row[:3] == [str(count), f"{start}-{start + count - 1}", f"{min(distances):.6f}"]
+        block = f"{start}-{start + count - 1}" if count > 1 else f"{start}"
+        assert row[:3] == [str(count), block, f"{min(distances):.6f}"]
     shown = [list(map(int, line.split())) for line in out.splitlines()[-LAYERS + 1 :]]
     for count, (size, *cells) in enumerate(shown, 1):
         row = profile.distances[count - 1]
@@ -284,7 +285,8 @@ def refused(sentence: str, *arguments) -> None:
         ({"version": True}, "version: expected a whole number, found True"),
         ({"version": "1"}, "version: expected a whole number"),
         ({"layers": "01234567"}, "layers: expected tuple, found '01234567'"),
-        ({"layers": [0, 1, 2, 3]}, "do not fit the rest"),
+        ({"layers": [0, 1, 2, 3]}, "influence, magnitude: expected numbers for 4 layers"),
+        ({"layers": [0, 1, 2, 3, 4, 5, 7, 6]}, "layers: expected ascending layers below 8"),
         ({"layers": [0, 1, 2, 3, 4, 5, 6, "7"]}, "layers: expected int, found '7'"),
         ({"distances": [[0.5]]}, "distances: expected a triangle of 8 rows"),
         ({"influence": [None] * 8}, "influence: expected float, found None"),
