@@ -7,6 +7,7 @@ costs only the layers after the first difference.
 
 import torch
 
+from engine.errors import InputError
 from engine.model import Decoder
 from engine.stream import step
 
@@ -23,7 +24,7 @@ class PrefixScorer:
         self, decoder: Decoder, windows: torch.Tensor, metric: str = "kl", batch: int = 4
     ) -> None:
         if metric not in ("loss", "kl"):
-            raise ValueError(f"metric: expected 'loss' or 'kl', found {metric!r}")
+            raise InputError(f"metric: expected 'loss' or 'kl', found {metric!r}")
         self.decoder, self.metric = decoder, metric
         self.batches = windows.to(decoder.device).split(batch)
         self.evaluations = 0
