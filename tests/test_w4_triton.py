@@ -5,12 +5,11 @@ from functools import cache
 
 import aot
 import pytest
-import torch
 from interpreted import run_interpreted
 
 from engine.kernels.w4 import gemm, gemv, launch
 from engine.kernels.w4.dequantise import Format
-from engine.kernels.w4.launch import DENSE, Launch, choose
+from engine.kernels.w4.launch import Launch
 
 SCHEMES = {  # each with the group whose scales need most registers
     "symmetric g128": Format("symmetric", 4, 128, even=True, asm=True),
