@@ -47,12 +47,14 @@ float value(const TileView& w, std::int64_t tile, std::int64_t group, int lane, 
 
 int Input::add(const MatrixRef& w) {
     const TileView& v = w->view();
-    const bool plain = v.kind == Codes::float16 || v.kind == Codes::bfloat16;
+    const bool plain = v.kind == Codes::float32 || v.kind == Codes::float16 ||
+                       v.kind == Codes::bfloat16;
     const bool coarse = v.kind == Codes::nibble_table && v.values8_step == 0;
     const Form wanted{w, mode_ == Mode::exact || plain || coarse};
     for (std::size_t i = 0; i < forms_.size(); ++i) {
         const TileView& other = forms_[i].like->view();
         if (forms_[i].exact == wanted.exact && same_order(*forms_[i].like, *w) &&
+            (other.kind == Codes::float32) == (v.kind == Codes::float32) &&
             (wanted.exact || other.group_blocks == v.group_blocks))
             return static_cast<int>(i);
     }
@@ -61,7 +63,9 @@ int Input::add(const MatrixRef& w) {
 }
 
 Path Input::path(const Form& form, std::int64_t m) const {
-    if (mode_ == Mode::int8 && m >= kManyRows && kernels_->bfloat_tiles) return Path::bfloat;
+    const bool wide = form.like->view().kind == Codes::float32;
+    if (mode_ == Mode::int8 && m >= kManyRows && kernels_->bfloat_tiles && !wide)
+        return Path::bfloat;
     return form.exact ? Path::exact : Path::int8;
 }
 
@@ -197,8 +201,10 @@ void read_row(const TiledMatrix& matrix, std::int64_t row, float* out) {
         const std::int64_t block = k / kBlock, column = k % kBlock;
         const std::uint8_t* const codes = w.codes + (tile * w.blocks + block) * w.block_bytes;
         float v;
-        if (w.kind == Codes::float16) {
-            v = element(codes, column * kTileRows + lane, ScaleType::float16);
+        if (w.kind == Codes::float32 || w.kind == Codes::float16) {
+            v = element(codes, column * kTileRows + lane, w.kind == Codes::float32
+                                                              ? ScaleType::float32
+                                                              : ScaleType::float16);
         } else if (w.kind == Codes::bfloat16) {
             v = element(codes, (column / 2 * kTileRows + lane) * 2 + column % 2,
                         ScaleType::bfloat16);

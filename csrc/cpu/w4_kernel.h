@@ -206,10 +206,12 @@ void float_rows(const TileView& w, const FloatInput& x, const Output& y, const P
     write_rows<V, R>(total, y, at);
 }
 
-// 16-bit weights, two columns at a time: no codes, no parameters.
+// Plain weights, two columns at a time: no codes, no parameters.
 template <class V, Codes C, int R>
 void plain_rows(const TileView& w, const FloatInput& x, const Output& y, const Place& at) {
     using F = typename V::F;
+    constexpr ScaleType kType = C == Codes::float32 ? ScaleType::float32 : ScaleType::float16;
+    constexpr int64_t kBytes = C == Codes::float32 ? 4 : 2;
     const uint8_t* weights = w.codes + at.tile * w.blocks * w.block_bytes;
     const float* values = x.values + at.panel * w.blocks * kBlock * x.panel + at.first;
     F total[kParts<V>][R];
@@ -219,11 +221,11 @@ void plain_rows(const TileView& w, const FloatInput& x, const Output& y, const P
         if constexpr (R <= 4) __builtin_prefetch(weights + kAhead);
         for (int p = 0; p < kParts<V>; ++p) {
             F even, odd;
-            if constexpr (C == Codes::float16) {
-                even = V::load_half(weights + p * V::lanes * 2);
-                odd = V::load_half(weights + (kTileRows + p * V::lanes) * 2);
-            } else {
+            if constexpr (C == Codes::bfloat16) {
                 V::load_pairs(weights + p * V::lanes * 4, even, odd);
+            } else {
+                even = V::load(weights + p * V::lanes * kBytes, kType);
+                odd = V::load(weights + (kTileRows + p * V::lanes) * kBytes, kType);
             }
 #pragma GCC unroll 16
             for (int i = 0; i < R; ++i) {
@@ -231,7 +233,7 @@ void plain_rows(const TileView& w, const FloatInput& x, const Output& y, const P
                 total[p][i] = V::fma(odd, V::set(values[x.panel + i]), total[p][i]);
             }
         }
-        weights += 4 * kTileRows;
+        weights += 2 * kTileRows * kBytes;
         values += 2 * x.panel;
     }
     write_rows<V, R>(total, y, at);
@@ -271,7 +273,7 @@ struct FloatRun {
     void rows(int64_t first) const {
         Place here = at;
         here.first = first;
-        if constexpr (C == Codes::float16 || C == Codes::bfloat16)
+        if constexpr (C == Codes::float32 || C == Codes::float16 || C == Codes::bfloat16)
             plain_rows<V, C, R>(w, x, y, here);
         else if (w.group_blocks)
             float_rows<V, C, R, false>(w, x, y, here);
@@ -354,6 +356,7 @@ void float_tiles(const TileView& w, const FloatInput& x, const Output& y, int64_
         case Codes::nibble: return float_tiles_of<V, Codes::nibble>(w, x, y, begin, end);
         case Codes::nibble_table: return float_tiles_of<V, Codes::nibble_table>(w, x, y, begin, end);
         case Codes::byte: return float_tiles_of<V, Codes::byte>(w, x, y, begin, end);
+        case Codes::float32: return float_tiles_of<V, Codes::float32>(w, x, y, begin, end);
         case Codes::float16: return float_tiles_of<V, Codes::float16>(w, x, y, begin, end);
         default: return float_tiles_of<V, Codes::bfloat16>(w, x, y, begin, end);
     }

@@ -165,20 +165,23 @@ TiledMatrix::TiledMatrix(const void* weights, ScaleType type, int64_t n, int64_t
     v.blocks = w4::ceil_div(k, kBlock);
     v.group_blocks = v.blocks;
     v.groups = 1;
-    v.kind = type == ScaleType::float16 ? Codes::float16 : Codes::bfloat16;
-    v.block_bytes = kBlock * kTileRows * 2;
+    v.kind = type == ScaleType::float32   ? Codes::float32
+             : type == ScaleType::float16 ? Codes::float16
+                                          : Codes::bfloat16;
+    const int64_t element = type == ScaleType::float32 ? 4 : 2;
+    v.block_bytes = kBlock * kTileRows * element;
     allocate();
-    auto* const to = reinterpret_cast<std::uint16_t*>(memory_.data());
-    const auto* const from = static_cast<const std::uint16_t*>(weights);
+    const auto* const from = static_cast<const uint8_t*>(weights);
     parallel_for(threads, v.tiles, 4, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin * kTileRows; row < std::min(n, end * kTileRows); ++row) {
-            std::uint16_t* const tile = to + row / kTileRows * v.blocks * kBlock * kTileRows;
+            uint8_t* const tile = memory_.data() + row / kTileRows * v.blocks * v.block_bytes;
             const int64_t lane = row % kTileRows;
             for (int64_t j = 0; j < k; ++j) {
-                const int64_t at = type == ScaleType::float16
-                                       ? j * kTileRows + lane
-                                       : (j / 2 * kTileRows + lane) * 2 + j % 2;
-                tile[at] = from[row * k + j];
+                const int64_t at = type == ScaleType::bfloat16
+                                       ? (j / 2 * kTileRows + lane) * 2 + j % 2
+                                       : j * kTileRows + lane;
+                std::memcpy(tile + at * element, from + (row * k + j) * element,
+                            static_cast<std::size_t>(element));
             }
         }
     });

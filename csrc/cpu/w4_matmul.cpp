@@ -141,7 +141,7 @@ struct Call {
 };
 
 Path choose(const TileView& w, int64_t m, Mode mode, const Kernels& kernels) {
-    if (mode == Mode::exact) return Path::exact;
+    if (mode == Mode::exact || w.kind == Codes::float32) return Path::exact;
     if (kernels.bfloat_tiles && m >= kManyRows) return Path::bfloat;
     const bool plain = w.kind == Codes::float16 || w.kind == Codes::bfloat16;
     const bool coarse = w.kind == Codes::nibble_table && w.values8_step == 0;

@@ -17,14 +17,14 @@ constexpr int kTileRows = 16;  // rows of W that a tile interleaves
 constexpr int kBlock = 32;     // columns of W under one activation scale
 constexpr int kPanelRows = 16; // rows of x that a panel interleaves
 
-enum class Codes : std::int32_t { nibble, nibble_table, byte, float16, bfloat16, unpacked };
+enum class Codes : std::int32_t { nibble, nibble_table, byte, float32, float16, bfloat16, unpacked };
 
 // A matrix as the kernels read it. Rows lie in tiles of 16, columns in blocks of 32, both padded
 // with zeros. A chunk is 64 bytes: 16 rows x 4 consecutive columns, one byte each.
 //   nibble  block of 4 chunks: columns 0..15 in the low nibbles, 16..31 in the high ones
 //   byte    block of 8 chunks
 //   unpacked  the same with float32 scales and minimums: what a nibble tile becomes for many rows
-//   float16   block of 32 columns x 16 rows
+//   float32, float16   block of 32 columns x 16 rows
 //   bfloat16  block of 16 column pairs x 16 rows x 2: what the tile registers multiply
 // The parameters of one group of one tile are a record: 16 scales, then 16 mins or zeros.
 // With group 16 the groups are padded to two a block.
@@ -49,7 +49,7 @@ class TiledMatrix {
 public:
     // Copies from the canonical arrays; `threads` share the work. Throws std::bad_alloc.
     TiledMatrix(const w4::Matrix& matrix, int threads);
-    // (n, k) float16 or bfloat16 weights, contiguous.
+    // (n, k) float32, float16 or bfloat16 weights, contiguous.
     TiledMatrix(const void* weights, ScaleType type, std::int64_t n, std::int64_t k, int threads);
 
     const TileView& view() const { return view_; }
@@ -126,7 +126,7 @@ enum class Mode { int8, exact };
 
 // exact: float32 activations and weights. int8: activations rounded to int8 a block of 32, where
 // that is fastest: many rows on amx are rounded to bfloat16 (a smaller error), and 16-bit weights
-// and codebooks that 8 bits hold badly take the exact kernel. Throws std::bad_alloc.
+// and codebooks that 8 bits hold badly take the exact kernel, as float32 weights always do. Throws std::bad_alloc.
 void matmul(const Rows& x, const TiledMatrix& w, const Output& y, Mode mode, Isa isa, int threads);
 
 }  // namespace shallow

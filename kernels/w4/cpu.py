@@ -32,12 +32,12 @@ class CpuWeight:
 
     @classmethod
     def from_tensor(cls, weight: torch.Tensor, isa: str | None = None) -> "CpuWeight":
-        """(N, K) float16 or bfloat16 weights, copied unquantised."""
+        """(N, K) float32, float16 or bfloat16 weights, copied unquantised."""
         if weight.dim() != 2 or 0 in weight.shape:
             raise ValueError(f"weight must be (N, K), not empty, found {tuple(weight.shape)}")
-        if weight.dtype not in (torch.float16, torch.bfloat16) or weight.device.type != "cpu":
+        if weight.dtype not in DTYPES or weight.device.type != "cpu":
             raise TypeError(
-                f"weight must be float16 or bfloat16 on the CPU, "
+                f"weight must be one of {DTYPES} on the CPU, "
                 f"found {weight.dtype} on {weight.device}"
             )
         cpu, (n, k) = native.load("cpu"), weight.shape
