@@ -1,5 +1,6 @@
 """The CPU runtime: a step of the whole decoder in one native call (csrc/cpu/decoder.h)."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,11 +40,17 @@ class CpuRuntime:
     device = torch.device("cpu")
     dtype = torch.float32
 
-    def __init__(self, config: ModelConfig, decoder: Any, embedding: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        decoder: Any,
+        embedding: torch.Tensor | None = None,
+        cache_dtype: str = "float16",
+    ) -> None:
         """`decoder` is an engine._cpu.Decoder with all its layers; `embedding` (V, D) is memory
         that it borrows, None where it reads a matrix of its own."""
         self.config, self.decoder, self.embedding = config, decoder, embedding
-        self.cache_dtype = "float16"
+        self.cache_dtype = cache_dtype
         self._angles = Angles(config)
 
     @classmethod
@@ -54,14 +61,28 @@ class CpuRuntime:
         threads: int | None = None,
         mode: str = "int8",
         cache_dtype: str = "float16",
+        isa: str | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> "CpuRuntime":
         """Reads only the layers that `config` keeps; `progress` is called after each of them.
 
-        `mode` "int8" rounds activations to 8 bits in blocks of 32, "exact" keeps float32.
+        `threads`: torch's number by default. `mode` "int8" rounds activations to 8 bits in blocks
+        of 32, "exact" keeps float32. `isa`: the best by default, else one of `isas()`.
         """
+        threads = torch.get_num_threads() if threads is None else threads
+        if threads < 1:
+            raise InputError(f"threads: expected at least 1, found {threads}")
+        if threads > native.load("cpu").pool_threads():
+            warnings.warn(
+                f"threads: {threads} asked for, but the process may use "
+                f"{native.load('cpu').pool_threads()} CPUs",
+                stacklevel=2,
+            )
+        _check_choice("mode", mode, MODES)
+        _check_choice("cache dtype", cache_dtype, CACHE_DTYPES)
+        _check_choice("isa", isa or isas()[0], isas())
         loader = Loader(checkpoint, config)
-        decoder = native.load("cpu").Decoder(rules(config, mode), isas()[0], threads or 2)
+        decoder = native.load("cpu").Decoder(rules(config, mode), isa or isas()[0], threads)
         angles = Angles(config)
         matrices, vectors, embedding = loader.outer()
         decoder.set_outer(
@@ -81,9 +102,7 @@ class CpuRuntime:
             )
             if progress is not None:
                 progress(entry.layer)
-        runtime = cls(config, decoder, embedding)
-        runtime.cache_dtype = cache_dtype
-        return runtime
+        return cls(config, decoder, embedding, cache_dtype)
 
     @property
     def weight_bytes(self) -> int:
@@ -246,3 +265,8 @@ def addresses(vectors: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _check_choice(option: str, chosen: str, known: Sequence[str]) -> None:
+    if chosen not in tuple(known):
+        raise InputError(f"{option}: expected one of {', '.join(known)}, found {chosen!r}")
