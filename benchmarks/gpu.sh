@@ -8,3 +8,4 @@ python=${PYTHON:-python3}
 "$python" setup.py -q build_ext --inplace
 "$python" -m pytest -q -m gpu tests
 PYTHONPATH=. "$python" benchmarks/gpu.py "$@"
+PYTHONPATH=. "$python" benchmarks/bench_w4_gpu.py

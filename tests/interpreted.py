@@ -12,10 +12,20 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 
 
-def run_interpreted(topic: str, timeout_s: float = 600) -> None:
-    """Fails with the child's report unless every test of `interpreted_<topic>.py` passes."""
+def run_interpreted(topic: str, timeout_s: float = 600, marks: str = "not slow") -> None:
+    """Fails with the child's report unless the tests of `interpreted_<topic>.py` of `marks` pass."""
     file = TESTS / f"interpreted_{topic}.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        marks,
+        str(file),
+    ]
     done = subprocess.run(
         command,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

@@ -47,7 +47,7 @@ def gemm_kernel(
     groups = load_groups(scales_ptr, offsets_ptr, supers_ptr, rows, same + begin, K, FORMAT)
     acc = tl.zeros((ROWS, BLOCK_M), tl.float32)
     for chunk in tl.range(begin, (split + 1) * chunks // SPLITS):
-        words = load_words(codes_ptr, rows, same + chunk, K, FORMAT)
+        words = load_words(codes_ptr, rows, same + chunk, K, FORMAT, "")
         if FORMAT.even:
             x = tl.load(x_ptr + chunk * CHUNK)
         else:
@@ -104,7 +104,7 @@ def dense_kernel(
     rows, _ = weight_rows(tile, tl.arange(0, ROWS), N - first, ROWS, False)
     chunk = rows * 0 + tl.program_id(1)
     table = load_table(codebook_ptr, DTYPE) if codebook_ptr is not None else ()
-    words = load_words(codes_ptr, first + rows, chunk, K, FORMAT)
+    words = load_words(codes_ptr, first + rows, chunk, K, FORMAT, "")
     groups = load_groups(scales_ptr, offsets_ptr, supers_ptr, first + rows, chunk, K, FORMAT)
     w = dequantise(words, groups, table, DTYPE, FORMAT) / LIFT
     k = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)[None, :]

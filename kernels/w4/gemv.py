@@ -40,7 +40,8 @@ def gemv_kernel(
     groups = load_groups(scales_ptr, offsets_ptr, supers_ptr, rows, chunk, K, FORMAT)
     acc = tl.zeros((WARPS, 16, BLOCK_M), tl.float32)
     for first in tl.range(0, last + 1, WARPS):
-        words = load_words(codes_ptr, rows, tl.minimum(first + warp, last), K, FORMAT)
+        chunk = tl.minimum(first + warp, last)
+        words = load_words(codes_ptr, rows, chunk, K, FORMAT, "evict_first")  # read once
         inside = m < M if FORMAT.even else (m < M) & (first * CHUNK + k < K)
         x = tl.load(x_ptr + first * CHUNK, mask=inside, other=0)
         w = dequantise(words, groups, table, DTYPE, FORMAT)

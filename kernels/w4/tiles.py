@@ -25,10 +25,11 @@ def by_warp(tile, WARPS: tl.constexpr):
 
 
 @triton.jit
-def load_words(codes_ptr, rows, chunk, K, FORMAT: tl.constexpr):
+def load_words(codes_ptr, rows, chunk, K, FORMAT: tl.constexpr, EVICT: tl.constexpr):
     """(R, 16) int32: chunk (R,) of rows (R,)."""
     at = rows.to(tl.int64) * tl.cdiv(K, FORMAT.chunk) + chunk
-    return tl.load(codes_ptr + at[:, None] * 16 + tl.arange(0, 16)[None, :])
+    at = codes_ptr + at[:, None] * 16 + tl.arange(0, 16)[None, :]
+    return tl.load(at, eviction_policy=EVICT)
 
 
 @triton.jit
