@@ -13,7 +13,7 @@ TESTS = Path(__file__).parent
 
 
 def run_interpreted(topic: str, timeout_s: float = 600, marks: str = "not slow") -> None:
-    """Fails with the child's report unless the tests of `interpreted_<topic>.py` of `marks` pass."""
+    """Fails with the child's report unless `interpreted_<topic>.py` passes, its `marks` alone."""
     file = TESTS / f"interpreted_{topic}.py"
     command = [
         sys.executable,
