@@ -87,12 +87,13 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", help="to calibrate gptq on; the built-in prose if not given")
+    parser.add_argument("--dtype", default="float32", help="that the models are evaluated in")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     path = locate(given.model)
     text = load_text(path)
     samples, _ = read_samples(given.text, text, LENGTH, most=SAMPLES)
-    source = load(path, backend="reference", dtype="float32").runtime
+    source = load(path, backend="reference", dtype=given.dtype).runtime
     replayed = Replayed(source)
     own = evaluate(source, text, heldout_text(), second=replayed)
     checkpoint = open_checkpoint(path)
@@ -100,23 +101,29 @@ def main() -> None:
     for group, (scheme, names) in SIZES.items():
         for name in names:
             recipe = Recipe(**{"group": group, "scheme": scheme, "head": None} | METHODS[name])
-            note = given.work / f"{name.lower().replace(', ', '-').replace(' ', '-')}-{group}.json"
+            out = given.work / f"{name.lower().replace(', ', '-').replace(' ', '-')}-{group}"
+            note = out.with_suffix(f".{given.dtype}.json")
             if not note.is_file():
-                row = measured(name, recipe, checkpoint, samples, note, source, replayed, text)
+                seconds = packed(checkpoint, recipe, samples, out)
+                row = judged(name, recipe, out, seconds, source, replayed, text)
                 note.write_text(json.dumps(asdict(row)))
             rows.append(Row(**json.loads(note.read_text())))
             print(rows[-1], flush=True)
-    write(given.model, own, bits_of_layers(checkpoint), rows, samples, given.text)
+    write(given, own, bits_of_layers(checkpoint), rows, samples)
 
 
-def measured(name, recipe, checkpoint, samples, note: Path, source, replayed, text) -> Row:
-    """Packs a directory beside `note`, unless it is there, and evaluates it."""
-    out, seconds = note.with_suffix(""), note.with_suffix(".seconds")
+def packed(checkpoint, recipe: Recipe, samples, out: Path) -> float:
+    """CPU seconds that the directory `out` took to write, now or in an earlier run."""
+    seconds = out.with_suffix(".seconds")
     if not out.exists():
         start = time.process_time()
         pack(checkpoint, checkpoint.config, out, recipe, samples)
         seconds.write_text(str(time.process_time() - start))
-    opened = load(out, backend="reference", dtype="float32").runtime
+    return float(seconds.read_text())
+
+
+def judged(name: str, recipe: Recipe, out: Path, seconds: float, source, replayed, text) -> Row:
+    opened = load(out, backend="reference", dtype=source.dtype).runtime
     opened.decoder.outer = source.decoder.outer  # the same values
     found = evaluate(opened, text, heldout_text(), second=replayed.rewind())
     return Row(
@@ -127,7 +134,7 @@ def measured(name, recipe, checkpoint, samples, note: Path, source, replayed, te
         found.perplexity,
         found.kl,
         found.top1_agreement,
-        float(seconds.read_text()),
+        seconds,
     )
 
 
@@ -138,17 +145,18 @@ def bits_of_layers(checkpoint) -> float:
     return 8 * sum(map(checkpoint.nbytes, names)) / weights
 
 
-def write(model: str, own, own_bits: float, rows: list[Row], samples, text: str | None) -> None:
+def write(given: argparse.Namespace, own, own_bits: float, rows: list[Row], samples) -> None:
     """The table, with what it depends on."""
     lines = [
         "# Quality of the quantisers",
         "",
-        f"`{model}` with the matrices of its layers in float32 quantised anew; embedding, head and "
-        f"norms are the source's. Perplexity and KL to the source, in nats, on "
+        f"`{given.model}` with the matrices of its layers in float32 quantised anew; embedding, "
+        f"head and norms are the source's. Perplexity and KL to the source, in nats, on "
         f"`engine/data/heldout.txt`: {own.windows} windows of {own.window} tokens without BOS, "
-        f"float32. GPTQ is calibrated on {len(samples)} samples of {len(samples[0])} tokens of "
-        f"{text or 'the built-in prose'}. CPU seconds of all threads together, reading and "
-        f"writing included, on {device_name(torch.device('cpu'))}. By `benchmarks/quality.py`.",
+        f"{given.dtype}. GPTQ is calibrated on {len(samples)} samples of {len(samples[0])} "
+        f"tokens of {given.text or 'the built-in prose'}. CPU seconds of all threads together, "
+        f"reading and writing included, on {device_name(torch.device('cpu'))}. By "
+        "`benchmarks/quality.py`.",
         "",
         "| group | scheme | method | bits a weight | perplexity | KL | top-1 | CPU s |",
         "|---:|---|---|---:|---:|---:|---:|---:|",
