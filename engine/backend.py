@@ -14,6 +14,7 @@ from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoint.locate import locate
 from engine.config import ModelConfig
 from engine.errors import InputError
+from engine.kernels.dispatch import require
 from engine.layers import kept_layers
 from engine.runtime import Runtime
 from engine.text import Text, load_text
@@ -24,7 +25,7 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "cpu")
 
 
 class Model:
@@ -96,15 +97,22 @@ def load(
     """Opens a model: a directory, a .gguf file, a hub id, or the default by name.
 
     `drop` and `keep` are layers of the checkpoint ("20-24", "3,7,21-25", or numbers), `drop` also
-    a Plan; those not kept are never read. `backend` is one of BACKENDS, chosen by the machine when
-    None. `dtype` is a torch dtype or its name: by default the checkpoint's on a GPU, float32 on a
-    CPU. Raises `InputError` with one sentence for whatever the caller can mend.
+    a Plan; those not kept are never read. `backend` is one of BACKENDS, the reference when None.
+    `dtype` is a torch dtype or its name: by default the checkpoint's on a GPU, float32 on a CPU.
+    The backend "cpu" takes weights as they are stored, and rounds what it multiplies by them to 8
+    bits unless dtype is float32. Raises `InputError` with one sentence for whatever the caller can
+    mend.
     """
-    backend = choose_backend(backend)
     device = choose_device(device)
+    backend = choose_backend(backend, device, dtype)
     path = locate(str(ref))
     checkpoint = open_checkpoint(path)
     config = choose_layers(checkpoint, drop, keep)
+    if backend == "cpu":
+        from engine.runtime.cpu import CpuRuntime
+
+        mode = "int8" if dtype is None else "exact"
+        return Model(path, CpuRuntime.load(checkpoint, config, mode=mode, progress=progress))
     dtype = choose_dtype(dtype, checkpoint, device)
 
     from engine.runtime.reference import ReferenceRuntime
@@ -140,12 +148,24 @@ def choose_layers(
     return config.keep(drop.keep)
 
 
-def choose_backend(name: str | None) -> str:
-    """The backend asked for, or the fastest that this machine has; InputError if unknown."""
+def choose_backend(
+    name: str | None, device: torch.device, dtype: torch.dtype | str | None = None
+) -> str:
+    """The backend asked for; the reference, whose logits are transformers', when None.
+
+    InputError for a backend that is unknown, does not run on the device or has not the dtype;
+    BackendUnavailable, with the reason, for one that cannot run here.
+    """
     if name is None:
-        return BACKENDS[0]
+        return "reference"
     if name not in BACKENDS:
         raise InputError(f"backend: expected one of {', '.join(BACKENDS)}, found {name!r}")
+    if name == "cpu":
+        if device.type != "cpu":
+            raise InputError(f"backend: cpu does not run on {device}")
+        if dtype is not None and parse_dtype(dtype) != torch.float32:
+            raise InputError(f"dtype: the backend cpu has float32 alone, found {dtype}")
+        require(name)
     return name
 
 

@@ -94,12 +94,13 @@ def open_model(ref: str, threads: int | None, **options: Any) -> tuple["Model", 
 
     import torch
 
-    from engine.backend import choose_backend, load
+    from engine.backend import choose_backend, choose_device, load
     from engine.checkpoint.locate import locate
 
     if threads is not None:
         torch.set_num_threads(threads)
-    choose_backend(options.get("backend"))  # refused before anything is downloaded
+    device = choose_device(options.get("device"))
+    choose_backend(options.get("backend"), device, options.get("dtype"))  # before any download
     path = locate(ref)
     start = time.perf_counter()
     model = load(path, **options)

@@ -27,7 +27,7 @@ def examine(threads: int | None = None) -> dict[str, Any]:
     import torch
 
     from engine import machine
-    from engine.backend import BACKENDS, choose_backend
+    from engine.backend import BACKENDS, choose_backend, choose_device
     from engine.kernels import dispatch, native
 
     threads = threads or torch.get_num_threads()
@@ -54,7 +54,7 @@ def examine(threads: int | None = None) -> dict[str, Any]:
             for op in dispatch.OPS
         },
         "runtimes": list(BACKENDS),
-        "runtime": choose_backend(None),
+        "runtime": choose_backend(None, choose_device(None)),
         "versions": machine.versions() | machine.package_versions(*PACKAGES),
         "commit": machine.commit(),
     }
