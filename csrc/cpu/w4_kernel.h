@@ -15,7 +15,7 @@ using std::int64_t;
 using std::int8_t;
 using std::uint8_t;
 
-constexpr int64_t kAhead = 2048;  // bytes of weights prefetched, into L2
+constexpr int64_t kAhead = 1024;  // bytes of weights prefetched
 constexpr float kTiny = 1e-30f;  // below this 127 / peak could overflow: taken as zero
 
 template <class V>
@@ -67,10 +67,6 @@ struct Params {
             load_params<V, C>(w, record, super + group / 8 * 32, p * V::lanes, scale[p], min[p]);
         record += w.record_bytes;
         ++group;
-    }
-    void skip(int64_t groups) {
-        record += groups * w.record_bytes;
-        group += groups;
     }
     // For int8 products, where a codebook is a table of bytes around 128.
     void next8(typename V::F* scale, typename V::F* min) {
@@ -158,7 +154,7 @@ void int8_rows(const TileView& w, const Int8Input& x, const Output& y, const Pla
         }
         if constexpr (R <= 4)  // more rows wait for the arithmetic, not for memory
             for (int line = 0; line < w.block_bytes; line += 64)
-                __builtin_prefetch(block + kAhead + line, 0, 2);
+                __builtin_prefetch(block + kAhead + line);
         for (int p = 0; p < kParts<V>; ++p) {
             const uint8_t* const rows = block + p * V::lanes * 4;
             if constexpr (Split) {
@@ -222,7 +218,7 @@ void plain_rows(const TileView& w, const FloatInput& x, const Output& y, const P
     for (auto& part : total)
         for (F& sum : part) sum = V::set(0.0f);
     for (int64_t k = 0; k < w.blocks * kBlock; k += 2) {
-        if constexpr (R <= 4) __builtin_prefetch(weights + kAhead, 0, 2);
+        if constexpr (R <= 4) __builtin_prefetch(weights + kAhead);
         for (int p = 0; p < kParts<V>; ++p) {
             F even, odd;
             if constexpr (C == Codes::bfloat16) {
