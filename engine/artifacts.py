@@ -6,7 +6,6 @@ copy whatever its bits) and `lineage` (its norm weights, which quantisation leav
 
 import hashlib
 import json
-import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -162,13 +161,13 @@ class Profile(Artifact):
         count = len(self.layers)
         _check_layers("layers", self.layers, self.total_layers)
         if not count == len(self.influence) == len(self.magnitude):
-            raise ValueError(f"influence, magnitude: expected numbers for {count} layers")
+            raise ValueError(f"influence, magnitude: do not fit {count} layers")
         for name in ("distances", "standard_errors"):
             rows = getattr(self, name)
             if [len(row) for row in rows] != list(range(count, 0, -1)):
                 raise ValueError(f"{name}: expected a triangle of {count} rows")
-            if not all(math.isfinite(value) for row in rows for value in row):
-                raise ValueError(f"{name}: expected numbers")
+            if not all(0 <= value < 1 + 1e-9 for row in rows for value in row):
+                raise ValueError(f"{name}: expected numbers from 0 to 1")
 
     def distance(self, start: int, count: int) -> float:
         """Mean angular distance across the block of `count` layers from `start`."""

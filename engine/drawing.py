@@ -52,8 +52,8 @@ def new_figure(height: float, rows: int = 1) -> tuple["Figure", Any]:
 
 
 def step(total: int) -> int:
-    """From one labelled layer to the next, so that there are about six of them."""
-    return next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, total) if step * 7 >= total)
+    """From one labelled layer to the next, so that there are at most eight."""
+    return next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, total) if step * 8 >= total)
 
 
 def named(total: int) -> list[int]:

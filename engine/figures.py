@@ -60,7 +60,7 @@ def heat_map(profile: Profile) -> "Figure":
     import numpy as np
 
     total = _blocks(profile)
-    grid = np.ma.masked_all((total - 1, total))
+    grid = np.ma.array(np.zeros((total - 1, total)), mask=True)
     for count in range(1, total):
         grid[count - 1, : total - count + 1] = profile.rescaled(count)
     figure, axes = new_figure(4.9)

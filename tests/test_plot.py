@@ -360,7 +360,7 @@ def test_damaged_artefacts_are_one_sentence(draw, files, tmp_path):
         ]
         for holder, key in places:
             original = holder[key]
-            for value in draw.sample(junk, 3):
+            for value in draw.sample(junk, 2):
                 holder[key] = value
                 (tmp_path / "damaged.json").write_text(json.dumps(raw))
                 code, _, err = call("plot", tmp_path / "damaged.json", "--out", tmp_path / "x.html")
