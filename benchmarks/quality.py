@@ -38,9 +38,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "GPTQ, activation order": {"method": "gptq", "act_order": True},
 }
 SIZES = {  # group -> (scheme, methods)
-    32: ("minimum", ("RTN", "RTN, MSE", "HQQ", "GPTQ")),
-    64: ("symmetric", ("RTN", "RTN, MSE", "HQQ", "GPTQ", "NF4")),
     128: ("symmetric", tuple(METHODS)),
+    64: ("symmetric", ("RTN", "RTN, MSE", "HQQ", "NF4", "GPTQ")),
+    32: ("minimum", ("RTN", "RTN, MSE", "HQQ", "GPTQ")),
 }
 
 
@@ -73,7 +73,7 @@ class Replayed:
         self.at = 0
         return self
 
-    def forward(self, tokens: torch.Tensor, cache, logits: str) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, cache, slots=None, logits: str = "all"):
         if self.at == len(self.streams):
             taken: dict[int, torch.Tensor] = {}
             self.runtime.forward(tokens, cache, tap=taken.__setitem__)
@@ -95,7 +95,7 @@ def main() -> None:
     samples, _ = read_samples(given.text, text, LENGTH, most=SAMPLES)
     source = load(path, backend="reference", dtype=given.dtype).runtime
     replayed = Replayed(source)
-    own = evaluate(source, text, heldout_text(), second=replayed)
+    own = evaluate(replayed, text, heldout_text())
     checkpoint = open_checkpoint(path)
     rows = []
     for group, (scheme, names) in SIZES.items():
