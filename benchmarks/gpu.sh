@@ -9,3 +9,4 @@ python=${PYTHON:-python3}
 "$python" -m pytest -q -m gpu tests
 PYTHONPATH=. "$python" benchmarks/gpu.py "$@"
 PYTHONPATH=. "$python" benchmarks/bench_w4_gpu.py
+PYTHONPATH=. "$python" benchmarks/bench_angular_gpu.py

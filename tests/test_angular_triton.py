@@ -2,10 +2,12 @@
 
 import aot
 import pytest
+import torch
 import triton
+from angular_cases import CASES, DTYPES, boundaries
 from interpreted import run_interpreted
 
-from engine.kernels.angular import fused
+from engine.kernels.angular import fused, reference
 
 SIGNATURE = dict.fromkeys(["weights_ptr", "gram_ptr", "sums_ptr", "squares_ptr"], "*fp64")
 SIGNATURE |= {"values_ptr": "*fp64", "stride_r": "i64", "stride_b": "i32"}
@@ -38,8 +40,24 @@ def test_compiles_without_spills(arch, dtype, most):
 
 
 def test_launch_table_covers_and_refuses():
-    for boundaries in range(2, 129):
-        launch = fused.choose_launch(boundaries)
-        assert launch.TILE * launch.TILES >= boundaries
+    for R in range(2, 129):
+        launch = fused.choose_launch(R)
+        assert launch.TILE * launch.TILES >= R
     with pytest.raises(ValueError, match="up to 128 boundaries, found 129"):
         fused.choose_launch(129)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*CASES, (33, 300, 4096), (81, 5, 771)])
+def test_on_a_gpu(rng, shape, dtype):
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no GPU")
+    x = boundaries(rng, *shape, dtype).cuda()
+    weights = torch.rand(shape[1], generator=rng, dtype=torch.float64).cuda()
+    weights[-1] = 0
+    expected = reference.angular_sums(x, weights, values=True)
+    got = fused.angular_sums(x, weights, values=True)
+    assert (got.values - expected.values).abs().max() < 1e-7
+    assert (got.sums - expected.sums).abs().max() < 1e-5
+    assert torch.allclose(got.squares, expected.squares, rtol=1e-12)
