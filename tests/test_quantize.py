@@ -122,7 +122,7 @@ def test_group_32_with_minimum_gives_back_q4_1(rng):
 
 @pytest.mark.parametrize("spec", UNIFORM, ids=str)
 def test_clipping_lowers_the_squared_error_of_every_group(spec, rng):
-    weight = spread(rng, 8, 300)
+    weight = spread(rng, 96, 300)
     plain, clipped = (
         per_group((unpack(quantize.rtn(weight, spec, clip)) - weight).square(), spec)
         for clip in ("minmax", "mse")
@@ -134,7 +134,7 @@ def test_clipping_lowers_the_squared_error_of_every_group(spec, rng):
 
 @pytest.mark.parametrize("spec", FOUR_BITS, ids=str)
 def test_hqq_lowers_its_norm_in_every_group(spec, rng):
-    weight = spread(rng, 8, 300)
+    weight = spread(rng, 96, 300)
     plain, clipped, found = (
         per_group((unpack(packed) - weight).abs().pow(0.7), spec)
         for packed in (
