@@ -4,6 +4,7 @@ any module.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -64,7 +65,7 @@ class Parts:
         return found
 
 
-class Method:
+class Method(ABC):
     """`marker` is the part that every quantised module has and no other."""
 
     marker: str
@@ -73,11 +74,13 @@ class Method:
     def __init__(self, tensors: Parts, config: dict[str, Any]) -> None:
         self.tensors = tensors
 
+    @abstractmethod
     def shape(self, module: str) -> tuple[int, int]:
-        raise NotImplementedError
+        """(N, K) of a module, from its parts' shapes alone."""
 
+    @abstractmethod
     def packed(self, module: str) -> Packed | None:
-        raise NotImplementedError
+        """The module in the packed format; None where that cannot hold it without loss."""
 
     def read(self, module: str) -> torch.Tensor:
         """(N, K) float32, by the source's formula."""
