@@ -26,7 +26,7 @@ ISA_FLAGS = {  # csrc/cpu/<op>_<isa>.cpp is compiled on x86 alone, with these; e
     "avxvnni": [*AVX2, "-mavxvnni"],
     "avx512": AVX512,
     "avx512bf16": [*AVX512, "-mavx512bf16"],
-    "amx": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
+    "amx": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mavx512bf16"],
 }
 CXX_FLAGS = "-std=c++17 -O3 -g0 -fvisibility=hidden -pthread".split()
 NVCC_FLAGS = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]

@@ -5,7 +5,7 @@
 namespace shallow {
 namespace {
 
-constexpr std::int64_t kCacheBytes = 1 << 20;  // of L2 that unpacked weights may fill
+constexpr std::int64_t kSumsBytes = 512 << 10;  // of L2 for sums that wait for the next columns
 
 std::int64_t line_up(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -75,7 +75,7 @@ std::int64_t Input::nbytes(const Form& form, std::int64_t m) const {
     const std::int64_t codes = rows * w.blocks * kBlock;
     switch (path(form, m)) {
         case Path::exact: return line_up(codes * 4);
-        case Path::bfloat: return line_up(codes * 2);
+        case Path::bfloat: return rows / kPanelRows * bfloat_stride(w.blocks) * 2;
         default: return line_up(codes) + line_up(rows * w.blocks * 4) + line_up(rows * w.groups * 4);
     }
 }
@@ -116,7 +116,8 @@ void Input::write(std::uint8_t* to, std::int64_t m, std::int64_t i, const float*
             }
             case Path::bfloat: {
                 auto* const values = reinterpret_cast<std::uint16_t*>(to);
-                kernels_->narrow(some, w, {values + at * w.blocks * kBlock, m}, 0);
+                const std::int64_t width = bfloat_stride(w.blocks);
+                kernels_->narrow(some, w, {values + at / kPanelRows * width, m, width}, 0);
                 break;
             }
             case Path::int8: {
@@ -145,21 +146,19 @@ std::int64_t Product::nbytes() const {
 }
 
 std::int64_t Product::step(const Input& input, std::int64_t m, int threads) const {
-    const std::int64_t fair = w4::ceil_div(tiles_, threads * 8);
+    const std::int64_t fair = w4::ceil_div(tiles_, m < kManyRows ? threads : threads * 8);
     if (m < kManyRows || input.path(input.forms_[0], m) != Path::bfloat) return fair;
-    const std::int64_t tile = parts_[0].w->view().blocks * kBlock * kTileRows * 2;
-    const std::int64_t pairs = std::min(kCacheBytes / tile, w4::ceil_div(tiles_, threads * 4)) / 2;
-    return std::max<std::int64_t>(pairs, 1) * 2;
+    const std::int64_t few = std::min(kSumsBytes / (m * kTileRows * 4),
+                                      w4::ceil_div(tiles_, threads * 4));
+    return std::max<std::int64_t>(few / 2, 1) * 2;
 }
 
 std::int64_t Product::scratch_bytes(const Input& input, std::int64_t m, int threads) const {
     if (m < kManyRows) return 0;
-    std::int64_t bytes = 0;
+    std::int64_t bytes = bfloat_scratch_bytes(m, step(input, m, threads));
     for (const Part& part : parts_) {
         const TileView& w = part.w->view();
-        const std::int64_t tile = w.blocks * kBlock * kTileRows;
-        bytes = std::max(bytes, tile * 2 * step(input, m, threads));
-        bytes = std::max(bytes, tile + w.groups * 2 * kTileRows * 4);
+        bytes = std::max(bytes, (w.blocks * kBlock + w.groups * 8) * kTileRows);
     }
     return line_up(bytes);
 }
@@ -183,8 +182,9 @@ void Product::run(const Input& input, std::uint8_t* rows, std::int64_t m, float*
                                     last);
                 break;
             case Path::bfloat:
-                kernels.bfloat_tiles(w, {reinterpret_cast<std::uint16_t*>(at), m}, out, first, last,
-                                     reinterpret_cast<std::uint16_t*>(scratch));
+                kernels.bfloat_tiles(
+                    w, {reinterpret_cast<std::uint16_t*>(at), m, bfloat_stride(w.blocks)}, out,
+                    first, last, scratch);
                 break;
             case Path::int8:
                 kernels.int8_tiles(w, input.int8(form, at, m), out, first, last,

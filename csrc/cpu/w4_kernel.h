@@ -15,7 +15,10 @@ using std::int64_t;
 using std::int8_t;
 using std::uint8_t;
 
-constexpr int64_t kAhead = 1024;  // bytes of weights prefetched
+// Else a call and its vectors by way of memory for each group, which may be one block.
+#define SHALLOW_INLINE __attribute__((always_inline)) inline
+
+constexpr int64_t kAhead = 2048;  // bytes of weights prefetched, into L2
 constexpr float kTiny = 1e-30f;  // below this 127 / peak could overflow: taken as zero
 
 template <class V>
@@ -23,7 +26,7 @@ constexpr int kParts = kTileRows / V::lanes;  // vectors a tile's 16 rows take
 
 // The group's scale and min for the tile's rows from `lane` on: value = scale * code + min.
 template <class V, Codes C>
-inline void load_params(const TileView& w, const uint8_t* record, const std::uint16_t* super,
+SHALLOW_INLINE void load_params(const TileView& w, const uint8_t* record, const std::uint16_t* super,
                         int lane, typename V::F& scale, typename V::F& min) {
     using w4::Scheme;
     if constexpr (C == Codes::unpacked) {
@@ -62,11 +65,15 @@ struct Params {
         : w(view), record(w.params + tile * w.groups * w.record_bytes),
           super(w.supers + tile * ((w.blocks + 7) / 8) * 32) {}
 
-    void next(typename V::F* scale, typename V::F* min) {
+    SHALLOW_INLINE void next(typename V::F* scale, typename V::F* min) {
         for (int p = 0; p < kParts<V>; ++p)
             load_params<V, C>(w, record, super + group / 8 * 32, p * V::lanes, scale[p], min[p]);
         record += w.record_bytes;
         ++group;
+    }
+    void skip(int64_t groups) {
+        record += groups * w.record_bytes;
+        group += groups;
     }
     // For int8 products, where a codebook is a table of bytes around 128.
     void next8(typename V::F* scale, typename V::F* min) {
@@ -152,9 +159,9 @@ void int8_rows(const TileView& w, const Int8Input& x, const Output& y, const Pla
             }
             left = Split ? 0 : w.group_blocks - 1;
         }
-        if constexpr (R <= 4)  // more rows wait for the arithmetic, not for memory
+        if constexpr (C != Codes::unpacked)
             for (int line = 0; line < w.block_bytes; line += 64)
-                __builtin_prefetch(block + kAhead + line);
+                __builtin_prefetch(block + kAhead + line, 0, 2);
         for (int p = 0; p < kParts<V>; ++p) {
             const uint8_t* const rows = block + p * V::lanes * 4;
             if constexpr (Split) {
@@ -218,7 +225,7 @@ void plain_rows(const TileView& w, const FloatInput& x, const Output& y, const P
     for (auto& part : total)
         for (F& sum : part) sum = V::set(0.0f);
     for (int64_t k = 0; k < w.blocks * kBlock; k += 2) {
-        if constexpr (R <= 4) __builtin_prefetch(weights + kAhead);
+        if constexpr (R <= 4) __builtin_prefetch(weights + kAhead, 0, 2);
         for (int p = 0; p < kParts<V>; ++p) {
             F even, odd;
             if constexpr (C == Codes::bfloat16) {

@@ -19,34 +19,35 @@ int64_t scale_bytes(const w4::Matrix& matrix) {
 }
 
 // 16 bytes of row codes (32 columns) -> one row of a nibble block.
-void interleave_nibbles(const uint8_t* from, uint8_t* block, int row) {
-    alignas(16) uint8_t bytes[16];
+inline void interleave_nibbles(const uint8_t* from, uint8_t* block) {
+    std::uint16_t pairs[8];  // columns 2i, 2i + 1 below columns 16 + 2i, 17 + 2i
     for (int i = 0; i < 8; ++i) {
-        bytes[2 * i] = static_cast<uint8_t>((from[i] & 15) | from[i + 8] << 4);
-        bytes[2 * i + 1] = static_cast<uint8_t>(from[i] >> 4 | (from[i + 8] & 0xf0));
+        const unsigned low = from[i], high = from[i + 8];
+        const unsigned even = (low & 15) | (high & 15) << 4, odd = low >> 4 | (high & 0xf0);
+        pairs[i] = static_cast<std::uint16_t>(even | odd << 8);
     }
     for (int chunk = 0; chunk < 4; ++chunk)
-        std::memcpy(block + chunk * kChunk + row * 4, bytes + chunk * 4, 4);
+        std::memcpy(block + chunk * kChunk, pairs + chunk * 2, 4);
 }
 
-void interleave_bytes(const uint8_t* from, int64_t columns, uint8_t* block, int row) {
+inline void interleave_bytes(const uint8_t* from, int64_t columns, uint8_t* block) {
     for (int64_t chunk = 0; chunk * 4 < columns; ++chunk)
-        std::memcpy(block + chunk * kChunk + row * 4, from + chunk * 4, 4);
+        std::memcpy(block + chunk * kChunk, from + chunk * 4, 4);
 }
 
 void interleave_codes(const w4::Matrix& from, const TileView& to, uint8_t* codes, int64_t tile) {
-    const int rows = static_cast<int>(std::min<int64_t>(kTileRows, from.n - tile * kTileRows));
+    const int64_t rows = std::min<int64_t>(kTileRows, from.n - tile * kTileRows);
     const int64_t width = from.row_bytes();
-    for (int row = 0; row < rows; ++row) {
-        const uint8_t* line = from.codes + (tile * kTileRows + row) * width;
-        for (int64_t b = 0; b < to.blocks; ++b) {
-            uint8_t* const block = codes + (tile * to.blocks + b) * to.block_bytes;
+    const uint8_t* const lines = from.codes + tile * kTileRows * width;
+    uint8_t* block = codes + tile * to.blocks * to.block_bytes;
+    for (int64_t b = 0; b < to.blocks; ++b, block += to.block_bytes)
+        for (int64_t row = 0; row < rows; ++row) {
             if (from.bits == 4)
-                interleave_nibbles(line + b * 16, block, row);
+                interleave_nibbles(lines + row * width + b * 16, block + row * 4);
             else
-                interleave_bytes(line + b * 32, std::min<int64_t>(32, width - b * 32), block, row);
+                interleave_bytes(lines + row * width + b * 32,
+                                 std::min<int64_t>(32, width - b * 32), block + row * 4);
         }
-    }
 }
 
 // (n, groups) elements -> their place in each record.

@@ -13,8 +13,9 @@ namespace {
 
 constexpr int64_t kManyRows = 32;                // from here on unpacking a tile pays
 constexpr int64_t kThreadBytes = 32 << 10;       // of weights: less is not worth another thread
-constexpr int64_t kCacheBytes = 1 << 20;         // of L2 that activations or weights may fill
-constexpr int64_t kWorkspaceBytes = 32 << 20;    // of activations prepared at a time
+constexpr int64_t kCacheBytes = 1 << 20;         // of L2 for the activations that all tiles meet
+constexpr int64_t kSumsBytes = 512 << 10;        // of L2 for sums that wait for the next columns
+constexpr int64_t kManyRowsLimit = 512;          // prepared at a time
 
 enum class Path { int8, exact, bfloat };
 
@@ -67,10 +68,12 @@ struct Plan {
             if (x.m >= kManyRows)
                 scratch_bytes = line_up(columns * kTileRows + w.groups * 2 * kTileRows * 4);
         } else {
-            narrow = {cutter.cut<std::uint16_t>(w4::ceil_div(x.m, 16) * 16 * columns), x.m};
-            const int64_t fair = w4::ceil_div(w.tiles, threads * 4), tile = columns * kTileRows * 2;
-            step = std::clamp<int64_t>(kCacheBytes / tile, 2, std::max<int64_t>(2, fair + fair % 2));
-            scratch_bytes = w.kind == Codes::bfloat16 ? 0 : step * tile;
+            const int64_t stride = bfloat_stride(w.blocks);
+            narrow = {cutter.cut<std::uint16_t>(w4::ceil_div(x.m, kPanelRows) * stride), x.m, stride};
+            const int64_t fair = w4::ceil_div(w.tiles, threads * 4);
+            step = std::clamp<int64_t>(kSumsBytes / (x.m * kTileRows * 4), 2, fair + fair % 2);
+            step -= step % 2;
+            scratch_bytes = bfloat_scratch_bytes(x.m, step);
         }
         scratch = scratch_bytes ? cutter.cut<uint8_t>(scratch_bytes * threads) : nullptr;
         bytes = cutter.used;
@@ -119,8 +122,7 @@ struct Call {
         if (path == Path::int8) kernels.int8_tiles(w, plan.int8, y, begin, end, scratch);
         if (path == Path::exact) kernels.float_tiles(w, plan.wide, y, begin, end);
         if (path == Path::bfloat)
-            kernels.bfloat_tiles(w, plan.narrow, y, begin, end,
-                                 reinterpret_cast<std::uint16_t*>(scratch));
+            kernels.bfloat_tiles(w, plan.narrow, y, begin, end, scratch);
     }
     void run(int threads) const {
         const TileView& w = matrix.view();
@@ -148,13 +150,11 @@ Path choose(const TileView& w, int64_t m, Mode mode, const Kernels& kernels) {
     return plain || coarse ? Path::exact : Path::int8;
 }
 
-// Rows of x prepared at a time. Tiles meet all of them, so int8 rows should stay in the cache.
+// Rows of x prepared at a time. Every tile meets all of int8 rows: they should stay in the cache.
 int64_t rows_at_a_time(const TileView& w, Path path) {
-    const int64_t columns = w.blocks * kBlock;
-    const int64_t fitting = path == Path::int8     ? kCacheBytes / columns
-                            : path == Path::bfloat ? kWorkspaceBytes / (2 * columns)
-                                                   : kWorkspaceBytes / (4 * columns);
-    return std::max<int64_t>(fitting / kPanelRows * kPanelRows, 4 * kPanelRows);
+    if (path != Path::int8) return kManyRowsLimit;
+    const int64_t fitting = kCacheBytes / (w.blocks * kBlock) / kPanelRows * kPanelRows;
+    return std::max<int64_t>(fitting, 4 * kPanelRows);
 }
 
 }  // namespace

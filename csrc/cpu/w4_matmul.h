@@ -94,11 +94,16 @@ struct FloatInput {
     std::int64_t m, panel;
 };
 
-// The same in bfloat16, panels of 16: values[((p * blocks + column / 32) * 16 + row) * 32 + ...].
+// The same in bfloat16, panels of 16: values[p * stride + (column / 32 * 16 + row) * 32 + ...].
 struct BfloatInput {
     std::uint16_t* values;
-    std::int64_t m;
+    std::int64_t m, stride;
 };
+
+// An odd number of KiB: panels a power of two apart would share few cache sets.
+constexpr std::int64_t bfloat_stride(std::int64_t blocks) {
+    return (blocks | 1) * kBlock * kPanelRows;
+}
 
 // One instruction set's kernels. Tiles and panels are independent: any split gives the same bits.
 struct Kernels {
@@ -109,12 +114,18 @@ struct Kernels {
                        std::int64_t end, std::uint8_t* scratch);
     void (*float_tiles)(const TileView& w, const FloatInput& x, const Output& y,
                         std::int64_t begin, std::int64_t end);
-    // For many rows where the processor multiplies tiles of bfloat16, else null; scratch for
-    // `end - begin` tiles in bfloat16.
+    // For many rows where the processor multiplies tiles of bfloat16, else null; scratch of
+    // bfloat_scratch_bytes().
     void (*narrow)(const Rows& x, const TileView& w, const BfloatInput& to, std::int64_t panel);
     void (*bfloat_tiles)(const TileView& w, const BfloatInput& x, const Output& y,
-                         std::int64_t begin, std::int64_t end, std::uint16_t* scratch);
+                         std::int64_t begin, std::int64_t end, std::uint8_t* scratch);
 };
+
+constexpr int kSliceBlocks = 18;  // blocks of two tiles in bfloat16 that stay in 48 KiB of L1
+constexpr std::int64_t bfloat_scratch_bytes(std::int64_t rows, std::int64_t tiles) {
+    const std::int64_t pairs = (rows + 2 * kPanelRows - 1) / (2 * kPanelRows) * ((tiles + 1) / 2);
+    return 2 * kSliceBlocks * kBlock * kTileRows * 2 + pairs * 4 * kPanelRows * kTileRows * 4;
+}
 
 #if defined(SHALLOW_X86)
 extern const Kernels kKernelsAvx2, kKernelsAvxvnni, kKernelsAvx512, kKernelsAmx;

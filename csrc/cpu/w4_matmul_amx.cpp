@@ -1,5 +1,8 @@
 // AVX-512 for a few rows of x; for many, weights are unpacked to bfloat16 and multiplied as tiles
 // of 16 x 32 that add in float32: no scale is left to apply to the sums.
+//
+// A tile product takes as long as the second-level cache needs for one operand. So a slice of two
+// weight tiles is unpacked into the first level, where all rows of x meet it; sums wait in memory.
 #include "cpu/w4_vector_avx512.h"
 
 namespace shallow {
@@ -23,16 +26,18 @@ inline __m512i pair(__m512 even, __m512 odd) {
     return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high);
 }
 
+// Blocks begin..end-1 of one tile as (blocks, 16 column pairs, 16 rows, 2) bfloat16.
 template <Codes C, bool Split>
-void unpack_bfloat(const TileView& w, int64_t tile, std::uint16_t* out) {
-    const uint8_t* block = w.codes + tile * w.blocks * w.block_bytes;
+void unpack_codes(const TileView& w, int64_t tile, int64_t begin, int64_t end,
+                  std::uint16_t* out) {
+    const uint8_t* block = w.codes + (tile * w.blocks + begin) * w.block_bytes;
+    const int64_t group_blocks = Split ? 1 : w.group_blocks;
     Params<Avx512, C> params(w, tile);
-    __m512 scale[2], min[2];
-    for (int64_t b = 0, left = 0; b < w.blocks; ++b) {
-        if (left-- == 0) {
+    params.skip(Split ? 2 * begin : begin / group_blocks);
+    __m512 scale[2] = {}, min[2] = {};
+    for (int64_t b = begin; b < end; ++b) {
+        if (b == begin || b % group_blocks == 0)
             for (int s = 0; s < 1 + Split; ++s) params.next(scale + s, min + s);
-            left = Split ? 0 : w.group_blocks - 1;
-        }
 #pragma GCC unroll 8
         for (int j = 0; j < 8; ++j) {
             const __m512i chunk = Avx512::chunk<C>(block, j);
@@ -49,50 +54,59 @@ void unpack_bfloat(const TileView& w, int64_t tile, std::uint16_t* out) {
     }
 }
 
-void unpack_half(const TileView& w, int64_t tile, std::uint16_t* out) {
-    const uint8_t* weights = w.codes + tile * w.blocks * w.block_bytes;
-    for (int64_t k = 0; k < w.blocks * kBlock; k += 2, weights += 64, out += 32)
+template <Codes C>
+void unpack(const TileView& w, int64_t tile, int64_t begin, int64_t end, std::uint16_t* out) {
+    if (w.group_blocks)
+        unpack_codes<C, false>(w, tile, begin, end, out);
+    else
+        unpack_codes<C, true>(w, tile, begin, end, out);
+}
+
+void unpack_half(const TileView& w, int64_t tile, int64_t begin, int64_t end,
+                 std::uint16_t* out) {
+    const uint8_t* weights = w.codes + (tile * w.blocks + begin) * w.block_bytes;
+    for (int64_t k = begin * kBlock; k < end * kBlock; k += 2, weights += 64, out += 32)
         _mm512_storeu_si512(
             out, pair(Avx512::load_half(weights), Avx512::load_half(weights + 32)));
 }
 
-// One tile as (blocks, 16 column pairs, 16 rows, 2) bfloat16.
-const std::uint16_t* bfloats(const TileView& w, int64_t tile, std::uint16_t* scratch) {
-    const bool split = w.group_blocks == 0;
+const std::uint16_t* bfloats(const TileView& w, int64_t tile, int64_t begin, int64_t end,
+                             std::uint16_t* scratch) {
     switch (w.kind) {
         case Codes::bfloat16:
-            return reinterpret_cast<const std::uint16_t*>(w.codes) + tile * w.blocks * kTile;
-        case Codes::float16: unpack_half(w, tile, scratch); break;
-        case Codes::byte:
-            split ? unpack_bfloat<Codes::byte, true>(w, tile, scratch)
-                  : unpack_bfloat<Codes::byte, false>(w, tile, scratch);
-            break;
-        case Codes::nibble_table:
-            split ? unpack_bfloat<Codes::nibble_table, true>(w, tile, scratch)
-                  : unpack_bfloat<Codes::nibble_table, false>(w, tile, scratch);
-            break;
-        default:
-            split ? unpack_bfloat<Codes::nibble, true>(w, tile, scratch)
-                  : unpack_bfloat<Codes::nibble, false>(w, tile, scratch);
+            return reinterpret_cast<const std::uint16_t*>(w.codes) +
+                   (tile * w.blocks + begin) * kTile;
+        case Codes::float16: unpack_half(w, tile, begin, end, scratch); break;
+        case Codes::byte: unpack<Codes::byte>(w, tile, begin, end, scratch); break;
+        case Codes::nibble_table: unpack<Codes::nibble_table>(w, tile, begin, end, scratch); break;
+        default: unpack<Codes::nibble>(w, tile, begin, end, scratch);
     }
     return scratch;
 }
 
-// sums[p][t]: panel p of two times tile t of two, (16 rows of x, 16 of W). The second of a pair
-// may be the first again.
+using Sums = float[2][2][kPanelRows * kTileRows];  // 2 panels x 2 tiles x (16 of x, 16 of W)
+
+// Adds the products of `blocks` blocks of two panels and two tiles.
 void multiply(const std::uint16_t* const (&x)[2], const std::uint16_t* const (&w)[2],
-              int64_t blocks, float (&sums)[2][2][kPanelRows * kTileRows]) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+              int64_t blocks, bool fresh, Sums& sums) {
+    if (fresh) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, sums[0][0], 64);
+        _tile_loadd(1, sums[0][1], 64);
+        _tile_loadd(2, sums[1][0], 64);
+        _tile_loadd(3, sums[1][1], 64);
+    }
     for (int64_t at = 0; at < blocks * kTile; at += kTile) {
-        _tile_loadd(4, x[0] + at, 64);
+        _tile_stream_loadd(4, x[0] + at, 64);
         _tile_loadd(6, w[0] + at, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, w[1] + at, 64);
         _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, x[1] + at, 64);
+        _tile_stream_loadd(5, x[1] + at, 64);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
@@ -102,49 +116,66 @@ void multiply(const std::uint16_t* const (&x)[2], const std::uint16_t* const (&w
     _tile_stored(3, sums[1][1], 64);
 }
 
+void write_sums(const Sums& sums, int64_t panel, int64_t tile, int64_t m, int64_t tiles,
+                const TileView& w, const Output& y) {
+    for (int64_t p = 0; p < 2 && (panel + p) * kPanelRows < m; ++p)
+        for (int64_t t = 0; t < 2 && tile + t < tiles; ++t) {
+            const int64_t left = m - (panel + p) * kPanelRows;
+            write<Avx512>(sums[p][t], static_cast<int>(left < kPanelRows ? left : kPanelRows), y,
+                          {tile + t, panel + p, 0, (tile + t) * kTileRows, w.n});
+        }
+}
+
 void bfloat_tiles(const TileView& w, const BfloatInput& x, const Output& y, int64_t begin,
-                  int64_t end, std::uint16_t* scratch) {
+                  int64_t end, uint8_t* scratch) {
     const TileConfig config;
     _tile_loadconfig(&config);
-    const int64_t size = w.blocks * kTile, panels = (x.m + kPanelRows - 1) / kPanelRows;
-    const bool plain = w.kind == Codes::bfloat16;
-    const std::uint16_t* const first = bfloats(w, begin, scratch);
-    for (int64_t tile = begin + 1; tile < end && !plain; ++tile)
-        bfloats(w, tile, scratch + (tile - begin) * size);
+    auto* const slice = reinterpret_cast<std::uint16_t*>(scratch);
+    auto* const sums = reinterpret_cast<Sums*>(scratch + 2 * kSliceBlocks * kTile * 2);
+    const int64_t panels = (x.m + kPanelRows - 1) / kPanelRows;
+    const int64_t slices = (w.blocks + kSliceBlocks - 1) / kSliceBlocks;
 
-    alignas(64) float sums[2][2][kPanelRows * kTileRows];
-    for (int64_t panel = 0; panel < panels; panel += 2) {
-        const int64_t panel2 = panel + 1 < panels ? panel + 1 : panel;
+    for (int64_t i = 0; i < slices; ++i) {
+        const int64_t from = w.blocks * i / slices, to = w.blocks * (i + 1) / slices;
+        Sums* sum = sums;
         for (int64_t tile = begin; tile < end; tile += 2) {
-            const int64_t tile2 = tile + 1 < end ? tile + 1 : tile;
-            multiply({x.values + panel * size, x.values + panel2 * size},
-                     {first + (tile - begin) * size, first + (tile2 - begin) * size}, w.blocks,
-                     sums);
-            for (int64_t p = panel; p <= panel2; ++p)
-                for (int64_t t = tile; t <= tile2; ++t) {
-                    const int64_t left = x.m - p * kPanelRows;
-                    write<Avx512>(sums[p - panel][t - tile],
-                                  static_cast<int>(left < kPanelRows ? left : kPanelRows), y,
-                                  {t, p, 0, t * kTileRows, w.n});
-                }
+            const std::uint16_t* const first = bfloats(w, tile, from, to, slice);
+            const std::uint16_t* const second =
+                tile + 1 < end ? bfloats(w, tile + 1, from, to, slice + kSliceBlocks * kTile)
+                               : first;
+            for (int64_t panel = 0; panel < panels; panel += 2, ++sum) {
+                const std::uint16_t* const rows = x.values + panel * x.stride + from * kTile;
+                multiply({rows, panel + 1 < panels ? rows + x.stride : rows}, {first, second},
+                         to - from, i == 0, *sum);
+                if (i + 1 == slices) write_sums(*sum, panel, tile, x.m, end, w, y);
+            }
         }
     }
     _tile_release();
 }
 
+// 32 elements -> bfloat16.
+inline __m512i narrow_block(const void* from, ScaleType type, int64_t count) {
+    if (type == ScaleType::bfloat16)
+        return _mm512_maskz_loadu_epi16(count < 32 ? (1u << count) - 1 : ~0u, from);
+    alignas(64) float values[kBlock];
+    Avx512::widen(from, type, values, static_cast<int>(count));
+    const __m512bh both =
+        _mm512_cvtne2ps_pbh(_mm512_load_ps(values + 16), _mm512_load_ps(values));
+    return reinterpret_cast<const __m512i&>(both);
+}
+
 void narrow(const Rows& x, const TileView& w, const BfloatInput& to, int64_t panel) {
     for (int64_t i = 0; i < kPanelRows; ++i) {
         const int64_t row = panel * kPanelRows + i;
-        for (int64_t b = 0; b < w.blocks; ++b) {
-            auto* const out = reinterpret_cast<__m256i*>(
-                to.values + ((panel * w.blocks + b) * kPanelRows + i) * kBlock);
-            alignas(64) float values[kBlock] = {};
+        std::uint16_t* out = to.values + panel * to.stride + i * kBlock;
+        for (int64_t b = 0; b < w.blocks; ++b, out += kTile) {
             const int64_t left = x.k - b * kBlock;
-            if (row < x.m)
-                Avx512::widen(element(x, row, b * kBlock), x.type, values,
-                              static_cast<int>(left < kBlock ? left : kBlock));
-            _mm256_storeu_si256(out, Avx512::to_bfloat(_mm512_load_ps(values)));
-            _mm256_storeu_si256(out + 1, Avx512::to_bfloat(_mm512_load_ps(values + 16)));
+            const __m512i values =
+                row < x.m ? narrow_block(element(x, row, b * kBlock), x.type,
+                                         left < kBlock ? left : kBlock)
+                          : _mm512_setzero_si512();
+            _mm512_store_si512(out, values);
         }
     }
 }
