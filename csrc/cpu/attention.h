@@ -37,11 +37,10 @@ struct AttentionKernels {
     void (*attend)(const KvShape& shape, std::uint8_t* const* pages, std::int64_t head,
                    std::int64_t begin, std::int64_t end, const Queries& queries,
                    const Attended& to, float* scratch);
-    // One head's row from the outcomes of its spans: data `stride` floats apart, peaks and totals
-    // `heads` apart.
-    void (*combine)(const float* data, std::int64_t stride, const float* peaks,
-                    const float* totals, std::int64_t heads, std::int64_t spans,
-                    std::int64_t head_dim, float* out);
+    // A query's outcome over all its spans: data (spans, heads, head_dim), peaks and totals
+    // (spans, heads); shares: scratch of the size of peaks.
+    void (*combine)(const float* data, const float* peaks, const float* totals, std::int64_t heads,
+                    std::int64_t spans, std::int64_t head_dim, float* shares, float* out);
 };
 
 constexpr std::int64_t kQueryRows = 48;  // rows of one attend() at most, or one query's heads

@@ -13,11 +13,19 @@
 namespace shallow {
 namespace {
 
-using std::int64_t;
 using std::int8_t;
 using std::uint8_t;
 
-constexpr int kRowGroup = 6;       // rows that meet a key or value while it is in registers
+constexpr int64_t kFetched = 4096;  // bytes of keys and values prefetched, into L2
+constexpr int kRowGroup = 6;        // rows that meet a key or value while it is in registers
+
+// Fetches what follows `at` by a little: keys, values and heads lie in the order they are read.
+// Few rows wait for memory; many for arithmetic.
+template <int R>
+inline void prefetch(const void* at) {
+    if constexpr (R < kRowGroup)
+        __builtin_prefetch(static_cast<const char*>(at) + kFetched, 0, 2);
+}
 
 // One kv head of one page.
 template <class T>
@@ -38,14 +46,14 @@ struct Head {
 template <class T, int R>
 void score(const T* keys, int64_t head_dim, const float* const* rows, int64_t positions,
            float* scores) {
+    static_assert(kStripe % (2 * Lanes::count) == 0, "two vectors lie in one stripe");
     for (int64_t p = 0; p < positions; p += 2 * Lanes::count) {
-        const int64_t q = p + Lanes::count;
-        const T* const first = keys + p / kStripe * kStripe * head_dim + p % kStripe;
-        const T* const second = keys + q / kStripe * kStripe * head_dim + q % kStripe;
+        const T* key = keys + p / kStripe * kStripe * head_dim + p % kStripe;
         F total[R][2];
         for (auto& pair : total) pair[0] = pair[1] = Lanes::set(0);
-        for (int64_t e = 0; e < head_dim; ++e) {
-            const F a = Lanes::load(first + e * kStripe), b = Lanes::load(second + e * kStripe);
+        for (int64_t e = 0; e < head_dim; ++e, key += kStripe) {
+            prefetch<R>(key);
+            const F a = Lanes::load(key), b = Lanes::load(key + Lanes::count);
 #pragma GCC unroll 6
             for (int r = 0; r < R; ++r) {
                 const F query = Lanes::set(rows[r][e]);
@@ -56,7 +64,7 @@ void score(const T* keys, int64_t head_dim, const float* const* rows, int64_t po
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
             Lanes::store(scores + r * kPage + p, total[r][0]);
-            Lanes::store(scores + r * kPage + q, total[r][1]);
+            Lanes::store(scores + r * kPage + p + Lanes::count, total[r][1]);
         }
     }
 }
@@ -73,6 +81,8 @@ inline void weigh_part(const T* values, int64_t width, int64_t positions, const 
             total[r][w] = Lanes::mul(Lanes::load(sums + r * width + w * Lanes::count),
                                      Lanes::set(factors[r]));
     for (int64_t p = 0; p < positions; ++p, values += width) {
+        for (int64_t at = 0; at < W * Lanes::count; at += 64 / static_cast<int64_t>(sizeof(T)))
+            prefetch<R>(values + at);
         F value[W];
 #pragma GCC unroll 4
         for (int w = 0; w < W; ++w) value[w] = Lanes::load(values + w * Lanes::count);
@@ -220,16 +230,31 @@ void attend(const KvShape& shape, uint8_t* const* pages, int64_t head, int64_t b
     }
 }
 
-void combine(const float* data, int64_t stride, const float* peaks, const float* totals,
-             int64_t heads, int64_t spans, int64_t head_dim, float* out) {
-    float peak = peaks[0], total = 0;
-    for (int64_t s = 1; s < spans; ++s) peak = std::max(peak, peaks[s * heads]);
-    for (int64_t s = 0; s < spans; ++s) total += totals[s * heads] * std::exp(peaks[s * heads] - peak);
-    std::fill(out, out + head_dim, 0.0f);
-    for (int64_t s = 0; s < spans; ++s) {
-        const float share = std::exp(peaks[s * heads] - peak) / total;
-        for (int64_t e = 0; e < head_dim; ++e) out[e] += share * data[s * stride + e];
-    }
+void combine(const float* data, const float* peaks, const float* totals, int64_t heads,
+             int64_t spans, int64_t head_dim, float* shares, float* out) {
+    const int64_t width = heads * head_dim;
+    each_vector(heads, [&](int64_t h, int64_t some) {
+        F peak = load(peaks + h, some), total = Lanes::set(0);
+        for (int64_t s = 1; s < spans; ++s)
+            peak = Lanes::max(peak, load(peaks + s * heads + h, some));
+        for (int64_t s = 0; s < spans; ++s) {
+            const F share = exponential(Lanes::sub(load(peaks + s * heads + h, some), peak));
+            total = Lanes::fma(share, load(totals + s * heads + h, some), total);
+            store(shares + s * heads + h, share, some);
+        }
+        for (int64_t s = 0; s < spans; ++s) {
+            float* const at = shares + s * heads + h;
+            store(at, Lanes::div(load(at, some), total), some);
+        }
+    });
+    for (int64_t h = 0; h < heads; ++h)
+        each_vector(head_dim, [&](int64_t e, int64_t some) {
+            F sum = Lanes::set(0);
+            for (int64_t s = 0; s < spans; ++s)
+                sum = Lanes::fma(Lanes::set(shares[s * heads + h]),
+                                 load(data + s * width + h * head_dim + e, some), sum);
+            store(out + h * head_dim + e, sum, some);
+        });
 }
 
 // (head_dim,) floats as T, zeros up to whole vectors; returns the scale of int8.

@@ -1,10 +1,29 @@
-// exp, tanh and erf on vectors, to about 2e-7. Included after one of lanes_<isa>.h.
+// Rows by vectors, and exp, tanh and erf to about 2e-7. Included after one of lanes_<isa>.h.
 #pragma once
+
+#include <cstdint>
 
 namespace shallow {
 namespace {
 
 using F = Lanes::F;
+using std::int64_t;
+
+// body(i, some) for every vector of n floats, `some` of whose lanes count.
+template <class Body>
+inline void each_vector(int64_t n, const Body& body) {
+    int64_t i = 0;
+    for (; i + Lanes::count <= n; i += Lanes::count) body(i, int64_t{Lanes::count});
+    if (i < n) body(i, n - i);
+}
+
+inline F load(const float* p, int64_t some) {
+    return some == Lanes::count ? Lanes::load(p) : Lanes::load(p, some);
+}
+
+inline void store(float* p, F v, int64_t some) {
+    some == Lanes::count ? Lanes::store(p, v) : Lanes::store(p, v, some);
+}
 
 inline F fma(F a, F b, float c) { return Lanes::fma(a, b, Lanes::set(c)); }
 

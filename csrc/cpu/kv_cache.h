@@ -10,12 +10,12 @@
 namespace shallow {
 
 constexpr std::int64_t kPage = 128;   // positions of one sequence in one slot
-constexpr std::int64_t kStripe = 16;  // positions whose keys interleave
+constexpr std::int64_t kStripe = 32;  // positions whose keys interleave: a cache line of float16
 
 enum class KvType : int { float32, float16, int8 };
 
 // A page holds, one kv head after another:
-//   keys    (kPage / kStripe, head_dim, kStripe), so that a vector is one feature of 16 positions
+//   keys    (kPage / kStripe, head_dim, kStripe), so that a vector is one feature of many positions
 //   values  (kPage, width)
 //   int8: scales of the keys, then of the values, (2, kPage) float32
 struct KvShape {

@@ -10,24 +10,6 @@
 namespace shallow {
 namespace {
 
-using std::int64_t;
-
-// body(i, some) for every vector of n floats, `some` of whose lanes count.
-template <class Body>
-inline void each_vector(int64_t n, const Body& body) {
-    int64_t i = 0;
-    for (; i + Lanes::count <= n; i += Lanes::count) body(i, int64_t{Lanes::count});
-    if (i < n) body(i, n - i);
-}
-
-inline F load(const float* p, int64_t some) {
-    return some == Lanes::count ? Lanes::load(p) : Lanes::load(p, some);
-}
-
-inline void store(float* p, F v, int64_t some) {
-    some == Lanes::count ? Lanes::store(p, v) : Lanes::store(p, v, some);
-}
-
 void normalise(const Norm& norm, const float* x, float* out, int64_t n) {
     float mean = 0;
     if (norm.centred) {

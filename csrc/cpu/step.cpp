@@ -7,8 +7,6 @@
 namespace shallow {
 namespace {
 
-constexpr std::int64_t kSpan = 256;  // positions of a span at least
-
 // Parts of the workspace, handed out in order; first measured with a null base.
 struct Cutter {
     std::uint8_t* base;
@@ -72,7 +70,8 @@ Mine cut_mine(Cutter& cutter, const Model& model, const Chunk& chunk, int thread
     mine.spare = cutter.cut<float>(panel * widest(r));
     mine.hidden_forms = cutter.cut<std::uint8_t>(hidden);
     mine.other_forms = cutter.cut<std::uint8_t>(other);
-    mine.attention = cutter.cut<float>(attention_scratch(chunk.cache->shape(), query_rows));
+    mine.attention = cutter.cut<float>(std::max(
+        attention_scratch(chunk.cache->shape(), query_rows), r.heads * kMaxSpans));
     mine.unpacked = cutter.cut<std::uint8_t>(unpacked);
     return mine;
 }
@@ -330,12 +329,11 @@ private:
     }
 
     void join(std::int64_t i, float* out) const {
-        const std::int64_t width = rules_.query_width(), e = rules_.head_dim;
-        const std::int64_t spans = set_->spans[static_cast<std::size_t>(i)], at = i * kMaxSpans;
-        for (std::int64_t h = 0; h < rules_.heads; ++h)
-            model_.attention_kernels->combine(
-                shared_.mixed + at * width + h * e, width, shared_.peaks + at * rules_.heads + h,
-                shared_.totals + at * rules_.heads + h, rules_.heads, spans, e, out + h * e);
+        const std::int64_t at = i * kMaxSpans;
+        model_.attention_kernels->combine(
+            shared_.mixed + at * rules_.query_width(), shared_.peaks + at * rules_.heads,
+            shared_.totals + at * rules_.heads, rules_.heads,
+            set_->spans[static_cast<std::size_t>(i)], rules_.head_dim, mine_.attention, out);
     }
 
     void activate(std::int64_t begin, std::int64_t end) {
@@ -452,7 +450,7 @@ void RowSet::add_items(const std::vector<Row>& chunk, const Rules& rules) {
         while (first > 0 && at(first - 1).sequence == at(last - 1).sequence) --first;
         const std::int64_t context = at(last - 1).position + 1, lone = last - first == 1;
         const std::int64_t share = w4::ceil_div(w4::ceil_div(context, kMaxSpans), kPage) * kPage;
-        const std::int64_t span = lone ? std::max(kSpan, share) : context;
+        const std::int64_t span = lone ? share : context;
         const std::int64_t count = w4::ceil_div(context, span);
         if (count > 1) spans[static_cast<std::size_t>(first)] = static_cast<std::int32_t>(count), split = true;
         for (std::int64_t end = last; end > first; end -= std::min(queries, end - first)) {
