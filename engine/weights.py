@@ -11,7 +11,7 @@ from engine.checkpoint.gguf_blocks import GgufBlocks, dequantise
 from engine.config import ModelConfig
 from engine.errors import InputError
 from engine.families import FAMILIES, layer_tensors, outer_tensors, role_shape
-from engine.kernels.w4.format import Packed, rows, unpack
+from engine.kernels.w4.format import Packed, rows_of, unpack
 from engine.kernels.w4.from_gguf import from_blocks
 
 Weights = dict[str, torch.Tensor]  # role ("q", "q.bias", "attn_norm") -> tensor
@@ -128,7 +128,7 @@ def _split(matrix: Stored, sizes: list[int]) -> Sequence[Stored]:
     if isinstance(matrix, GgufBlocks):
         parts = matrix.data.split(sizes)
         return [GgufBlocks(matrix.type, (len(part), matrix.shape[1]), part) for part in parts]
-    return [rows(matrix, start, stop) for start, stop in pairwise(accumulate(sizes, initial=0))]
+    return [rows_of(matrix, start, stop) for start, stop in pairwise(accumulate(sizes, initial=0))]
 
 
 def _stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Stored:

@@ -18,7 +18,7 @@ from engine.kernels.w4.format import (
     check_finite,
     concatenate,
     pack_codes,
-    rows,
+    rows_of,
     unpack,
     unpack_codes,
     validate,
@@ -237,10 +237,10 @@ def test_concatenate_stacks_rows(scheme, rng):
     second = replace(random_packed(rng, 2, 100, spec), perm=first.perm.clone())
     fused = validate(concatenate([first, second]))
     assert torch.equal(unpack(fused), torch.cat([unpack(first), unpack(second)]))
-    assert torch.equal(unpack(validate(rows(fused, 3, 5))), unpack(second))
-    assert rows(fused, 0, 3).codes.data_ptr() == fused.codes.data_ptr()
+    assert torch.equal(unpack(validate(rows_of(fused, 3, 5))), unpack(second))
+    assert rows_of(fused, 0, 3).codes.data_ptr() == fused.codes.data_ptr()
     with pytest.raises(ValueError, match=r"part of 0\.\.5, found 3\.\.6"):
-        rows(fused, 3, 6)
+        rows_of(fused, 3, 6)
     with pytest.raises(ValueError, match="one perm, found two"):
         concatenate([first, replace(second, perm=None)])
     with pytest.raises(ValueError, match="one spec and K"):

@@ -254,16 +254,6 @@ def unpack(packed: Packed) -> torch.Tensor:
     return values.contiguous() if packed.perm is None else values[:, packed.perm.argsort()]
 
 
-def rows_of(packed: Packed, start: int, stop: int) -> Packed:
-    """Rows start..stop-1: views."""
-    shared = ("codebook", "perm")
-    rows = {
-        name: tensor if name in shared else tensor[start:stop]
-        for name, tensor in packed.tensors().items()
-    }
-    return replace(packed, shape=(stop - start, packed.shape[1]), **rows)
-
-
 def concatenate(parts: Sequence[Packed]) -> Packed:
     """Matrices of one spec, K, perm and codebook stacked along N, for fused projections.
 
@@ -291,7 +281,7 @@ def concatenate(parts: Sequence[Packed]) -> Packed:
     return replace(first, shape=(rows, first.shape[1]), **stacked)
 
 
-def rows(packed: Packed, start: int, stop: int) -> Packed:
+def rows_of(packed: Packed, start: int, stop: int) -> Packed:
     """Rows start .. stop - 1 as views, for the parts of a matrix that was stored fused."""
     n, k = packed.shape
     if not 0 <= start < stop <= n:
