@@ -7,7 +7,6 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
-#include <vector>
 
 #include "cpu/bindings.h"
 #include "cpu/features.h"
@@ -33,46 +32,67 @@ uint64_t sum_words_fastest(const void* data, size_t bytes) {
     return sum_words_generic(data, bytes);
 }
 
-struct Pass {  // from the first thread's start to the last one's end
-    Clock::time_point start = Clock::time_point::max(), end = Clock::time_point::min();
+// Memory in huge pages where there are any, and the threads that read it.
+class Reader {
+public:
+    Reader(int64_t bytes, int threads) : bytes_(bytes), threads_(threads), pages_(checked(*this)) {
+        Pool::instance().run(threads_, [&](int thread, int count) {
+            const size_t size = static_cast<size_t>(bytes_), part = size / count / kUnit * kUnit;
+            const size_t begin = part * static_cast<size_t>(thread);
+            // Written, since pages that nothing was written to are all one page.
+            std::memset(data() + begin, 1, thread + 1 < count ? part : size - begin);
+        });
+    }
+
+    // GB/s of one pass, from the first thread's start to the last one's end.
+    double pass() {
+        auto start = Clock::time_point::max(), end = Clock::time_point::min();
+        size_t bytes_read = 0;
+        uint64_t sum = 0;
+        std::mutex mutex;
+        std::atomic<int> arrived{0};
+        Pool::instance().run(threads_, [&](int thread, int count) {
+            const size_t part = static_cast<size_t>(bytes_ / count / kUnit * kUnit);
+            ++arrived;
+            while (arrived < count) std::this_thread::yield();
+            const auto mine = Clock::now();
+            const uint64_t found = sum_words_fastest(data() + part * size_t(thread), part);
+            const auto done = Clock::now();
+            const std::lock_guard lock(mutex);
+            start = std::min(start, mine), end = std::max(end, done);
+            sum += found, bytes_read += part;
+        });
+        if (sum != 0x0101010101010101 * (bytes_read / 8))
+            throw std::runtime_error("read_bandwidth did not read what it had written");
+        return static_cast<double>(bytes_read) / std::chrono::duration<double>(end - start).count() /
+               1e9;
+    }
+
+private:
+    static constexpr int64_t kUnit = 4096;
+
+    static size_t checked(const Reader& reader) {
+        if (reader.threads_ < 1 || reader.bytes_ < reader.threads_ * kUnit)
+            throw std::invalid_argument(
+                "reading needs a thread and 4096 bytes a thread, found bytes=" +
+                std::to_string(reader.bytes_) + ", threads=" + std::to_string(reader.threads_));
+        return static_cast<size_t>(reader.bytes_);
+    }
+    char* data() const { return static_cast<char*>(pages_.data()); }
+
+    int64_t bytes_;
+    int threads_;
+    Pages pages_;
 };
 
 double read_bandwidth(int64_t bytes, int threads, int passes) {
-    constexpr int64_t kUnit = 4096;
-    if (threads < 1 || passes < 1 || bytes < threads * kUnit)
-        throw std::invalid_argument(
-            "read_bandwidth needs a thread, a pass and 4096 bytes a thread, found bytes=" +
-            std::to_string(bytes) + ", threads=" + std::to_string(threads) +
-            ", passes=" + std::to_string(passes));
-    const Pages pages(static_cast<size_t>(bytes));
-    std::vector<Pass> timed(static_cast<size_t>(passes));
-    std::mutex mutex;
-    std::atomic<int64_t> arrived{0};
-    std::atomic<uint64_t> bytes_read{0}, sum{0};
-
-    Pool::instance().run(threads, [&](int thread, int count) {
-        const size_t share = static_cast<size_t>(bytes / count / kUnit * kUnit);
-        char* const mine = static_cast<char*>(pages.data()) + share * static_cast<size_t>(thread);
-        std::memset(mine, 1, share);  // pages that nothing was written to are all one page
-        int64_t expected = 0;
-        for (Pass& pass : timed) {
-            ++arrived;
-            expected += count;
-            while (arrived < expected) std::this_thread::yield();
-            const auto start = Clock::now();
-            sum += sum_words_fastest(mine, share);
-            const auto end = Clock::now();
-            const std::lock_guard lock(mutex);
-            pass = {std::min(pass.start, start), std::max(pass.end, end)};
-        }
-        bytes_read += share;
-    });
-
-    if (sum != 0x0101010101010101 * (bytes_read / 8 * static_cast<uint64_t>(passes)))
-        throw std::runtime_error("read_bandwidth did not read what it had written");
-    auto best = Clock::duration::max();
-    for (const Pass& pass : timed) best = std::min(best, pass.end - pass.start);
-    return static_cast<double>(bytes_read) / std::chrono::duration<double>(best).count() / 1e9;
+    if (passes < 1)
+        throw std::invalid_argument("read_bandwidth needs a pass, found passes=" +
+                                    std::to_string(passes));
+    Reader reader(bytes, threads);
+    double best = 0;
+    for (int pass = 0; pass < passes; ++pass) best = std::max(best, reader.pass());
+    return best;
 }
 
 }  // namespace
@@ -80,8 +100,13 @@ double read_bandwidth(int64_t bytes, int threads, int passes) {
 
 void bind_bandwidth(pybind11::module_& m) {
     namespace py = pybind11;
+    using shallow::Reader;
+    using release = py::call_guard<py::gil_scoped_release>;
+    py::class_<Reader>(m, "Reader", "Memory that is read to find the bandwidth, time and again.")
+        .def(py::init<int64_t, int>(), release(), py::arg("bytes"), py::arg("threads"))
+        .def("gb_s", &Reader::pass, release(), "GB/s (1e9) of one pass over all bytes.");
     m.def("read_bandwidth", shallow::read_bandwidth, py::arg("bytes"), py::arg("threads"),
-          py::arg("passes") = 8, py::call_guard<py::gil_scoped_release>(),
+          py::arg("passes") = 8, release(),
           "GB/s (1e9) at which `threads` threads, at most the CPUs of this process, read `bytes`\n"
           "bytes of memory in huge pages where there are any: the best of `passes` passes.");
 }
