@@ -10,11 +10,11 @@ share of the nearer ceiling: torch's float64 or, for 16-bit inputs, float32 matm
 """
 
 from collections.abc import Callable
-from time import perf_counter_ns
 
 import pytest
 import torch
 from cases import MODELS
+from ceiling import shares, times_ns
 from torch import Tensor
 
 from engine.kernels import dispatch, native
@@ -70,14 +70,8 @@ def ceilings() -> dict[str, float]:
 
 
 def best_ns(*functions: Callable[[], object], rounds: int = 5) -> list[int]:
-    """The shortest time of each; they take turns, so that a busy moment falls on all."""
-    times: list[list[int]] = [[] for _ in functions]
-    for _ in range(rounds):
-        for function, found in zip(functions, times, strict=True):
-            start = perf_counter_ns()
-            function()
-            found.append(perf_counter_ns() - start)
-    return [min(found) for found in times]
+    """The shortest time of each."""
+    return [min(times) for times in times_ns(*functions, rounds=rounds)]
 
 
 def residual_stream(model: str, samples: int, dtype: torch.dtype) -> Tensor:
@@ -128,13 +122,10 @@ def record(benchmark, ceilings: dict[str, float], x: Tensor, samples: int) -> No
     gflops = boundaries * (boundaries + 1) * D * samples / nanoseconds
     gb_s = boundaries * D * samples * x.itemsize / nanoseconds
     compute = gflops / ceilings[f"{8 * x.itemsize} bits"]
-    memory = gb_s / ceilings["read"]
     benchmark.extra_info.update(
         gflop_s=round(gflops, 1),
         gb_s=round(gb_s, 2),
-        share_of_compute=round(compute, 3),
-        share_of_reading=round(memory, 3),
-        ceiling="compute" if compute > memory else "reading",
+        **shares(compute, gb_s / ceilings["read"]),
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from cases import MATRICES
 
 from engine.kernels import native
 from engine.kernels.w4.cuda import matmul
@@ -15,16 +16,18 @@ from engine.kernels.w4.format import Packed, Spec, unpack
 from engine.kernels.w4.layout_gpu import to_gpu
 
 RESULTS = Path(__file__).parent / "results"
-SHAPES = {  # (N, K), by the matrices they are
-    "4096 x 4096": (4096, 4096),
-    "8192 x 8192": (8192, 8192),
-    "SmolLM2-135M down": (576, 1536),
-    "Llama-3.2-1B qkv": (3072, 2048),
-    "Llama-3-8B qkv": (6144, 4096),
-    "Llama-3-8B gate and up": (28672, 4096),
-    "Llama-3-8B down": (4096, 14336),
-    "Llama-2-70B gate and up": (57344, 8192),
-    "Llama-2-70B down": (8192, 28672),
+SHAPES = {"4096 x 4096": (4096, 4096), "8192 x 8192": (8192, 8192)}  # (N, K)
+SHAPES |= {
+    name: MATRICES[name]
+    for name in (
+        "SmolLM2-135M down",
+        "Llama-3.2-1B qkv",
+        "Llama-3-8B qkv",
+        "Llama-3-8B gate and up",
+        "Llama-3-8B down",
+        "Llama-2-70B gate and up",
+        "Llama-2-70B down",
+    )
 }
 SPECS = {
     "symmetric g128": Spec(4, 128, "symmetric"),
