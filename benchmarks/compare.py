@@ -1,0 +1,103 @@
+"""Compares the shares of the ceiling that two runs of the benchmarks reached.
+
+    python benchmarks/compare.py                       # the two latest of .benchmarks
+    python benchmarks/compare.py before.json after.json --fall 0.05
+
+The files are pytest-benchmark's (--benchmark-autosave, --benchmark-json). Exits with 1 when the
+share of a case that both have falls by more than --fall, a part of what it was; with 2 when a file
+cannot be compared.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+FALL = 0.1
+STORAGE = Path(".benchmarks")  # pytest-benchmark's
+
+
+class BadInput(Exception):
+    """Says in one sentence which file cannot be compared, and why."""
+
+
+def shares_of(file: Path) -> dict[str, float]:
+    """The share of the nearer ceiling by case, of those that record one."""
+    try:
+        benchmarks = json.loads(file.read_text())["benchmarks"]
+        infos = {one["fullname"]: one["extra_info"] for one in benchmarks}
+        found = {
+            name: float(info[f"share_of_{info['ceiling']}"])
+            for name, info in infos.items()
+            if "ceiling" in info
+        }
+    except OSError as error:
+        raise BadInput(f"{file} cannot be read: {error.strerror}.") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BadInput(f"{file} is not a record of pytest-benchmark ({error!r}).") from error
+    if strange := [name for name, share in found.items() if not 0 < share < math.inf]:
+        raise BadInput(
+            f"{file}: the share of {strange[0]} must be positive, found {found[strange[0]]}."
+        )
+    if not found:
+        raise BadInput(f"{file} holds no case with a share of a ceiling.")
+    return found
+
+
+def latest(storage: Path) -> list[Path]:
+    """The two latest runs, the older one first."""
+    found = sorted(storage.glob("*/[0-9]*_*.json"), key=lambda file: file.stat().st_mtime_ns)
+    if len(found) < 2:
+        raise BadInput(
+            f"{storage} must hold two runs of --benchmark-autosave, found {len(found)}; or name "
+            "two files."
+        )
+    return found[-2:]
+
+
+def report(before: dict[str, float], after: dict[str, float], fall: float) -> list[str]:
+    """Prints a line a case, those of one run too; returns the cases that fell too far."""
+    fallen = []
+    for name in sorted(before.keys() | after.keys()):
+        old, new = before.get(name), after.get(name)
+        if old is None or new is None:
+            change = "only before" if new is None else "only after"
+        else:
+            change = f"{new / old - 1:+.0%}"
+            if new < old * (1 - fall):
+                fallen.append(name)
+                change += "  FELL"
+        shown = ("     -" if share is None else f"{share:6.1%}" for share in (old, new))
+        print(name, *shown, change, sep="  ")
+    return fallen
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="*", type=Path, help="before and after")
+    parser.add_argument("--fall", type=float, default=FALL, help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    try:
+        if len(options.files) not in (0, 2):
+            raise BadInput(f"Name two files or none, found {len(options.files)}.")
+        if not 0 <= options.fall < 1:
+            raise BadInput(f"--fall must be at least 0 and less than 1, found {options.fall}.")
+        before, after = map(shares_of, options.files or latest(STORAGE))
+        if not before.keys() & after.keys():
+            raise BadInput("The two runs have no case in common.")
+    except BadInput as error:
+        print(error, file=sys.stderr)
+        return 2
+    fallen = report(before, after, options.fall)
+    print(
+        f"{len(fallen)} of {len(before.keys() & after.keys())} cases fell by more than "
+        f"{options.fall:.0%}"
+    )
+    return 1 if fallen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
