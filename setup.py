@@ -14,7 +14,7 @@ from setuptools.command.sdist import sdist
 from setuptools.modified import newer_group
 
 # engine/kernels is a link to ../kernels. A top-level `kernels` would hide Hugging Face's package.
-PACKAGES = """engine engine.checkpoint engine.export engine.runtime engine.text
+PACKAGES = """engine engine.checkpoint engine.export engine.peers engine.runtime engine.text
 engine.kernels engine.kernels.angular engine.kernels.w4""".split()
 
 X86 = platform.machine() in ("x86_64", "AMD64")

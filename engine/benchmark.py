@@ -9,10 +9,19 @@ import torch
 
 from engine import machine
 from engine.artifacts import Artifact
-from engine.generation import Generation, Options, Step, Timings, generate, rate_tok_s
+from engine.generation import (
+    Generation,
+    Options,
+    Step,
+    Timings,
+    encode_prompt,
+    generate,
+    rate_tok_s,
+)
 from engine.layers import format_layers
 
 WARMUP_TOKENS = 8  # of a warm-up run; its prompt runs in full
+LEAST_AGREEMENT = 0.5  # below it a peer runs another model, and its speed means nothing
 
 
 class Peer(Protocol):
@@ -20,9 +29,12 @@ class Peer(Protocol):
 
     name: str
     version: str
+    setting: dict[str, Any]
 
-    def generate(self, new_tokens: int) -> tuple[list[list[int]], Timings]:
-        """Greedy ids of every prompt and the times; loads the model when first called."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int
+    ) -> tuple[list[list[int]], Timings]:
+        """Greedy ids of every prompt, and the times."""
 
 
 @dataclass(frozen=True)
@@ -88,19 +100,20 @@ class RunRecord(Artifact):
     achieved_gb_s: float | None  # weight bytes of a median step / its time
     ceiling_gb_s: float | None
     ceiling_share: float | None
-    compare: dict[str, Any] | None
+    compare: tuple[dict[str, Any], ...]  # a peer each
     versions: dict[str, str]
     commit: str | None
 
 
 @dataclass(frozen=True)
 class Runs:
-    """What the measured runs of both engines gave."""
+    """What the measured runs of all engines gave; a list a peer of theirs."""
 
+    prompts: list[list[int]]  # as the peers get them
     first: list[Generation]
     ours: list[Timings]
-    theirs: list[Timings]
-    their_ids: list[list[int]]
+    theirs: list[list[Timings]]
+    their_ids: list[list[int]]  # of the first sequence
     peak_rss_bytes: int
     peak_vram_bytes: int | None
 
@@ -119,17 +132,17 @@ def benchmark(
     batch: int = 1,
     repeats: int = 1,
     warmup: int = 1,
-    peer: Peer | None = None,
+    peers: Sequence[Peer] = (),
     on_step: Callable[[Step], None] | None = None,
 ) -> RunRecord:
     """Runs `batch` copies of the prompt `repeats` times and records the speed.
 
     `model` offers `runtime` and `text`; `name` and `load_ms` are recorded as they are. `warmup`
-    short runs come first. `on_step` sees the first measured run. With a peer, runs of both
-    alternate, so that a slow spell of the machine meets both.
+    short runs come first. `on_step` sees the first measured run. Runs of ours and of the peers
+    take turns, so that a slow spell of the machine meets all.
     """
     runtime, config = model.runtime, model.runtime.config
-    runs = run_alternating(model, [prompt] * batch, options, repeats, warmup, peer, on_step)
+    runs = run_alternating(model, [prompt] * batch, options, repeats, warmup, peers, on_step)
     speed, first = Speed.of(runs.ours), runs.first[0]
     return RunRecord(
         model=name,
@@ -150,8 +163,8 @@ def benchmark(
         peak_rss_bytes=runs.peak_rss_bytes,
         peak_vram_bytes=runs.peak_vram_bytes,
         **_weights(runtime, runs.ours),
-        **_surroundings(runtime, peer),
-        compare=_comparison(speed, runs, peer) if peer else None,
+        **_surroundings(runtime, peers),
+        compare=tuple(compared(runtime, runs, index, peer) for index, peer in enumerate(peers)),
     )
 
 
@@ -161,30 +174,33 @@ def run_alternating(
     options: Options,
     repeats: int,
     warmup: int,
-    peer: Peer | None,
+    peers: Sequence[Peer],
     on_step: Callable[[Step], None] | None,
 ) -> Runs:
-    """The warm-up runs, then the measured ones, the peer's in turn with ours."""
+    """The warm-up runs, then the measured ones, every peer's in turn with ours."""
     short = replace(options, max_new_tokens=min(options.max_new_tokens, WARMUP_TOKENS))
     for _ in range(warmup):
         generate(model.runtime, model.text, prompts, short)
     first = generate(model.runtime, model.text, prompts, options, on_step)
     runs = Runs(
+        prompts=[encode_prompt(model.text, prompt) for prompt in prompts] if peers else [],
         first=first,
         ours=[first[0].timings],
-        theirs=[],
-        their_ids=[],
-        peak_rss_bytes=machine.peak_rss_bytes(),  # before the peer loads its copy of the model
+        theirs=[[] for _ in peers],
+        their_ids=[[] for _ in peers],
+        peak_rss_bytes=machine.peak_rss_bytes(),
         peak_vram_bytes=machine.peak_vram_bytes(model.runtime.device),
     )
-    for _ in range(warmup if peer else 0):
-        peer.generate(short.max_new_tokens)
+    for peer in peers:
+        for _ in range(warmup):
+            peer.generate(runs.prompts, short.max_new_tokens)
     for repeat in range(repeats):
         if repeat:
             runs.ours.append(generate(model.runtime, model.text, prompts, options)[0].timings)
-        if peer:
-            runs.their_ids[:], timings = peer.generate(runs.new_tokens)
-            runs.theirs.append(timings)
+        for index, peer in enumerate(peers):
+            ids, timings = peer.generate(runs.prompts, runs.new_tokens)
+            runs.their_ids[index] = ids[0]
+            runs.theirs[index].append(timings)
     return runs
 
 
@@ -202,27 +218,45 @@ def _weights(runtime, runs: Sequence[Timings]) -> dict[str, Any]:
     }
 
 
-def _surroundings(runtime, peer: Peer | None) -> dict[str, Any]:
+def _surroundings(runtime, peers: Sequence[Peer]) -> dict[str, Any]:
     return {
         "device": str(runtime.device),
         "device_name": machine.device_name(runtime.device),
         "dtype": str(runtime.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "versions": machine.versions() | ({peer.name: peer.version} if peer else {}),
+        "versions": machine.versions() | {peer.name: peer.version for peer in peers},
         "commit": machine.commit(),
     }
 
 
-def _comparison(speed: Speed, runs: Runs, peer: Peer) -> dict[str, Any]:
-    """The peer's speed, ours over theirs, and for how many leading tokens the outputs agree."""
-    theirs, ours = Speed.of(runs.theirs), runs.first[0].token_ids
-    pairs = zip(ours, runs.their_ids[0], strict=False)
-    same_tokens = next((at for at, (a, b) in enumerate(pairs) if a != b), len(ours))
-    decoded = speed.decode_tok_s and theirs.decode_tok_s
-    return {
+def compared(runtime, runs: Runs, index: int, peer: Peer) -> dict[str, Any]:
+    """How a peer's output agrees with ours; and where it does, its speed and ours over it."""
+    ours, theirs = runs.first[0].token_ids, runs.their_ids[index]
+    pairs = zip(ours, theirs, strict=False)
+    found: dict[str, Any] = {
         "name": peer.name,
-        **asdict(theirs),
-        "decode_ratio": speed.decode_tok_s / theirs.decode_tok_s if decoded else None,
-        "prefill_ratio": speed.prefill_tok_s / theirs.prefill_tok_s,
-        "same_tokens": same_tokens,
+        "version": peer.version,
+        "setting": peer.setting,
+        "same_tokens": next((at for at, (a, b) in enumerate(pairs) if a != b), len(ours)),
+        "agreement": agreement(runtime, runs.prompts[0], theirs),
     }
+    if found["agreement"] < LEAST_AGREEMENT:
+        return found | {"wrong": "its text is not this model's, so its speed means nothing"}
+    speed, peer_speed = Speed.of(runs.ours), Speed.of(runs.theirs[index])
+    decoded = speed.decode_tok_s and peer_speed.decode_tok_s
+    return found | {
+        **asdict(peer_speed),
+        "decode_ratio": speed.decode_tok_s / peer_speed.decode_tok_s if decoded else None,
+        "prefill_ratio": speed.prefill_tok_s / peer_speed.prefill_tok_s,
+    }
+
+
+def agreement(runtime, prompt: Sequence[int], ids: Sequence[int]) -> float:
+    """The share of `ids` that `runtime` would choose greedily after the prompt and those before."""
+    cache = runtime.new_cache(1, len(prompt) + len(ids))
+    tokens = torch.tensor([[*prompt, *ids[:-1]]]).to(runtime.device)
+    logits = [runtime.forward(tokens[:, : len(prompt)], cache, logits="last")]
+    if len(ids) > 1:
+        logits.append(runtime.forward(tokens[:, len(prompt) :], cache, logits="all"))
+    chosen = torch.cat(logits, dim=1)[0].argmax(-1).tolist()
+    return sum(a == b for a, b in zip(chosen, ids, strict=True)) / len(ids)

@@ -1,8 +1,10 @@
 """python -m engine.run: generates text from a model and reports the speed."""
 
+import sys
+from contextlib import ExitStack, contextmanager
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -21,9 +23,7 @@ from engine.command import (
     planned,
 )
 from engine.errors import InputError
-
-if TYPE_CHECKING:
-    from engine.benchmark import RunRecord
+from engine.peers.known import chosen
 
 PROMPT = "Explain in a few sentences why the sky is blue and why sunsets are red."
 
@@ -61,25 +61,38 @@ def run(
         int, typer.Option(min=1, rich_help_panel=_MEASURE, help="Copies of the prompt.")
     ] = 1,
     repeats: Annotated[
-        int, typer.Option(min=1, rich_help_panel=_MEASURE, help="Measured runs.")
-    ] = 1,
+        int | None,
+        typer.Option(min=1, rich_help_panel=_MEASURE, help="Measured runs: 1, 5 with --compare."),
+    ] = None,
     warmup: Annotated[
         int, typer.Option(min=0, rich_help_panel=_MEASURE, help="Short runs before.")
     ] = 1,
     compare: Annotated[
         str | None,
-        typer.Option(rich_help_panel=_MEASURE, help="'transformers': the same work, alternating."),
+        typer.Option(
+            metavar="PEERS",
+            rich_help_panel=_MEASURE,
+            help="Some of llama.cpp,ik,openvino,transformers: the same work, taking turns.",
+        ),
+    ] = None,
+    peer_python: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH",
+            rich_help_panel=_MEASURE,
+            help="The Python that has a peer installed, if not this one; repeatable.",
+        ),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Generate text, then a table of the speed; the last line is the record as JSON."""
     check_writable(json_file)
-    if compare not in (None, "transformers"):
-        raise InputError(f"--compare knows transformers, not {compare!r}")
+    asked = chosen(compare, peer_python or ()) if compare is not None else {}
     if sum(given is not None for given in (prompt, prompt_file, prompt_tokens)) > 1:
         raise InputError("--prompt, --prompt-file and --prompt-tokens exclude each other")
 
     from engine.benchmark import benchmark
+    from engine.tables import report
     from engine.text import read_text_file
 
     options = as_options(
@@ -102,19 +115,19 @@ def run(
         given = list(islice(cycle(opened.text.encode(PROMPT)), prompt_tokens))
     else:
         given = as_prompt(opened.text, PROMPT if prompt is None else prompt, chat)
-    peer = open_peer(opened, given, options, batch) if compare else None
-    record = benchmark(
-        opened,
-        given,
-        options,
-        name=model,
-        load_ms=load_ms,
-        batch=batch,
-        repeats=repeats,
-        warmup=warmup,
-        peer=peer,
-        on_step=lambda step: print(step.pieces[0], end="", flush=True),
-    )
+    with opened_peers(asked, opened, given, options, batch) as peers:
+        record = benchmark(
+            opened,
+            given,
+            options,
+            name=model,
+            load_ms=load_ms,
+            batch=batch,
+            repeats=repeats or (5 if asked else 1),
+            warmup=warmup,
+            peers=peers,
+            on_step=lambda step: print(step.pieces[0], end="", flush=True),
+        )
     print("\n")
     report(record, json_file)
 
@@ -135,78 +148,32 @@ def as_prompt(text, prompt: str, chat: bool | None) -> str | list[dict[str, str]
     return prompt
 
 
-def open_peer(model, prompt: Any, options, batch: int):
-    """transformers on the same ids and layers; greedy only, or outputs could not be compared."""
+@contextmanager
+def opened_peers(asked: dict[str, str | None], model, prompt: Any, options, batch: int):
+    """Yields the peers that are installed, on the same work, each in its fastest setting.
+
+    What is not installed is said, unless its interpreter was named: then it is an InputError.
+    """
+    if not asked:
+        yield []
+        return
     from engine.generation import encode_prompt
-    from engine.peer import TransformersPeer
+    from engine.peers.process import PeerMissing, fastest, work_of
 
     if options.temperature or options.repetition_penalty != 1:
         raise InputError("--compare needs greedy decoding: leave the sampling options out")
-    prompts = [encode_prompt(model.text, prompt)] * batch
-    layers = [entry.layer for entry in model.config.layers]
-    return TransformersPeer(model.path, prompts, layers, model.runtime.device, model.runtime.dtype)
-
-
-def report(record: "RunRecord", json_file: Path | None) -> None:
-    """Prints the table and the JSON line; writes the file where one is asked for."""
-    import json
-
-    import torch
-    from rich.console import Console
-
-    from engine.machine import ceiling_missing
-
-    Console().print(table(record))
-    if record.ceiling_gb_s is None:
-        print(f"no ceiling: {ceiling_missing(torch.device(record.device))}")
-    if json_file is not None:
-        record.save(json_file)
-    print(json.dumps(record.to_json()), flush=True)
-
-
-def table(record: "RunRecord"):
-    """The record for people, as a rich table."""
-    from rich.table import Table
-
-    r, other = record, record.compare
-    out = Table(show_header=other is not None, pad_edge=False)
-    for name in ("", "engine", *((other["name"], "ratio") if other else ())):
-        out.add_column(name, justify="right" if name else "left", overflow="fold")
-
-    def row(name: str, value: str, theirs: str = "", ratio: float | None = None) -> None:
-        extra = (theirs, "" if ratio is None else f"{ratio:.2f}x") if other else ()
-        out.add_row(name, value, *extra)
-
-    def speed(name: str, field: str, unit: str, ratio: float | None = None) -> None:
-        mine, theirs = getattr(r, field), other and other[field]
-        row(name, _figure(mine, unit), _figure(theirs, unit) if other else "", ratio)
-
-    row("model", f"{r.model} ({r.layers_kept} of {r.layers_total} layers)")
-    row("on", f"{r.device_name}, {r.threads} threads, {r.backend}, {r.dtype}")
-    row("tokens", f"{r.batch} x ({r.prompt_tokens} prompt + {r.new_tokens} new)")
-    row("load", _figure(r.load_ms, "ms"))
-    speed("prefill", "prefill_tok_s", "tok/s", other and other["prefill_ratio"])
-    speed("time to first token", "ttft_ms", "ms")
-    speed("decode, median", "decode_tok_s", "tok/s", other and other["decode_ratio"])
-    speed("decode, p5", "decode_tok_s_p5", "tok/s")
-    speed("decode, p95", "decode_tok_s_p95", "tok/s")
-    speed("a token", "ms_per_token", "ms")
-    row("weights read a token", _figure(r.weight_bytes_per_token / 1e6, "MB"))
-    share = "" if r.ceiling_share is None else f", {r.ceiling_share:.0%} of the ceiling"
-    row("achieved", _figure(r.achieved_gb_s, "GB/s") + share)
-    row("ceiling, measured", _figure(r.ceiling_gb_s, "GB/s"))
-    row("weights", _figure(r.weight_bytes / 1e6, "MB"))
-    row("KV cache", _figure(r.kv_bytes / 1e6, "MB"))
-    row("peak RSS", _figure(r.peak_rss_bytes / 1e6, "MB"))
-    if r.peak_vram_bytes is not None:
-        row("peak VRAM", _figure(r.peak_vram_bytes / 1e6, "MB"))
-    if other:
-        row("same tokens", f"{other['same_tokens']} of {r.new_tokens}")
-    return out
-
-
-def _figure(value: float | None, unit: str) -> str:
-    return "-" if value is None else f"{value:,.2f} {unit}"
+    ids = encode_prompt(model.text, prompt)
+    peers = []
+    with ExitStack() as stack:
+        for name, python in asked.items():
+            work = work_of(name, model, batch, len(ids) + options.max_new_tokens)
+            try:
+                peers.append(stack.enter_context(fastest(name, python, work, ids)))
+            except PeerMissing as missing:
+                if python is not None:
+                    raise
+                print(f"engine: {missing}", file=sys.stderr)
+        yield peers
 
 
 def main() -> None:

@@ -25,10 +25,10 @@ recipe
 packing runtime
 generation
 backend
-benchmark command drawing evaluate peer
+benchmark command drawing evaluate peers
 budget_command figures
 plot
-report
+report tables
 doctor_command layer_commands plot_command profile_command quantize_command run
 cli
 __init__

@@ -16,6 +16,7 @@ from engine.errors import InputError
 from engine.evaluate import Evaluation
 from engine.generation import Options, Timings, generate
 from engine.kernels.dispatch import BackendUnavailable
+from engine.peers import process
 
 testing = pytest.importorskip("typer.testing")
 LETTERS = [chr(ord("a") + i % 26) for i in range(64)]
@@ -109,27 +110,47 @@ def test_a_seed_reproduces_the_text(model):
     assert first == again != other
 
 
-def test_the_peer_alternates_and_is_compared(model):
+def test_the_peers_take_turns_and_are_compared(model):
     order = []
     expected = generate(model.runtime, model.text, ["abc"], Options(max_new_tokens=6))[0].token_ids
     theirs = [*expected[:4], *[(i + 1) % 64 for i in expected[4:]]]
 
-    def work(new_tokens):
-        order.append(("theirs", new_tokens))
-        return [theirs], Timings(3, 2000.0, 2000.0, (10**9,) * 5, (1,) * 5)
+    def peer(name, ids):
+        def work(prompts, new_tokens):
+            assert prompts == [[97 % 64, 98 % 64, 99 % 64]]
+            order.append((name, new_tokens))
+            return [ids], Timings(3, 2000.0, 2000.0, (10**9,) * 5, (1,) * 5)
 
-    peer = SimpleNamespace(name="other", version="1.2", generate=work)
+        return SimpleNamespace(name=name, version="1.2", setting={"fast": True}, generate=work)
+
+    peers = [peer("other", theirs), peer("wrong", [(i + 1) % 64 for i in expected])]
     forward = model.runtime.forward
     model.runtime.forward = lambda tokens, *a, **k: (
         (order.append("prompt") if tokens.shape[1] > 1 else None) or forward(tokens, *a, **k)
     )
     record = benchmark(
-        model, "abc", Options(max_new_tokens=6), name="m", load_ms=1.0, repeats=2, peer=peer
+        model, "abc", Options(max_new_tokens=6), name="m", load_ms=1.0, repeats=2, peers=peers
     )
-    assert order == ["prompt", "prompt", *[("theirs", 6)] * 2, "prompt", ("theirs", 6)]
-    assert record.compare["decode_tok_s"] == 1 and record.compare["prefill_tok_s"] == 1.5
-    assert record.compare["decode_ratio"] == record.decode_tok_s
-    assert record.compare["same_tokens"] == 4 and record.versions["other"] == "1.2"
+    turn = [("other", 6), ("wrong", 6)]
+    assert order[:-4] == ["prompt", "prompt", *turn[:1], *turn[1:], *turn, "prompt", *turn]
+    other, wrong = record.compare
+    assert other["decode_tok_s"] == 1 and other["prefill_tok_s"] == 1.5
+    assert other["decode_ratio"] == record.decode_tok_s
+    assert other["same_tokens"] == 4 and other["agreement"] >= 4 / 6
+    assert record.versions["other"] == "1.2"
+    assert wrong["same_tokens"] == 0 and "decode_tok_s" not in wrong and wrong["wrong"]
+    assert RunRecord.from_json(json.loads(json.dumps(record.to_json())), "json") == record
+
+
+def test_a_peer_that_is_not_installed_is_said_and_left_out(model, monkeypatch):
+    def missing(name, python, work, prompt):
+        raise process.PeerMissing(f"{name}: no module; pip install it")
+
+    monkeypatch.setattr(process, "fastest", missing)
+    record = record_of(invoke("run", "--new-tokens", "2", "--compare", "transformers"))
+    assert record.compare == () and record.repeats == 5
+    with pytest.raises(InputError, match="transformers: no module; pip install it"):
+        invoke("run", "--compare", "transformers", "--peer-python", "transformers=python3")
 
 
 def test_speed_pools_the_steps_of_all_repeats():
@@ -168,7 +189,13 @@ def test_eval_prints_the_protocol_and_the_record(model, tmp_path):
         (("--prompt", "a", "--prompt-tokens", "3"), "exclude each other"),
         (("--prompt-file", "/nowhere/prompt.txt"), "/nowhere/prompt.txt"),
         (("--json", "/nowhere/out.json"), "/nowhere/out.json: expected a file in a directory"),
-        (("--compare", "vllm"), "--compare knows transformers, not 'vllm'"),
+        (
+            ("--compare", "vllm"),
+            "--compare knows llama.cpp, ik, openvino, transformers, not 'vllm'",
+        ),
+        (("--compare", "ik,"), "not ''"),
+        (("--compare", "ik", "--peer-python", "openvino=python3"), "with a name of --compare"),
+        (("--compare", "ik", "--peer-python", "ik"), "expected NAME=PATH"),
         (("--compare", "transformers", "--temperature", "1"), "needs greedy decoding"),
         (("--temperature", "nan"), "temperature must be"),
         (("--top-p", "1.5"), "top_p must be a number from 0 to 1, not 1.5"),

@@ -1,0 +1,1 @@
+"""Other engines that do the same work, each in a process of its own."""

@@ -1,0 +1,29 @@
+"""The process of a peer: a line of JSON in, a line of JSON out, nothing in between.
+
+It runs under the peer's own interpreter, where neither torch nor the rest of this engine need be.
+"""
+
+import json
+import os
+import sys
+from importlib import import_module
+
+
+def main(adapter: str) -> None:
+    """The first request opens the engine of `adapter`; the others name one of its methods."""
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print
+    engine = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if engine is None:
+                engine = import_module(f".{adapter}", __package__).Engine(**request)
+                reply = {"version": engine.version}
+            else:
+                reply = getattr(engine, request.pop("do"))(**request)
+        except ImportError as error:
+            reply = {"missing": str(error)}
+        except Exception as error:  # of a foreign library: any, and this process must go on
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), file=replies, flush=True)
