@@ -14,11 +14,11 @@ from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoint.locate import locate
 from engine.config import ModelConfig
 from engine.errors import InputError
-from engine.kernels.dispatch import require
+from engine.kernels.dispatch import require, why_not
 from engine.layers import kept_layers
 from engine.runtime import Runtime
 from engine.text import Text, load_text
-from engine.weights import lineage_hash
+from engine.weights import is_quantised, lineage_hash
 
 DTYPES = {
     "float32": torch.float32,
@@ -92,16 +92,22 @@ def load(
     backend: str | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    threads: int | None = None,
+    cache_dtype: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Model:
     """Opens a model: a directory, a .gguf file, a hub id, or the default by name.
 
     `drop` and `keep` are layers of the checkpoint ("20-24", "3,7,21-25", or numbers), `drop` also
-    a Plan; those not kept are never read. `backend` is one of BACKENDS, the reference when None.
+    a Plan; those not kept are never read. `backend` is one of BACKENDS: by default "cpu" on a CPU,
+    "reference" on a GPU, for another dtype than float32, and where the extension is not built.
     `dtype` is a torch dtype or its name: by default the checkpoint's on a GPU, float32 on a CPU.
-    The backend "cpu" takes weights as they are stored, and rounds what it multiplies by them to 8
-    bits unless dtype is float32. Raises `InputError` with one sentence for whatever the caller can
-    mend.
+
+    The backend "cpu" takes weights as they are stored. What it multiplies by quantised ones it
+    rounds to 8 bits, and keys and values to 16, unless dtype is float32. `cache_dtype` ("float32",
+    "float16", "int8") and `threads` (torch's number by default) are for it alone.
+
+    Raises `InputError` with one sentence for whatever the caller can mend.
     """
     device = choose_device(device)
     backend = choose_backend(backend, device, dtype)
@@ -111,8 +117,19 @@ def load(
     if backend == "cpu":
         from engine.runtime.cpu import CpuRuntime
 
-        mode = "int8" if dtype is None else "exact"
-        return Model(path, CpuRuntime.load(checkpoint, config, mode=mode, progress=progress))
+        exact = dtype is not None or not is_quantised(checkpoint)
+        runtime = CpuRuntime.load(
+            checkpoint,
+            config,
+            threads,
+            mode="exact" if exact else "int8",
+            cache_dtype=cache_dtype or ("float32" if exact else "float16"),
+            progress=progress,
+        )
+        return Model(path, runtime)
+    for option, given in (("threads", threads), ("cache_dtype", cache_dtype)):
+        if given is not None:
+            raise InputError(f"{option}: for the backend cpu alone, found {given!r} for {backend}")
     dtype = choose_dtype(dtype, checkpoint, device)
 
     from engine.runtime.reference import ReferenceRuntime
@@ -151,13 +168,15 @@ def choose_layers(
 def choose_backend(
     name: str | None, device: torch.device, dtype: torch.dtype | str | None = None
 ) -> str:
-    """The backend asked for; the reference, whose logits are transformers', when None.
+    """The backend asked for; when None the best that runs on the device and has the dtype.
 
     InputError for a backend that is unknown, does not run on the device or has not the dtype;
     BackendUnavailable, with the reason, for one that cannot run here.
     """
     if name is None:
-        return "reference"
+        narrow = dtype is not None and parse_dtype(dtype) != torch.float32
+        native = device.type == "cpu" and not narrow and why_not("cpu") is None
+        return "cpu" if native else "reference"
     if name not in BACKENDS:
         raise InputError(f"backend: expected one of {', '.join(BACKENDS)}, found {name!r}")
     if name == "cpu":

@@ -222,7 +222,7 @@ def _surroundings(runtime, peers: Sequence[Peer]) -> dict[str, Any]:
     return {
         "device": str(runtime.device),
         "device_name": machine.device_name(runtime.device),
-        "dtype": str(runtime.dtype).removeprefix("torch."),
+        "dtype": runtime.precision,
         "threads": torch.get_num_threads(),
         "versions": machine.versions() | {peer.name: peer.version for peer in peers},
         "commit": machine.commit(),

@@ -105,6 +105,12 @@ def describe(stored: Stored) -> str:
     return ", ".join(words)
 
 
+def is_quantised(checkpoint: Checkpoint) -> bool:
+    """Whether matrices of its first layer are stored in 4 or 8 bits."""
+    tensors = layer_tensors(checkpoint.config, checkpoint.config.layers[0].layer).values()
+    return any(len(shape) == 2 and checkpoint.packed(name) is not None for name, shape in tensors)
+
+
 def lineage_hash(checkpoint: Checkpoint, config: ModelConfig) -> str:
     """Of the norm weights, which 16-bit, GGUF and packed copies of one model share exactly.
 

@@ -19,6 +19,7 @@ class FakeRuntime:
     name = "fake"
     device = torch.device("cpu")
     dtype = torch.float32
+    precision = "float32"
     weight_bytes = weight_bytes_per_token = 16384
 
     def __init__(self, seed: int, vocab_size: int = 64, max_context: int = 256, eos_ids=()):

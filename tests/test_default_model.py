@@ -13,7 +13,7 @@ PERPLEXITY = 30.992  # first 8 windows of the held-out text; transformers in flo
 
 @pytest.fixture(scope="module")
 def model(default_model):
-    return load(default_model)
+    return load(default_model, backend="reference")
 
 
 @pytest.fixture(scope="module")

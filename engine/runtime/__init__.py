@@ -29,6 +29,7 @@ class Runtime(Protocol):
     config: ModelConfig
     device: torch.device
     dtype: torch.dtype  # of activations
+    precision: str  # the same for people, with what is rounded further
 
     @property
     def weight_bytes(self) -> int:

@@ -46,11 +46,14 @@ class CpuRuntime:
         decoder: Any,
         embedding: torch.Tensor | None = None,
         cache_dtype: str = "float16",
+        mode: str = "int8",
     ) -> None:
         """`decoder` is an engine._cpu.Decoder with all its layers; `embedding` (V, D) is memory
         that it borrows, None where it reads a matrix of its own."""
         self.config, self.decoder, self.embedding = config, decoder, embedding
         self.cache_dtype = cache_dtype
+        rounded = "float32" if mode == "exact" else "int8 activations"
+        self.precision = f"{rounded}, {cache_dtype} cache"
         self._angles = Angles(config)
 
     @classmethod
@@ -102,7 +105,7 @@ class CpuRuntime:
             )
             if progress is not None:
                 progress(entry.layer)
-        return cls(config, decoder, embedding, cache_dtype)
+        return cls(config, decoder, embedding, cache_dtype, mode)
 
     @property
     def weight_bytes(self) -> int:

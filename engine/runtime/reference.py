@@ -50,6 +50,10 @@ class ReferenceRuntime:
         return self.decoder.dtype
 
     @property
+    def precision(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def weight_bytes(self) -> int:
         tensors = [
             *self.decoder.outer.values(),
