@@ -2,6 +2,7 @@
 #include <string>
 
 #include "cpu/bindings.h"
+#include "cpu/product.h"
 #include "cpu/threads.h"
 #include "cpu/w4_matmul.h"
 
@@ -32,13 +33,23 @@ void run(std::uintptr_t x, std::int64_t m, std::int64_t x_stride, const std::str
     matmul(rows, w, output, mode_from_name(mode), isa_from_name(isa), threads);
 }
 
+void rows(const TiledMatrix& w, std::int64_t start, std::int64_t stop, std::uintptr_t out,
+          int threads) {
+    auto* const to = reinterpret_cast<float*>(out);
+    parallel_for(threads, stop - start, 16, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t row = begin; row < end; ++row)
+            read_row(w, start + row, to + row * w.view().k);
+    });
+}
+
 }  // namespace
 }  // namespace shallow
 
 void bind_w4_matmul(py::module_& m) {
     using namespace shallow;
     using release = py::call_guard<py::gil_scoped_release>;
-    py::class_<TiledMatrix>(m, "W4Tiles", "A matrix in the CPU kernels' layout, owning its memory.")
+    py::class_<TiledMatrix>(m, "W4Tiles", py::buffer_protocol(),
+                            "A matrix in the CPU kernels' layout; a buffer of its bytes.")
         .def(py::init<const w4::Matrix&, int>(), release(), py::arg("packed"), py::arg("threads"))
         .def(py::init([](std::uintptr_t weights, const std::string& dtype, std::int64_t n,
                          std::int64_t k, int threads) {
@@ -47,6 +58,21 @@ void bind_w4_matmul(py::module_& m) {
              }),
              release(), py::arg("weights"), py::arg("dtype"), py::arg("n"), py::arg("k"),
              py::arg("threads"))
+        .def(py::init([](std::uintptr_t bytes, std::size_t size) {
+                 return TiledMatrix(reinterpret_cast<std::uint8_t*>(bytes), size);
+             }),
+             py::arg("bytes"), py::arg("size"), "Borrows the bytes of another.")
+        .def_buffer([](const TiledMatrix& w) {
+            return py::buffer_info(w.bytes(), static_cast<py::ssize_t>(w.size()));
+        })
+        .def("restore", &TiledMatrix::restore, release(), py::arg("packed"), py::arg("threads"),
+             "Writes the arrays that it was made from.")
+        .def("rows", &rows, release(), py::arg("start"), py::arg("stop"), py::arg("out"),
+             py::arg("threads"), "Writes rows start..stop-1, float32, at address out.")
+        .def_property_readonly("shape", [](const TiledMatrix& w) {
+            return std::pair(w.view().n, w.view().k);
+        })
+        .def_property_readonly("permuted", [](const TiledMatrix& w) { return w.perm() != nullptr; })
         .def_property_readonly("nbytes", &TiledMatrix::nbytes);
     m.def("w4_matmul", &run, release(), py::arg("x"), py::arg("m"), py::arg("x_stride"),
           py::arg("x_dtype"), py::arg("w"), py::arg("y"), py::arg("y_stride"), py::arg("y_dtype"),

@@ -1,6 +1,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/threads.h"
 #include "cpu/w4_matmul.h"
@@ -12,10 +15,21 @@ using std::int64_t;
 using std::uint8_t;
 
 constexpr int64_t kChunk = 64;  // bytes
+constexpr std::uint64_t kMagic = 0x34574c4c41485301;  // changes with the layout
 
 int64_t scale_bytes(const w4::Matrix& matrix) {
     if (matrix.scheme == w4::Scheme::kquant) return 1;
     return matrix.scale_type == ScaleType::float32 ? 4 : 2;
+}
+
+enum class Way { tile, restore };
+
+template <Way way>
+void copy(const void* packed, uint8_t* tiled, int64_t bytes) {
+    if constexpr (way == Way::tile)
+        std::memcpy(tiled, packed, static_cast<std::size_t>(bytes));
+    else
+        std::memcpy(const_cast<void*>(packed), tiled, static_cast<std::size_t>(bytes));
 }
 
 // 16 bytes of row codes (32 columns) -> one row of a nibble block.
@@ -30,46 +44,81 @@ inline void interleave_nibbles(const uint8_t* from, uint8_t* block) {
         std::memcpy(block + chunk * kChunk, pairs + chunk * 2, 4);
 }
 
-inline void interleave_bytes(const uint8_t* from, int64_t columns, uint8_t* block) {
-    for (int64_t chunk = 0; chunk * 4 < columns; ++chunk)
-        std::memcpy(block + chunk * kChunk, from + chunk * 4, 4);
+inline void restore_nibbles(const uint8_t* block, uint8_t* to) {
+    std::uint16_t pairs[8];
+    for (int chunk = 0; chunk < 4; ++chunk)
+        std::memcpy(pairs + chunk * 2, block + chunk * kChunk, 4);
+    for (int i = 0; i < 8; ++i) {
+        const unsigned even = pairs[i] & 255, odd = pairs[i] >> 8;
+        to[i] = static_cast<uint8_t>((even & 15) | (odd & 15) << 4);
+        to[i + 8] = static_cast<uint8_t>(even >> 4 | (odd & 0xf0));
+    }
 }
 
-void interleave_codes(const w4::Matrix& from, const TileView& to, uint8_t* codes, int64_t tile) {
-    const int64_t rows = std::min<int64_t>(kTileRows, from.n - tile * kTileRows);
-    const int64_t width = from.row_bytes();
-    const uint8_t* const lines = from.codes + tile * kTileRows * width;
-    uint8_t* block = codes + tile * to.blocks * to.block_bytes;
-    for (int64_t b = 0; b < to.blocks; ++b, block += to.block_bytes)
+int64_t tile_rows(int64_t n, int64_t tile) {
+    return std::min<int64_t>(kTileRows, n - tile * kTileRows);
+}
+
+template <Way way>
+void copy_codes(const w4::Matrix& packed, const TileView& tiled, uint8_t* codes, int64_t tile) {
+    const int64_t rows = tile_rows(packed.n, tile), width = packed.row_bytes();
+    auto* const lines = const_cast<uint8_t*>(packed.codes) + tile * kTileRows * width;
+    uint8_t* block = codes + tile * tiled.blocks * tiled.block_bytes;
+    for (int64_t b = 0; b < tiled.blocks; ++b, block += tiled.block_bytes)
         for (int64_t row = 0; row < rows; ++row) {
-            if (from.bits == 4)
-                interleave_nibbles(lines + row * width + b * 16, block + row * 4);
+            uint8_t* const line = lines + row * width + b * 4 * packed.bits;
+            uint8_t* const place = block + row * 4;
+            if (packed.bits == 4 && way == Way::tile)
+                interleave_nibbles(line, place);
+            else if (packed.bits == 4)
+                restore_nibbles(place, line);
             else
-                interleave_bytes(lines + row * width + b * 32,
-                                 std::min<int64_t>(32, width - b * 32), block + row * 4);
+                for (int64_t byte = 0; byte < std::min<int64_t>(32, width - b * 32); byte += 4)
+                    copy<way>(line + byte, place + byte / 4 * kChunk, 4);
         }
 }
 
-// (n, groups) elements -> their place in each record.
-void interleave_params(const w4::Matrix& from, const TileView& to, const void* array,
-                       int64_t element, int64_t offset, uint8_t* params, int64_t tile) {
-    const int rows = static_cast<int>(std::min<int64_t>(kTileRows, from.n - tile * kTileRows));
-    const auto* const source = static_cast<const uint8_t*>(array);
-    const int64_t groups = from.groups();
-    for (int row = 0; row < rows; ++row)
+// (n, groups) elements and their place in each record.
+template <Way way>
+void copy_params(const w4::Matrix& packed, const TileView& tiled, const void* array,
+                 int64_t element, int64_t offset, uint8_t* params, int64_t tile) {
+    const auto* const elements = static_cast<const uint8_t*>(array);
+    const int64_t groups = packed.groups();
+    for (int64_t row = 0; row < tile_rows(packed.n, tile); ++row)
         for (int64_t g = 0; g < groups; ++g)
-            std::memcpy(params + (tile * to.groups + g) * to.record_bytes + offset + row * element,
-                        source + ((tile * kTileRows + row) * groups + g) * element,
-                        static_cast<std::size_t>(element));
+            copy<way>(elements + ((tile * kTileRows + row) * groups + g) * element,
+                      params + (tile * tiled.groups + g) * tiled.record_bytes + offset +
+                          row * element,
+                      element);
 }
 
-void interleave_supers(const w4::Matrix& from, std::uint16_t* supers, int64_t tile) {
-    const int rows = static_cast<int>(std::min<int64_t>(kTileRows, from.n - tile * kTileRows));
-    const int64_t count = w4::ceil_div(from.k, w4::kSuper);
-    for (int row = 0; row < rows; ++row)
-        for (int64_t i = 0; i < 2 * count; ++i)
-            supers[(tile * 2 * count + i) * kTileRows + row] =
-                from.supers[(tile * kTileRows + row) * 2 * count + i];
+template <Way way>
+void copy_supers(const w4::Matrix& packed, const TileView& tiled, int64_t tile) {
+    auto* const supers = const_cast<std::uint16_t*>(tiled.supers);
+    const int64_t count = 2 * w4::ceil_div(packed.k, w4::kSuper);
+    for (int64_t row = 0; row < tile_rows(packed.n, tile); ++row)
+        for (int64_t i = 0; i < count; ++i)
+            copy<way>(packed.supers + (tile * kTileRows + row) * count + i,
+                      reinterpret_cast<uint8_t*>(supers + (tile * count + i) * kTileRows + row), 2);
+}
+
+// Between the canonical arrays and a view on writable tiles.
+template <Way way>
+void copy_tiles(const w4::Matrix& packed, const TileView& tiled, int threads) {
+    auto* const codes = const_cast<uint8_t*>(tiled.codes);
+    auto* const params = const_cast<uint8_t*>(tiled.params);
+    const int64_t element = scale_bytes(packed), second = kTileRows * element;
+    parallel_for(threads, tiled.tiles, 4, [&](int64_t begin, int64_t end) {
+        for (int64_t tile = begin; tile < end; ++tile) {
+            copy_codes<way>(packed, tiled, codes, tile);
+            copy_params<way>(packed, tiled, packed.scales, element, 0, params, tile);
+            if (packed.zeros)
+                copy_params<way>(packed, tiled, packed.zeros, 1, second, params, tile);
+            if (packed.mins)
+                copy_params<way>(packed, tiled, packed.mins, element, second, params, tile);
+            if (tiled.supers) copy_supers<way>(packed, tiled, tile);
+        }
+    });
 }
 
 // The step for which 8-bit multiples come closest to all 16 values; returns the step and the
@@ -96,19 +145,51 @@ std::pair<float, float> fit_step(const float* values) {
 
 }  // namespace
 
-void TiledMatrix::allocate() {
+// What the bytes of a matrix begin with.
+struct alignas(64) TiledMatrix::Header {
+    std::uint64_t magic;
+    TileView view;  // its pointers mean nothing
+    bool permuted;
+};
+
+std::size_t TiledMatrix::place(bool permuted) {
     TileView& v = view_;
-    const std::size_t codes = static_cast<std::size_t>(v.tiles * v.blocks * v.block_bytes);
-    const std::size_t params = static_cast<std::size_t>(v.tiles * v.groups * v.record_bytes);
+    std::size_t used = sizeof(Header);
+    const auto cut = [&](int64_t bytes) {
+        uint8_t* const part = bytes_ && bytes ? bytes_ + used : nullptr;
+        used += static_cast<std::size_t>((bytes + kChunk - 1) / kChunk * kChunk);
+        return part;
+    };
     const bool kquant = v.scheme == w4::Scheme::kquant;
-    const std::size_t supers =
-        kquant ? static_cast<std::size_t>(v.tiles * w4::ceil_div(v.k, w4::kSuper)) * 64 : 0;
-    const std::size_t params_at = codes, supers_at = (params_at + params + 63) / 64 * 64;
-    memory_ = Memory(supers_at + supers);
-    v.codes = memory_.data();
-    v.params = memory_.data() + params_at;
-    v.supers = kquant ? reinterpret_cast<std::uint16_t*>(memory_.data() + supers_at) : nullptr;
+    v.codes = cut(v.tiles * v.blocks * v.block_bytes);
+    v.params = cut(v.tiles * v.groups * v.record_bytes);
+    v.supers = reinterpret_cast<std::uint16_t*>(
+        cut(kquant ? v.tiles * w4::ceil_div(v.k, w4::kSuper) * 64 : 0));
+    perm_ = reinterpret_cast<std::int32_t*>(cut(permuted ? v.k * 4 : 0));
+    return used;
 }
+
+void TiledMatrix::allocate(bool permuted) {
+    size_ = place(permuted);
+    memory_ = Memory(size_);
+    bytes_ = memory_.data();
+    new (bytes_) Header{kMagic, view_, permuted};
+    place(permuted);
+}
+
+TiledMatrix::TiledMatrix(std::uint8_t* bytes, std::size_t size) : bytes_(bytes), size_(size) {
+    const auto* const header = reinterpret_cast<const Header*>(bytes);
+    if (reinterpret_cast<std::uintptr_t>(bytes) % kChunk)
+        throw std::invalid_argument("tiles must begin on a multiple of 64 bytes");
+    if (size < sizeof(Header) || header->magic != kMagic)
+        throw std::invalid_argument("these bytes are no tiles");
+    view_ = header->view;
+    if (const std::size_t whole = place(header->permuted); whole != size)
+        throw std::invalid_argument("tiles must have " + std::to_string(whole) + " bytes, found " +
+                                    std::to_string(size));
+}
+
+std::size_t TiledMatrix::nbytes() const { return size_ - sizeof(Header); }
 
 TiledMatrix::TiledMatrix(const w4::Matrix& matrix, int threads) {
     TileView& v = view_;
@@ -120,7 +201,7 @@ TiledMatrix::TiledMatrix(const w4::Matrix& matrix, int threads) {
     v.group_blocks = matrix.group ? matrix.group / kBlock : v.blocks;
     v.groups = v.group_blocks ? w4::ceil_div(v.blocks, v.group_blocks) : 2 * v.blocks;
     v.kind = matrix.bits == 8 ? Codes::byte : Codes::nibble;
-    v.block_bytes = matrix.bits == 8 ? 8 * kChunk : 4 * kChunk;
+    v.block_bytes = matrix.bits * kChunk;
     v.scheme = matrix.scheme;
     v.scale_type = matrix.scale_type;
     v.center = matrix.bits == 8 ? 128.0f : 8.0f;
@@ -138,24 +219,20 @@ TiledMatrix::TiledMatrix(const w4::Matrix& matrix, int threads) {
             v.values8[i] = static_cast<uint8_t>(128 + std::lrint(v.values[i] / double{step}));
         }
     }
-    if (matrix.perm) perm_.assign(matrix.perm, matrix.perm + matrix.k);
-    allocate();
+    allocate(matrix.perm);
+    if (matrix.perm) std::copy(matrix.perm, matrix.perm + v.k, perm_);
+    copy_tiles<Way::tile>(matrix, v, threads);
+}
 
-    uint8_t* const codes = memory_.data();
-    uint8_t* const params = const_cast<uint8_t*>(v.params);
-    parallel_for(threads, v.tiles, 4, [&](int64_t begin, int64_t end) {
-        for (int64_t tile = begin; tile < end; ++tile) {
-            interleave_codes(matrix, v, codes, tile);
-            interleave_params(matrix, v, matrix.scales, element, 0, params, tile);
-            const int64_t second = kTileRows * element;
-            if (v.scheme == w4::Scheme::zero)
-                interleave_params(matrix, v, matrix.zeros, 1, second, params, tile);
-            if (matrix.mins)
-                interleave_params(matrix, v, matrix.mins, element, second, params, tile);
-            if (v.supers)
-                interleave_supers(matrix, const_cast<std::uint16_t*>(v.supers), tile);
-        }
-    });
+void TiledMatrix::restore(const w4::Matrix& to, int threads) const {
+    const TileView& v = view_;
+    const bool same = to.n == v.n && to.k == v.k && to.scheme == v.scheme && !to.perm == !perm_ &&
+                      to.scale_type == v.scale_type && v.block_bytes == to.bits * kChunk &&
+                      (to.group ? to.group / kBlock : v.blocks) == v.group_blocks;
+    if (!same) throw std::invalid_argument("tiles of another shape or spec");
+    copy_tiles<Way::restore>(to, v, threads);
+    if (to.codebook) std::copy(v.values, v.values + 16, const_cast<float*>(to.codebook));
+    if (to.perm) std::copy(perm_, perm_ + v.k, const_cast<std::int32_t*>(to.perm));
 }
 
 TiledMatrix::TiledMatrix(const void* weights, ScaleType type, int64_t n, int64_t k, int threads) {
@@ -171,11 +248,12 @@ TiledMatrix::TiledMatrix(const void* weights, ScaleType type, int64_t n, int64_t
                                           : Codes::bfloat16;
     const int64_t element = type == ScaleType::float32 ? 4 : 2;
     v.block_bytes = kBlock * kTileRows * element;
-    allocate();
+    allocate(false);
     const auto* const from = static_cast<const uint8_t*>(weights);
+    auto* const codes = const_cast<uint8_t*>(v.codes);
     parallel_for(threads, v.tiles, 4, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin * kTileRows; row < std::min(n, end * kTileRows); ++row) {
-            uint8_t* const tile = memory_.data() + row / kTileRows * v.blocks * v.block_bytes;
+            uint8_t* const tile = codes + row / kTileRows * v.blocks * v.block_bytes;
             const int64_t lane = row % kTileRows;
             for (int64_t j = 0; j < k; ++j) {
                 const int64_t at = type == ScaleType::bfloat16

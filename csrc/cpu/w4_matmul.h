@@ -44,24 +44,37 @@ struct TileView {
     float center;                // symmetric: the code that means zero
 };
 
-// Owns the layout, in huge pages where the system gives them.
+// A matrix in that layout, in huge pages where the system gives them. Its bytes say all there is to
+// know of it, so that a copy of them is the matrix too.
 class TiledMatrix {
 public:
     // Copies from the canonical arrays; `threads` share the work. Throws std::bad_alloc.
     TiledMatrix(const w4::Matrix& matrix, int threads);
     // (n, k) float32, float16 or bfloat16 weights, contiguous.
     TiledMatrix(const void* weights, ScaleType type, std::int64_t n, std::int64_t k, int threads);
+    // Borrows a copy of another's bytes. Throws std::invalid_argument where they are none.
+    TiledMatrix(std::uint8_t* bytes, std::size_t size);
+
+    // Writes the canonical arrays that it was made from; `to` has their sizes and spec.
+    void restore(const w4::Matrix& to, int threads) const;
 
     const TileView& view() const { return view_; }
-    const std::int32_t* perm() const { return perm_.empty() ? nullptr : perm_.data(); }
-    std::size_t nbytes() const { return memory_.size(); }
+    const std::int32_t* perm() const { return perm_; }
+    std::size_t nbytes() const;  // of codes, parameters and perm
+    std::uint8_t* bytes() const { return bytes_; }
+    std::size_t size() const { return size_; }
 
 private:
-    void allocate();
+    struct Header;
 
-    Memory memory_;
+    void allocate(bool permuted);
+    std::size_t place(bool permuted);  // sets the pointers behind the header; the bytes of it all
+
+    Memory memory_;  // empty where the bytes are borrowed
+    std::uint8_t* bytes_ = nullptr;
+    std::size_t size_ = 0;
     TileView view_{};
-    std::vector<std::int32_t> perm_;
+    std::int32_t* perm_ = nullptr;
 };
 
 // x: (m, k), rows `stride` elements apart.

@@ -1,15 +1,16 @@
 """The CPU matmul (csrc/cpu/w4_matmul.h): packed or 16-bit weights in its own layout."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from engine.kernels import native
-from engine.kernels.w4.format import Packed, validate
+from engine.kernels.w4.format import Packed, Spec, validate, zeros
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODES = ("int8", "exact")
+BLOCK_WEIGHTS = 1 << 22  # unpacked at a time: 16 MiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +20,7 @@ class CpuWeight:
     shape: tuple[int, int]
     isa: str  # instruction set the matmul uses: one of `isas()`
     tiles: Any = field(repr=False)  # engine._cpu.W4Tiles
+    memory: torch.Tensor | None = field(default=None, repr=False)  # that the tiles borrow
 
     @classmethod
     def from_packed(cls, packed: Packed, isa: str | None = None) -> "CpuWeight":
@@ -44,6 +46,39 @@ class CpuWeight:
         weight = weight.detach().contiguous()
         tiles = cpu.W4Tiles(weight.data_ptr(), _name(weight.dtype), n, k, cpu.pool_threads())
         return cls((n, k), _isa(isa), tiles)
+
+    @classmethod
+    def from_bytes(cls, data: torch.Tensor, isa: str | None = None) -> "CpuWeight":
+        """What `to_bytes` gave, or a copy of it, borrowed. Raises ValueError or TypeError."""
+        row = data.dim() == 1 and data.is_contiguous()
+        if not row or data.dtype != torch.uint8 or data.device.type != "cpu":
+            raise TypeError(
+                "tiles must be one contiguous row of uint8 on the CPU, "
+                f"found {tuple(data.shape)} {data.dtype} on {data.device}"
+            )
+        tiles = native.load("cpu").W4Tiles(bytes=data.data_ptr(), size=len(data))
+        return cls(tiles.shape, _isa(isa), tiles, data)
+
+    def to_bytes(self) -> torch.Tensor:
+        """(bytes,) uint8: the matrix whole, in the memory that it has. Any copy serves as well."""
+        return torch.frombuffer(self.tiles, dtype=torch.uint8)
+
+    def restore(self, spec: Spec) -> Packed:
+        """What `from_packed` was given, bit for bit. ValueError where it was of another spec."""
+        cpu, packed = native.load("cpu"), zeros(spec, self.shape, "cpu")
+        if self.tiles.permuted:
+            packed = replace(packed, perm=torch.zeros(self.shape[1], dtype=torch.int32))
+        self.tiles.restore(cpu.W4Matrix(**packed.native_fields()), cpu.pool_threads())
+        return packed
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows start .. stop - 1, (stop - start, K) float32."""
+        n, k = self.shape
+        if not 0 <= start <= stop <= n:
+            raise ValueError(f"rows must be a part of 0..{n}, found {start}..{stop}")
+        values = torch.empty(stop - start, k)
+        self.tiles.rows(start, stop, values.data_ptr(), torch.get_num_threads())
+        return values
 
     @property
     def nbytes(self) -> int:
@@ -106,6 +141,26 @@ def matmul(
             threads,
         )
     return y
+
+
+def matmul_transposed(y: torch.Tensor, weight: CpuWeight) -> torch.Tensor:
+    """y (..., N) float32, bfloat16 or float16 -> y @ weight, (..., K) as y, in float32 arithmetic.
+
+    The gradient of `matmul` with respect to x, given that of its result; `weight` is unpacked a few
+    rows at a time. Raises ValueError, TypeError.
+    """
+    n, k = weight.shape
+    if y.dtype not in DTYPES or y.device.type != "cpu":
+        raise TypeError(f"y must be one of {DTYPES} on the CPU, found {y.dtype} on {y.device}")
+    if y.dim() == 0 or y.shape[-1] != n:
+        raise ValueError(f"y must be (..., {n}), found {tuple(y.shape)}")
+    rows = y.reshape(-1, n)
+    total = torch.zeros(len(rows), k)
+    step = max(1, BLOCK_WEIGHTS // k)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        total.addmm_(rows[:, start:stop].float(), weight.rows(start, stop))
+    return total.to(y.dtype).view(*y.shape[:-1], k)
 
 
 def _checked_out(out: torch.Tensor, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

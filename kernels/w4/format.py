@@ -161,6 +161,13 @@ def expected_tensors(
     return expected
 
 
+def zeros(spec: Spec, shape: tuple[int, int], device: torch.device | str | None = None) -> Packed:
+    """A matrix (N, K) of zeros, on torch's default device unless told: one to load another into."""
+    parts = expected_tensors(spec, shape).items()
+    tensors = {part: torch.zeros(size, dtype=kind, device=device) for part, (size, kind) in parts}
+    return Packed(spec, shape, **tensors)
+
+
 def validate(packed: Packed, name: str = "packed weight") -> Packed:
     """Returns `packed`; raises ValueError or TypeError, one sentence, where its parts disagree.
 

@@ -1,5 +1,6 @@
 """The Triton matmul on packed weights: any number of rows, bias and gate fused."""
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -46,6 +47,23 @@ def matmul(
     return y.view(*x.shape[:-1], outputs)
 
 
+def matmul_transposed(y: Tensor, weight: GpuMatrix) -> Tensor:
+    """y (..., N) float16 or bfloat16 -> y @ W, (..., K) as y: the gradient of `matmul` in x.
+
+    W is dequantised to the dtype of y. Raises what `matmul` does.
+    """
+    n, k = weight.shape
+    check_operand("y", y, n, weight)
+    rows = y.reshape(-1, n)
+    total = torch.zeros(len(rows), triton.cdiv(k, ALIGN) * ALIGN, device=y.device)
+    for first, w in dense_parts(weight, total.shape[1], y.dtype, launch.DENSE.WARPS):
+        total += rows[:, first : first + len(w)] @ w
+    x = total[:, :k].to(y.dtype)
+    if weight.perm is not None:
+        x = x.index_select(1, weight.perm.argsort())
+    return x.view(*y.shape[:-1], k)
+
+
 def aligned(x: Tensor) -> Tensor:
     """x, or a copy with K padded with zeros, where its rows do not begin on multiples of 16.
 
@@ -66,21 +84,28 @@ def check(
     x: Tensor, weight: GpuMatrix, bias: Tensor | None, gated: bool, out_dtype: torch.dtype | None
 ) -> None:
     n, k = weight.shape
-    if not x.is_cuda:
-        dispatch.require("triton")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x must be float16 or bfloat16, found {x.dtype}")
+    check_operand("x", x, k, weight)
     if out_dtype not in (None, x.dtype, torch.float32):
         raise TypeError(f"out_dtype must be {x.dtype} or torch.float32, found {out_dtype}")
-    if x.dim() == 0 or x.shape[-1] != k:
-        raise ValueError(f"x must be (..., {k}), found {tuple(x.shape)}")
     if gated and n % 2:
         raise ValueError(f"gated weights need an even number of rows, found {n}")
     if bias is not None and (bias.dtype != x.dtype or bias.shape != (n,)):
         raise ValueError(f"bias must be ({n},) {x.dtype}, found {tuple(bias.shape)} {bias.dtype}")
-    for name, tensor in {"weight": weight.codes, "bias": bias}.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x is on {x.device}")
+    if bias is not None and bias.device != x.device:
+        raise ValueError(f"bias is on {bias.device}, x is on {x.device}")
+
+
+def check_operand(name: str, x: Tensor, width: int, weight: GpuMatrix) -> None:
+    if not x.is_cuda:
+        dispatch.require("triton")
+        if not knobs.runtime.interpret:
+            raise ValueError(f"{name} must be on a GPU, found {x.device}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float16 or bfloat16, found {x.dtype}")
+    if x.dim() == 0 or x.shape[-1] != width:
+        raise ValueError(f"{name} must be (..., {width}), found {tuple(x.shape)}")
+    if weight.codes.device != x.device:
+        raise ValueError(f"weight is on {weight.codes.device}, {name} is on {x.device}")
 
 
 def run_gemv(
@@ -89,7 +114,7 @@ def run_gemv(
     programs = triton.cdiv(y.shape[1], 8 if gated else 16)
     gemv.gemv_kernel[(programs,)](
         x, *pointers(weight), bias, y, len(x), weight.shape[0], x.shape[1], x.stride(0),
-        FORMAT=format_of(weight, x, sizes.WARPS), GATED=gated, BLOCK_M=sizes.BLOCK_M,
+        FORMAT=format_of(weight, x.shape[1], sizes.WARPS), GATED=gated, BLOCK_M=sizes.BLOCK_M,
         WARPS=sizes.WARPS, num_warps=sizes.WARPS, num_stages=sizes.num_stages,
     )  # fmt: skip
 
@@ -104,8 +129,8 @@ def run_gemm(
     tiles = triton.cdiv(y.shape[1], (8 if gated else 16) * sizes.WARPS)
     gemm.gemm_kernel[(tiles * triton.cdiv(len(x), sizes.BLOCK_M), splits)](
         x, *pointers(weight), bias, parts, len(x), n, x.shape[1], x.stride(0),
-        FORMAT=format_of(weight, x, 1), GATED=gated, BLOCK_M=sizes.BLOCK_M, WARPS=sizes.WARPS,
-        SPLITS=splits, num_warps=sizes.WARPS, num_stages=sizes.num_stages,
+        FORMAT=format_of(weight, x.shape[1], 1), GATED=gated, BLOCK_M=sizes.BLOCK_M,
+        WARPS=sizes.WARPS, SPLITS=splits, num_warps=sizes.WARPS, num_stages=sizes.num_stages,
     )  # fmt: skip
     if splits > 1:
         reduce(parts, bias, y, gated)
@@ -114,22 +139,32 @@ def run_gemm(
 def run_dense(
     x: Tensor, weight: GpuMatrix, bias: Tensor | None, y: Tensor, gated: bool, sizes: Launch
 ) -> None:
-    (n, _), k = weight.shape, x.shape[1]
     product = y
     if gated or bias is not None or y.dtype != x.dtype:
-        product = torch.empty(len(x), n, dtype=x.dtype, device=x.device)
-    kind = format_of(weight, x, 1)
-    step = max(1, launch.DENSE_WEIGHTS // k)
-    w = torch.empty(min(step, n), k, dtype=x.dtype, device=x.device)
-    for first in range(0, n, step):
-        part = w[: n - first]
-        gemm.dense_kernel[(triton.cdiv(len(part), 16 * sizes.WARPS), triton.cdiv(k, kind.chunk))](
-            *pointers(weight), part, first, first + len(part), k,
-            FORMAT=kind, WARPS=sizes.WARPS, num_warps=sizes.WARPS,
-        )  # fmt: skip
-        torch.mm(x, part.T, out=product[:, first : first + len(part)])
+        product = torch.empty(len(x), weight.shape[0], dtype=x.dtype, device=x.device)
+    for first, w in dense_parts(weight, x.shape[1], x.dtype, sizes.WARPS):
+        torch.mm(x, w.T, out=product[:, first : first + len(w)])
     if product is not y:
         reduce(product[None], bias, y, gated)
+
+
+def dense_parts(
+    weight: GpuMatrix, k: int, dtype: torch.dtype, warps: int
+) -> Iterator[tuple[int, Tensor]]:
+    """The first row of every part and its weights (R, `k`), each in the memory of the one before.
+
+    `k` is K or a multiple of ALIGN, as `aligned` pads x.
+    """
+    n, kind = weight.shape[0], format_of(weight, k, 1)
+    step = max(1, launch.DENSE_WEIGHTS // k)
+    w = torch.empty(min(step, n), k, dtype=dtype, device=weight.codes.device)
+    for first in range(0, n, step):
+        part = w[: n - first]
+        gemm.dense_kernel[(triton.cdiv(len(part), 16 * warps), triton.cdiv(k, kind.chunk))](
+            *pointers(weight), part, first, first + len(part), k,
+            FORMAT=kind, WARPS=warps, num_warps=warps,
+        )  # fmt: skip
+        yield first, part
 
 
 RUN = {"gemv": run_gemv, "gemm": run_gemm, "dense": run_dense}
@@ -148,10 +183,10 @@ def pointers(weight: GpuMatrix) -> tuple[Tensor | None, ...]:
     return weight.codes.view(torch.int32), weight.scales, offsets, weight.supers, weight.codebook
 
 
-def format_of(weight: GpuMatrix, x: Tensor, step_chunks: int) -> Format:
-    """What the kernel is compiled for, where a step takes so many chunks of K."""
+def format_of(weight: GpuMatrix, k: int, step_chunks: int) -> Format:
+    """What the kernel is compiled for, where a step takes so many chunks of `k`."""
     spec = weight.spec
-    even = x.shape[1] % (512 // spec.bits * step_chunks) == 0
+    even = k % (512 // spec.bits * step_chunks) == 0
     return Format(spec.scheme, spec.bits, spec.group, even, asm=not knobs.runtime.interpret)
 
 

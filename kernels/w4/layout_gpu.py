@@ -52,6 +52,14 @@ def to_gpu(packed: Packed) -> GpuMatrix:
     return GpuMatrix(**parts | {"codes": interleave(packed.codes, packed.spec.bits)})
 
 
+def from_gpu(matrix: GpuMatrix) -> Packed:
+    """The inverse of `to_gpu`, bit for bit."""
+    parts = {field.name: getattr(matrix, field.name) for field in fields(GpuMatrix)}
+    codes = separate(matrix.codes, matrix.spec.bits)
+    codes = codes[:, : matrix.spec.row_bytes(matrix.shape[1])].contiguous()
+    return Packed(**parts | {"codes": codes})
+
+
 def interleave(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """(N, row_bytes) uint8 as in `Packed` -> (N, CHUNK_BYTES * ceil(row_bytes / CHUNK_BYTES))."""
     codes = pad(codes, (0, -codes.shape[1] % CHUNK_BYTES))
@@ -62,3 +70,14 @@ def interleave(codes: torch.Tensor, bits: int) -> torch.Tensor:
     words = nibbles.view(n, -1, 4, 4, 4, 2)  # word, half and eighth weight, lane, of the pair
     words = words.permute(0, 1, 4, 2, 3, 5).reshape(n, -1, 8)[..., NIBBLES]
     return (words[..., ::2] | words[..., 1::2] << 4).reshape(n, row_bytes)
+
+
+def separate(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of `interleave`, (N, CHUNK_BYTES * chunks) uint8 both."""
+    n, row_bytes = codes.shape
+    if bits == 8:
+        return codes.view(n, -1, 4, 4, 2, 2).transpose(2, 3).transpose(3, 4).reshape(n, row_bytes)
+    nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).view(n, -1, 8)
+    nibbles = nibbles[..., torch.tensor(NIBBLES).argsort()].view(n, -1, 4, 4, 4, 2)
+    nibbles = nibbles.permute(0, 1, 3, 4, 2, 5).reshape(n, row_bytes, 2)
+    return nibbles[..., 0] | nibbles[..., 1] << 4

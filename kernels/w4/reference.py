@@ -22,3 +22,17 @@ def matmul(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None) ->
     if bias is not None:
         y = y + bias.to(wide)
     return y.to(x.dtype)
+
+
+def matmul_transposed(y: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """y (..., N) of a float dtype -> y @ unpack(packed), (..., K) as y: the gradient in x.
+
+    Computed as `matmul` is. Raises ValueError or TypeError.
+    """
+    n = packed.shape[0]
+    if not y.is_floating_point():
+        raise TypeError(f"y must be floating point, found {y.dtype}")
+    if y.dim() == 0 or y.shape[-1] != n:
+        raise ValueError(f"y must be (..., {n}), found {tuple(y.shape)}")
+    wide = torch.promote_types(y.dtype, torch.float32)
+    return (y.to(wide) @ unpack(packed).to(wide)).to(y.dtype)
