@@ -15,19 +15,9 @@ TESTS = Path(__file__).parent
 def run_interpreted(topic: str, timeout_s: float = 600, marks: str = "not slow") -> None:
     """Fails with the child's report unless `interpreted_<topic>.py` passes, its `marks` alone."""
     file = TESTS / f"interpreted_{topic}.py"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        marks,
-        str(file),
-    ]
+    options = ["-q", "-p", "no:cacheprovider", "-m", marks]
     done = subprocess.run(
-        command,
+        [sys.executable, "-m", "pytest", *options, str(file)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=TESTS.parent,
         capture_output=True,

@@ -73,6 +73,8 @@ def build(sizes: Launch, kind: Format, dtype: str, arch: int, gated: bool = Fals
 def hold(compiled: aot.Compiled, sizes: Launch, arch: int, programs: int) -> None:
     """No spills, codes and x 16 bytes at a time, so many programs to a multiprocessor."""
     assert compiled.spill_bytes == 0, f"{compiled.registers} registers"
+    loop = compiled.ptx[compiled.ptx.index("cp.async.wait_group") : compiled.ptx.rindex("mma")]
+    assert "shfl" not in loop, "weights move between threads"
     copies = re.findall(r"cp\.async\.\w+\.shared\.global[^;]*", compiled.ptx)
     assert copies and all("cp.async.cg" in copy and ", 0x10" in copy for copy in copies), copies
     assert programs * compiled.registers * 32 * sizes.WARPS <= REGISTERS
@@ -166,9 +168,11 @@ def test_choice(n, k, bits):
     assert choose(launch.DENSE_ROWS, n, k, bits, 132) == DENSE
 
 
-def test_needs_a_gpu(rng):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def test_needs_a_gpu(rng, monkeypatch):
     case = make(rng, Spec(4, 128, "symmetric"), torch.float16, 1, 16, 128)
-    with pytest.raises(dispatch.BackendUnavailable, match="backend triton: torch finds no GPU"):
+    if not torch.cuda.is_available():
+        with pytest.raises(dispatch.BackendUnavailable, match="backend triton: torch finds no GPU"):
+            fused.matmul(case.x, to_gpu(case.packed))
+        monkeypatch.setattr(dispatch, "require", lambda backend: None)
+    with pytest.raises(ValueError, match="x must be on a GPU, found cpu"):
         fused.matmul(case.x, to_gpu(case.packed))

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-LIFT = tl.constexpr(64.0)  # weights carry it as a factor, to keep small scales normal in float16
+# Weights carry it as a factor: scales down to 1e-6 keep their precision in float16, and weights of
+# up to 1000 their finiteness.
+LIFT = tl.constexpr(64.0)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def nibbles(word, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
             raised = and_or(word >> (8 * (i // 2)), mask, 0x64006400, FORMAT)
             low, high = halves(raised, DTYPE, FORMAT)
             if i % 2:
-                codes = codes + (low * 0.0625 - (64 + MIDDLE), high * 0.0625 - (64 + MIDDLE))
+                low = tl.fma(low, 0.0625, -64.0 - MIDDLE)
+                codes = codes + (low, tl.fma(high, 0.0625, -64.0 - MIDDLE))
             else:
                 codes = codes + (low - (1024 + MIDDLE), high - (1024 + MIDDLE))
         else:

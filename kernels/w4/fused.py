@@ -43,7 +43,8 @@ def matmul(
             rows = rows.index_select(1, weight.perm)
         if sizes is None:
             sizes = launch.choose(len(rows), n, k, weight.spec.bits, cores(x.device))
-        RUN[sizes.kernel](aligned(rows), weight, bias, y, gated, sizes)
+        with torch.cuda.device_of(x):
+            RUN[sizes.kernel](aligned(rows), weight, bias, y, gated, sizes)
     return y.view(*x.shape[:-1], outputs)
 
 

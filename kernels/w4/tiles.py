@@ -67,7 +67,7 @@ def load_half(
     dmin = scale
     if offsets_ptr is not None:
         offset = tl.load(offsets_ptr + at)
-    if supers_ptr is not None:
+    if supers_ptr is not None:  # of 2 chunks
         pair = supers_ptr + (rows.to(tl.int64) * tl.cdiv(K, 256) + chunk // 2)[:, None] * 2
         d = tl.load(pair)
         dmin = tl.load(pair + 1)
