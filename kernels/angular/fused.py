@@ -164,22 +164,25 @@ def angular_sums(
     sums = torch.zeros(programs, 4, P, dtype=float64, device=device)
     squares = torch.ones(R, B, dtype=float64, device=device)
     distances = torch.zeros(B, P, dtype=float64, device=device) if values else None
-    angular_kernel[(programs,)](
-        x,
-        torch.ones(B, dtype=float64, device=device) if weights is None else weights.contiguous(),
-        gram,
-        sums,
-        squares,
-        distances,
-        stride_r,
-        stride_b,
-        R,
-        B,
-        D,
-        COLUMNS=triton.next_power_of_2(R),
-        VALUES=values,
-        **asdict(launch),
-    )
+    ones = torch.ones(B, dtype=float64, device=device)
+    weights = ones if weights is None else weights.contiguous()
+    with torch.cuda.device_of(sums):
+        angular_kernel[(programs,)](
+            x,
+            weights,
+            gram,
+            sums,
+            squares,
+            distances,
+            stride_r,
+            stride_b,
+            R,
+            B,
+            D,
+            COLUMNS=triton.next_power_of_2(R),
+            VALUES=values,
+            **asdict(launch),
+        )
     return Sums(sums.sum(0), squares, distances)
 
 
