@@ -1,6 +1,7 @@
 #include "cpu/decoder.h"
 
 #include <algorithm>
+#include <chrono>
 #include <set>
 #include <stdexcept>
 #include <utility>
@@ -134,6 +135,7 @@ void Decoder::check(const Call& call) const {
 
 void Decoder::forward(Call& call, const std::function<void()>& pause) {
     const std::lock_guard lock(mutex_);
+    const auto start = std::chrono::steady_clock::now();
     check(call);
     rows_.clear();
     const std::int64_t total = slots();
@@ -157,6 +159,7 @@ void Decoder::forward(Call& call, const std::function<void()>& pause) {
         for (std::int64_t s = 0; s < total; ++s)
             if (!call.chosen || call.chosen[row.sequence * total + s])
                 call.lengths[row.sequence * total + s] = row.position + 1;
+    times_.whole += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 void Decoder::run_chunk(const Call& call, std::size_t begin, std::size_t end, float* logits) {

@@ -95,11 +95,20 @@ void forward(Decoder& decoder, KvCache& cache, std::uintptr_t tokens, std::int64
     });
 }
 
+// Of the first thread by part, seconds; what each part reads of the weights in a step, bytes.
 py::dict times(const Decoder& decoder) {
     const Times& measured = decoder.times();
-    py::dict seconds;
+    py::dict seconds, bytes;
     for (int i = 0; i < kPartCount; ++i) seconds[kParts[i]] = measured.seconds[i];
-    return py::dict(py::arg("seconds") = seconds, py::arg("calls") = measured.calls,
+    std::int64_t qkv = 0, o = 0, up = 0, down = 0;
+    for (const Layer& layer : decoder.model().layers) {
+        qkv += layer.qkv.nbytes(), o += layer.o.nbytes();
+        up += layer.up.nbytes(), down += layer.down.nbytes();
+    }
+    bytes["qkv"] = qkv, bytes["o"] = o, bytes["up"] = up, bytes["down"] = down;
+    bytes["head"] = decoder.model().head.nbytes();
+    return py::dict(py::arg("seconds") = seconds, py::arg("bytes") = bytes,
+                    py::arg("whole") = measured.whole, py::arg("calls") = measured.calls,
                     py::arg("tokens") = measured.tokens);
 }
 

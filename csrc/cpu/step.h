@@ -94,11 +94,11 @@ struct Chunk {
     std::int64_t size() const { return static_cast<std::int64_t>(rows.size()); }
 };
 
-// Seconds of the first thread by part.
+// Seconds of the first thread by part, and of the whole calls.
 enum class Part : int { embed, norm, qkv, rope, attention, mix, o, up, gate, down, head, wait };
 constexpr int kPartCount = 12;
 struct Times {
-    double seconds[kPartCount];
+    double seconds[kPartCount], whole;
     std::int64_t calls, tokens;
 };
 
