@@ -103,6 +103,7 @@ class RunRecord(Artifact):
     compare: tuple[dict[str, Any], ...]  # a peer each
     versions: dict[str, str]
     commit: str | None
+    breakdown: tuple[dict[str, Any], ...] = ()  # a part of the decode step each
 
 
 @dataclass(frozen=True)

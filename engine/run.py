@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,6 +84,9 @@ def run(
             help="The Python that has a peer installed, if not this one; repeatable.",
         ),
     ] = None,
+    breakdown: Annotated[
+        bool, typer.Option("--breakdown", rich_help_panel=_MEASURE, help="The step by part.")
+    ] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Generate text, then a table of the speed; the last line is the record as JSON."""
@@ -129,6 +133,10 @@ def run(
             on_step=lambda step: print(step.pieces[0], end="", flush=True),
         )
     print("\n")
+    if breakdown:
+        from engine.breakdown import breakdown as by_part
+
+        record = replace(record, breakdown=tuple(by_part(opened, given, options, batch)))
     report(record, json_file)
 
 

@@ -18,6 +18,8 @@ def report(record: RunRecord, json_file: Path | None) -> None:
     console.print(speeds(record))
     if record.compare:
         console.print(peers(record))
+    if record.breakdown:
+        console.print(parts(record))
     for peer in record.compare:
         if "wrong" in peer:
             print(f"{peer['name']}: {peer['wrong']} ({peer['agreement']:.0%} of its tokens agree)")
@@ -76,6 +78,23 @@ def peers(record: RunRecord) -> Table:
             figure(peer["decode_tok_s"]),
             figure(peer["decode_ratio"], "x"),
             f"{peer['same_tokens']} of {record.new_tokens}",
+        )
+    return out
+
+
+def parts(record: RunRecord) -> Table:
+    """The decode step by part."""
+    out = Table("part of a step", pad_edge=False)
+    for name in ("ms", "share", "MB", "GB/s"):
+        out.add_column(name, justify="right")
+    for part in record.breakdown:
+        nbytes, gb_s = part["bytes"], part["gb_s"]
+        out.add_row(
+            part["name"],
+            f"{part['ms']:.3f}",
+            f"{part['share']:.1%}",
+            "" if nbytes is None else f"{nbytes / 1e6:.2f}",
+            "" if gb_s is None else f"{gb_s:.1f}",
         )
     return out
 

@@ -25,7 +25,7 @@ recipe
 packing runtime
 generation
 backend
-benchmark command drawing evaluate peers
+benchmark breakdown command drawing evaluate peers
 budget_command figures
 plot
 report tables

@@ -19,12 +19,13 @@ from engine.kernels.w4.from_gguf import from_blocks
 from engine.model import check_call
 from engine.rope import inverse_frequencies
 
+PAGE = 128  # positions of a page of the cache
 CACHE_DTYPES = ("float32", "float16", "int8")
 MODES = ("int8", "exact")
 
 
 class CpuCache(Lengths):
-    """Keys and values in native pages of 128 positions; grows without copying."""
+    """Keys and values in native pages; grows without copying."""
 
     def __init__(self, config: ModelConfig, pages: Any) -> None:
         super().__init__(config, pages.batch)

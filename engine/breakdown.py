@@ -1,0 +1,83 @@
+"""Where the time of a decode step goes, by part."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from engine.errors import InputError
+from engine.generation import Options, Step, generate
+
+LABELS = {  # as the decoder names its parts (csrc/cpu/decoder_bindings.cpp)
+    "qkv": "q, k, v",
+    "o": "output",
+    "up": "gate, up",
+    "down": "down",
+    "head": "head",
+    "attention": "attention",
+    "mix": "attention, joined and rounded",
+    "rope": "rotation, cache append",
+    "norms": "norms, rounding",
+    "activation": "activation",
+    "embedding": "embedding",
+    "wait": "waiting at barriers",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Means over the steps measured; times are those of the thread that called."""
+
+    name: str
+    ms: float
+    share: float  # of the step
+    bytes: int | None  # read from memory: weights, or keys and values
+    gb_s: float | None
+
+
+def breakdown(model, prompt, options: Options, batch: int = 1) -> list[dict[str, Any]]:
+    """The decode steps of one run by part, slowest first, then what lies outside of them.
+
+    The last two are "threads" (the native call without its parts: starting and joining the team)
+    and "Python" (the step without the native call: sampling, text, the binding). Raises
+    `InputError` for a backend that cannot tell, and where there is no decode step.
+    """
+    runtime = model.runtime
+    if runtime.name != "cpu":
+        raise InputError(f"--breakdown needs --backend cpu, not {runtime.name}")
+    if options.max_new_tokens < 2:
+        raise InputError("--breakdown needs --new-tokens of at least 2: the first has no step")
+    step_ns: list[int] = []
+
+    def after(step: Step) -> None:
+        if not step_ns:
+            runtime.decoder.measure(True)  # clears what the prompt took
+        step_ns.append(step.elapsed_ns)
+
+    generation = generate(runtime, model.text, [prompt] * batch, options, after)[0]
+    times = runtime.decoder.times()
+    runtime.decoder.measure(False)
+    steps = len(step_ns) - 1
+    if not steps:
+        raise InputError("--breakdown: the text ended before the first decode step")
+    step_ms = sum(step_ns[1:]) / 1e6 / steps
+
+    def part(name: str, seconds: float, nbytes: int | None = None) -> Part:
+        ms = seconds * 1e3 / steps
+        return Part(name, ms, ms / step_ms, nbytes, nbytes and ms and nbytes / ms / 1e6)
+
+    context = generation.prompt_tokens + (steps + 1) / 2  # of a step, on average
+    nbytes = times["bytes"] | {"attention": round(batch * kv_bytes(runtime, context))}
+    seconds = times["seconds"]
+    parts = [part(LABELS[name], seconds[name], nbytes.get(name)) for name in LABELS]
+    parts.sort(key=lambda found: -found.ms)
+    parts.append(part("threads", times["whole"] - sum(seconds.values())))
+    parts.append(part("Python", step_ms * steps / 1e3 - times["whole"]))
+    return [asdict(found) for found in parts]
+
+
+def kv_bytes(runtime, context: float) -> float:
+    """Keys and values that a sequence's step reads; layers with a window read no more than it."""
+    from engine.runtime.cpu import PAGE
+
+    layers = runtime.config.layers
+    position_bytes = runtime.new_cache(1, PAGE).nbytes / PAGE / len(layers)
+    return position_bytes * sum(min(context, layer.window or context) for layer in layers)
