@@ -139,8 +139,9 @@ def stream_steps(runtime, sequences: Sequence["Decoding"], options: Options) -> 
         logits = runtime.forward(part, cache, slots=options.slots, logits="last")
     while True:
         running = [row for row, s in enumerate(sequences) if s.finish_reason is None]
+        last = logits[:, -1]  # a view, as long as all are running
         ids = sample(
-            logits[running, -1],
+            last if len(running) == len(sequences) else last[running],
             options,
             [sequences[row].ids for row in running],
             [generators[row] for row in running],
