@@ -17,6 +17,8 @@ namespace {
 
 using Kernel = void (*)(const AngularJob&, int64_t, int64_t, double*);
 
+constexpr int64_t kChunks = 64;  // of samples, which idle threads claim
+
 Kernel choose(const std::string& name) {
     const Isa isa = name.empty() ? best_isa() : isa_from_name(name);
     if (!isa_supported(isa)) throw std::invalid_argument("this processor does not run " + name);
@@ -35,15 +37,16 @@ Scratch::~Scratch() { ::operator delete(data, std::align_val_t{64}); }
 void angular(const AngularJob& job, int threads, const std::string& isa) {
     const Kernel kernel = choose(isa);
     const int64_t size = 2 * int64_t(job.R) * (job.R - 1);  // 4 P
-    const int most = int(std::max<int64_t>(1, std::min<int64_t>(threads, job.B)));
-    std::vector<double> partial(most * size);
-    // A fixed share for each thread and a fixed order of the sums: the same bits every time.
-    Pool::instance().run(most, [&](int thread, int count) {
-        kernel(job, thread * job.B / count, (thread + 1) * job.B / count,
-               partial.data() + thread * size);
+    const int64_t chunk = std::max<int64_t>(1, (job.B + kChunks - 1) / kChunks);
+    const int64_t chunks = (job.B + chunk - 1) / chunk;
+    std::vector<double> partial(chunks * size);
+    parallel_for(threads, job.B, chunk, [&](int64_t begin, int64_t end) {
+        kernel(job, begin, end, partial.data() + begin / chunk * size);
     });
+    // Chunks that depend on B alone and a fixed order of the sums: the same bits every time.
     std::fill_n(job.sums, size, 0.0);
-    for (int64_t k = 0; k < most * size; ++k) job.sums[k % size] += partial[k];
+    for (int64_t first = 0; first < chunks * size; first += size)
+        for (int64_t k = 0; k < size; ++k) job.sums[k] += partial[first + k];
 }
 
 }  // namespace shallow

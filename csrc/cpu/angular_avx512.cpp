@@ -13,7 +13,7 @@ constexpr int kRegisterRows = 5;  // 25 sums and 6 operands in 32 registers
 struct Wide {
     using Lane = double;
     using Vector = __m512d;
-    static constexpr int W = 8, kRows = kRegisterRows, kBlock = 256;
+    static constexpr int W = 8, kRows = kRegisterRows, kBlock = 128;
     static Vector zero() { return _mm512_setzero_pd(); }
     static Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_pd(a, b, c); }
     static void store(double* p, Vector v) { _mm512_storeu_pd(p, v); }

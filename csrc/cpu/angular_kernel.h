@@ -27,9 +27,17 @@ constexpr double kCloseCosine2 = 0.96;
 // Beyond these squared norms, float32 squares of features may overflow or lose digits.
 constexpr double kLeastSquare = 1e-20, kMostSquare = 1e30;
 
+// Pairs of `rows` boundaries from `row` on with `columns` from `column` on. Where the two ranges are
+// one, only its pairs r <= c.
+struct Tile {
+    int row, column, rows, columns;
+    bool diagonal() const { return row == column && rows == columns; }
+    int lanes() const { return rows * columns * kSumLanes; }
+};
+
 // sums[r][c] += a[r] . b[c] over n features, n a multiple of W; rows are kBlock apart.
-template <class V, int R, int C>
-void tile(const typename V::Lane* a, const typename V::Lane* b, int n, double* sums) {
+template <class V, int R, int C, bool kDiagonal>
+void multiply_tile(const typename V::Lane* a, const typename V::Lane* b, int n, double* sums) {
     typename V::Vector s[R][C];
     for (auto& row : s)
         for (auto& sum : row) sum = V::zero();
@@ -37,24 +45,28 @@ void tile(const typename V::Lane* a, const typename V::Lane* b, int n, double* s
         typename V::Vector y[C];
         for (int c = 0; c < C; ++c) y[c] = V::load(b + c * V::kBlock + k);
         for (int r = 0; r < R; ++r) {
-            const auto x = V::load(a + r * V::kBlock + k);
-            for (int c = 0; c < C; ++c) s[r][c] = V::fma(x, y[c], s[r][c]);
+            const auto x = kDiagonal ? y[r] : V::load(a + r * V::kBlock + k);
+            for (int c = kDiagonal ? r : 0; c < C; ++c) s[r][c] = V::fma(x, y[c], s[r][c]);
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) V::fold(sums + (r * C + c) * kSumLanes, s[r][c]);
+#pragma GCC unroll 8
+        for (int c = kDiagonal ? r : 0; c < C; ++c) V::fold(sums + (r * C + c) * kSumLanes, s[r][c]);
 }
 
 template <class V>
-using Tile = void (*)(const typename V::Lane*, const typename V::Lane*, int, double*);
+using TileProduct = void (*)(const typename V::Lane*, const typename V::Lane*, int, double*);
 
 template <class V, int R = V::kRows, int C = V::kRows>
-Tile<V> tile_of(int rows, int columns) {
+TileProduct<V> product_of(const Tile& tile) {
     if constexpr (R > 1)
-        if (rows < R) return tile_of<V, R - 1, C>(rows, columns);
+        if (tile.rows < R) return product_of<V, R - 1, C>(tile);
     if constexpr (C > 1)
-        if (columns < C) return tile_of<V, R, C - 1>(rows, columns);
-    return tile<V, R, C>;
+        if (tile.columns < C) return product_of<V, R, C - 1>(tile);
+    if constexpr (R == C)
+        if (tile.diagonal()) return multiply_tile<V, R, C, true>;
+    return multiply_tile<V, R, C, false>;
 }
 
 // Reads n features, writes them rounded up to whole vectors with zeros; returns that length.
@@ -75,11 +87,17 @@ int stage(const T* source, int n, typename V::Lane* target) {
 template <class T>
 class Sampler {
 public:
-    explicit Sampler(const AngularJob& job)
-        : job_(job), R_(job.R), strips_((R_ + Wide::kRows - 1) / Wide::kRows),
+    Sampler(const AngularJob& job, int64_t end)
+        : job_(job), end_(end), R_(job.R), strips_((R_ + Wide::kRows - 1) / Wide::kRows),
           stage_(R_ * std::max(sizeof(double) * Wide::kBlock, sizeof(float) * Narrow::kBlock)),
-          lanes_(sizeof(double) * tiles() * kTileDoubles), gram_(sizeof(double) * R_ * R_),
-          inverse_(sizeof(double) * R_), marked_(strips_ * strips_) {}
+          lanes_(sizeof(double) * kSumLanes * Wide::kRows * Wide::kRows * tiles()),
+          gram_(sizeof(double) * R_ * R_), inverse_(sizeof(double) * R_),
+          all_(sizeof(Tile) * tiles()), close_(sizeof(Tile) * (pairs() + R_)), used_(R_) {
+        Tile* tile = static_cast<Tile*>(all_.data);
+        for (int i = 0; i < strips_; ++i)
+            for (int j = i; j < strips_; ++j)
+                *tile++ = {start(i), start(j), start(i + 1) - start(i), start(j + 1) - start(j)};
+    }
 
     void run(int64_t sample, double* sums) {
         const double weight = job_.weights ? job_.weights[sample] : 1;
@@ -89,93 +107,106 @@ public:
                 job_.values[sample * pairs() + p] = 0;
             return;
         }
-        std::memset(marked_.data, 1, strips_ * strips_);
+        const Tile* all = static_cast<const Tile*>(all_.data);
         if constexpr (sizeof(T) == 2 && !std::is_same_v<Wide, Narrow>) {
-            multiply<Narrow>(sample);
-            if (mark_doubtful()) multiply<Wide>(sample);
+            multiply<Narrow>(sample, all, tiles(), true);
+            Tile* close = static_cast<Tile*>(close_.data);
+            if (const int count = find_close(close)) multiply<Wide>(sample, close, count, false);
         } else {
-            multiply<Wide>(sample);
+            multiply<Wide>(sample, all, tiles(), true);
         }
         finish(sample, weight, sums);
     }
 
 private:
-    static constexpr int kTileDoubles = Wide::kRows * Wide::kRows * kSumLanes;
     static_assert(Wide::kRows == Narrow::kRows);
 
     int64_t pairs() const { return int64_t(R_) * (R_ - 1) / 2; }
-    size_t tiles() const { return size_t(strips_) * (strips_ + 1) / 2; }
+    int tiles() const { return strips_ * (strips_ + 1) / 2; }
     // Strips differ by at most one row: no thin tiles, whose sums would wait for one another.
     int start(int strip) const { return strip * R_ / strips_; }
-    bool& marked(int i, int j) { return static_cast<bool*>(marked_.data)[i * strips_ + j]; }
     double& gram(int i, int j) const { return static_cast<double*>(gram_.data)[i * R_ + j]; }
+    bool& used(int i) const { return static_cast<bool*>(used_.data)[i]; }
+    const T* source(int i, int64_t sample, int64_t d) const {
+        return static_cast<const T*>(job_.rows[i]) + sample * job_.strides[i] + d;
+    }
 
-    // Computes the Gram matrix of the marked tiles.
+    // The Gram matrix at the tiles; boundaries of no tile are not read.
     template <class V>
-    void multiply(int64_t sample) {
+    void multiply(int64_t sample, const Tile* tiles, int count, bool first) {
         auto* staged = static_cast<typename V::Lane*>(stage_.data);
-        std::memset(lanes_.data, 0, sizeof(double) * tiles() * kTileDoubles);
+        double* const sums = static_cast<double*>(lanes_.data);
+        double* lanes = sums;
+        std::memset(used_.data, 0, R_);
+        for (int t = 0; t < count; lanes += tiles[t++].lanes()) {
+            for (int r = 0; r < tiles[t].rows; ++r) used(tiles[t].row + r) = true;
+            for (int c = 0; c < tiles[t].columns; ++c) used(tiles[t].column + c) = true;
+        }
+        std::fill(sums, lanes, 0.0);
         for (int64_t d = 0; d < job_.D; d += V::kBlock) {
             const int n = int(std::min<int64_t>(V::kBlock, job_.D - d));
             int length = 0;
-            for (int s = 0; s < strips_; ++s)
-                for (int i = start(s); marked(s, s) && i < start(s + 1); ++i)
-                    length = read<V>(i, sample, d, n, staged + i * V::kBlock);
-            each_tile([&](int i, int j, int rows, int columns, double* lanes) {
-                const auto add_products = tile_of<V>(rows, columns);
-                add_products(staged + i * V::kBlock, staged + j * V::kBlock, length, lanes);
-            });
+            for (int i = 0; i < R_; ++i)
+                if (used(i))
+                    length = stage<V>(source(i, sample, d), n, staged + i * V::kBlock);
+            lanes = sums;
+            for (int t = 0; t < count; ++t) {
+                const Tile& tile = tiles[t];
+                if (first) prefetch<V>(t * R_ / count, (t + 1) * R_ / count, sample, d + V::kBlock);
+                product_of<V>(tile)(staged + tile.row * V::kBlock, staged + tile.column * V::kBlock,
+                                    length, lanes);
+                lanes += tile.lanes();
+            }
         }
-        each_tile([&](int i, int j, int rows, int columns, const double* lanes) {
-            for (int r = 0; r < rows; ++r)
-                for (int c = 0; c < columns; ++c, lanes += kSumLanes) {
+        lanes = sums;
+        for (int t = 0; t < count; ++t)
+            for (int r = 0; r < tiles[t].rows; ++r)
+                for (int c = 0; c < tiles[t].columns; ++c, lanes += kSumLanes) {
                     double sum = 0;
                     for (int lane = 0; lane < kSumLanes; ++lane) sum += lanes[lane];
-                    gram(i + r, j + c) = sum;
+                    gram(tiles[t].row + r, tiles[t].column + c) = sum;
                 }
-        });
     }
 
+    // Asks for a block of some boundaries, of the next sample after the last block.
     template <class V>
-    int read(int i, int64_t sample, int64_t d, int n, typename V::Lane* target) {
-        const T* source = static_cast<const T*>(job_.rows[i]) + sample * job_.strides[i] + d;
-        const char* next = reinterpret_cast<const char*>(source + V::kBlock);
-        for (int byte = 0; byte < V::kBlock * int(sizeof(T)); byte += 64)
-            __builtin_prefetch(next + byte, 0, 2);
-        return stage<V>(source, n, target);
+    void prefetch(int begin, int end, int64_t sample, int64_t d) const {
+        if (d >= job_.D) d = 0, ++sample;
+        if (sample == end_) return;
+        const int bytes = int(std::min<int64_t>(V::kBlock, job_.D - d)) * int(sizeof(T));
+        for (int i = begin; i < end; ++i) {
+            const char* next = reinterpret_cast<const char*>(source(i, sample, d));
+            for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(next + byte, 0, 2);
+        }
     }
 
-    template <class Body>
-    void each_tile(Body&& body) {
-        double* lanes = static_cast<double*>(lanes_.data);
-        for (int i = 0; i < strips_; ++i)
-            for (int j = i; j < strips_; ++j, lanes += kTileDoubles)
-                if (marked(i, j))
-                    body(start(i), start(j), start(i + 1) - start(i), start(j + 1) - start(j), lanes);
-    }
-
-    // Marks the tiles that float32 sums do not settle, with the norms they need; false for none.
-    bool mark_doubtful() {
-        std::memset(marked_.data, 0, strips_ * strips_);
-        bool any = false;
-        for (int s = 0; s < strips_; ++s)
-            for (int t = s; t < strips_; ++t)
-                if (doubtful(s, t)) {
-                    marked(s, t) = marked(s, s) = marked(t, t) = true;
-                    any = true;
+    // Covers the pairs that float32 sums do not settle, and the norms they need; returns how many
+    // tiles of one row that takes.
+    int find_close(Tile* close) const {
+        std::memset(used_.data, 0, R_);
+        for (int i = 0; i < R_; ++i)
+            for (int j = i; j < R_; ++j)
+                if (doubtful(i, j)) used(i) = used(j) = true;
+        int count = 0;
+        for (int i = 0; i < R_; ++i) {
+            Tile* open = nullptr;
+            for (int j = i; j < R_ && used(i); ++j) {
+                if (i != j && !doubtful(i, j)) continue;
+                if (!open || j >= open->column + Wide::kRows) {
+                    open = close + count++;
+                    *open = {i, j, 1, 1};
                 }
-        return any;
+                open->columns = j + 1 - open->column;
+            }
+        }
+        return count;
     }
 
-    bool doubtful(int s, int t) const {
-        for (int i = start(s); i < start(s + 1); ++i)
-            for (int j = std::max(i, start(t)); j < start(t + 1); ++j) {
-                const double ii = gram(i, i), jj = gram(j, j), ij = gram(i, j);
-                const bool plain = ii > kLeastSquare && ii < kMostSquare &&
-                                   jj > kLeastSquare && jj < kMostSquare;
-                if (!plain || (i != j && !(ij * ij <= kCloseCosine2 * ii * jj))) return true;
-            }
-        return false;
+    bool doubtful(int i, int j) const {
+        const double ii = gram(i, i), jj = gram(j, j), ij = gram(i, j);
+        const bool plain =
+            ii > kLeastSquare && ii < kMostSquare && jj > kLeastSquare && jj < kMostSquare;
+        return !plain || (i != j && !(ij * ij <= kCloseCosine2 * ii * jj));
     }
 
     void finish(int64_t sample, double weight, double* sums) {
@@ -217,15 +248,17 @@ private:
 
     static constexpr double kPi = 3.14159265358979323846;
     const AngularJob& job_;
+    const int64_t end_;
     const int R_, strips_;
-    // stage: (R, kBlock) lanes; lanes: (tiles, kRows, kRows, kSumLanes); gram: (R, R), upper
-    // triangle; inverse: (R,) 1 / norm; marked: (strips, strips) bool, the tiles to compute
-    Scratch stage_, lanes_, gram_, inverse_, marked_;
+    // stage: (R, kBlock) lanes; lanes: kSumLanes for each pair of the tiles; gram: (R, R), upper
+    // triangle; inverse: (R,) 1 / norm; all: (tiles,) Tile; close: likewise, at most one a pair;
+    // used: (R,) bool, whether a tile of the current list has the boundary
+    Scratch stage_, lanes_, gram_, inverse_, all_, close_, used_;
 };
 
 template <class T>
 void run_samples(const AngularJob& job, int64_t begin, int64_t end, double* sums) {
-    Sampler<T> sampler(job);
+    Sampler<T> sampler(job, end);
     for (int64_t sample = begin; sample < end; ++sample) sampler.run(sample, sums);
 }
 

@@ -148,7 +148,8 @@ class AngularAccumulator:
 def triangle(pairs: Tensor, boundaries: int) -> tuple[Tensor, ...]:
     """Pairs (..., P) as rows by block size: [count - 1][..., start]."""
     i, j = torch.triu_indices(boundaries, boundaries, 1, device=pairs.device)
-    return tuple(pairs[..., j - i == count] for count in range(1, boundaries))
+    by_count = pairs[..., (j - i).argsort(stable=True)]
+    return by_count.split(list(range(boundaries - 1, 0, -1)), dim=-1)
 
 
 def _check_boundaries(boundaries: Tensor | Sequence[Tensor]) -> list[Tensor]:
