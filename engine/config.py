@@ -11,6 +11,7 @@ Shape letters, used in every docstring:
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from engine.errors import InputError
@@ -105,7 +106,7 @@ class ModelConfig:
         )
         return hashlib.sha256(repr(shapes).encode()).hexdigest()
 
-    @property
+    @cached_property
     def rope_switch(self) -> int | None:
         """Length past which a sequence is run anew, with LongRoPE's long divisors; None: never."""
         lengths = [
@@ -115,7 +116,7 @@ class ModelConfig:
         ]
         return min(lengths, default=None)
 
-    @property
+    @cached_property
     def whole_prefill(self) -> bool:
         """A prompt may not be cut into chunks: its rotation depends on how long it is in all."""
         kinds = {entry.rope.kind for entry in self.layers if entry.rope is not None}

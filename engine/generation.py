@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from engine.errors import InputError
-from engine.sample import Sampling, make_generators, sample
+from engine.sample import Sampling, make_generators, one_thread, sample
 
 PREFILL_CHUNK = 512  # prompt tokens a call: activations stay small however long the prompt
 
@@ -139,9 +140,12 @@ def stream_steps(runtime, sequences: Sequence["Decoding"], options: Options) -> 
         logits = runtime.forward(part, cache, slots=options.slots, logits="last")
     while True:
         running = [row for row, s in enumerate(sequences) if s.finish_reason is None]
-        last = logits[:, -1]  # a view, as long as all are running
+        last = logits[:, -1]
+        if len(running) < len(sequences):
+            with one_thread():
+                last = last[running]
         ids = sample(
-            last if len(running) == len(sequences) else last[running],
+            last,
             options,
             [sequences[row].ids for row in running],
             [generators[row] for row in running],
@@ -207,7 +211,7 @@ def _check_prompt(ids: list[int], max_new_tokens: int, config) -> None:
 def _left_padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
     """(B, longest) int64, short rows filled with -1 on the left."""
     width = max(map(len, rows))
-    return torch.tensor([[-1] * (width - len(row)) + list(row) for row in rows])
+    return torch.from_numpy(np.array([[-1] * (width - len(row)) + list(row) for row in rows]))
 
 
 class Decoding:

@@ -9,7 +9,6 @@ from engine import command
 from engine.errors import InputError
 
 if TYPE_CHECKING:
-    from engine.checkpoint import Checkpoint
     from engine.export.packed import Entry
     from engine.recipe import Recipe
 
@@ -86,6 +85,7 @@ def quantize(
     from engine.packing import pack, plan_of
     from engine.samples import read_samples
     from engine.text import load_text
+    from engine.weights import is_quantised
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -132,16 +132,6 @@ def as_recipe(asked: dict[str, Any]) -> "Recipe":
             raise InputError(f"head: expected 4, 8, 16 or keep, found {head!r}")
         asked["head"] = None if head == "keep" else int(head)
     return Recipe(**asked)
-
-
-def is_quantised(checkpoint: "Checkpoint") -> bool:
-    """Whether any matrix of the first layer is."""
-    import torch
-
-    from engine.weights import stored_layer
-
-    matrices = stored_layer(checkpoint, checkpoint.config, 0).values()
-    return any(not isinstance(matrix, torch.Tensor) for matrix in matrices)
 
 
 def show(entries: list["Entry"]) -> None:

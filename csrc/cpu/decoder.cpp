@@ -133,7 +133,7 @@ void Decoder::check(const Call& call) const {
     }
 }
 
-void Decoder::forward(Call& call, const std::function<void()>& pause) {
+std::int64_t Decoder::forward(Call& call, const std::function<void()>& pause) {
     const std::lock_guard lock(mutex_);
     const auto start = std::chrono::steady_clock::now();
     check(call);
@@ -148,18 +148,19 @@ void Decoder::forward(Call& call, const std::function<void()>& pause) {
         for (std::int64_t s = 0; s < total; ++s)
             if (!call.chosen || call.chosen[b * total + s]) call.cache->reserve(b, s, position);
     }
-    float* logits = call.logits;
+    std::int64_t written = 0;
     for (std::size_t begin = 0; begin < rows_.size(); begin += kChunkRows) {
         if (begin) pause();
         const std::size_t end = std::min(begin + kChunkRows, rows_.size());
-        run_chunk(call, begin, end, logits);
-        logits += chunk_.sets[chunk_.wanted].size() * model_.rules.vocab;
+        run_chunk(call, begin, end, call.logits + written * model_.rules.vocab);
+        written += chunk_.sets[chunk_.wanted].size();
     }
     for (const Row& row : rows_)
         for (std::int64_t s = 0; s < total; ++s)
             if (!call.chosen || call.chosen[row.sequence * total + s])
                 call.lengths[row.sequence * total + s] = row.position + 1;
     times_.whole += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    return written;
 }
 
 void Decoder::run_chunk(const Call& call, std::size_t begin, std::size_t end, float* logits) {

@@ -46,7 +46,8 @@ public:
 
     // `pause` is called between chunks of a long prompt; what it throws ends the call. Throws
     // std::invalid_argument where the call breaks a rule, std::bad_alloc. One call at a time runs.
-    void forward(Call& call, const std::function<void()>& pause);
+    // Returns how many rows of logits were written.
+    std::int64_t forward(Call& call, const std::function<void()>& pause);
 
     KvCache new_cache(KvType type, std::int64_t batch) const;
     std::int64_t slots() const { return static_cast<std::int64_t>(model_.layers.size()); }

@@ -74,7 +74,7 @@ Weights weights_from(const py::dict& matrices, const py::dict& vectors) {
     return weights;
 }
 
-void forward(Decoder& decoder, KvCache& cache, std::uintptr_t tokens, std::int64_t batch,
+std::int64_t forward(Decoder& decoder, KvCache& cache, std::uintptr_t tokens, std::int64_t batch,
              std::int64_t steps, std::uintptr_t lengths, std::uintptr_t chosen,
              const std::vector<std::uintptr_t>& angles, bool all, std::uintptr_t logits) {
     Call call{reinterpret_cast<const std::int64_t*>(tokens),
@@ -89,7 +89,7 @@ void forward(Decoder& decoder, KvCache& cache, std::uintptr_t tokens, std::int64
     for (const std::uintptr_t table : angles)
         call.angles.push_back(reinterpret_cast<const float*>(table));
     const py::gil_scoped_release release;
-    decoder.forward(call, [] {
+    return decoder.forward(call, [] {
         const py::gil_scoped_acquire acquire;
         if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     });

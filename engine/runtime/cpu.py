@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from engine.cache import Lengths
@@ -136,13 +137,10 @@ class CpuRuntime:
             chosen = check_call(self.config, tokens, cache, slots)[1].to(torch.uint8)
         batch, steps = tokens.shape
         everything = logits == "all"
-        shown = tokens if everything else tokens[:, -1:]
-        padded = bool((shown < 0).any())
-        rows = int((shown >= 0).sum()) if padded else shown.numel()
-        out = torch.empty(rows, self.config.vocab_size)
+        out = torch.empty(batch, steps if everything else 1, self.config.vocab_size)
         tables = self._angles.tables(self._length(tokens, cache))
         try:
-            self.decoder.forward(
+            written = self.decoder.forward(
                 cache.pages,
                 tokens.data_ptr(),
                 batch,
@@ -156,16 +154,17 @@ class CpuRuntime:
         except ValueError:
             check_call(self.config, tokens, cache, slots)  # says what is wrong
             raise
-        if not padded:
-            return out.view(*shown.shape, -1)
-        whole = out.new_zeros(*shown.shape, self.config.vocab_size)
-        whole[shown >= 0] = out
-        return whole
+        if written == out.shape[0] * out.shape[1]:
+            return out
+        shown = tokens if everything else tokens[:, -1:]
+        padded = np.zeros(out.shape, np.float32)
+        padded[shown.numpy() >= 0] = out.numpy().reshape(-1, out.shape[2])[:written]
+        return torch.from_numpy(padded)
 
     def _length(self, tokens: torch.Tensor, cache: CpuCache) -> int:
         """Positions that the call reaches; an upper bound where that is all the same."""
         if not self.config.whole_prefill:
-            return int(cache.lengths.max()) + tokens.shape[1]
+            return int(cache.lengths.numpy().max()) + tokens.shape[1]
         return int((cache.positions + (tokens >= 0).sum(1)).max())
 
 

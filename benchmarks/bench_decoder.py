@@ -1,0 +1,168 @@
+"""The CPU decoder against its bounds, on the default model in the bits of its own file.
+
+    OMP_WAIT_POLICY=active pytest -s benchmarks/bench_decoder.py
+
+Every figure is a ratio of medians whose parts took turns, so that a slow spell meets both. The
+bandwidth is that of a buffer of the model's size, read by the same threads in between. Prints what
+was found beside what was asked; fails where a bound is missed.
+"""
+
+import subprocess
+import sys
+from statistics import median
+from time import perf_counter_ns
+
+import pytest
+import torch
+from ceiling import times_ns
+
+from engine.backend import Model, load
+from engine.checkpoint import open_checkpoint
+from engine.checkpoint.locate import locate
+from engine.kernels import native
+from engine.packing import pack
+from engine.recipe import Recipe
+
+ROUNDS = 40
+TOKENS = 8  # of a turn
+OPEN = """
+import sys, time
+import gguf, jinja2, safetensors, tokenizers, torch
+import engine.generation, engine.runtime.cpu, engine.text
+from engine.backend import load
+start = time.perf_counter()
+model = load(sys.argv[1])
+ids = model.text.encode("The old man looked at the sea and thought of all the fish")[:16]
+model.runtime.forward(torch.tensor([ids]), model.runtime.new_cache(1, 64))
+print((time.perf_counter() - start) * 1e3)
+"""
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return load(backend="cpu")
+
+
+class Decode:
+    """Called, it decodes TOKENS tokens behind `context` others in each of `batch` sequences."""
+
+    def __init__(self, model: Model, context: int = 16, batch: int = 1) -> None:
+        self.runtime, self.context = model.runtime, context
+        self.cache = self.runtime.new_cache(batch, context + TOKENS)
+        ids = torch.randint(self.runtime.config.vocab_size, (batch, context))
+        self.runtime.forward(ids, self.cache)
+        self.token = ids[:, :1].contiguous()
+
+    def __call__(self) -> None:
+        self.cache.truncate(self.context)
+        for _ in range(TOKENS):
+            self.runtime.forward(self.token, self.cache)
+
+
+class Read:
+    """Called, it reads a buffer of so many bytes."""
+
+    def __init__(self, nbytes: int, threads: int) -> None:
+        self.reader, self.speeds = native.load("cpu").Reader(nbytes, threads), []
+
+    def __call__(self) -> None:
+        self.speeds.append(self.reader.gb_s())
+
+    @property
+    def gb_s(self) -> float:
+        return median(self.speeds)
+
+
+def medians_ns(*functions) -> list[float]:
+    """Of a call of each, after one that does not count."""
+    return [median(found[1:]) for found in times_ns(*functions, rounds=ROUNDS + 1)]
+
+
+def report(name: str, found: float, asked: float) -> None:
+    print(f"\n{name}: {found:.1%}, asked {asked:.0%}")
+    assert found >= asked
+
+
+def test_share_of_the_bandwidth(model):
+    weights = model.runtime.weight_bytes
+    read = Read(weights, torch.get_num_threads())
+    ns = medians_ns(Decode(model), read)[0] / TOKENS
+    print(f"\n{1e9 / ns:.0f} tok/s beside a read of {read.gb_s:.1f} GB/s", end="")
+    report("decoding, of the bandwidth", weights / ns / read.gb_s, 0.65)
+
+
+def test_a_context_of_1024(model):
+    empty, filled = medians_ns(Decode(model, 1), Decode(model, 1024))
+    report("decoding at 1,024 tokens of context, of that at none", empty / filled, 0.70)
+
+
+def test_half_the_layers(model):
+    half = load(drop=range(10, 25), backend="cpu")
+    whole_ns, half_ns = medians_ns(Decode(model), Decode(half))
+    predicted = whole_ns * half.runtime.weight_bytes / model.runtime.weight_bytes
+    report(
+        "decoding with half the layers, of what the bytes left predict", predicted / half_ns, 0.9
+    )
+
+
+def test_two_threads(model):
+    lone = load(backend="cpu", threads=1)
+    nbytes = model.runtime.weight_bytes
+    reads = [Read(nbytes, threads) for threads in (1, 2)]
+    one_ns, two_ns = medians_ns(Decode(lone), Decode(load(backend="cpu", threads=2)), *reads)[:2]
+    report(
+        "two threads, of the read's gain", one_ns / two_ns / (reads[1].gb_s / reads[0].gb_s), 0.85
+    )
+
+
+def test_a_batch_of_8(model):
+    ids = torch.randint(model.config.vocab_size, (1, 512))
+    cache = model.runtime.new_cache(1, 512)
+
+    def prefill() -> None:
+        cache.truncate(0)
+        model.runtime.forward(ids, cache)
+
+    batch_ns, prefill_ns = medians_ns(Decode(model, batch=8), prefill)
+    batch_tok_s, prefill_tok_s = 8 * TOKENS / batch_ns * 1e9, 512 / prefill_ns * 1e9
+    print(f"\nprefill {prefill_tok_s:.0f} tok/s, a batch of 8 {batch_tok_s:.0f} tok/s", end="")
+    report("a batch of 8, of the prefill", batch_tok_s / prefill_tok_s, 0.6)
+
+
+def test_opening(tmp_path):
+    checkpoint = open_checkpoint(locate("smollm2-135m"))
+    pack(checkpoint, checkpoint.config, tmp_path / "packed", Recipe("keep", head=None))
+    command = [sys.executable, "-c", OPEN, str(tmp_path / "packed")]
+    took_ms = [
+        float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        for _ in range(5)
+    ]
+    print(f"\na packed directory, opened to the first token: {median(took_ms):.0f} ms, asked 300")
+    assert median(took_ms) <= 300
+
+
+class Timed:
+    """A native decoder whose calls are timed."""
+
+    def __init__(self, decoder) -> None:
+        self.decoder, self.ns = decoder, []
+
+    def __getattr__(self, name: str):
+        return getattr(self.decoder, name)
+
+    def forward(self, *call) -> int:
+        start = perf_counter_ns()
+        written = self.decoder.forward(*call)
+        self.ns.append(perf_counter_ns() - start)
+        return written
+
+
+def test_python(model):
+    """What generate() adds to the native step: bindings, sampling, text."""
+    model.runtime.decoder = timed = Timed(model.runtime.decoder)
+    result = model.generate("The sea", max_new_tokens=256, ignore_eos=True)
+    model.runtime.decoder = timed.decoder
+    steps = zip(result.timings.step_ns, timed.ns[1:], strict=True)
+    found = median(1 - native_ns / step_ns for step_ns, native_ns in steps)
+    print(f"\nPython and bindings: {found:.1%} of a token, asked 3%")
+    assert found <= 0.03
