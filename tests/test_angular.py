@@ -13,7 +13,7 @@ from engine.kernels import dispatch
 from engine.kernels.angular import cpu, reference
 from engine.kernels.angular.accumulate import AngularAccumulator, triangle
 
-ISAS = ["generic", "avx2", "avx512"]
+ISAS = ["generic", "avx2", "avx512", "amx"]
 
 
 @pytest.fixture(params=["reference", *ISAS])

@@ -23,7 +23,8 @@ Kernel choose(const std::string& name) {
     const Isa isa = name.empty() ? best_isa() : isa_from_name(name);
     if (!isa_supported(isa)) throw std::invalid_argument("this processor does not run " + name);
 #if defined(SHALLOW_X86)
-    if (isa >= Isa::avx512) return angular_avx512;
+    if (isa == Isa::amx) return angular_amx;
+    if (isa == Isa::avx512) return angular_avx512;
     if (isa >= Isa::avx2) return angular_avx2;
 #endif
     return angular_generic;

@@ -1,5 +1,6 @@
 // Angular distances between the boundaries of a model, for all pairs of boundaries at once.
-// defines: Float AngularJob Scratch angular_generic angular_avx2 angular_avx512 angular
+// defines: Float AngularJob Scratch angular_generic angular_avx2 angular_avx512
+//          angular_amx angular
 #pragma once
 
 #include <cstddef>
@@ -36,6 +37,7 @@ struct Scratch {
 void angular_generic(const AngularJob& job, int64_t begin, int64_t end, double* sums);
 void angular_avx2(const AngularJob& job, int64_t begin, int64_t end, double* sums);
 void angular_avx512(const AngularJob& job, int64_t begin, int64_t end, double* sums);
+void angular_amx(const AngularJob& job, int64_t begin, int64_t end, double* sums);
 
 // All samples, overwriting the outputs. `isa` as in isa.h, "" for the best; throws
 // std::invalid_argument where this processor does not have it.

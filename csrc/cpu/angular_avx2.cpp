@@ -51,6 +51,8 @@ private:
     static __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 };
 
+using BfloatTiles = void;
+
 }  // namespace
 }  // namespace shallow
 

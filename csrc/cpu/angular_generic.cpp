@@ -47,6 +47,7 @@ struct Wide {
     }
 };
 using Narrow = Wide;
+using BfloatTiles = void;
 
 }  // namespace
 }  // namespace shallow

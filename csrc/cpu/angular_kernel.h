@@ -7,7 +7,8 @@
 //   void fold(double* sums, Vector)   adds the lanes to kSumLanes float64 running sums
 //   kRows: side of the register tile     kBlock: features between two folds
 // Wide has float64 lanes. Narrow has float32 lanes and serves 16-bit inputs, whose products are
-// exact in float32; its sums are folded after 16 terms a lane.
+// exact in float32; its sums are folded after 16 terms a lane. BfloatTiles is void, or a class that
+// replaces Narrow for bfloat16 and sums as few terms in float32.
 #pragma once
 
 #include <algorithm>
@@ -92,7 +93,7 @@ public:
           stage_(R_ * std::max(sizeof(double) * Wide::kBlock, sizeof(float) * Narrow::kBlock)),
           lanes_(sizeof(double) * kSumLanes * Wide::kRows * Wide::kRows * tiles()),
           gram_(sizeof(double) * R_ * R_), inverse_(sizeof(double) * R_),
-          all_(sizeof(Tile) * tiles()), close_(sizeof(Tile) * (pairs() + R_)), used_(R_) {
+          all_(sizeof(Tile) * tiles()), close_(sizeof(Tile) * (pairs() + R_)), used_(R_), own_tiles_(R_) {
         Tile* tile = static_cast<Tile*>(all_.data);
         for (int i = 0; i < strips_; ++i)
             for (int j = i; j < strips_; ++j)
@@ -109,7 +110,10 @@ public:
         }
         const Tile* all = static_cast<const Tile*>(all_.data);
         if constexpr (sizeof(T) == 2 && !std::is_same_v<Wide, Narrow>) {
-            multiply<Narrow>(sample, all, tiles(), true);
+            if constexpr (kOwnTiles)
+                own_tiles_.multiply([&](int i) { return source(i, sample, 0); }, job_.D, &gram(0, 0));
+            else
+                multiply<Narrow>(sample, all, tiles(), true);
             Tile* close = static_cast<Tile*>(close_.data);
             if (const int count = find_close(close)) multiply<Wide>(sample, close, count, false);
         } else {
@@ -120,6 +124,8 @@ public:
 
 private:
     static_assert(Wide::kRows == Narrow::kRows);
+    static constexpr bool kOwnTiles = std::is_same_v<T, Bfloat> && !std::is_void_v<BfloatTiles>;
+    struct None { explicit None(int) {} };
 
     int64_t pairs() const { return int64_t(R_) * (R_ - 1) / 2; }
     int tiles() const { return strips_ * (strips_ + 1) / 2; }
@@ -254,6 +260,7 @@ private:
     // triangle; inverse: (R,) 1 / norm; all: (tiles,) Tile; close: likewise, at most one a pair;
     // used: (R,) bool, whether a tile of the current list has the boundary
     Scratch stage_, lanes_, gram_, inverse_, all_, close_, used_;
+    std::conditional_t<kOwnTiles, BfloatTiles, None> own_tiles_;
 };
 
 template <class T>

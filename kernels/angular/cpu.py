@@ -18,7 +18,7 @@ def angular_sums(
 ) -> Sums:
     """As in reference.py, on torch.get_num_threads() threads.
 
-    `isa` forces "generic", "avx2" or "avx512"; ValueError where the processor lacks it.
+    `isa` forces "generic", "avx2", "avx512" or "amx"; ValueError where the processor lacks it.
     """
     rows = [row if row.stride(-1) == 1 else row.contiguous() for row in boundaries]
     R, (B, D) = len(rows), rows[0].shape
