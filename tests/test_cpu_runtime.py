@@ -1,12 +1,18 @@
 """The CPU runtime against the reference: every family, every kind of weight, every cache dtype."""
 
+import os
 import secrets
+import subprocess
+import sys
 import threading
 
+import gguf
+import numpy as np
 import pytest
 import tiny
 import torch
 from close import assert_close
+from llama_cpp import write_tiny
 from mixed import MixedCheckpoint
 
 from engine.checkpoint import open_checkpoint
@@ -254,3 +260,59 @@ def test_models_and_threads_side_by_side(llama):
     for number, result in enumerate(results):
         assert len(result) == 3
         assert all(torch.equal(expected[number % 2], each) for each in result)
+
+
+_LOADING = """
+import threading
+from pathlib import Path
+import torch
+from engine.checkpoint import open_checkpoint
+from engine.runtime.cpu import CpuRuntime
+
+def private_bytes():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+checkpoint = open_checkpoint(Path(PATH))
+before, peak, done = private_bytes(), [0], threading.Event()
+
+def watch():
+    while not done.wait(0.002):
+        peak[0] = max(peak[0], private_bytes())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+runtime = CpuRuntime.load(checkpoint, checkpoint.config, 2)
+cache = runtime.new_cache(1, 64)
+runtime.forward(torch.arange(48)[None], cache)
+done.set()
+watcher.join()
+print(peak[0] - before, runtime.weight_bytes + cache.nbytes)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="counts memory as Linux does")
+def test_loading_takes_64_mb_beside_the_weights(tmp_path):
+    """An embedding of 134 million weights: its blocks are turned into tiles part by part."""
+    vocab, hidden = 65536, 2048
+
+    def enlarge(fields, tensors):
+        fields["llama.embedding_length"] = hidden
+        fields["tokenizer.ggml.tokens"] = [f"t{i}" for i in range(vocab)]
+        fields["tokenizer.ggml.token_type"] = [1] * vocab
+        for name, rows in (("q", hidden), ("k", hidden // 2), ("v", hidden // 2)):
+            tensors[f"blk.0.attn_{name}.weight"] = np.zeros((rows, hidden), np.float16)
+        tensors["blk.0.attn_output.weight"] = np.zeros((hidden, hidden), np.float16)
+        for name, shape in (("gate", (64, hidden)), ("up", (64, hidden)), ("down", (hidden, 64))):
+            tensors[f"blk.0.ffn_{name}.weight"] = np.zeros(shape, np.float16)
+        for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+            tensors[f"{name}.weight"] = np.ones(hidden, np.float32)
+        blocks = np.zeros((vocab, hidden // 32 * 34), np.uint8)
+        tensors["token_embd.weight"] = (blocks, gguf.GGMLQuantizationType.Q8_0)
+
+    write_tiny(tmp_path / "large.gguf", enlarge)
+    code = f"PATH = {str(tmp_path / 'large.gguf')!r}\n{_LOADING}"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    private, held = map(int, done.stdout.split())
+    print(f"{private / 1e6:.0f} MB, of which weights and cache {held / 1e6:.0f} MB")
+    assert private <= held + 64e6

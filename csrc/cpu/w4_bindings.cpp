@@ -50,7 +50,10 @@ void bind_w4_matmul(py::module_& m) {
     using release = py::call_guard<py::gil_scoped_release>;
     py::class_<TiledMatrix>(m, "W4Tiles", py::buffer_protocol(),
                             "A matrix in the CPU kernels' layout; a buffer of its bytes.")
-        .def(py::init<const w4::Matrix&, int>(), release(), py::arg("packed"), py::arg("threads"))
+        .def(py::init<const w4::Matrix&, std::int64_t, int>(), release(), py::arg("packed"),
+             py::arg("n"), py::arg("threads"), "Of n rows, the first of them packed.")
+        .def("fill", &TiledMatrix::fill, release(), py::arg("packed"), py::arg("first"),
+             py::arg("threads"), "Copies rows from `first` on, a multiple of 16.")
         .def(py::init([](std::uintptr_t weights, const std::string& dtype, std::int64_t n,
                          std::int64_t k, int threads) {
                  const auto* const from = reinterpret_cast<const void*>(weights);

@@ -191,10 +191,10 @@ TiledMatrix::TiledMatrix(std::uint8_t* bytes, std::size_t size) : bytes_(bytes),
 
 std::size_t TiledMatrix::nbytes() const { return size_ - sizeof(Header); }
 
-TiledMatrix::TiledMatrix(const w4::Matrix& matrix, int threads) {
+TiledMatrix::TiledMatrix(const w4::Matrix& matrix, int64_t n, int threads) {
     TileView& v = view_;
     const int64_t element = scale_bytes(matrix);
-    v.n = matrix.n;
+    v.n = n;
     v.k = matrix.k;
     v.tiles = w4::ceil_div(v.n, kTileRows);
     v.blocks = w4::ceil_div(v.k, kBlock);
@@ -221,15 +221,32 @@ TiledMatrix::TiledMatrix(const w4::Matrix& matrix, int threads) {
     }
     allocate(matrix.perm);
     if (matrix.perm) std::copy(matrix.perm, matrix.perm + v.k, perm_);
-    copy_tiles<Way::tile>(matrix, v, threads);
+    fill(matrix, 0, threads);
+}
+
+void TiledMatrix::fill(const w4::Matrix& rows, int64_t first, int threads) {
+    if (!of_kind(rows) || first % kTileRows || first + rows.n > view_.n)
+        throw std::invalid_argument("rows of another matrix");
+    const int64_t tile = first / kTileRows;
+    TileView some = view_;
+    some.tiles = w4::ceil_div(rows.n, kTileRows);
+    some.codes += tile * some.blocks * some.block_bytes;
+    some.params += tile * some.groups * some.record_bytes;
+    if (some.supers) some.supers += tile * w4::ceil_div(some.k, w4::kSuper) * 32;
+    copy_tiles<Way::tile>(rows, some, threads);
+}
+
+bool TiledMatrix::of_kind(const w4::Matrix& m) const {
+    const TileView& v = view_;
+    return m.k == v.k && m.scheme == v.scheme && !m.perm == !perm_ &&
+           m.scale_type == v.scale_type && v.block_bytes == m.bits * kChunk &&
+           (m.group ? m.group / kBlock : v.blocks) == v.group_blocks;
 }
 
 void TiledMatrix::restore(const w4::Matrix& to, int threads) const {
     const TileView& v = view_;
-    const bool same = to.n == v.n && to.k == v.k && to.scheme == v.scheme && !to.perm == !perm_ &&
-                      to.scale_type == v.scale_type && v.block_bytes == to.bits * kChunk &&
-                      (to.group ? to.group / kBlock : v.blocks) == v.group_blocks;
-    if (!same) throw std::invalid_argument("tiles of another shape or spec");
+    if (!of_kind(to) || to.n != v.n)
+        throw std::invalid_argument("tiles of another shape or spec");
     copy_tiles<Way::restore>(to, v, threads);
     if (to.codebook) std::copy(v.values, v.values + 16, const_cast<float*>(to.codebook));
     if (to.perm) std::copy(perm_, perm_ + v.k, const_cast<std::int32_t*>(to.perm));

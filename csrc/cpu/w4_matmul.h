@@ -48,13 +48,17 @@ struct TileView {
 // know of it, so that a copy of them is the matrix too.
 class TiledMatrix {
 public:
-    // Copies from the canonical arrays; `threads` share the work. Throws std::bad_alloc.
-    TiledMatrix(const w4::Matrix& matrix, int threads);
+    // Copies from the canonical arrays, the first of `n` rows; `threads` share the work. Throws
+    // std::bad_alloc.
+    TiledMatrix(const w4::Matrix& rows, std::int64_t n, int threads);
     // (n, k) float32, float16 or bfloat16 weights, contiguous.
     TiledMatrix(const void* weights, ScaleType type, std::int64_t n, std::int64_t k, int threads);
     // Borrows a copy of another's bytes. Throws std::invalid_argument where they are none.
     TiledMatrix(std::uint8_t* bytes, std::size_t size);
 
+    // Copies further rows, from `first` on, a multiple of 16. Throws std::invalid_argument for rows
+    // of another spec or beyond n.
+    void fill(const w4::Matrix& rows, std::int64_t first, int threads);
     // Writes the canonical arrays that it was made from; `to` has their sizes and spec.
     void restore(const w4::Matrix& to, int threads) const;
 
@@ -67,6 +71,7 @@ public:
 private:
     struct Header;
 
+    bool of_kind(const w4::Matrix& matrix) const;  // in all but the rows
     void allocate(bool permuted);
     std::size_t place(bool permuted);  // sets the pointers behind the header; the bytes of it all
 

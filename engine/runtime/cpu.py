@@ -23,6 +23,7 @@ from engine.rope import inverse_frequencies
 PAGE = 128  # positions of a page of the cache
 CACHE_DTYPES = ("float32", "float16", "int8")
 MODES = ("int8", "exact")
+PART_WEIGHTS = 4 << 20  # converted at a time
 
 
 class CpuCache(Lengths):
@@ -242,11 +243,13 @@ class Loader:
             weight = self.checkpoint.read(name)[start:stop]
             return CpuWeight.from_tensor(weight).tiles
         if isinstance(packed, GgufBlocks):
-            shape = (stop - start, packed.shape[1])
-            packed = from_blocks(packed.type, shape, packed.data[start:stop], name)
-        else:
-            packed = rows_of(packed, start, stop)
-        return CpuWeight.from_packed(packed).tiles
+            step = max(PART_WEIGHTS // packed.shape[1] // 16 * 16, 16)
+            parts = (
+                from_blocks(packed.type, (len(data), packed.shape[1]), data, name)
+                for data in packed.data[start:stop].split(step)
+            )
+            return CpuWeight.from_parts(parts, stop - start).tiles
+        return CpuWeight.from_packed(rows_of(packed, start, stop)).tiles
 
 
 def rules(config: ModelConfig, mode: str) -> dict[str, Any]:

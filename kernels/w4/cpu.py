@@ -1,5 +1,6 @@
 """The CPU matmul (csrc/cpu/w4_matmul.h): packed or 16-bit weights in its own layout."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,12 +26,28 @@ class CpuWeight:
     @classmethod
     def from_packed(cls, packed: Packed, isa: str | None = None) -> "CpuWeight":
         """Copies; `packed` may go. Raises ValueError or TypeError for what it cannot hold."""
-        validate(packed)
-        if packed.device.type != "cpu":
-            raise ValueError(f"packed weight must be on the CPU, found {packed.device}")
-        cpu = native.load("cpu")
-        matrix = cpu.W4Matrix(**packed.native_fields())
-        return cls(packed.shape, _isa(isa), cpu.W4Tiles(matrix, cpu.pool_threads()))
+        return cls.from_parts([packed], packed.shape[0], isa)
+
+    @classmethod
+    def from_parts(cls, parts: Iterable[Packed], n: int, isa: str | None = None) -> "CpuWeight":
+        """The same of `n` rows in order, of which no more than one part need exist at a time.
+
+        Every part but the last has a multiple of 16 rows.
+        """
+        cpu, tiles, first = native.load("cpu"), None, 0
+        for part in parts:
+            validate(part)
+            if part.device.type != "cpu":
+                raise ValueError(f"packed weight must be on the CPU, found {part.device}")
+            matrix = cpu.W4Matrix(**part.native_fields())
+            if tiles is None:
+                tiles = cpu.W4Tiles(matrix, n, cpu.pool_threads())
+            else:
+                tiles.fill(matrix, first, cpu.pool_threads())
+            first += part.shape[0]
+        if first != n:
+            raise ValueError(f"parts must have {n} rows, found {first}")
+        return cls((n, part.shape[1]), _isa(isa), tiles)
 
     @classmethod
     def from_tensor(cls, weight: torch.Tensor, isa: str | None = None) -> "CpuWeight":
