@@ -88,14 +88,17 @@ class CpuWeight:
         self.tiles.restore(cpu.W4Matrix(**packed.native_fields()), cpu.pool_threads())
         return packed
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows start .. stop - 1, (stop - start, K) float32."""
+    def rows(self, start: int, out: torch.Tensor) -> torch.Tensor:
+        """Writes rows start .. start + R - 1 to `out` (R, K), contiguous float32; returns it."""
         n, k = self.shape
-        if not 0 <= start <= stop <= n:
-            raise ValueError(f"rows must be a part of 0..{n}, found {start}..{stop}")
-        values = torch.empty(stop - start, k)
-        self.tiles.rows(start, stop, values.data_ptr(), torch.get_num_threads())
-        return values
+        if not 0 <= start <= n - len(out):
+            raise ValueError(f"rows must be a part of 0..{n}, found {start}..{start + len(out)}")
+        if out.shape[1:] != (k,) or out.dtype != torch.float32 or not out.is_contiguous():
+            raise ValueError(
+                f"out must be contiguous (R, {k}) float32, found {tuple(out.shape)} {out.dtype}"
+            )
+        self.tiles.rows(start, start + len(out), out.data_ptr(), torch.get_num_threads())
+        return out
 
     @property
     def nbytes(self) -> int:
@@ -173,10 +176,10 @@ def matmul_transposed(y: torch.Tensor, weight: CpuWeight) -> torch.Tensor:
         raise ValueError(f"y must be (..., {n}), found {tuple(y.shape)}")
     rows = y.reshape(-1, n)
     total = torch.zeros(len(rows), k)
-    step = max(1, BLOCK_WEIGHTS // k)
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        total.addmm_(rows[:, start:stop].float(), weight.rows(start, stop))
+    block = torch.empty(min(max(1, BLOCK_WEIGHTS // k), n), k)
+    for start in range(0, n, len(block)):
+        part = weight.rows(start, block[: n - start])
+        total.addmm_(rows[:, start : start + len(part)].float(), part)
     return total.to(y.dtype).view(*y.shape[:-1], k)
 
 
