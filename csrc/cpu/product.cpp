@@ -197,25 +197,35 @@ void read_row(const TiledMatrix& matrix, std::int64_t row, float* out) {
     const TileView& w = matrix.view();
     const std::int64_t tile = row / kTileRows;
     const int lane = static_cast<int>(row % kTileRows);
-    for (std::int64_t k = 0; k < w.k; ++k) {
-        const std::int64_t block = k / kBlock, column = k % kBlock;
+    const bool byte = w.kind == Codes::byte;
+    const bool nibble = w.kind == Codes::nibble || w.kind == Codes::nibble_table;
+    float values[16];  // of a group's nibbles
+    for (std::int64_t half = 0, known = -1; half * 16 < w.k; ++half) {
+        const std::int64_t block = half / 2, first = half % 2 * 16;
+        const std::int64_t group = w.group_blocks ? block / w.group_blocks : half;
         const std::uint8_t* const codes = w.codes + (tile * w.blocks + block) * w.block_bytes;
-        float v;
-        if (w.kind == Codes::float32 || w.kind == Codes::float16) {
-            v = element(codes, column * kTileRows + lane, w.kind == Codes::float32
-                                                              ? ScaleType::float32
-                                                              : ScaleType::float16);
-        } else if (w.kind == Codes::bfloat16) {
-            v = element(codes, (column / 2 * kTileRows + lane) * 2 + column % 2,
-                        ScaleType::bfloat16);
-        } else {
-            const bool byte = w.kind == Codes::byte;
-            const std::int64_t chunk = (byte ? column : column % 16) / 4;
-            int code = codes[chunk * 64 + lane * 4 + column % 4];
-            if (!byte) code = column < 16 ? code & 15 : code >> 4;
-            v = value(w, tile, w.group_blocks ? block / w.group_blocks : k / 16, lane, code);
+        if (nibble && group != known)
+            for (int code = 0; code < 16; ++code) values[code] = value(w, tile, group, lane, code);
+        known = group;
+        const std::int64_t columns = std::min<std::int64_t>(16, w.k - half * 16);
+        for (std::int64_t i = 0; i < columns; ++i) {
+            const std::int64_t column = first + i, k = half * 16 + i;
+            float v;
+            if (nibble) {
+                const int pair = codes[i / 4 * 64 + lane * 4 + i % 4];
+                v = values[first ? pair >> 4 : pair & 15];
+            } else if (byte) {
+                v = value(w, tile, group, lane, codes[column / 4 * 64 + lane * 4 + column % 4]);
+            } else if (w.kind == Codes::bfloat16) {
+                v = element(codes, (column / 2 * kTileRows + lane) * 2 + column % 2,
+                            ScaleType::bfloat16);
+            } else {
+                v = element(codes, column * kTileRows + lane, w.kind == Codes::float32
+                                                                  ? ScaleType::float32
+                                                                  : ScaleType::float16);
+            }
+            out[matrix.perm() ? matrix.perm()[k] : k] = v;
         }
-        out[matrix.perm() ? matrix.perm()[k] : k] = v;
     }
 }
 
