@@ -15,6 +15,20 @@ test: .venv/test
 test-slow: .venv/test
 	$(BIN)/python -m pytest -m slow
 
+# The CPU extension under AddressSanitizer and UBSan, or under ThreadSanitizer, in a build of its own.
+# PYTEST_ARGS chooses among the tests.
+sanitize-address: export ASAN_OPTIONS := detect_leaks=0:$(ASAN_OPTIONS)
+sanitize-address: RUNTIME := libasan.so
+sanitize-thread: export TSAN_OPTIONS := ignore_noninstrumented_modules=1:$(TSAN_OPTIONS)
+sanitize-thread: RUNTIME := libtsan.so
+sanitize-address sanitize-thread: .venv/test
+	SHALLOW_SANITIZE=$(@:sanitize-%=%) $(BIN)/python setup.py -q build \
+	    --build-base build/$@ --build-lib build/$@/lib
+	LD_PRELOAD="$$($(CXX) -print-file-name=$(RUNTIME)) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    $(BIN)/python -P -m pytest --capture=sys -o pythonpath="build/$@/lib tests" \
+	    $(wildcard tests/test_w4_cpu*.py tests/test_cpu_runtime*.py) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow tests/test_threads.py
+
 lint: $(BIN)/ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,4 +56,4 @@ $(BIN)/pip:
 	    need 'a C++ compiler (Debian: apt install g++)'
 	$(PYTHON) -m venv .venv
 
-.PHONY: run test test-slow lint
+.PHONY: run test test-slow sanitize-address sanitize-thread lint

@@ -29,6 +29,16 @@ ISA_FLAGS = {  # csrc/cpu/<op>_<isa>.cpp is compiled on x86 alone, with these; e
     "amx": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mavx512bf16"],
 }
 CXX_FLAGS = "-std=c++17 -O3 -g0 -fvisibility=hidden -pthread".split()
+LINK_FLAGS = ["-pthread"]
+SANITIZERS = {
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-fsanitize=thread"],
+}
+if sanitizer := os.environ.get("SHALLOW_SANITIZE"):  # see the Makefile
+    if sanitizer not in SANITIZERS:
+        raise SystemExit(f"SHALLOW_SANITIZE must be one of {[*SANITIZERS]}, found {sanitizer!r}.")
+    CXX_FLAGS += [*SANITIZERS[sanitizer], "-O1", "-g1", "-fno-omit-frame-pointer"]
+    LINK_FLAGS += SANITIZERS[sanitizer]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 NVCC_FLAGS += [f"-gencode=arch=compute_{target},code=sm_{target}" for target in (80, 90, 100)]
 NVCC_FLAGS += ["-gencode=arch=compute_100,code=compute_100"]  # PTX, for what comes after
@@ -78,7 +88,7 @@ class BuildExt(build_ext):
             self.spawn([NVCC, "-shared", "-cudart=static", *objects, "-o", target])
         else:
             link = self.compiler.link_shared_object
-            link(objects, target, extra_postargs=["-pthread"], target_lang="c++")
+            link(objects, target, extra_postargs=LINK_FLAGS, target_lang="c++")
 
     def compile(self, ext: Extension, source: str) -> str:
         target = str(Path(self.build_temp, source).with_suffix(".o"))
@@ -108,7 +118,7 @@ class Sdist(sdist):
         link.symlink_to("../kernels")
 
 
-NVCC = find_nvcc()
+NVCC = None if sanitizer else find_nvcc()
 headers = ["setup.py", *(str(path) for path in Path("csrc").rglob("*.*h"))]
 cuda = Extension("engine._cuda", sources("csrc/cuda"), depends=headers, optional=True)
 setup(
