@@ -10,6 +10,7 @@ share of the nearer ceiling: torch's float64 or, for 16-bit inputs, float32 matm
 """
 
 from collections.abc import Callable
+from statistics import median
 
 import pytest
 import torch
@@ -17,9 +18,16 @@ from cases import MODELS
 from ceiling import shares, times_ns
 from torch import Tensor
 
+from engine.backend import load
+from engine.cache import KVCache
+from engine.checkpoint import open_checkpoint
+from engine.checkpoint.locate import locate
+from engine.errors import InputError
 from engine.kernels import dispatch, native
 from engine.kernels.angular import reference
 from engine.kernels.angular.accumulate import AngularAccumulator
+from engine.measure import describe, measure
+from engine.stream import pad_batches
 
 BATCH = 256
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -140,3 +148,34 @@ def test_bounds(ceilings):
     assert 3 * ours <= whole
     assert ours <= bare
     assert 1.3 * ours_half <= ours
+
+
+@pytest.fixture(scope="module")
+def default_model():
+    """Where the default model is, and its decoder."""
+    try:
+        path = locate("smollm2-135m")
+    except InputError as error:
+        pytest.skip(str(error))
+    return path, load(path, backend="reference").runtime.decoder
+
+
+@pytest.mark.parametrize("tokens", ["last", "all"])
+def test_profile_bounds(default_model, tokens):
+    """Profiling takes at most 1.05 x the forward passes it rides on: 8 samples of 256 tokens."""
+    path, decoder = default_model
+    samples = torch.randint(decoder.config.vocab_size, (8, 256)).tolist()
+    source = describe("smollm2-135m", open_checkpoint(path), decoder.config, samples, tokens)
+
+    def forward() -> None:
+        for batch in pad_batches(samples, 2048):
+            cache = KVCache(decoder.config, len(batch), decoder.device, decoder.dtype, 256)
+            decoder.forward(batch, cache)
+
+    def profile() -> None:
+        measure(decoder, samples, source)
+
+    times = times_ns(profile, forward, rounds=9)
+    ratio = median(profiled / bare for profiled, bare in zip(*times, strict=True))
+    print(f"\n{tokens=} profiled, bare: {times} nanoseconds, {ratio=:.3f}")
+    assert ratio <= 1.05

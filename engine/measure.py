@@ -114,19 +114,21 @@ def measure(
     part = _resumed(resume, source)
     sums = AngularAccumulator.from_state(part.state, backend)
     saved = time.monotonic()
+    every = source.tokens == "all"
     for tokens in pad_batches(mine[part.done :], batch_tokens):
         chosen = wanted(tokens, source)
         taken: list[torch.Tensor] = []
 
         def keep(_: int, x: torch.Tensor, chosen=chosen, taken=taken) -> None:
-            taken.append(x[chosen.to(x.device)])
+            # Most tokens: no copy, the weights leave out the others.
+            taken.append(x.flatten(0, 1) if every else x[chosen.to(x.device)])
 
         if bool(chosen.any()):
             cache = KVCache(
                 decoder.config, len(tokens), decoder.device, decoder.dtype, tokens.shape[1]
             )
             decoder.forward(tokens.to(decoder.device), cache, tap=keep)
-            _update(sums, taken, part.done)
+            _update(sums, taken, part.done, chosen.flatten() if every else None)
         used = part.tokens_used + int((tokens >= 0).sum())
         part = replace(part, state=sums.to_state(), done=part.done + len(tokens), tokens_used=used)
         if resume is not None and time.monotonic() - saved > SAVE_SECONDS:
@@ -255,8 +257,13 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _update(sums: AngularAccumulator, boundaries: list[torch.Tensor], first: int) -> None:
+def _update(
+    sums: AngularAccumulator,
+    boundaries: list[torch.Tensor],
+    first: int,
+    weights: torch.Tensor | None = None,
+) -> None:
     try:
-        sums.update(boundaries)
+        sums.update(boundaries, weights)
     except ValueError as error:
         raise InputError(f"samples from {first} on: {error}") from error
