@@ -140,7 +140,8 @@ private:
             default: multiply_tiles<4>(rows, columns, steps, found);
         }
         double* sums = static_cast<double*>(sums_.data) + (s * strips_ + t) * kSide * kSide;
-        for (int k = 0; k < count * kSide * kSide; k += 8) Wide::fold(sums + k, Wide::load(found + k));
+        for (int k = 0; k < count * kSide * kSide; k += Wide::W)
+            Wide::fold(sums + k, Wide::load(found + k));
     }
 
     const int R_, strips_;

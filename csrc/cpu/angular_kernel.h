@@ -28,8 +28,8 @@ constexpr double kCloseCosine2 = 0.96;
 // Beyond these squared norms, float32 squares of features may overflow or lose digits.
 constexpr double kLeastSquare = 1e-20, kMostSquare = 1e30;
 
-// Pairs of `rows` boundaries from `row` on with `columns` from `column` on. Where the two ranges are
-// one, only its pairs r <= c.
+// Pairs of `rows` boundaries from `row` on with `columns` from `column` on; where the two ranges
+// are one, only its pairs r <= c.
 struct Tile {
     int row, column, rows, columns;
     bool diagonal() const { return row == column && rows == columns; }
@@ -53,7 +53,8 @@ void multiply_tile(const typename V::Lane* a, const typename V::Lane* b, int n, 
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int c = kDiagonal ? r : 0; c < C; ++c) V::fold(sums + (r * C + c) * kSumLanes, s[r][c]);
+        for (int c = kDiagonal ? r : 0; c < C; ++c)
+            V::fold(sums + (r * C + c) * kSumLanes, s[r][c]);
 }
 
 template <class V>
@@ -93,7 +94,8 @@ public:
           stage_(R_ * std::max(sizeof(double) * Wide::kBlock, sizeof(float) * Narrow::kBlock)),
           lanes_(sizeof(double) * kSumLanes * Wide::kRows * Wide::kRows * tiles()),
           gram_(sizeof(double) * R_ * R_), inverse_(sizeof(double) * R_),
-          all_(sizeof(Tile) * tiles()), close_(sizeof(Tile) * (pairs() + R_)), used_(R_), own_tiles_(R_) {
+          all_(sizeof(Tile) * tiles()), close_(sizeof(Tile) * (pairs() + R_)), used_(R_),
+          own_tiles_(R_) {
         Tile* tile = static_cast<Tile*>(all_.data);
         for (int i = 0; i < strips_; ++i)
             for (int j = i; j < strips_; ++j)
@@ -111,7 +113,8 @@ public:
         const Tile* all = static_cast<const Tile*>(all_.data);
         if constexpr (sizeof(T) == 2 && !std::is_same_v<Wide, Narrow>) {
             if constexpr (kOwnTiles)
-                own_tiles_.multiply([&](int i) { return source(i, sample, 0); }, job_.D, &gram(0, 0));
+                own_tiles_.multiply([&](int i) { return source(i, sample, 0); }, job_.D,
+                                    &gram(0, 0));
             else
                 multiply<Narrow>(sample, all, tiles(), true);
             Tile* close = static_cast<Tile*>(close_.data);
