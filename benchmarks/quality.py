@@ -37,10 +37,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "GPTQ, MSE": {"method": "gptq", "clip": "mse"},
     "GPTQ, activation order": {"method": "gptq", "act_order": True},
 }
-SIZES = {  # group -> (scheme, methods)
-    128: ("symmetric", tuple(METHODS)),
-    64: ("symmetric", ("RTN", "RTN, MSE", "HQQ", "NF4", "GPTQ")),
-    32: ("minimum", ("RTN", "RTN, MSE", "HQQ", "GPTQ")),
+SIZES = {  # (group, scheme) -> methods
+    (128, "symmetric"): ("RTN", "RTN, MSE", "HQQ", "NF4", "GPTQ", "GPTQ, activation order"),
+    (128, "minimum"): ("RTN", "RTN, MSE", "HQQ", "GPTQ", "GPTQ, MSE"),
+    (64, "symmetric"): ("RTN", "NF4", "GPTQ"),
+    (32, "minimum"): ("RTN", "HQQ", "GPTQ"),
 }
 
 
@@ -98,10 +99,11 @@ def main() -> None:
     own = evaluate(replayed, text, heldout_text())
     checkpoint = open_checkpoint(path)
     rows = []
-    for group, (scheme, names) in SIZES.items():
+    for (group, scheme), names in SIZES.items():
         for name in names:
             recipe = Recipe(**{"group": group, "scheme": scheme, "head": None} | METHODS[name])
-            out = given.work / f"{name.lower().replace(', ', '-').replace(' ', '-')}-{group}"
+            stem = f"{name} {group} {scheme}".lower().replace(",", "").replace(" ", "-")
+            out = given.work / stem
             note = out.with_suffix(f".{given.dtype}.json")
             if not note.is_file():
                 seconds = packed(checkpoint, recipe, samples, out)

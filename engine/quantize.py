@@ -36,8 +36,9 @@ def rtn(weight: torch.Tensor, spec: Spec, clip: str = "minmax", name: str = "wei
 def hqq(weight: torch.Tensor, spec: Spec, name: str = "weight") -> Packed:
     """Half-quadratic quantisation (Badri and Shaji, 2023): least |error|**0.7, no data needed.
 
-    Alternates between the outliers E, a shrinkage of the error, and the grid that fits W - E. From
-    the paper it departs in that the scale is fitted too, and that it starts at a clipped range.
+    Alternates between the outliers E, a shrinkage of the error, and the offset that fits W - E, as
+    the paper does, but from the clipped range. It is made for scheme "minimum": where no offset is
+    free the scale is fitted, which gives up the largest weights and can cost more than rounding.
     """
 
     def fit(values: torch.Tensor) -> Grid:
@@ -130,16 +131,15 @@ def gptq(
 
 
 def _refit(grid: Grid, codes: torch.Tensor, target: torch.Tensor) -> Grid:
-    """The grid nearest to `target` under given codes, by least squares; a code of zero stays."""
-    free = grid.spec.scheme == "minimum"
-    centre = codes.mean(-1, keepdim=True) if free else grid.shift
-    centred = codes - centre
+    """The grid nearest to `target` under given codes: by its offset, or by its scale if it has
+    none."""
+    if grid.spec.scheme == "minimum":
+        shift = (target - codes * grid.scale).mean(-1, keepdim=True)
+        return replace(grid, shift=stored(shift, grid.spec))
+    centred = codes - grid.shift
     squares = centred.square().sum(-1, keepdim=True)
-    scale = stored((centred * target).sum(-1, keepdim=True) / nonzero(squares), grid.spec)
-    if not free:
-        return replace(grid, scale=scale)
-    shift = stored(target.mean(-1, keepdim=True) - scale * centre, grid.spec)
-    return replace(grid, scale=scale, shift=shift)
+    scale = (centred * target).sum(-1, keepdim=True) / nonzero(squares)
+    return replace(grid, scale=stored(scale, grid.spec))
 
 
 def _inverse_factor(hessian: torch.Tensor, damp: float, name: str) -> torch.Tensor:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 SAMPLES = 128  # at most, where --samples does not say
 LENGTH = 512  # tokens a sample
+SCHEMES = {"nf4": "codebook", "hqq": "minimum"}  # where the method decides
 
 _CALIBRATION = "Calibration of gptq"
 
@@ -34,7 +35,8 @@ def quantize(
         typer.Option(help="Weights that share a scale: 16-128; 0 a row.  [default: 64]"),
     ] = None,
     scheme: Annotated[
-        str | None, typer.Option(help="symmetric, zero or minimum.  [default: symmetric]")
+        str | None,
+        typer.Option(help="symmetric, zero or minimum.  [default: symmetric; hqq: minimum]"),
     ] = None,
     scale_dtype: Annotated[
         str | None, typer.Option(help="float16, bfloat16, float32.  [default: float16]")
@@ -125,8 +127,8 @@ def as_recipe(asked: dict[str, Any]) -> "Recipe":
         if extra:
             raise InputError(f"{extra[0].replace('_', '-')}: says nothing with --method keep")
         asked.setdefault("head", "keep")
-    if asked.get("method") == "nf4":
-        asked.setdefault("scheme", "codebook")
+    if asked.get("method") in SCHEMES:
+        asked.setdefault("scheme", SCHEMES[asked["method"]])
     if (head := asked.get("head")) is not None:
         if head not in ("4", "8", "16", "keep"):
             raise InputError(f"head: expected 4, 8, 16 or keep, found {head!r}")

@@ -111,14 +111,16 @@ def pack_outer(checkpoint: Checkpoint, config: ModelConfig, recipe: Recipe) -> P
 def _quantised(
     matrix: Stored, recipe: Recipe, where: str, hessian: torch.Tensor | None = None
 ) -> Packed:
-    """By the recipe's method; gptq becomes hqq where there is no Hessian."""
+    """By the recipe's method; gptq becomes rtn, clipped, where there is no Hessian."""
     weight, spec = values(matrix), recipe.spec
     if recipe.method == "rtn":
         return quantize.rtn(weight, spec, recipe.clip, where)
     if recipe.method == "nf4":
         return quantize.nf4(weight, spec, where)
-    if hessian is None:
+    if recipe.method == "hqq":
         return quantize.hqq(weight, spec, where)
+    if hessian is None:
+        return quantize.rtn(weight, spec, "mse", where)
     return quantize.gptq(
         weight, hessian, spec, act_order=recipe.act_order, clip=recipe.clip, name=where
     )
