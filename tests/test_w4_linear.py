@@ -176,6 +176,8 @@ def test_built_on_meta(rng):
         other.model.rotary_emb = model.model.rotary_emb  # whose buffers no state dict holds
         assert torch.equal(other(tokens).logits, expected)
     assert alone.to_empty(device="cpu")(torch.zeros(2, 201)).shape == (2, 34)
+    permuted = W4Linear.from_packed(random_packed(rng, 34, 201, Q4_1, permuted=True)).to("meta")
+    assert permuted(torch.empty(2, 201, device="meta")).shape == (2, 34)
 
 
 def build_empty(model: nn.Module) -> nn.Module:

@@ -57,8 +57,9 @@ def matmul_transposed(y: Tensor, weight: GpuMatrix) -> Tensor:
     check_operand("y", y, n, weight)
     rows = y.reshape(-1, n)
     total = torch.zeros(len(rows), triton.cdiv(k, ALIGN) * ALIGN, device=y.device)
-    for first, w in dense_parts(weight, total.shape[1], y.dtype, launch.DENSE.WARPS):
-        total += rows[:, first : first + len(w)] @ w
+    with torch.cuda.device_of(y):
+        for first, w in dense_parts(weight, total.shape[1], y.dtype, launch.DENSE.WARPS):
+            total += rows[:, first : first + len(w)] @ w
     x = total[:, :k].to(y.dtype)
     if weight.perm is not None:
         x = x.index_select(1, weight.perm.argsort())
