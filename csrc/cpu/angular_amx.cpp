@@ -9,7 +9,8 @@ namespace shallow {
 namespace {
 
 constexpr int kSide = 16, kDepth = 32, kTileSize = kSide * kDepth;
-constexpr int kSteps = 4;  // tiles of features whose products are summed in float32
+constexpr int kSteps = 4;    // tiles of features whose products are summed in float32
+constexpr int kAhead = 512;  // features between what is read and what is asked for
 
 // Tile registers 0..3: sums; 4: rows; 5: the same or other rows, transposed.
 struct alignas(64) TileConfig {
@@ -118,7 +119,7 @@ private:
         Bfloat* const rows = tile(rows_, strip, step);
         for (int r = 0; r < count; ++r) {
             const Bfloat* source = row(strip * kSide + r) + d;
-            __builtin_prefetch(source + kSteps * kDepth, 0, 2);
+            __builtin_prefetch(source + kAhead, 0, 2);
             _mm512_store_si512(rows + r * kDepth, _mm512_maskz_loadu_epi16(some, source));
         }
         __m512i v[kSide];

@@ -94,7 +94,7 @@ public:
           stage_(R_ * std::max(sizeof(double) * Wide::kBlock, sizeof(float) * Narrow::kBlock)),
           lanes_(sizeof(double) * kSumLanes * Wide::kRows * Wide::kRows * tiles()),
           gram_(sizeof(double) * R_ * R_), inverse_(sizeof(double) * R_),
-          all_(sizeof(Tile) * tiles()), close_(sizeof(Tile) * (pairs() + R_)), used_(R_),
+          all_(sizeof(Tile) * tiles()), close_(sizeof(Tile) * tiles()), used_(R_),
           own_tiles_(R_) {
         Tile* tile = static_cast<Tile*>(all_.data);
         for (int i = 0; i < strips_; ++i)
@@ -189,24 +189,25 @@ private:
         }
     }
 
-    // Covers the pairs that float32 sums do not settle, and the norms they need; returns how many
-    // tiles of one row that takes.
+    // Of every tile, the part that covers the pairs that float32 sums do not settle, and the norms
+    // these need; returns how many tiles that leaves.
     int find_close(Tile* close) const {
         std::memset(used_.data, 0, R_);
         for (int i = 0; i < R_; ++i)
             for (int j = i; j < R_; ++j)
                 if (doubtful(i, j)) used(i) = used(j) = true;
         int count = 0;
-        for (int i = 0; i < R_; ++i) {
-            Tile* open = nullptr;
-            for (int j = i; j < R_ && used(i); ++j) {
-                if (i != j && !doubtful(i, j)) continue;
-                if (!open || j >= open->column + Wide::kRows) {
-                    open = close + count++;
-                    *open = {i, j, 1, 1};
+        const Tile* all = static_cast<const Tile*>(all_.data);
+        for (int t = 0; t < tiles(); ++t) {
+            const int bottom = all[t].row + all[t].rows, right = all[t].column + all[t].columns;
+            int first = R_, last = -1, left = R_, most = -1;
+            for (int i = all[t].row; i < bottom; ++i)
+                for (int j = std::max(i, all[t].column); used(i) && j < right; ++j) {
+                    if (i != j && !doubtful(i, j)) continue;
+                    first = std::min(first, i), last = i;
+                    left = std::min(left, j), most = std::max(most, j);
                 }
-                open->columns = j + 1 - open->column;
-            }
+            if (last >= 0) close[count++] = {first, left, last - first + 1, most - left + 1};
         }
         return count;
     }
@@ -260,7 +261,7 @@ private:
     const int64_t end_;
     const int R_, strips_;
     // stage: (R, kBlock) lanes; lanes: kSumLanes for each pair of the tiles; gram: (R, R), upper
-    // triangle; inverse: (R,) 1 / norm; all: (tiles,) Tile; close: likewise, at most one a pair;
+    // triangle; inverse: (R,) 1 / norm; all: (tiles,) Tile; close: likewise;
     // used: (R,) bool, whether a tile of the current list has the boundary
     Scratch stage_, lanes_, gram_, inverse_, all_, close_, used_;
     std::conditional_t<kOwnTiles, BfloatTiles, None> own_tiles_;
