@@ -261,8 +261,8 @@ private:
     const int64_t end_;
     const int R_, strips_;
     // stage: (R, kBlock) lanes; lanes: kSumLanes for each pair of the tiles; gram: (R, R), upper
-    // triangle; inverse: (R,) 1 / norm; all: (tiles,) Tile; close: likewise;
-    // used: (R,) bool, whether a tile of the current list has the boundary
+    // triangle; inverse: (R,) 1 / norm; all, close: (tiles,) Tile; used: (R,) bool, whether a tile
+    // of the current list has the boundary
     Scratch stage_, lanes_, gram_, inverse_, all_, close_, used_;
     std::conditional_t<kOwnTiles, BfloatTiles, None> own_tiles_;
 };
