@@ -6,6 +6,8 @@
 // registers hold, whether it gains from unpacked tiles (V::unpacks), and the functions used below.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/w4_matmul.h"
 
 namespace shallow {
@@ -91,6 +93,7 @@ struct Place {
     int64_t tile;           // of the view
     int64_t panel, first;   // rows of x: first.. of the panel
     int64_t column, n;      // of y, and how many columns y has
+    int64_t apart = 0;      // where a second tile is to be met along with it, so many tiles on
 };
 
 // sums: (rows, 16), for the place's rows of x and the tile's rows of W.
@@ -134,31 +137,31 @@ inline void add_block(const TileView& w, const uint8_t* block, const int8_t* q,
     }
 }
 
-// Split: group 16, so two groups a block.
+// The products of one tile with R rows of x, block by block. Split: group 16, two groups a block.
 template <class V, Codes C, int R, bool Split>
-void int8_rows(const TileView& w, const Int8Input& x, const Output& y, const Place& at) {
+struct TileSums {
     using F = typename V::F;
-    const uint8_t* block = w.codes + at.tile * w.blocks * w.block_bytes;
-    const int8_t* q = x.q + (at.panel * w.blocks * x.panel + at.first) * kBlock;
-    const float* scales = x.scales + at.panel * w.blocks * x.panel + at.first;
-    const float* sums = x.sums + at.panel * w.groups * x.panel + at.first;
-    Params<V, C> params(w, at.tile);
-    F total[kParts<V>][R], scale[1 + Split][kParts<V>], min[kParts<V>];
-    for (auto& part : total)
-        for (F& sum : part) sum = V::set(0.0f);
 
-    for (int64_t b = 0, left = 0; b < w.blocks; ++b) {
-        if (left-- == 0) {
-            for (auto& of_group : scale) {
-                params.next8(of_group, min);
-                for (int p = 0; p < kParts<V>; ++p)
+    const uint8_t* block;
+    Params<V, C> params;
+    F total[kParts<V>][R], scale[1 + Split][kParts<V>];
+
+    SHALLOW_INLINE TileSums(const TileView& w, int64_t tile)
+        : block(w.codes + tile * w.blocks * w.block_bytes), params(w, tile) {
+        for (auto& part : total)
+            for (F& sum : part) sum = V::set(0.0f);
+    }
+    SHALLOW_INLINE void enter_group(int half, const float* sums) {
+        F min[kParts<V>];
+        if constexpr (C != Codes::unpacked)
+            __builtin_prefetch(params.record + kAhead / 4, 0, 2);
+        params.next8(scale[half], min);
+        for (int p = 0; p < kParts<V>; ++p)
 #pragma GCC unroll 16
-                    for (int i = 0; i < R; ++i)
-                        total[p][i] = V::fma(min[p], V::set(sums[i]), total[p][i]);
-                sums += x.panel;
-            }
-            left = Split ? 0 : w.group_blocks - 1;
-        }
+            for (int i = 0; i < R; ++i)
+                total[p][i] = V::fma(min[p], V::set(sums[i]), total[p][i]);
+    }
+    SHALLOW_INLINE void add(const TileView& w, const int8_t* q, const float* scales) {
         if constexpr (C != Codes::unpacked)
             for (int line = 0; line < w.block_bytes; line += 64)
                 __builtin_prefetch(block + kAhead + line, 0, 2);
@@ -172,10 +175,41 @@ void int8_rows(const TileView& w, const Int8Input& x, const Output& y, const Pla
             }
         }
         block += w.block_bytes;
-        q += x.panel * kBlock;
-        scales += x.panel;
     }
-    write_rows<V, R>(total, y, at);
+};
+
+// One tile, or two in turn: memory gives two streams more than one.
+template <class V, Codes C, int R, bool Split>
+void int8_rows(const TileView& w, const Int8Input& x, const Output& y, const Place& at) {
+    constexpr bool kPair = R == 1 && C != Codes::unpacked;
+    const int8_t* q = x.q + (at.panel * w.blocks * x.panel + at.first) * kBlock;
+    const float* scales = x.scales + at.panel * w.blocks * x.panel + at.first;
+    const float* sums = x.sums + at.panel * w.groups * x.panel + at.first;
+    TileSums<V, C, R, Split> first(w, at.tile), second(w, at.tile + (kPair ? at.apart : 0));
+    const auto walk = [&](auto pair) {
+        for (int64_t b = 0, left = 0; b < w.blocks; ++b) {
+            if (left-- == 0) {
+                for (int half = 0; half < 1 + Split; ++half, sums += x.panel) {
+                    first.enter_group(half, sums);
+                    if constexpr (pair()) second.enter_group(half, sums);
+                }
+                left = Split ? 0 : w.group_blocks - 1;
+            }
+            first.add(w, q, scales);
+            if constexpr (pair()) second.add(w, q, scales);
+            q += x.panel * kBlock;
+            scales += x.panel;
+        }
+        write_rows<V, R>(first.total, y, at);
+        if constexpr (pair()) {
+            Place there = at;
+            there.column += at.apart * kTileRows;
+            write_rows<V, R>(second.total, y, there);
+        }
+    };
+    if constexpr (kPair)
+        if (at.apart) return walk(std::true_type());
+    walk(std::false_type());
 }
 
 // One weight vector a column, in float32, times R rows of x.
@@ -225,7 +259,7 @@ void plain_rows(const TileView& w, const FloatInput& x, const Output& y, const P
     for (auto& part : total)
         for (F& sum : part) sum = V::set(0.0f);
     for (int64_t k = 0; k < w.blocks * kBlock; k += 2) {
-        if constexpr (R <= 4) __builtin_prefetch(weights + kAhead, 0, 2);
+        if constexpr (R <= 4) __builtin_prefetch(weights + kAhead);
         for (int p = 0; p < kParts<V>; ++p) {
             F even, odd;
             if constexpr (C == Codes::bfloat16) {
@@ -291,10 +325,10 @@ struct FloatRun {
 
 template <class V, template <class, Codes> class Run, Codes C, class Input>
 void panels(const TileView& w, const Input& x, const Output& y, int64_t tile, int64_t column,
-            int64_t n) {
+            int64_t n, int64_t apart = 0) {
     for (int64_t panel = 0, left = x.m; left > 0; ++panel, left -= kPanelRows)
         in_steps<V>(0, left < kPanelRows ? left : kPanelRows,
-                    Run<V, C>{w, x, y, {tile, panel, 0, column, n}});
+                    Run<V, C>{w, x, y, {tile, panel, 0, column, n, apart}});
 }
 
 // Writes one tile as an unpacked matrix of its own.
@@ -327,6 +361,12 @@ TileView unpack_tile(const TileView& w, int64_t tile, uint8_t* scratch) {
 template <class V, Codes C>
 void int8_tiles_of(const TileView& w, const Int8Input& x, const Output& y, int64_t begin,
                    int64_t end, uint8_t* scratch) {
+    if (x.m == 1) {
+        const int64_t half = (end - begin) / 2;
+        for (int64_t tile = begin; tile < begin + half; ++tile)
+            panels<V, Int8Run, C>(w, x, y, tile, tile * kTileRows, w.n, half);
+        begin += 2 * half;
+    }
     for (int64_t tile = begin; tile < end; ++tile) {
         if constexpr (V::unpacks) {
             if (scratch) {
