@@ -206,10 +206,12 @@ def run_alternating(
 
 
 def _weights(runtime, runs: Sequence[Timings]) -> dict[str, Any]:
-    """Bytes of weights, and how fast a median decode step read them beside what memory can do."""
+    """Bytes of weights, and how fast a median decode step reads them beside a plain read of as
+    many."""
     step_ns = [ns for run in runs for ns in run.step_ns]
     achieved = runtime.weight_bytes_per_token / statistics.median(step_ns) if step_ns else None
-    ceiling = machine.ceiling_gb_s(runtime.device, torch.get_num_threads())
+    nbytes = min(max(runtime.weight_bytes_per_token, 1 << 20), machine.CEILING_BYTES)
+    ceiling = machine.ceiling_gb_s(runtime.device, torch.get_num_threads(), nbytes)
     return {
         "weight_bytes": runtime.weight_bytes,
         "weight_bytes_per_token": runtime.weight_bytes_per_token,

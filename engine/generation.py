@@ -140,7 +140,7 @@ def stream_steps(runtime, sequences: Sequence["Decoding"], options: Options) -> 
         logits = runtime.forward(part, cache, slots=options.slots, logits="last")
     while True:
         running = [row for row, s in enumerate(sequences) if s.finish_reason is None]
-        last = logits[:, -1]
+        last = logits.select(1, -1)
         if len(running) < len(sequences):
             with one_thread():
                 last = last[running]

@@ -35,8 +35,8 @@ def peak_vram_bytes(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-def ceiling_gb_s(device: torch.device, threads: int) -> float | None:
-    """The memory bandwidth measured here and now: reading on a CPU, copying on a GPU.
+def ceiling_gb_s(device: torch.device, threads: int, nbytes: int = CEILING_BYTES) -> float | None:
+    """The memory bandwidth measured here and now: reading `nbytes` on a CPU, copying on a GPU.
 
     None where the native extension that measures it is not there; `ceiling_missing` says why.
     """
@@ -46,7 +46,7 @@ def ceiling_gb_s(device: torch.device, threads: int) -> float | None:
         return None
     if device.type == "cuda":
         return native.load("cuda").copy_bandwidth(CEILING_BYTES)
-    return native.load("cpu").read_bandwidth(CEILING_BYTES, threads)
+    return native.load("cpu").read_bandwidth(nbytes, threads)
 
 
 def ceiling_missing(device: torch.device) -> str | None:

@@ -132,7 +132,8 @@ class CpuRuntime:
     ) -> torch.Tensor:
         if logits not in ("last", "all"):
             raise InputError(f"logits: expected 'last' or 'all', found {logits!r}")
-        tokens = tokens.to(torch.int64).contiguous()
+        if tokens.dtype != torch.int64 or not tokens.is_contiguous():
+            tokens = tokens.to(torch.int64).contiguous()
         chosen = None
         if slots is not None or tokens.ndim != 2:
             chosen = check_call(self.config, tokens, cache, slots)[1].to(torch.uint8)
