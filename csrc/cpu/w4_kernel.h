@@ -64,7 +64,7 @@ struct Params {
     int64_t group = 0;
 
     Params(const TileView& view, int64_t tile)
-        : w(view), record(w.params + tile * w.groups * w.record_bytes),
+        : w(view), record(w.params + tile * w.tile_bytes),
           super(w.supers + tile * ((w.blocks + 7) / 8) * 32) {}
 
     SHALLOW_INLINE void next(typename V::F* scale, typename V::F* min) {
@@ -147,7 +147,7 @@ struct TileSums {
     F total[kParts<V>][R], scale[1 + Split][kParts<V>];
 
     SHALLOW_INLINE TileSums(const TileView& w, int64_t tile)
-        : block(w.codes + tile * w.blocks * w.block_bytes), params(w, tile) {
+        : block(w.codes + tile * w.tile_bytes), params(w, tile) {
         for (auto& part : total)
             for (F& sum : part) sum = V::set(0.0f);
     }
@@ -216,7 +216,7 @@ void int8_rows(const TileView& w, const Int8Input& x, const Output& y, const Pla
 template <class V, Codes C, int R, bool Split>
 void float_rows(const TileView& w, const FloatInput& x, const Output& y, const Place& at) {
     using F = typename V::F;
-    const uint8_t* block = w.codes + at.tile * w.blocks * w.block_bytes;
+    const uint8_t* block = w.codes + at.tile * w.tile_bytes;
     const float* values = x.values + at.panel * w.blocks * kBlock * x.panel + at.first;
     Params<V, C> params(w, at.tile);
     F total[kParts<V>][R], scale[1 + Split][kParts<V>], min[1 + Split][kParts<V>];
@@ -253,7 +253,7 @@ void plain_rows(const TileView& w, const FloatInput& x, const Output& y, const P
     using F = typename V::F;
     constexpr ScaleType kType = C == Codes::float32 ? ScaleType::float32 : ScaleType::float16;
     constexpr int64_t kBytes = C == Codes::float32 ? 4 : 2;
-    const uint8_t* weights = w.codes + at.tile * w.blocks * w.block_bytes;
+    const uint8_t* weights = w.codes + at.tile * w.tile_bytes;
     const float* values = x.values + at.panel * w.blocks * kBlock * x.panel + at.first;
     F total[kParts<V>][R];
     for (auto& part : total)
@@ -352,7 +352,7 @@ TileView unpack_tile(const TileView& w, int64_t tile, uint8_t* scratch) {
             V::store_all(out + kTileRows + p * V::lanes, min[p]);
         }
     }
-    const uint8_t* const codes = w.codes + tile * w.blocks * w.block_bytes;
+    const uint8_t* const codes = w.codes + tile * w.tile_bytes;
     for (int64_t b = 0; b < w.blocks; ++b)
         V::template unpack<C>(w, codes + b * w.block_bytes, scratch + b * one.block_bytes);
     return one;

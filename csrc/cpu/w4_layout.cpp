@@ -63,7 +63,7 @@ template <Way way>
 void copy_codes(const w4::Matrix& packed, const TileView& tiled, uint8_t* codes, int64_t tile) {
     const int64_t rows = tile_rows(packed.n, tile), width = packed.row_bytes();
     auto* const lines = const_cast<uint8_t*>(packed.codes) + tile * kTileRows * width;
-    uint8_t* block = codes + tile * tiled.blocks * tiled.block_bytes;
+    uint8_t* block = codes + tile * tiled.tile_bytes;
     for (int64_t b = 0; b < tiled.blocks; ++b, block += tiled.block_bytes)
         for (int64_t row = 0; row < rows; ++row) {
             uint8_t* const line = lines + row * width + b * 4 * packed.bits;
@@ -87,7 +87,7 @@ void copy_params(const w4::Matrix& packed, const TileView& tiled, const void* ar
     for (int64_t row = 0; row < tile_rows(packed.n, tile); ++row)
         for (int64_t g = 0; g < groups; ++g)
             copy<way>(elements + ((tile * kTileRows + row) * groups + g) * element,
-                      params + (tile * tiled.groups + g) * tiled.record_bytes + offset +
+                      params + tile * tiled.tile_bytes + g * tiled.record_bytes + offset +
                           row * element,
                       element);
 }
@@ -161,8 +161,10 @@ std::size_t TiledMatrix::place(bool permuted) {
         return part;
     };
     const bool kquant = v.scheme == w4::Scheme::kquant;
-    v.codes = cut(v.tiles * v.blocks * v.block_bytes);
-    v.params = cut(v.tiles * v.groups * v.record_bytes);
+    const int64_t params_bytes = w4::ceil_div(v.groups * v.record_bytes, kChunk) * kChunk;
+    v.tile_bytes = params_bytes + v.blocks * v.block_bytes;
+    v.params = cut(v.tiles * v.tile_bytes);
+    v.codes = v.params ? v.params + params_bytes : nullptr;
     v.supers = reinterpret_cast<std::uint16_t*>(
         cut(kquant ? v.tiles * w4::ceil_div(v.k, w4::kSuper) * 64 : 0));
     perm_ = reinterpret_cast<std::int32_t*>(cut(permuted ? v.k * 4 : 0));
@@ -230,8 +232,8 @@ void TiledMatrix::fill(const w4::Matrix& rows, int64_t first, int threads) {
     const int64_t tile = first / kTileRows;
     TileView some = view_;
     some.tiles = w4::ceil_div(rows.n, kTileRows);
-    some.codes += tile * some.blocks * some.block_bytes;
-    some.params += tile * some.groups * some.record_bytes;
+    some.codes += tile * some.tile_bytes;
+    some.params += tile * some.tile_bytes;
     if (some.supers) some.supers += tile * w4::ceil_div(some.k, w4::kSuper) * 32;
     copy_tiles<Way::tile>(rows, some, threads);
 }
@@ -270,7 +272,7 @@ TiledMatrix::TiledMatrix(const void* weights, ScaleType type, int64_t n, int64_t
     auto* const codes = const_cast<uint8_t*>(v.codes);
     parallel_for(threads, v.tiles, 4, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin * kTileRows; row < std::min(n, end * kTileRows); ++row) {
-            uint8_t* const tile = codes + row / kTileRows * v.blocks * v.block_bytes;
+            uint8_t* const tile = codes + row / kTileRows * v.tile_bytes;
             const int64_t lane = row % kTileRows;
             for (int64_t j = 0; j < k; ++j) {
                 const int64_t at = type == ScaleType::bfloat16

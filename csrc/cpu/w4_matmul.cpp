@@ -90,7 +90,7 @@ void gather_row(const Rows& x, const int32_t* perm, int64_t row, uint8_t* to) {
 }
 
 int useful_threads(const TileView& w, int64_t m, int threads) {
-    const int64_t work = w.tiles * w.blocks * w.block_bytes * w4::ceil_div(m, 4);
+    const int64_t work = w.tiles * w.tile_bytes * w4::ceil_div(m, 4);
     return static_cast<int>(std::clamp<int64_t>(work / kThreadBytes, 1, threads));
 }
 

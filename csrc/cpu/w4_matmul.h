@@ -26,18 +26,19 @@ enum class Codes : std::int32_t { nibble, nibble_table, byte, float32, float16, 
 //   unpacked  the same with float32 scales and minimums: what a nibble tile becomes for many rows
 //   float32, float16   block of 32 columns x 16 rows
 //   bfloat16  block of 16 column pairs x 16 rows x 2: what the tile registers multiply
-// The parameters of one group of one tile are a record: 16 scales, then 16 mins or zeros.
+// The parameters of one group of one tile are a record: 16 scales, then 16 mins or zeros. They lie
+// before the tile's codes, so that memory is read as one stream.
 // With group 16 the groups are padded to two a block.
 struct TileView {
-    const std::uint8_t* codes;   // (tiles, blocks, block_bytes)
-    const std::uint8_t* params;  // (tiles, groups, record_bytes)
+    const std::uint8_t* params;  // (tiles, groups, record_bytes), tiles tile_bytes apart
+    const std::uint8_t* codes;   // (tiles, blocks, block_bytes), behind the tile's parameters
     const std::uint16_t* supers; // kquant: (tiles, ceil(blocks / 8), 2, 16) float16 d, dmin
     float values[16];            // value of each nibble
     std::uint8_t values8[16];    // nibble_table: value = values8_step * (byte - 128), nearly
     float values8_step;          // 0 where no step comes near enough
     std::int64_t n, k, tiles, blocks, groups;
     std::int64_t group_blocks;   // blocks a group; 0 for group 16
-    std::int64_t block_bytes, record_bytes;
+    std::int64_t block_bytes, record_bytes, tile_bytes;
     Codes kind;
     w4::Scheme scheme;
     ScaleType scale_type;

@@ -30,7 +30,7 @@ inline __m512i pair(__m512 even, __m512 odd) {
 template <Codes C, bool Split>
 void unpack_codes(const TileView& w, int64_t tile, int64_t begin, int64_t end,
                   std::uint16_t* out) {
-    const uint8_t* block = w.codes + (tile * w.blocks + begin) * w.block_bytes;
+    const uint8_t* block = w.codes + tile * w.tile_bytes + begin * w.block_bytes;
     const int64_t group_blocks = Split ? 1 : w.group_blocks;
     Params<Avx512, C> params(w, tile);
     params.skip(Split ? 2 * begin : begin / group_blocks);
@@ -64,7 +64,7 @@ void unpack(const TileView& w, int64_t tile, int64_t begin, int64_t end, std::ui
 
 void unpack_half(const TileView& w, int64_t tile, int64_t begin, int64_t end,
                  std::uint16_t* out) {
-    const uint8_t* weights = w.codes + (tile * w.blocks + begin) * w.block_bytes;
+    const uint8_t* weights = w.codes + tile * w.tile_bytes + begin * w.block_bytes;
     for (int64_t k = begin * kBlock; k < end * kBlock; k += 2, weights += 64, out += 32)
         _mm512_storeu_si512(
             out, pair(Avx512::load_half(weights), Avx512::load_half(weights + 32)));
@@ -74,8 +74,8 @@ const std::uint16_t* bfloats(const TileView& w, int64_t tile, int64_t begin, int
                              std::uint16_t* scratch) {
     switch (w.kind) {
         case Codes::bfloat16:
-            return reinterpret_cast<const std::uint16_t*>(w.codes) +
-                   (tile * w.blocks + begin) * kTile;
+            return reinterpret_cast<const std::uint16_t*>(w.codes + tile * w.tile_bytes) +
+                   begin * kTile;
         case Codes::float16: unpack_half(w, tile, begin, end, scratch); break;
         case Codes::byte: unpack<Codes::byte>(w, tile, begin, end, scratch); break;
         case Codes::nibble_table: unpack<Codes::nibble_table>(w, tile, begin, end, scratch); break;
