@@ -16,6 +16,16 @@ settings.load_profile("shallow")
 RATIOS = pytest.StashKey[dict[str, float]]()
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--peer-python",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="the Python that has a peer (llama.cpp) installed, for tests that compare with it",
+    )
+
+
 def pytest_configure(config):
     config.stash[RATIOS] = {}
 
@@ -32,6 +42,12 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("logits against transformers, RMS ratio (bound 1e-4)")
         for case, ratio in found.items():
             terminalreporter.write_line(f"{case:20} {ratio:.1e}")
+
+
+@pytest.fixture(scope="session")
+def peer_pythons(request) -> list[str]:
+    """NAME=PATH of every --peer-python."""
+    return request.config.getoption("--peer-python")
 
 
 @pytest.fixture
