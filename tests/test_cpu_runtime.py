@@ -262,6 +262,15 @@ def test_models_and_threads_side_by_side(llama):
         assert all(torch.equal(expected[number % 2], each) for each in result)
 
 
+def test_a_processor_without_avx2_is_told(llama, monkeypatch):
+    checkpoint, reference, ids = llama
+    monkeypatch.setattr("engine.runtime.cpu.isas", lambda: ["generic"])
+    with pytest.warns(UserWarning, match="no AVX2 here: the generic kernels run"):
+        runtime = load(checkpoint, **EXACT)
+    whole = reference.forward(ids, reference.new_cache(2), logits="all")
+    assert_close("generic", whole, runtime.forward(ids, runtime.new_cache(2), logits="all"), 1e-4)
+
+
 _LOADING = """
 import threading
 from pathlib import Path

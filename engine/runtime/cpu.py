@@ -87,6 +87,8 @@ class CpuRuntime:
         _check_choice("mode", mode, MODES)
         _check_choice("cache dtype", cache_dtype, CACHE_DTYPES)
         _check_choice("isa", isa or isas()[0], isas())
+        if isa is None and isas()[0] == "generic":
+            warnings.warn("no AVX2 here: the generic kernels run, far slower", stacklevel=2)
         loader = Loader(checkpoint, config)
         decoder = native.load("cpu").Decoder(rules(config, mode), isa or isas()[0], threads)
         angles = Angles(config)
