@@ -1,6 +1,6 @@
 """What each quantiser loses: perplexity and divergence of the default model, by method and group.
 
-    python benchmarks/quality.py WORK [--model M] [--text SOURCE]
+    python benchmarks/quality.py WORK [--model M] [--text SOURCE] [--samples N]
 
 The layers' matrices of the source, in float32, are quantised anew; embedding, head and norms stay
 the source's own. Packed directories and finished rows are kept in WORK, where a run that was killed
@@ -34,14 +34,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "HQQ": {"method": "hqq"},
     "NF4": {"method": "nf4", "scheme": "codebook"},
     "GPTQ": {"method": "gptq"},
-    "GPTQ, MSE": {"method": "gptq", "clip": "mse"},
     "GPTQ, activation order": {"method": "gptq", "act_order": True},
 }
 SIZES = {  # (group, scheme) -> methods
     (128, "symmetric"): ("RTN", "RTN, MSE", "HQQ", "NF4", "GPTQ", "GPTQ, activation order"),
-    (128, "minimum"): ("RTN", "RTN, MSE", "HQQ", "GPTQ", "GPTQ, MSE"),
-    (64, "symmetric"): ("RTN", "NF4", "GPTQ"),
-    (32, "minimum"): ("RTN", "HQQ", "GPTQ"),
+    (128, "minimum"): ("RTN", "HQQ", "GPTQ"),
+    (64, "symmetric"): ("RTN", "GPTQ"),
+    (32, "minimum"): ("RTN", "GPTQ"),
 }
 
 
@@ -88,12 +87,13 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", help="to calibrate gptq on; the built-in prose if not given")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="at most, of that text")
     parser.add_argument("--dtype", default="float32", help="that the models are evaluated in")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     path = locate(given.model)
     text = load_text(path)
-    samples, _ = read_samples(given.text, text, LENGTH, most=SAMPLES)
+    samples, _ = read_samples(given.text, text, LENGTH, most=given.samples)
     source = load(path, backend="reference", dtype=given.dtype).runtime
     replayed = Replayed(source)
     own = evaluate(replayed, text, heldout_text())
@@ -156,9 +156,9 @@ def write(given: argparse.Namespace, own, own_bits: float, rows: list[Row], samp
         f"head and norms are the source's. Perplexity and KL to the source, in nats, on "
         f"`engine/data/heldout.txt`: {own.windows} windows of {own.window} tokens without BOS, "
         f"{given.dtype}. GPTQ is calibrated on {len(samples)} samples of {len(samples[0])} "
-        f"tokens of {given.text or 'the built-in prose'}. CPU seconds of all threads together, "
-        f"reading and writing included, on {device_name(torch.device('cpu'))}. By "
-        "`benchmarks/quality.py`.",
+        f"tokens of {Path(given.text).name if given.text else 'the built-in prose'}. CPU seconds "
+        "of all threads together, reading and writing included, on "
+        f"{device_name(torch.device('cpu'))}. By `benchmarks/quality.py`.",
         "",
         "| group | scheme | method | bits a weight | perplexity | KL | top-1 | CPU s |",
         "|---:|---|---|---:|---:|---:|---:|---:|",

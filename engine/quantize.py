@@ -88,46 +88,53 @@ def gptq(
     spec: Spec,
     *,
     act_order: bool = False,
-    damp: float = 0.01,
+    descending: bool = True,
+    damp: float = 0.1,
     block: int = 128,
     clip: str = "minmax",
     name: str = "weight",
 ) -> Packed:
     """GPTQ (Frantar et al., 2210.17323): rounds column by column, each error spread over the rest.
 
-    `hessian` (K, K) is the sum of x x' over the inputs. `act_order` goes through the inputs from
-    the largest to the smallest, which the packed permutation records. `damp` is a share of the mean
-    diagonal; `block` columns are rounded before the columns after them hear of it. InputError where
-    the damped Hessian is not positive definite.
+    `hessian` (K, K) is the sum of x x' over the inputs. The columns go from the largest input to
+    the smallest, so that what matters most is rounded while most can still make up for it; in their
+    own order unless `descending`. Groups are the matrix's own, their grids fitted before; with
+    `act_order` they follow that order, which the packed permutation records. Where groups come one
+    after the other, a grid is fitted when it is its turn. `damp` is a share of the mean diagonal;
+    `block` columns are rounded before the columns after them hear of it. InputError where the
+    damped Hessian is not positive definite.
     """
     require_scheme(spec, UNIFORM, name)
-    weight = checked(weight, name).clone()
+    weight = checked(weight, name)
     k = weight.shape[1]
     if hessian.shape != (k, k) or not hessian.isfinite().all():
         raise InputError(f"{name}: the Hessian must be finite and {(k, k)}")
-    perm = hessian.diagonal().argsort(descending=True, stable=True) if act_order else None
-    if perm is not None:
-        weight, hessian = weight[:, perm], hessian[perm][:, perm]
-    factor = _inverse_factor(hessian, damp, name).to(weight.dtype)
-    if spec.group:  # a group ends in the block it starts in, where every error is known
-        block = spec.group * max(1, block // spec.group)
-    codes, grids = torch.empty_like(weight), []
+    width, late = spec.group or k, spec.group > 0 and (act_order or not descending)
+    grids = [] if late else [fit_grid(part[:, None], spec, clip) for part in weight.split(width, 1)]
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    if not descending:
+        order = torch.arange(k)
+    weight, group = weight[:, order], (order // width).tolist()
+    factor = _inverse_factor(hessian[order][:, order], damp, name).to(weight.dtype)
+    if late:  # a group ends in the block it starts in, where every error is known
+        block = width * max(1, block // width)
+    codes = torch.empty_like(weight)
     for start in range(0, k, block):
         stop = min(start + block, k)
         errors = torch.empty_like(weight[:, start:stop])
         for i in range(start, stop):
-            if i % (spec.group or k) == 0:
-                group = weight[:, i : i + (spec.group or k)]
-                grids.append(fit_grid(group[:, None], spec, clip))
+            if late and i % width == 0:
+                grids.append(fit_grid(weight[:, None, i : i + width], spec, clip))
+            grid = grids[-1] if late else grids[group[i]]
             column = weight[:, i, None, None]
-            code = grids[-1].encode(column)
-            error = (column - grids[-1].decode(code))[..., 0] / factor[i, i]
+            code = grid.encode(column)
+            error = (column - grid.decode(code))[..., 0] / factor[i, i]
             weight[:, i:stop] -= error * factor[i, i:stop]
             codes[:, i], errors[:, i - start] = code[:, 0, 0], error[:, 0]
         weight[:, stop:] -= errors @ factor[start:stop, stop:]
-    if perm is not None and not spec.group:  # a row's one grid knows no order
-        codes, perm = codes[:, perm.argsort()], None
-    return packed_grids(spec, codes, grids, perm, name)
+    if act_order and late:
+        return packed_grids(spec, codes, grids, order, name)
+    return packed_grids(spec, codes[:, order.argsort()], grids, None, name)
 
 
 def _refit(grid: Grid, codes: torch.Tensor, target: torch.Tensor) -> Grid:

@@ -193,7 +193,7 @@ def test_gptq_is_the_published_update(scheme, block, rng):
     n, k, spec = 16, 80, Spec(4, 32, scheme)
     weight, hessian = spread(rng, n, k), correlated(rng, k)
     expected = optimal_brain_quantiser(weight, hessian, spec, 0.05)
-    got = unpack(quantize.gptq(weight, hessian, spec, damp=0.05, block=block))
+    got = unpack(quantize.gptq(weight, hessian, spec, damp=0.05, block=block, descending=False))
     same = (got - expected).abs() <= 1e-6 * expected.abs().max()
     assert same.all(1).float().mean() >= 0.75, "rows that went another way"
 
@@ -281,7 +281,7 @@ def test_weights_that_are_not_numbers_are_named(bad):
         ),
         (
             lambda w: quantize.gptq(w, -torch.eye(64), Spec(4, 32, "zero")),
-            "not positive definite with damp 0.01",
+            "not positive definite with damp 0.1",
         ),
     ],
 )
