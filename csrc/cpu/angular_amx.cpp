@@ -4,6 +4,7 @@
 
 #include "cpu/angular.h"
 #include "cpu/angular_vector_avx512.h"
+#include "cpu/sanitize.h"
 
 namespace shallow {
 namespace {
@@ -48,6 +49,10 @@ void transpose(__m512i (&v)[16]) {
 template <int Strips>
 void multiply_tiles(const Bfloat* rows, const Bfloat* columns, int steps, float* sums) {
     constexpr int kStrip = kSteps * kTileSize;
+    sanitizer_reads(rows, steps * kTileSize * sizeof *rows);
+    for (int strip = 0; strip < Strips; ++strip)
+        sanitizer_reads(columns + strip * kStrip, steps * kTileSize * sizeof *columns);
+    sanitizer_writes(sums, Strips * kSide * kSide * sizeof *sums);
     _tile_zero(0);
     if constexpr (Strips > 1) _tile_zero(1);
     if constexpr (Strips > 2) _tile_zero(2);
@@ -120,6 +125,7 @@ private:
         for (int r = 0; r < count; ++r) {
             const Bfloat* source = row(strip * kSide + r) + d;
             __builtin_prefetch(source + kAhead, 0, 2);
+            sanitizer_reads(source, n * sizeof *source);
             _mm512_store_si512(rows + r * kDepth, _mm512_maskz_loadu_epi16(some, source));
         }
         __m512i v[kSide];

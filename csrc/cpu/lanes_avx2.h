@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "cpu/sanitize.h"
+
 namespace shallow {
 namespace {
 
@@ -61,8 +63,14 @@ struct Lanes {
         _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(halves, halves));
     }
 
-    static F load(const float* p, std::int64_t some) { return _mm256_maskload_ps(p, mask(some)); }
-    static void store(float* p, F v, std::int64_t some) { _mm256_maskstore_ps(p, mask(some), v); }
+    static F load(const float* p, std::int64_t some) {
+        sanitizer_reads(p, some * sizeof *p);
+        return _mm256_maskload_ps(p, mask(some));
+    }
+    static void store(float* p, F v, std::int64_t some) {
+        sanitizer_writes(p, some * sizeof *p);
+        _mm256_maskstore_ps(p, mask(some), v);
+    }
     static F first(F v, std::int64_t some) {
         return _mm256_and_ps(v, _mm256_castsi256_ps(mask(some)));
     }

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "cpu/sanitize.h"
+
 namespace shallow {
 namespace {
 
@@ -51,8 +53,12 @@ struct Lanes {
     }
 
     // The first `some` lanes (1 to 16); the others read as 0 and are not written.
-    static F load(const float* p, std::int64_t some) { return _mm512_maskz_loadu_ps(mask(some), p); }
+    static F load(const float* p, std::int64_t some) {
+        sanitizer_reads(p, some * sizeof *p);
+        return _mm512_maskz_loadu_ps(mask(some), p);
+    }
     static void store(float* p, F v, std::int64_t some) {
+        sanitizer_writes(p, some * sizeof *p);
         _mm512_mask_storeu_ps(p, mask(some), v);
     }
     static F first(F v, std::int64_t some) { return _mm512_maskz_mov_ps(mask(some), v); }

@@ -89,6 +89,11 @@ using Sums = float[2][2][kPanelRows * kTileRows];  // 2 panels x 2 tiles x (16 o
 // Adds the products of `blocks` blocks of two panels and two tiles.
 void multiply(const std::uint16_t* const (&x)[2], const std::uint16_t* const (&w)[2],
               int64_t blocks, bool fresh, Sums& sums) {
+    for (int i = 0; i < 2; ++i) {
+        sanitizer_reads(x[i], blocks * kTile * sizeof *x[i]);
+        sanitizer_reads(w[i], blocks * kTile * sizeof *w[i]);
+    }
+    sanitizer_writes(sums, sizeof sums);
     if (fresh) {
         _tile_zero(0);
         _tile_zero(1);
@@ -156,8 +161,10 @@ void bfloat_tiles(const TileView& w, const BfloatInput& x, const Output& y, int6
 
 // 32 elements -> bfloat16.
 inline __m512i narrow_block(const void* from, ScaleType type, int64_t count) {
-    if (type == ScaleType::bfloat16)
+    if (type == ScaleType::bfloat16) {
+        sanitizer_reads(from, count * 2);
         return _mm512_maskz_loadu_epi16(count < 32 ? (1u << count) - 1 : ~0u, from);
+    }
     alignas(64) float values[kBlock];
     Avx512::widen(from, type, values, static_cast<int>(count));
     const __m512bh both =

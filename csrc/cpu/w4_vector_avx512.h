@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "cpu/sanitize.h"
 #include "cpu/w4_kernel.h"
 
 namespace shallow {
@@ -37,10 +38,14 @@ struct Avx512 {
         return _mm512_loadu_ps(p);
     }
     static __mmask16 mask(int count) { return static_cast<__mmask16>((1u << count) - 1); }
-    static F load_some(const float* p, int count) { return _mm512_maskz_loadu_ps(mask(count), p); }
+    static F load_some(const float* p, int count) {
+        sanitizer_reads(p, count * sizeof *p);
+        return _mm512_maskz_loadu_ps(mask(count), p);
+    }
     static void store_all(float* p, F v) { _mm512_storeu_ps(p, v); }
 
     static void store(void* p, ScaleType type, F v, int count) {
+        sanitizer_writes(p, count * (type == ScaleType::float32 ? 4 : 2));
         if (type == ScaleType::float32) return _mm512_mask_storeu_ps(p, mask(count), v);
         const __m256i bits =
             type == ScaleType::float16
@@ -98,6 +103,7 @@ struct Avx512 {
     // of zero, which takes a port that the products need.
     template <int Halves>
     static F dot(const Chunks<Halves>& codes, const int8_t* q) {
+        sanitizer_reads(q, 16 * Halves);
         __m512i sum;
         asm("vpxord %0, %0, %0\n\tvpdpbusd %2%{1to16%}, %1, %0"
             : "=&v"(sum)
@@ -134,6 +140,7 @@ struct Avx512 {
 
     // count elements, zeros up to 32.
     static void widen(const void* from, ScaleType type, float* to, int count) {
+        sanitizer_reads(from, count * (type == ScaleType::float32 ? 4 : 2));
         for (int half = 0; half < 2; ++half) {
             const int some = count - 16 * half;
             const __mmask16 present = some >= 16 ? mask(16) : some > 0 ? mask(some) : mask(0);
