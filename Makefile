@@ -16,16 +16,19 @@ test-slow: .venv/test
 	$(BIN)/python -m pytest -m slow
 
 # The CPU extension under AddressSanitizer and UBSan, or under ThreadSanitizer, in a build of its own.
-# PYTEST_ARGS chooses among the tests.
+# First come bugs that it must report, then the tests; PYTEST_ARGS chooses among these.
 sanitize-address: export ASAN_OPTIONS := detect_leaks=0:$(ASAN_OPTIONS)
 sanitize-address: RUNTIME := libasan.so
 sanitize-thread: export TSAN_OPTIONS := ignore_noninstrumented_modules=1:$(TSAN_OPTIONS)
 sanitize-thread: RUNTIME := libtsan.so
+PRELOADED = $(shell $(CXX) -print-file-name=$(RUNTIME)) $(shell $(CXX) -print-file-name=libstdc++.so)
+SANITIZED = LD_PRELOAD="$(PRELOADED)" $(BIN)/python -P -m pytest --capture=sys \
+    -o pythonpath="build/$@/lib tests"
 sanitize-address sanitize-thread: .venv/test
 	SHALLOW_SANITIZE=$(@:sanitize-%=%) $(BIN)/python setup.py -q build \
 	    --build-base build/$@ --build-lib build/$@/lib
-	LD_PRELOAD="$$($(CXX) -print-file-name=$(RUNTIME)) $$($(CXX) -print-file-name=libstdc++.so)" \
-	    $(BIN)/python -P -m pytest --capture=sys -o pythonpath="build/$@/lib tests" \
+	$(SANITIZED) tests/sanitizer_check.py
+	$(SANITIZED) tests/test_angular.py \
 	    $(wildcard tests/test_w4_cpu*.py tests/test_cpu_runtime*.py) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m slow tests/test_threads.py
 
