@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 SOURCES = ("tests/threads_check.cpp", "csrc/cpu/threads.cpp")
 
 
-def check(folder: Path, *flags: str, fork: bool) -> None:
-    """Compiles the assertions with `flags` and runs them."""
+def build(folder: Path, *flags: str) -> Path:
+    """Compiles the assertions with `flags`."""
     if not shutil.which("c++"):
         pytest.skip("no C++ compiler")
     program = folder / "check"
@@ -25,20 +25,31 @@ def check(folder: Path, *flags: str, fork: bool) -> None:
     if built.returncode and flags:
         pytest.skip(f"this compiler lacks {flags}: {built.stderr.splitlines()[-1]}")
     assert built.returncode == 0, built.stderr
-    command = [program, "fork" if fork else "stay"]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr
+    return program
+
+
+def run(program: Path, mode: str) -> subprocess.CompletedProcess:
+    return subprocess.run([program, mode], capture_output=True, text=True, timeout=300)
 
 
 def test_regions_barriers_and_loops(tmp_path):
-    check(tmp_path, fork=True)
+    ran = run(build(tmp_path), "fork")
+    assert ran.returncode == 0, ran.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_under_sanitizers(tmp_path, sanitizer):
-    # ThreadSanitizer does not follow a fork of several threads.
-    check(tmp_path, f"-fsanitize={sanitizer}", fork=sanitizer != "thread")
+def test_under_address_sanitizer(tmp_path):
+    ran = run(build(tmp_path, "-fsanitize=address,undefined"), "fork")
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.slow
+def test_under_thread_sanitizer(tmp_path):
+    program = build(tmp_path, "-fsanitize=thread")
+    ran = run(program, "stay")  # it does not follow a fork of several threads
+    assert ran.returncode == 0, ran.stderr
+    raced = run(program, "race")
+    assert raced.returncode != 0 and "data race" in raced.stderr, "or it proves nothing"
 
 
 def test_the_pool_has_the_cpus_of_this_process():

@@ -57,6 +57,13 @@ void loops_cover_their_range(int threads) {
         }
 }
 
+// What ThreadSanitizer must report.
+void race() {
+    int count = 0;
+    Pool::instance().resize(2);
+    Pool::instance().run(2, [&](int, int) { ++count; });
+}
+
 void all(int threads, int repeats) {
     for (int i = 0; i < repeats; ++i) {
         regions_run_each_thread_once(threads);
@@ -70,6 +77,7 @@ void all(int threads, int repeats) {
 int main(int, char** argv) {
     Pool& pool = Pool::instance();
     assert(pool.size() >= 1);
+    if (std::strcmp(argv[1], "race") == 0) return race(), 0;
     all(pool.size(), 20);
     pool.resize(3);
     for (int threads = 1; threads <= 4; ++threads) all(threads, 5);
