@@ -77,8 +77,9 @@ def test_a_write_past_the_output_is_seen(isa):
 
 
 @pytest.mark.skipif(not THREAD, reason="make sanitize-thread runs it")
-@every_isa
+@pytest.mark.parametrize("isa", [isa for isa in CPU.isas() if isa in ("amx", "avx512")])
 def test_two_writers_of_one_output_are_seen(isa):
+    # The others write by memcpy, of which the lane's ignore_noninstrumented_modules says nothing.
     assert "data race" in reports("race", isa)
     assert reports("no_race", isa) == ""
 
