@@ -42,6 +42,7 @@ def compile(
     odd: tuple[str, ...] = (),
     num_warps: int = 4,
     num_stages: int = 3,
+    maxnreg: int | None = None,
 ) -> Compiled:
     """The kernel for sm_<arch>, with the arguments typed as in `{"x_ptr": "*fp16", "N": "i32"}`.
 
@@ -52,7 +53,7 @@ def compile(
     even = [name for name in signature if name not in odd and not signature[name].startswith("fp")]
     attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in even}
     source = ASTSource(kernel, dict(signature), dict(constexprs), attrs)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about defaults of later Triton versions
         built = triton_compile(source, target=GPUTarget("cuda", arch, 32), options=options)

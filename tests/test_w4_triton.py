@@ -67,7 +67,7 @@ def build(sizes: Launch, kind: Format, dtype: str, arch: int, gated: bool = Fals
         kernel, constexprs["SPLITS"] = gemm.gemm_kernel, sizes.SPLITS
     return aot.compile(
         kernel, signature, constexprs, arch, odd=("M",),
-        num_warps=sizes.WARPS, num_stages=sizes.num_stages,
+        num_warps=sizes.WARPS, num_stages=sizes.num_stages, maxnreg=sizes.maxnreg,
     )  # fmt: skip
 
 

@@ -118,6 +118,7 @@ def run_gemv(
         x, *pointers(weight), bias, y, len(x), weight.shape[0], x.shape[1], x.stride(0),
         FORMAT=format_of(weight, x.shape[1], sizes.WARPS), GATED=gated, BLOCK_M=sizes.BLOCK_M,
         WARPS=sizes.WARPS, num_warps=sizes.WARPS, num_stages=sizes.num_stages,
+        maxnreg=sizes.maxnreg,
     )  # fmt: skip
 
 

@@ -15,6 +15,16 @@ class Launch:
     num_stages: int  # of Triton's pipeline
     SPLITS: int = 1  # parts of K, added up by a second kernel
 
+    @property
+    def maxnreg(self) -> int | None:
+        """Registers of a thread at most: what PROGRAMS_PER_CORE gemv programs share.
+
+        Untold how many it is to fit, the assembler aims at three or four, and spills for them.
+        """
+        if self.kernel != "gemv":
+            return None
+        return min(REGISTERS // (PROGRAMS_PER_CORE * 32 * self.WARPS), 255)
+
 
 # By the most rows of x. A gemv keeps (num_stages - 1) * WARPS KiB of codes in flight; with two
 # programs on a multiprocessor that is 48 KiB, where an H100's latency times its bandwidth is 18.
@@ -29,7 +39,8 @@ DENSE = Launch("dense", BLOCK_M=0, WARPS=4, num_stages=1)
 DENSE_ROWS = 1024  # from here on dequantising once costs less than again for every 128 rows of x
 DENSE_WEIGHTS = 1 << 26  # dequantised at a time: 128 MiB
 SPLIT_CHUNKS = 8  # the fewest worth a program of their own
-PROGRAMS_PER_CORE = 2  # that splitting K aims at
+PROGRAMS_PER_CORE = 2  # that a gemv's registers and a gemm's splits aim at
+REGISTERS = 65536  # of a multiprocessor
 
 
 def choose(m: int, n: int, k: int, bits: int, cores: int) -> Launch:
