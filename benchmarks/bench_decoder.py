@@ -23,8 +23,8 @@ from engine.kernels import native
 from engine.packing import pack
 from engine.recipe import Recipe
 
-ROUNDS = 40
-TOKENS = 8  # of a turn
+ROUNDS = 20
+TOKENS = 32  # of a turn: the first finds the other's memory in the caches
 OPEN = """
 import sys, time
 import gguf, jinja2, safetensors, tokenizers, torch
