@@ -51,6 +51,13 @@ def run(
     keep: Keep = None,
     backend: Backend = None,
     dtype: Dtype = None,
+    cache_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of keys and values in the backend cpu: float32, float16 or int8; float16 beside "
+            "rounded activations, float32 beside exact ones if not given."
+        ),
+    ] = None,
     threads: Threads = None,
     temperature: Annotated[float | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
     top_k: Annotated[int | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
@@ -114,7 +121,10 @@ def run(
         prompt = read_text_file(prompt_file)
     if plan is not None:
         drop = planned(plan, drop, keep)
-    opened, load_ms = open_model(model, threads, drop=drop, keep=keep, backend=backend, dtype=dtype)
+    loading = {"drop": drop, "keep": keep, "backend": backend, "dtype": dtype}
+    if cache_dtype is not None:
+        loading["cache_dtype"] = cache_dtype
+    opened, load_ms = open_model(model, threads, **loading)
     if prompt_tokens is not None:
         given = list(islice(cycle(opened.text.encode(PROMPT)), prompt_tokens))
     else:
