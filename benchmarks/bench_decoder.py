@@ -1,6 +1,6 @@
 """The CPU decoder against its bounds, on the default model in the bits of its own file.
 
-    OMP_WAIT_POLICY=active pytest -s benchmarks/bench_decoder.py
+    pytest -s benchmarks/bench_decoder.py
 
 Every figure is a ratio of medians whose parts took turns, so that a slow spell meets both. The
 bandwidth is that of a buffer of the model's size, read by the same threads in between. Prints what

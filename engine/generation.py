@@ -211,7 +211,8 @@ def _check_prompt(ids: list[int], max_new_tokens: int, config) -> None:
 def _left_padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
     """(B, longest) int64, short rows filled with -1 on the left."""
     width = max(map(len, rows))
-    return torch.from_numpy(np.array([[-1] * (width - len(row)) + list(row) for row in rows]))
+    padded = [[-1] * (width - len(row)) + list(row) for row in rows]
+    return torch.from_numpy(np.array(padded, np.int64))
 
 
 class Decoding:

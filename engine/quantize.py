@@ -111,9 +111,9 @@ def gptq(
         raise InputError(f"{name}: the Hessian must be finite and {(k, k)}")
     width, late = spec.group or k, spec.group > 0 and (act_order or not descending)
     grids = [] if late else [fit_grid(part[:, None], spec, clip) for part in weight.split(width, 1)]
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    if not descending:
-        order = torch.arange(k)
+    order = torch.arange(k, device=hessian.device)
+    if descending:
+        order = hessian.diagonal().argsort(descending=True, stable=True)
     weight, group = weight[:, order], (order // width).tolist()
     factor = _inverse_factor(hessian[order][:, order], damp, name).to(weight.dtype)
     if late:  # a group ends in the block it starts in, where every error is known
