@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 
+import os
 import secrets
 from pathlib import Path
 
@@ -56,6 +57,24 @@ def rng() -> torch.Generator:
     seed = secrets.randbits(32)
     print(f"seed {seed}")
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(autouse=os.environ.get("TRITON_INTERPRET") == "1")
+def bfloat16_to_nearest(monkeypatch) -> None:
+    """float32 becomes the nearest bfloat16, as on a GPU: Triton's interpreter cuts it off, and what
+    it cuts is always towards zero, so that sums of rounded weights err by as much as one weight."""
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast = InterpreterBuilder.cast_impl
+
+    def nearest(self, source, dtype):
+        if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, dtype)
+        data = torch.from_numpy(source.data).bfloat16().view(torch.uint16).numpy()
+        return TensorHandle(data, dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", nearest)
 
 
 @pytest.fixture(scope="session")
