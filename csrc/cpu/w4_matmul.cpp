@@ -47,7 +47,7 @@ struct Cutter {
 };
 
 struct Plan {
-    int64_t step;           // tiles that a thread claims at a time
+    int64_t step;           // tiles that a thread claims at a time; 0: fewer and fewer
     int64_t scratch_bytes;  // a thread
     uint8_t *gathered, *scratch;
     Int8Input int8{};
@@ -57,7 +57,7 @@ struct Plan {
     Plan(Cutter cutter, const Rows& x, const TileView& w, Path path, bool gather, int threads) {
         const int64_t panel = std::min<int64_t>(x.m, kPanelRows);
         const int64_t columns = w.blocks * kBlock, rows = w4::ceil_div(x.m, panel) * panel;
-        step = std::max<int64_t>(1, w.tiles / (threads * 16));
+        step = 0;
         scratch_bytes = 0;
         gathered = gather ? cutter.cut<uint8_t>(x.m * x.k * element_bytes(x.type)) : nullptr;
         if (path == Path::exact) {
@@ -136,8 +136,12 @@ struct Call {
         Pool::instance().run(threads, [&](int thread, int count) {
             for (int64_t panel = thread; panel < panels; panel += count) prepare(plan, panel);
             ready.wait(count);
-            for (int64_t tile; (tile = next.fetch_add(plan.step)) < w.tiles;)
-                multiply(plan, tile, std::min(tile + plan.step, w.tiles), thread);
+            for (int64_t tile = next; tile < w.tiles; tile = next) {
+                // Half of a fair share of what is left: long streams, and threads end together.
+                const int64_t fair = std::max<int64_t>(2, (w.tiles - tile) / (2 * count));
+                const int64_t end = std::min(w.tiles, tile + (plan.step ? plan.step : fair));
+                if (next.compare_exchange_strong(tile, end)) multiply(plan, tile, end, thread);
+            }
         });
     }
 };
