@@ -24,7 +24,7 @@ float element(const void* array, std::int64_t i, ScaleType type) {
 
 // The weight of code `code` in group `group` of a tile's row `lane`, as w4::Matrix gives it.
 float value(const TileView& w, std::int64_t tile, std::int64_t group, int lane, int code) {
-    const std::uint8_t* const record = w.params + tile * w.tile_bytes + group * w.record_bytes;
+    const std::uint8_t* const record = w.record(tile, group);
     const auto c = static_cast<float>(code);
     if (w.scheme == w4::Scheme::kquant) {
         const std::uint16_t* const super = w.supers + (tile * ((w.blocks + 7) / 8) + group / 8) * 32;
@@ -203,7 +203,7 @@ void read_row(const TiledMatrix& matrix, std::int64_t row, float* out) {
     for (std::int64_t half = 0, known = -1; half * 16 < w.k; ++half) {
         const std::int64_t block = half / 2, first = half % 2 * 16;
         const std::int64_t group = w.group_blocks ? block / w.group_blocks : half;
-        const std::uint8_t* const codes = w.codes + tile * w.tile_bytes + block * w.block_bytes;
+        const std::uint8_t* const codes = w.block(tile, block);
         if (nibble && group != known)
             for (int code = 0; code < 16; ++code) values[code] = value(w, tile, group, lane, code);
         known = group;

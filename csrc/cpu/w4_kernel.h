@@ -55,27 +55,37 @@ SHALLOW_INLINE void load_params(const TileView& w, const uint8_t* record, const 
         min = V::mul(scale, V::set(-w.center));
 }
 
-// Walks the groups of one tile.
+// Walks one tile, or the rest of it from a block on: the parameters of each group in which a block
+// lies, then its blocks.
 template <class V, Codes C>
-struct Params {
+struct Stream {
     const TileView& w;
-    const uint8_t* record;
+    int64_t group, left;  // the next, and how many of its run
+    const uint8_t *record, *at;
     const std::uint16_t* super;
-    int64_t group = 0;
 
-    Params(const TileView& view, int64_t tile)
-        : w(view), record(w.params + tile * w.tile_bytes),
-          super(w.supers + tile * ((w.blocks + 7) / 8) * 32) {}
+    SHALLOW_INLINE Stream(const TileView& view, int64_t tile, int64_t first = 0)
+        : w(view), group(w.group_blocks ? first / w.group_blocks : 2 * first),
+          left(w.run_groups - group % w.run_groups), record(w.record(tile, group)),
+          at(w.block(tile, first)), super(w.supers + tile * ((w.blocks + 7) / 8) * 32) {}
 
     SHALLOW_INLINE void next(typename V::F* scale, typename V::F* min) {
+        if (left == 0) {
+            if constexpr (C != Codes::unpacked) __builtin_prefetch(at + kAhead, 0, 2);
+            record = at;
+            at += w.head_bytes;
+            left = w.run_groups;
+        }
         for (int p = 0; p < kParts<V>; ++p)
             load_params<V, C>(w, record, super + group / 8 * 32, p * V::lanes, scale[p], min[p]);
         record += w.record_bytes;
         ++group;
+        --left;
     }
-    void skip(int64_t groups) {
-        record += groups * w.record_bytes;
-        group += groups;
+    SHALLOW_INLINE const uint8_t* block() {
+        const uint8_t* const here = at;
+        at += w.block_bytes;
+        return here;
     }
     // For int8 products, where a codebook is a table of bytes around 128.
     void next8(typename V::F* scale, typename V::F* min) {
@@ -142,26 +152,23 @@ template <class V, Codes C, int R, bool Split>
 struct TileSums {
     using F = typename V::F;
 
-    const uint8_t* block;
-    Params<V, C> params;
+    Stream<V, C> stream;
     F total[kParts<V>][R], scale[1 + Split][kParts<V>];
 
-    SHALLOW_INLINE TileSums(const TileView& w, int64_t tile)
-        : block(w.codes + tile * w.tile_bytes), params(w, tile) {
+    SHALLOW_INLINE TileSums(const TileView& w, int64_t tile) : stream(w, tile) {
         for (auto& part : total)
             for (F& sum : part) sum = V::set(0.0f);
     }
     SHALLOW_INLINE void enter_group(int half, const float* sums) {
         F min[kParts<V>];
-        if constexpr (C != Codes::unpacked)
-            __builtin_prefetch(params.record + kAhead / 4, 0, 2);
-        params.next8(scale[half], min);
+        stream.next8(scale[half], min);
         for (int p = 0; p < kParts<V>; ++p)
 #pragma GCC unroll 16
             for (int i = 0; i < R; ++i)
                 total[p][i] = V::fma(min[p], V::set(sums[i]), total[p][i]);
     }
     SHALLOW_INLINE void add(const TileView& w, const int8_t* q, const float* scales) {
+        const uint8_t* const block = stream.block();
         if constexpr (C != Codes::unpacked)
             for (int line = 0; line < w.block_bytes; line += 64)
                 __builtin_prefetch(block + kAhead + line, 0, 2);
@@ -174,7 +181,6 @@ struct TileSums {
                 add_block<V, C, R, 0, 2>(w, rows, q, scales, scale[0][p], total[p]);
             }
         }
-        block += w.block_bytes;
     }
 };
 
@@ -216,18 +222,18 @@ void int8_rows(const TileView& w, const Int8Input& x, const Output& y, const Pla
 template <class V, Codes C, int R, bool Split>
 void float_rows(const TileView& w, const FloatInput& x, const Output& y, const Place& at) {
     using F = typename V::F;
-    const uint8_t* block = w.codes + at.tile * w.tile_bytes;
     const float* values = x.values + at.panel * w.blocks * kBlock * x.panel + at.first;
-    Params<V, C> params(w, at.tile);
+    Stream<V, C> stream(w, at.tile);
     F total[kParts<V>][R], scale[1 + Split][kParts<V>], min[1 + Split][kParts<V>];
     for (auto& part : total)
         for (F& sum : part) sum = V::set(0.0f);
 
     for (int64_t b = 0, left = 0; b < w.blocks; ++b) {
         if (left-- == 0) {
-            for (int s = 0; s < 1 + Split; ++s) params.next(scale[s], min[s]);
+            for (int s = 0; s < 1 + Split; ++s) stream.next(scale[s], min[s]);
             left = Split ? 0 : w.group_blocks - 1;
         }
+        const uint8_t* const block = stream.block();
         for (int k = 0; k < kBlock; k += 4) {
             const int s = Split ? k / 16 : 0;
             for (int p = 0; p < kParts<V>; ++p) {
@@ -241,7 +247,6 @@ void float_rows(const TileView& w, const FloatInput& x, const Output& y, const P
                 }
             }
         }
-        block += w.block_bytes;
         values += x.panel * kBlock;
     }
     write_rows<V, R>(total, y, at);
@@ -253,7 +258,7 @@ void plain_rows(const TileView& w, const FloatInput& x, const Output& y, const P
     using F = typename V::F;
     constexpr ScaleType kType = C == Codes::float32 ? ScaleType::float32 : ScaleType::float16;
     constexpr int64_t kBytes = C == Codes::float32 ? 4 : 2;
-    const uint8_t* weights = w.codes + at.tile * w.tile_bytes;
+    const uint8_t* weights = w.block(at.tile, 0);
     const float* values = x.values + at.panel * w.blocks * kBlock * x.panel + at.first;
     F total[kParts<V>][R];
     for (auto& part : total)
@@ -335,26 +340,29 @@ void panels(const TileView& w, const Input& x, const Output& y, int64_t tile, in
 template <class V, Codes C>
 TileView unpack_tile(const TileView& w, int64_t tile, uint8_t* scratch) {
     TileView one = w;
+    one.data = scratch;
     one.kind = Codes::unpacked;
     one.block_bytes = kBlock * kTileRows;
     one.record_bytes = 2 * kTileRows * static_cast<int64_t>(sizeof(float));
     one.tiles = 1;
-    one.codes = scratch;
-    one.params = scratch + w.blocks * one.block_bytes;
+    one.set_runs();
 
-    auto* out = reinterpret_cast<float*>(scratch + w.blocks * one.block_bytes);
-    Params<V, C> params(w, tile);
-    for (int64_t g = 0; g < w.groups; ++g, out += 2 * kTileRows) {
-        typename V::F scale[kParts<V>], min[kParts<V>];
-        params.next8(scale, min);
-        for (int p = 0; p < kParts<V>; ++p) {
-            V::store_all(out + p * V::lanes, scale[p]);
-            V::store_all(out + kTileRows + p * V::lanes, min[p]);
-        }
+    Stream<V, C> stream(w, tile);
+    for (int64_t b = 0; b < w.blocks; ++b) {
+        const int64_t group = w.group_blocks ? b / w.group_blocks : 2 * b;
+        if (!w.group_blocks || b % w.group_blocks == 0)
+            for (int half = 0; half < (w.group_blocks ? 1 : 2); ++half) {
+                typename V::F scale[kParts<V>], min[kParts<V>];
+                stream.next8(scale, min);
+                auto* const out = reinterpret_cast<float*>(
+                    const_cast<uint8_t*>(one.record(0, group + half)));
+                for (int p = 0; p < kParts<V>; ++p) {
+                    V::store_all(out + p * V::lanes, scale[p]);
+                    V::store_all(out + kTileRows + p * V::lanes, min[p]);
+                }
+            }
+        V::template unpack<C>(w, stream.block(), const_cast<uint8_t*>(one.block(0, b)));
     }
-    const uint8_t* const codes = w.codes + tile * w.tile_bytes;
-    for (int64_t b = 0; b < w.blocks; ++b)
-        V::template unpack<C>(w, codes + b * w.block_bytes, scratch + b * one.block_bytes);
     return one;
 }
 

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 #include <new>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -15,7 +16,7 @@ using std::int64_t;
 using std::uint8_t;
 
 constexpr int64_t kChunk = 64;  // bytes
-constexpr std::uint64_t kMagic = 0x34574c4c41485301;  // changes with the layout
+constexpr std::uint64_t kMagic = 0x34574c4c41485302;  // changes with the layout
 
 int64_t scale_bytes(const w4::Matrix& matrix) {
     if (matrix.scheme == w4::Scheme::kquant) return 1;
@@ -60,11 +61,11 @@ int64_t tile_rows(int64_t n, int64_t tile) {
 }
 
 template <Way way>
-void copy_codes(const w4::Matrix& packed, const TileView& tiled, uint8_t* codes, int64_t tile) {
+void copy_codes(const w4::Matrix& packed, const TileView& tiled, int64_t tile) {
     const int64_t rows = tile_rows(packed.n, tile), width = packed.row_bytes();
     auto* const lines = const_cast<uint8_t*>(packed.codes) + tile * kTileRows * width;
-    uint8_t* block = codes + tile * tiled.tile_bytes;
-    for (int64_t b = 0; b < tiled.blocks; ++b, block += tiled.block_bytes)
+    for (int64_t b = 0; b < tiled.blocks; ++b) {
+        auto* const block = const_cast<uint8_t*>(tiled.block(tile, b));
         for (int64_t row = 0; row < rows; ++row) {
             uint8_t* const line = lines + row * width + b * 4 * packed.bits;
             uint8_t* const place = block + row * 4;
@@ -76,19 +77,19 @@ void copy_codes(const w4::Matrix& packed, const TileView& tiled, uint8_t* codes,
                 for (int64_t byte = 0; byte < std::min<int64_t>(32, width - b * 32); byte += 4)
                     copy<way>(line + byte, place + byte / 4 * kChunk, 4);
         }
+    }
 }
 
 // (n, groups) elements and their place in each record.
 template <Way way>
 void copy_params(const w4::Matrix& packed, const TileView& tiled, const void* array,
-                 int64_t element, int64_t offset, uint8_t* params, int64_t tile) {
+                 int64_t element, int64_t offset, int64_t tile) {
     const auto* const elements = static_cast<const uint8_t*>(array);
     const int64_t groups = packed.groups();
     for (int64_t row = 0; row < tile_rows(packed.n, tile); ++row)
         for (int64_t g = 0; g < groups; ++g)
             copy<way>(elements + ((tile * kTileRows + row) * groups + g) * element,
-                      params + tile * tiled.tile_bytes + g * tiled.record_bytes + offset +
-                          row * element,
+                      const_cast<uint8_t*>(tiled.record(tile, g)) + offset + row * element,
                       element);
 }
 
@@ -105,17 +106,15 @@ void copy_supers(const w4::Matrix& packed, const TileView& tiled, int64_t tile) 
 // Between the canonical arrays and a view on writable tiles.
 template <Way way>
 void copy_tiles(const w4::Matrix& packed, const TileView& tiled, int threads) {
-    auto* const codes = const_cast<uint8_t*>(tiled.codes);
-    auto* const params = const_cast<uint8_t*>(tiled.params);
     const int64_t element = scale_bytes(packed), second = kTileRows * element;
     parallel_for(threads, tiled.tiles, 4, [&](int64_t begin, int64_t end) {
         for (int64_t tile = begin; tile < end; ++tile) {
-            copy_codes<way>(packed, tiled, codes, tile);
-            copy_params<way>(packed, tiled, packed.scales, element, 0, params, tile);
+            copy_codes<way>(packed, tiled, tile);
+            copy_params<way>(packed, tiled, packed.scales, element, 0, tile);
             if (packed.zeros)
-                copy_params<way>(packed, tiled, packed.zeros, 1, second, params, tile);
+                copy_params<way>(packed, tiled, packed.zeros, 1, second, tile);
             if (packed.mins)
-                copy_params<way>(packed, tiled, packed.mins, element, second, params, tile);
+                copy_params<way>(packed, tiled, packed.mins, element, second, tile);
             if (tiled.supers) copy_supers<way>(packed, tiled, tile);
         }
     });
@@ -145,6 +144,15 @@ std::pair<float, float> fit_step(const float* values) {
 
 }  // namespace
 
+void TileView::set_runs() {
+    const int64_t whole = record_bytes ? kChunk / std::gcd(kChunk, record_bytes) : 1;
+    run_groups = std::min(groups, group_blocks ? whole : std::max<int64_t>(whole, 2));
+    run_blocks = group_blocks ? run_groups * group_blocks : run_groups / 2;
+    head_bytes = w4::ceil_div(run_groups * record_bytes, kChunk) * kChunk;
+    run_bytes = head_bytes + run_blocks * block_bytes;
+    tile_bytes = w4::ceil_div(groups, run_groups) * head_bytes + blocks * block_bytes;
+}
+
 // What the bytes of a matrix begin with.
 struct alignas(64) TiledMatrix::Header {
     std::uint64_t magic;
@@ -161,10 +169,8 @@ std::size_t TiledMatrix::place(bool permuted) {
         return part;
     };
     const bool kquant = v.scheme == w4::Scheme::kquant;
-    const int64_t params_bytes = w4::ceil_div(v.groups * v.record_bytes, kChunk) * kChunk;
-    v.tile_bytes = params_bytes + v.blocks * v.block_bytes;
-    v.params = cut(v.tiles * v.tile_bytes);
-    v.codes = v.params ? v.params + params_bytes : nullptr;
+    v.set_runs();
+    v.data = cut(v.tiles * v.tile_bytes);
     v.supers = reinterpret_cast<std::uint16_t*>(
         cut(kquant ? v.tiles * w4::ceil_div(v.k, w4::kSuper) * 64 : 0));
     perm_ = reinterpret_cast<std::int32_t*>(cut(permuted ? v.k * 4 : 0));
@@ -232,8 +238,7 @@ void TiledMatrix::fill(const w4::Matrix& rows, int64_t first, int threads) {
     const int64_t tile = first / kTileRows;
     TileView some = view_;
     some.tiles = w4::ceil_div(rows.n, kTileRows);
-    some.codes += tile * some.tile_bytes;
-    some.params += tile * some.tile_bytes;
+    some.data += tile * some.tile_bytes;
     if (some.supers) some.supers += tile * w4::ceil_div(some.k, w4::kSuper) * 32;
     copy_tiles<Way::tile>(rows, some, threads);
 }
@@ -269,10 +274,10 @@ TiledMatrix::TiledMatrix(const void* weights, ScaleType type, int64_t n, int64_t
     v.block_bytes = kBlock * kTileRows * element;
     allocate(false);
     const auto* const from = static_cast<const uint8_t*>(weights);
-    auto* const codes = const_cast<uint8_t*>(v.codes);
+    auto* const tiles = const_cast<uint8_t*>(v.data);
     parallel_for(threads, v.tiles, 4, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin * kTileRows; row < std::min(n, end * kTileRows); ++row) {
-            uint8_t* const tile = codes + row / kTileRows * v.tile_bytes;
+            uint8_t* const tile = tiles + row / kTileRows * v.tile_bytes;
             const int64_t lane = row % kTileRows;
             for (int64_t j = 0; j < k; ++j) {
                 const int64_t at = type == ScaleType::bfloat16

@@ -26,12 +26,12 @@ enum class Codes : std::int32_t { nibble, nibble_table, byte, float32, float16, 
 //   unpacked  the same with float32 scales and minimums: what a nibble tile becomes for many rows
 //   float32, float16   block of 32 columns x 16 rows
 //   bfloat16  block of 16 column pairs x 16 rows x 2: what the tile registers multiply
-// The parameters of one group of one tile are a record: 16 scales, then 16 mins or zeros. They lie
-// before the tile's codes, so that memory is read as one stream.
+// The parameters of one group of one tile are a record: 16 scales, then 16 mins or zeros.
+// A tile is a line of runs, so that memory is read as one stream: the records of as many groups as
+// fill whole cache lines, then the blocks of these groups. The last run may have fewer.
 // With group 16 the groups are padded to two a block.
 struct TileView {
-    const std::uint8_t* params;  // (tiles, groups, record_bytes), tiles tile_bytes apart
-    const std::uint8_t* codes;   // (tiles, blocks, block_bytes), behind the tile's parameters
+    const std::uint8_t* data;    // tiles, tile_bytes apart
     const std::uint16_t* supers; // kquant: (tiles, ceil(blocks / 8), 2, 16) float16 d, dmin
     float values[16];            // value of each nibble
     std::uint8_t values8[16];    // nibble_table: value = values8_step * (byte - 128), nearly
@@ -39,10 +39,22 @@ struct TileView {
     std::int64_t n, k, tiles, blocks, groups;
     std::int64_t group_blocks;   // blocks a group; 0 for group 16
     std::int64_t block_bytes, record_bytes, tile_bytes;
+    std::int64_t run_groups, run_blocks;  // of a whole run
+    std::int64_t head_bytes, run_bytes;   // of a run's records, and in all
     Codes kind;
     w4::Scheme scheme;
     ScaleType scale_type;
     float center;                // symmetric: the code that means zero
+
+    const std::uint8_t* record(std::int64_t tile, std::int64_t group) const {
+        return data + tile * tile_bytes + group / run_groups * run_bytes +
+               group % run_groups * record_bytes;
+    }
+    const std::uint8_t* block(std::int64_t tile, std::int64_t index) const {
+        return data + tile * tile_bytes + index / run_blocks * run_bytes + head_bytes +
+               index % run_blocks * block_bytes;
+    }
+    void set_runs();  // from the sizes of groups, records and blocks
 };
 
 // A matrix in that layout, in huge pages where the system gives them. Its bytes say all there is to

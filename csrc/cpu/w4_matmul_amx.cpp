@@ -30,14 +30,13 @@ inline __m512i pair(__m512 even, __m512 odd) {
 template <Codes C, bool Split>
 void unpack_codes(const TileView& w, int64_t tile, int64_t begin, int64_t end,
                   std::uint16_t* out) {
-    const uint8_t* block = w.codes + tile * w.tile_bytes + begin * w.block_bytes;
     const int64_t group_blocks = Split ? 1 : w.group_blocks;
-    Params<Avx512, C> params(w, tile);
-    params.skip(Split ? 2 * begin : begin / group_blocks);
+    Stream<Avx512, C> stream(w, tile, begin);
     __m512 scale[2] = {}, min[2] = {};
     for (int64_t b = begin; b < end; ++b) {
         if (b == begin || b % group_blocks == 0)
-            for (int s = 0; s < 1 + Split; ++s) params.next(scale + s, min + s);
+            for (int s = 0; s < 1 + Split; ++s) stream.next(scale + s, min + s);
+        const uint8_t* const block = stream.block();
 #pragma GCC unroll 8
         for (int j = 0; j < 8; ++j) {
             const __m512i chunk = Avx512::chunk<C>(block, j);
@@ -50,7 +49,6 @@ void unpack_codes(const TileView& w, int64_t tile, int64_t begin, int64_t end,
             _mm512_storeu_si512(out + 32, pair(weights[2], weights[3]));
             out += 64;
         }
-        block += w.block_bytes;
     }
 }
 
@@ -64,7 +62,7 @@ void unpack(const TileView& w, int64_t tile, int64_t begin, int64_t end, std::ui
 
 void unpack_half(const TileView& w, int64_t tile, int64_t begin, int64_t end,
                  std::uint16_t* out) {
-    const uint8_t* weights = w.codes + tile * w.tile_bytes + begin * w.block_bytes;
+    const uint8_t* weights = w.block(tile, begin);
     for (int64_t k = begin * kBlock; k < end * kBlock; k += 2, weights += 64, out += 32)
         _mm512_storeu_si512(
             out, pair(Avx512::load_half(weights), Avx512::load_half(weights + 32)));
@@ -74,8 +72,7 @@ const std::uint16_t* bfloats(const TileView& w, int64_t tile, int64_t begin, int
                              std::uint16_t* scratch) {
     switch (w.kind) {
         case Codes::bfloat16:
-            return reinterpret_cast<const std::uint16_t*>(w.codes + tile * w.tile_bytes) +
-                   begin * kTile;
+            return reinterpret_cast<const std::uint16_t*>(w.block(tile, begin));
         case Codes::float16: unpack_half(w, tile, begin, end, scratch); break;
         case Codes::byte: unpack<Codes::byte>(w, tile, begin, end, scratch); break;
         case Codes::nibble_table: unpack<Codes::nibble_table>(w, tile, begin, end, scratch); break;
