@@ -20,7 +20,10 @@ using std::uint8_t;
 // Else a call and its vectors by way of memory for each group, which may be one block.
 #define SHALLOW_INLINE __attribute__((always_inline)) inline
 
-constexpr int64_t kAhead = 2048;  // bytes of weights prefetched, into L2
+// Bytes of weights prefetched, into L2. Memory serves one row of x best by the smaller, by which a
+// short stream would end before it pays.
+constexpr int64_t kAhead = 8192, kAheadOfLong = 2048;
+constexpr int64_t kLong = 512 << 10;  // bytes of a stream
 constexpr float kTiny = 1e-30f;  // below this 127 / peak could overflow: taken as zero
 
 template <class V>
@@ -60,18 +63,20 @@ SHALLOW_INLINE void load_params(const TileView& w, const uint8_t* record, const 
 template <class V, Codes C>
 struct Stream {
     const TileView& w;
+    const int64_t ahead;
     int64_t group, left;  // the next, and how many of its run
     const uint8_t *record, *at;
     const std::uint16_t* super;
 
-    SHALLOW_INLINE Stream(const TileView& view, int64_t tile, int64_t first = 0)
-        : w(view), group(w.group_blocks ? first / w.group_blocks : 2 * first),
+    SHALLOW_INLINE Stream(const TileView& view, int64_t tile, int64_t first = 0,
+                          int64_t bytes_ahead = kAhead)
+        : w(view), ahead(bytes_ahead), group(w.group_blocks ? first / w.group_blocks : 2 * first),
           left(w.run_groups - group % w.run_groups), record(w.record(tile, group)),
           at(w.block(tile, first)), super(w.supers + tile * ((w.blocks + 7) / 8) * 32) {}
 
     SHALLOW_INLINE void next(typename V::F* scale, typename V::F* min) {
         if (left == 0) {
-            if constexpr (C != Codes::unpacked) __builtin_prefetch(at + kAhead, 0, 2);
+            if constexpr (C != Codes::unpacked) __builtin_prefetch(at + ahead, 0, 2);
             record = at;
             at += w.head_bytes;
             left = w.run_groups;
@@ -104,6 +109,7 @@ struct Place {
     int64_t panel, first;   // rows of x: first.. of the panel
     int64_t column, n;      // of y, and how many columns y has
     int64_t apart = 0;      // where a second tile is to be met along with it, so many tiles on
+    int64_t ahead = kAhead;
 };
 
 // sums: (rows, 16), for the place's rows of x and the tile's rows of W.
@@ -155,7 +161,8 @@ struct TileSums {
     Stream<V, C> stream;
     F total[kParts<V>][R], scale[1 + Split][kParts<V>];
 
-    SHALLOW_INLINE TileSums(const TileView& w, int64_t tile) : stream(w, tile) {
+    SHALLOW_INLINE TileSums(const TileView& w, int64_t tile, int64_t ahead)
+        : stream(w, tile, 0, ahead) {
         for (auto& part : total)
             for (F& sum : part) sum = V::set(0.0f);
     }
@@ -171,7 +178,7 @@ struct TileSums {
         const uint8_t* const block = stream.block();
         if constexpr (C != Codes::unpacked)
             for (int line = 0; line < w.block_bytes; line += 64)
-                __builtin_prefetch(block + kAhead + line, 0, 2);
+                __builtin_prefetch(block + stream.ahead + line, 0, 2);
         for (int p = 0; p < kParts<V>; ++p) {
             const uint8_t* const rows = block + p * V::lanes * 4;
             if constexpr (Split) {
@@ -191,7 +198,8 @@ void int8_rows(const TileView& w, const Int8Input& x, const Output& y, const Pla
     const int8_t* q = x.q + (at.panel * w.blocks * x.panel + at.first) * kBlock;
     const float* scales = x.scales + at.panel * w.blocks * x.panel + at.first;
     const float* sums = x.sums + at.panel * w.groups * x.panel + at.first;
-    TileSums<V, C, R, Split> first(w, at.tile), second(w, at.tile + (kPair ? at.apart : 0));
+    TileSums<V, C, R, Split> first(w, at.tile, at.ahead);
+    TileSums<V, C, R, Split> second(w, at.tile + (kPair ? at.apart : 0), at.ahead);
     const auto walk = [&](auto pair) {
         for (int64_t b = 0, left = 0; b < w.blocks; ++b) {
             if (left-- == 0) {
@@ -264,7 +272,7 @@ void plain_rows(const TileView& w, const FloatInput& x, const Output& y, const P
     for (auto& part : total)
         for (F& sum : part) sum = V::set(0.0f);
     for (int64_t k = 0; k < w.blocks * kBlock; k += 2) {
-        if constexpr (R <= 4) __builtin_prefetch(weights + kAhead);
+        if constexpr (R <= 4) __builtin_prefetch(weights + kAheadOfLong);
         for (int p = 0; p < kParts<V>; ++p) {
             F even, odd;
             if constexpr (C == Codes::bfloat16) {
@@ -330,10 +338,10 @@ struct FloatRun {
 
 template <class V, template <class, Codes> class Run, Codes C, class Input>
 void panels(const TileView& w, const Input& x, const Output& y, int64_t tile, int64_t column,
-            int64_t n, int64_t apart = 0) {
+            int64_t n, int64_t apart = 0, int64_t ahead = kAhead) {
     for (int64_t panel = 0, left = x.m; left > 0; ++panel, left -= kPanelRows)
         in_steps<V>(0, left < kPanelRows ? left : kPanelRows,
-                    Run<V, C>{w, x, y, {tile, panel, 0, column, n, apart}});
+                    Run<V, C>{w, x, y, {tile, panel, 0, column, n, apart, ahead}});
 }
 
 // Writes one tile as an unpacked matrix of its own.
@@ -371,8 +379,9 @@ void int8_tiles_of(const TileView& w, const Int8Input& x, const Output& y, int64
                    int64_t end, uint8_t* scratch) {
     if (x.m == 1) {
         const int64_t half = (end - begin) / 2;
+        const int64_t ahead = half * w.tile_bytes < kLong ? kAhead : kAheadOfLong;
         for (int64_t tile = begin; tile < begin + half; ++tile)
-            panels<V, Int8Run, C>(w, x, y, tile, tile * kTileRows, w.n, half);
+            panels<V, Int8Run, C>(w, x, y, tile, tile * kTileRows, w.n, half, ahead);
         begin += 2 * half;
     }
     for (int64_t tile = begin; tile < end; ++tile) {
