@@ -22,7 +22,11 @@ class Lengths:
         if batch < 1:
             raise InputError(f"batch: expected at least 1 sequence, found {batch}")
         self.config = config
-        self.lengths = torch.zeros(batch, len(config.layers), dtype=torch.int64)
+        self._lengths = torch.zeros(batch, len(config.layers), dtype=torch.int64)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        return self._lengths
 
     @property
     def batch(self) -> int:
@@ -41,7 +45,7 @@ class Lengths:
                 f"truncate: expected lengths from 0 to {self.positions.tolist()}, "
                 f"found {wanted.tolist()}"
             )
-        self.lengths = torch.minimum(self.lengths, wanted[:, None])
+        torch.minimum(self.lengths, wanted[:, None], out=self.lengths)
 
     def require(self, sequence: int, slots: Sequence[int]) -> None:
         """Raises unless each of these slots has seen all that the sequence has."""

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,8 +38,7 @@ class Options(Sampling):
                 raise InputError(f"stop takes strings that are not empty and ids, not {item!r}")
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One step of the loop: the prompt's (which yields the first tokens) or a decode step."""
 
     pieces: tuple[str, ...]  # text that became certain, one a sequence
@@ -86,7 +85,7 @@ def generate(
 ) -> list[Generation]:
     """Completes every prompt of a batch; a prompt's result does not depend on its neighbours.
 
-    `runtime` offers `config`, `new_cache` and `forward`; `text` is the tokenizer. `on_step` sees
+    `runtime` keeps the protocol of `engine.runtime`; `text` is the tokenizer. `on_step` sees
     the text while it comes. Raises `InputError` for an empty prompt, an id outside the vocabulary,
     or a prompt that with `max_new_tokens` exceeds the context.
     """
@@ -131,39 +130,46 @@ def stream_steps(runtime, sequences: Sequence["Decoding"], options: Options) -> 
     A finished sequence is fed -1, which the runtime neither runs nor caches. The caller's own time
     between two steps counts in neither.
     """
-    generators = make_generators(options.seed, len(sequences))
+    greedy = options.is_greedy and options.slots is None and getattr(runtime, "greedy", None)
+    switch = runtime.config.rope_switch
     clock = time.perf_counter_ns()
-    tokens = _left_padded([s.ids for s in sequences]).to(runtime.device)
+    tokens = _left_padded([s.ids for s in sequences])
     cache = runtime.new_cache(len(sequences), tokens.shape[1] + options.max_new_tokens)
-    chunk = tokens.shape[1] if runtime.config.whole_prefill else PREFILL_CHUNK
-    for part in tokens.split(chunk, dim=1):
-        logits = runtime.forward(part, cache, slots=options.slots, logits="last")
+    running, fed = list(range(len(sequences))), [-1] * len(sequences)
+    ids = _run(runtime, tokens, cache, sequences, options)
     while True:
-        running = [row for row, s in enumerate(sequences) if s.finish_reason is None]
-        last = logits.select(1, -1)
-        if len(running) < len(sequences):
-            with one_thread():
-                last = last[running]
-        ids = sample(
-            last,
-            options,
-            [sequences[row].ids for row in running],
-            [generators[row] for row in running],
-        )
         pieces = [""] * len(sequences)
-        for row, token in zip(running, ids.tolist(), strict=True):
+        for row, token in zip(running, ids, strict=True):
             pieces[row] = sequences[row].push(token)
-        yield Step(tuple(pieces), len(running), time.perf_counter_ns() - clock)
-        if all(s.finish_reason for s in sequences):
+            fed[row] = -1 if sequences[row].finish_reason else token
+        running = [row for row in running if fed[row] >= 0]
+        yield Step(tuple(pieces), len(ids), time.perf_counter_ns() - clock)
+        if not running:
             return
         clock = time.perf_counter_ns()
-        longest = max(len(s.ids) for s in sequences if not s.finish_reason)
-        anew = longest - 1 == runtime.config.rope_switch  # LongRoPE turns to its long divisors
-        if anew:
+        anew = switch is not None and max(len(sequences[row].ids) for row in running) == switch + 1
+        if greedy and not anew:
+            ids = greedy(fed, cache)
+            continue
+        if anew:  # LongRoPE turns to its long divisors
             cache.truncate(0)
-        fed = [[] if s.finish_reason else s.ids if anew else s.ids[-1:] for s in sequences]
-        tokens = _left_padded(fed).to(runtime.device)
-        logits = runtime.forward(tokens, cache, slots=options.slots, logits="last")
+        rows = [[] if s.finish_reason else s.ids[0 if anew else -1 :] for s in sequences]
+        ids = _run(runtime, _left_padded(rows), cache, sequences, options)
+
+
+def _run(runtime, tokens: torch.Tensor, cache, sequences, options: Options) -> list[int]:
+    """Runs tokens (B, T); returns the next id of each sequence that has not finished."""
+    chunk = tokens.shape[1] if runtime.config.whole_prefill else PREFILL_CHUNK
+    for part in tokens.to(runtime.device).split(chunk, dim=1):
+        logits = runtime.forward(part, cache, slots=options.slots, logits="last")
+    last = logits.select(1, -1)
+    running = [row for row, s in enumerate(sequences) if s.finish_reason is None]
+    if len(running) < len(sequences):
+        with one_thread():
+            last = last[running]
+    history = [sequences[row].ids for row in running]
+    generators = [sequences[row].generator for row in running]
+    return sample(last, options, history, generators).tolist()
 
 
 def open_sequences(runtime, text, prompts: Sequence[Prompt], options: Options) -> list["Decoding"]:
@@ -173,11 +179,12 @@ def open_sequences(runtime, text, prompts: Sequence[Prompt], options: Options) -
         stop_ids.update(text.eos_ids, runtime.config.eos_ids)
     stops = [item for item in options.stop if isinstance(item, str)]
     sequences = []
-    for prompt in prompts:
+    for prompt, generator in zip(prompts, make_generators(options.seed, len(prompts)), strict=True):
         ids = encode_prompt(text, prompt)
         _check_prompt(ids, options.max_new_tokens, runtime.config)
         pieces, matcher = text.piece_stream(), StopStrings(stops)
-        sequences.append(Decoding(ids, pieces, stop_ids, matcher, options.max_new_tokens))
+        limit = options.max_new_tokens
+        sequences.append(Decoding(ids, generator, pieces, stop_ids, matcher, limit))
     return sequences
 
 
@@ -218,8 +225,11 @@ def _left_padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
 class Decoding:
     """One sequence on its way: its ids, its certain text, and why it ended."""
 
-    def __init__(self, prompt, pieces, stop_ids: set[int], stops: "StopStrings", max_new: int):
+    def __init__(
+        self, prompt, generator, pieces, stop_ids: set[int], stops: "StopStrings", max_new: int
+    ):
         self.ids = list(prompt)
+        self.generator = generator  # what its tokens are drawn with
         self.prompt_tokens = len(prompt)
         self.finish_reason: str | None = None
         self._text: list[str] = []
@@ -271,6 +281,8 @@ class StopStrings:
 
     def push(self, piece: str) -> str:
         """Takes more text; returns what certainly precedes any stop string."""
+        if not self._stops:
+            return piece
         text = self._held + piece
         matches = [(at + len(s), at) for s in self._stops if (at := text.find(s)) >= 0]
         if matches:

@@ -10,6 +10,8 @@ import torch
 
 from engine.errors import InputError
 
+NOT_FINITE = "the model produced logits that are not finite numbers"
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -45,6 +47,11 @@ class Sampling:
         if self.seed is not None:
             _check("seed", self.seed, "a whole number", lambda v: True, int)
 
+    @property
+    def is_greedy(self) -> bool:
+        """The likeliest token is taken, whatever came before."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
 
 def _check(name: str, value, expected: str, holds, kind: type = float) -> None:
     """Raises `InputError` unless `value` is a finite number of the kind and within the range."""
@@ -72,7 +79,7 @@ def sample(
     maximum, which no model in order produces.
     """
     best = likeliest(logits)
-    if sampling.temperature == 0 and sampling.repetition_penalty == 1:
+    if sampling.is_greedy:
         return best
     with one_thread():
         logits = penalise(logits, sampling, history)
@@ -104,7 +111,7 @@ def likeliest(logits: torch.Tensor) -> torch.Tensor:
         ids = logits.argmax(-1)
         finite = bool(logits.gather(-1, ids[:, None]).isfinite().all())
     if not finite:
-        raise ArithmeticError("the model produced logits that are not finite numbers")
+        raise ArithmeticError(NOT_FINITE)
     return ids
 
 

@@ -152,7 +152,7 @@ std::int64_t Decoder::forward(Call& call, const std::function<void()>& pause) {
     for (std::size_t begin = 0; begin < rows_.size(); begin += kChunkRows) {
         if (begin) pause();
         const std::size_t end = std::min(begin + kChunkRows, rows_.size());
-        run_chunk(call, begin, end, call.logits + written * model_.rules.vocab);
+        run_chunk(call, begin, end, written);
         written += chunk_.sets[chunk_.wanted].size();
     }
     for (const Row& row : rows_)
@@ -163,12 +163,12 @@ std::int64_t Decoder::forward(Call& call, const std::function<void()>& pause) {
     return written;
 }
 
-void Decoder::run_chunk(const Call& call, std::size_t begin, std::size_t end, float* logits) {
+void Decoder::run_chunk(const Call& call, std::size_t begin, std::size_t end,
+                        std::int64_t written) {
     chunk_.rows.assign(rows_.begin() + static_cast<std::ptrdiff_t>(begin),
                        rows_.begin() + static_cast<std::ptrdiff_t>(end));
     chunk_.angles = call.angles.data();
     chunk_.cache = call.cache;
-    chunk_.logits = logits;
     chunk_.used = 0;
     chunk_.set_of.clear();
     // The set of the rows that `runs` accepts: an earlier one with the same rows, or a new one.
@@ -190,17 +190,34 @@ void Decoder::run_chunk(const Call& call, std::size_t begin, std::size_t end, fl
         }));
     chunk_.wanted = set_of([](const Row& row) { return row.wanted; });
 
-    const std::int64_t bytes = workspace_bytes(model_, chunk_, threads_);
-    if (static_cast<std::int64_t>(workspace_.size()) < bytes) {
+    const std::int64_t wanted = chunk_.sets[chunk_.wanted].size(), vocab = model_.rules.vocab;
+    const auto bytes = static_cast<std::size_t>(workspace_bytes(model_, chunk_, threads_));
+    const std::size_t own = call.logits ? 0 : static_cast<std::size_t>(wanted * vocab) * sizeof(float);
+    if (workspace_.size() < bytes + own) {
         workspace_ = Memory();
-        workspace_ = Memory(static_cast<std::size_t>(bytes));
+        workspace_ = Memory(bytes + own);
     }
+    chunk_.logits = call.logits ? call.logits + written * vocab
+                                : reinterpret_cast<float*>(workspace_.data() + bytes);
+    best_.assign(call.best ? static_cast<std::size_t>(threads_ * wanted) : 0, Best());
+    chunk_.best = call.best ? best_.data() : nullptr;
     if (queue_count_ < queues_needed(model_)) {
         queue_count_ = queues_needed(model_);
         queues_.reset(new Queue[queue_count_]);
     }
     run_step(model_, chunk_, threads_, workspace_.data(), queues_.get(), measured_ ? &times_ : nullptr);
     if (measured_) ++times_.calls, times_.tokens += chunk_.size();
+    if (call.best) choose(wanted, call.best + written);
+}
+
+// What the threads met, joined.
+void Decoder::choose(std::int64_t wanted, std::int64_t* best) const {
+    for (std::int64_t i = 0; i < wanted; ++i) {
+        Best all;
+        for (std::int64_t thread = 0; thread < threads_; ++thread)
+            all.meet(best_[static_cast<std::size_t>(thread * wanted + i)]);
+        best[i] = std::isfinite(all.value) ? all.column : -1;
+    }
 }
 
 }  // namespace shallow

@@ -32,7 +32,9 @@ struct Call {
     std::vector<const float*> angles;  // a table each rope: (positions, dim), cosines then sines
     KvCache* cache;
     bool all;                          // logits of every token; else of each sequence's last
-    float* logits;                     // (tokens asked for, vocab), padding left out
+    float* logits;                     // null, or (tokens asked for, vocab), padding left out
+    std::int64_t* best;                // null, or (tokens asked for,): the lowest column of the
+                                       // largest logit; -1: not finite, or one of the row is NaN
 };
 
 class Decoder {
@@ -60,7 +62,8 @@ public:
 
 private:
     void check(const Call& call) const;
-    void run_chunk(const Call& call, std::size_t begin, std::size_t end, float* logits);
+    void run_chunk(const Call& call, std::size_t begin, std::size_t end, std::int64_t written);
+    void choose(std::int64_t wanted, std::int64_t* best) const;
 
     Model model_;
     std::vector<std::unique_ptr<Weights>> weights_;
@@ -68,6 +71,7 @@ private:
     std::mutex mutex_;
     std::vector<Row> rows_;
     Chunk chunk_;
+    std::vector<Best> best_;
     Memory workspace_;
     std::unique_ptr<Queue[]> queues_;
     std::size_t queue_count_ = 0;

@@ -74,6 +74,16 @@ Weights weights_from(const py::dict& matrices, const py::dict& vectors) {
     return weights;
 }
 
+std::int64_t run(Decoder& decoder, Call& call, const std::vector<std::uintptr_t>& angles) {
+    for (const std::uintptr_t table : angles)
+        call.angles.push_back(reinterpret_cast<const float*>(table));
+    const py::gil_scoped_release release;
+    return decoder.forward(call, [] {
+        const py::gil_scoped_acquire acquire;
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    });
+}
+
 std::int64_t forward(Decoder& decoder, KvCache& cache, std::uintptr_t tokens, std::int64_t batch,
              std::int64_t steps, std::uintptr_t lengths, std::uintptr_t chosen,
              const std::vector<std::uintptr_t>& angles, bool all, std::uintptr_t logits) {
@@ -85,14 +95,27 @@ std::int64_t forward(Decoder& decoder, KvCache& cache, std::uintptr_t tokens, st
               {},
               &cache,
               all,
-              reinterpret_cast<float*>(logits)};
-    for (const std::uintptr_t table : angles)
-        call.angles.push_back(reinterpret_cast<const float*>(table));
-    const py::gil_scoped_release release;
-    return decoder.forward(call, [] {
-        const py::gil_scoped_acquire acquire;
-        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-    });
+              reinterpret_cast<float*>(logits),
+              nullptr};
+    return run(decoder, call, angles);
+}
+
+std::vector<std::int64_t> greedy(Decoder& decoder, KvCache& cache,
+                                 const std::vector<std::int64_t>& tokens, std::uintptr_t lengths,
+                                 const std::vector<std::uintptr_t>& angles) {
+    std::vector<std::int64_t> best(tokens.size());
+    Call call{tokens.data(),
+              static_cast<std::int64_t>(tokens.size()),
+              1,
+              reinterpret_cast<std::int64_t*>(lengths),
+              nullptr,
+              {},
+              &cache,
+              false,
+              nullptr,
+              best.data()};
+    best.resize(static_cast<std::size_t>(run(decoder, call, angles)));
+    return best;
 }
 
 // Of the first thread by part, seconds; what each part reads of the weights in a step, bytes.
@@ -162,7 +185,11 @@ void bind_decoder(py::module_& m) {
              py::arg("dtype"), py::arg("batch"))
         .def("forward", &forward, py::arg("cache"), py::arg("tokens"), py::arg("batch"),
              py::arg("steps"), py::arg("lengths"), py::arg("chosen"), py::arg("angles"),
-             py::arg("all"), py::arg("logits"))
+             py::arg("all"), py::arg("logits"), "Returns how many rows of logits it has written.")
+        .def("forward", &greedy, py::arg("cache"), py::arg("tokens"), py::arg("lengths"),
+             py::arg("angles"),
+             "One token of each sequence, -1 for none; returns the ids of the largest logits, -1\n"
+             "where one is not a finite number.")
         .def("measure", &Decoder::measure, py::arg("on"))
         .def("times", &times)
         .def_property_readonly("nbytes", &Decoder::nbytes);

@@ -27,6 +27,7 @@ struct RowKernels {
     // Turns the pairs (x[i], x[i + half]) by angle i; angles: half cosines, then half sines.
     void (*rotate)(float* x, const float* angles, std::int64_t half);
     void (*softcap)(float* x, float cap, std::int64_t n);  // cap * tanh(x / cap)
+    float (*largest)(const float* x, std::int64_t n);      // NaN where one is
 };
 
 #if defined(SHALLOW_X86)

@@ -2,6 +2,7 @@
 // the including file.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "cpu/functions.h"
@@ -97,7 +98,23 @@ void softcap(float* x, float cap, int64_t n) {
     });
 }
 
-constexpr RowKernels kRows = {normalise, add, scale, activate, rotate, softcap};
+float largest(const float* x, int64_t n) {
+    const int64_t whole = n - n % Lanes::count;
+    F top = Lanes::set(x[0]), total = Lanes::set(0);
+    each_vector(whole, [&](int64_t i, int64_t) {
+        const F v = Lanes::load(x + i);
+        top = Lanes::max(top, v);
+        total = Lanes::add(total, Lanes::min(Lanes::set(1), v));  // NaN only where v is
+    });
+    float found = Lanes::peak(top), sum = Lanes::sum(total);
+    for (int64_t i = whole; i < n; ++i) {
+        found = std::max(found, x[i]);
+        sum += std::min(x[i], 1.0f);
+    }
+    return std::isnan(sum) ? sum : found;
+}
+
+constexpr RowKernels kRows = {normalise, add, scale, activate, rotate, softcap, largest};
 
 }  // namespace
 }  // namespace shallow

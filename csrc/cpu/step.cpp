@@ -190,12 +190,26 @@ private:
         const float cap = rules_.logit_softcap;
         multiply(model_.head, model_.head_input, hidden_forms(), chunk_.logits, rules_.vocab,
                  Part::head, [&](std::int64_t begin, std::int64_t end) {
-                     if (cap == 0) return;
+                     if (cap == 0 && !chunk_.best) return;
                      columns(begin, end, rules_.vocab, [&](std::int64_t i, std::int64_t at,
                                                            std::int64_t n) {
-                         rows_.softcap(chunk_.logits + i * rules_.vocab + at, cap, n);
+                         float* const logits = chunk_.logits + i * rules_.vocab + at;
+                         if (cap != 0) rows_.softcap(logits, cap, n);
+                         if (chunk_.best)
+                             search(logits, at, n, chunk_.best[thread_ * set_->size() + i]);
                      });
                  });
+    }
+
+    // Meets the logits of columns at..at+n-1, which are still in this thread's caches.
+    void search(const float* logits, std::int64_t at, std::int64_t n, Best& best) const {
+        constexpr std::int64_t some = 256;
+        for (std::int64_t i = 0; i < n; i += some) {
+            const float* const begin = logits + i, *const end = begin + std::min(some, n - i);
+            const float top = rows_.largest(begin, end - begin);
+            if (!(top <= best.value))
+                best.meet({top, at + i + (std::find(begin, end, top) - begin)});
+        }
     }
 
     // Adds what is pending to the residual stream, norms it and writes it as `input` wants it.

@@ -2,7 +2,9 @@
 // defines: Rules Model Layer Row RowSet Chunk Times run_step
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "cpu/attention.h"
@@ -81,6 +83,18 @@ struct RowSet {
 
 constexpr std::int64_t kMaxSpans = 16;
 
+// The largest of some logits of a row, at its lowest column; value NaN where one is.
+struct Best {
+    float value = -std::numeric_limits<float>::infinity();
+    std::int64_t column = 0;
+
+    void meet(const Best& other) {
+        if (other.value > value || (other.value == value && other.column < column) ||
+            std::isnan(other.value))
+            *this = other;
+    }
+};
+
 struct Chunk {
     std::vector<Row> rows;
     std::vector<RowSet> sets;         // the first `used` of them
@@ -90,6 +104,7 @@ struct Chunk {
     const float* const* angles;
     KvCache* cache;
     float* logits;                    // (wanted rows, vocab)
+    Best* best;                       // null, or (threads, wanted rows): what each thread met
 
     std::int64_t size() const { return static_cast<std::int64_t>(rows.size()); }
 };

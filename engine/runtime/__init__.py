@@ -5,6 +5,13 @@
 covers prefill, one step, and the verification of several tokens at once. Negative tokens are left
 padding. The cache keeps a length for every (sequence, slot); a call at position p needs [0, p)
 filled in every slot that it runs, and raises otherwise.
+
+A runtime may offer besides, where it knows the likeliest token at less cost than its logits,
+
+    greedy(tokens, cache) -> list[int]
+
+which feeds one id to each sequence, -1 to those that have finished, and returns the others' next
+ids: what `forward` and `engine.sample.likeliest` would, with the same errors.
 """
 
 from collections.abc import Sequence

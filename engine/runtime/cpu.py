@@ -10,7 +10,7 @@ import torch
 from engine.cache import Lengths
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.gguf_blocks import GgufBlocks
-from engine.config import ModelConfig, Rope
+from engine.config import ModelConfig
 from engine.errors import InputError
 from engine.families import FAMILIES, layer_tensors, outer_tensors, role_shape
 from engine.kernels import native
@@ -18,7 +18,8 @@ from engine.kernels.w4.cpu import CpuWeight, isas
 from engine.kernels.w4.format import rows_of
 from engine.kernels.w4.from_gguf import from_blocks
 from engine.model import check_call
-from engine.rope import inverse_frequencies
+from engine.runtime.angles import Angles, Tables
+from engine.sample import NOT_FINITE
 
 PAGE = 128  # positions of a page of the cache
 CACHE_DTYPES = ("float32", "float16", "int8")
@@ -32,6 +33,8 @@ class CpuCache(Lengths):
     def __init__(self, config: ModelConfig, pages: Any) -> None:
         super().__init__(config, pages.batch)
         self.pages = pages
+        self.address = self.lengths.data_ptr()
+        self.reach = 0  # at least the largest of `lengths`
 
     @property
     def nbytes(self) -> int:
@@ -142,16 +145,16 @@ class CpuRuntime:
         batch, steps = tokens.shape
         everything = logits == "all"
         out = torch.empty(batch, steps if everything else 1, self.config.vocab_size)
-        tables = self._angles.tables(self._length(tokens, cache))
+        angles = self._tables(tokens, cache)
         try:
             written = self.decoder.forward(
                 cache.pages,
                 tokens.data_ptr(),
                 batch,
                 steps,
-                cache.lengths.data_ptr(),
+                cache.address,
                 0 if chosen is None else chosen.data_ptr(),
-                [table.data_ptr() for table in tables],
+                angles.addresses,
                 everything,
                 out.data_ptr(),
             )
@@ -165,39 +168,27 @@ class CpuRuntime:
         padded[shown.numpy() >= 0] = out.numpy().reshape(-1, out.shape[2])[:written]
         return torch.from_numpy(padded)
 
-    def _length(self, tokens: torch.Tensor, cache: CpuCache) -> int:
-        """Positions that the call reaches; an upper bound where that is all the same."""
-        if not self.config.whole_prefill:
-            return int(cache.lengths.numpy().max()) + tokens.shape[1]
-        return int((cache.positions + (tokens >= 0).sum(1)).max())
+    def greedy(self, tokens: Sequence[int], cache: CpuCache) -> list[int]:
+        cache.reach += 1
+        angles = self._angles.held
+        if self.config.whole_prefill or cache.reach > angles.reach:
+            angles = self._tables(torch.tensor(tokens)[:, None], cache)
+        try:
+            ids = self.decoder.forward(cache.pages, tokens, cache.address, angles.addresses)
+        except ValueError:
+            check_call(self.config, torch.tensor(tokens)[:, None], cache, None)
+            raise
+        if -1 in ids:
+            raise ArithmeticError(NOT_FINITE)
+        return ids
 
-
-class Angles:
-    """Tables of cosines and sines by position, one for each kind of rotary embedding."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.ropes = list(dict.fromkeys(e.rope for e in config.layers if e.rope is not None))
-        self._limit = config.max_context
-        self._tables: dict[Rope, tuple[tuple, torch.Tensor]] = {}
-
-    def tables(self, length: int) -> list[torch.Tensor]:
-        """(at least `length`, dim) float32 each: cosines, then sines."""
-        return [self._table(rope, length) for rope in self.ropes]
-
-    def _table(self, rope: Rope, length: int) -> torch.Tensor:
-        kind = None
-        if rope.kind == "longrope":
-            kind = length > rope.original_context
-        elif rope.kind == "dynamic":
-            kind = max(length, rope.original_context)
-        held, table = self._tables.get(rope, (None, None))
-        if table is not None and held == kind and len(table) >= length:
-            return table
-        positions = torch.arange(min(max(2 * length, 256), max(self._limit, length)))
-        angles = positions[:, None].float() * inverse_frequencies(rope, length)
-        table = torch.cat((angles.cos(), angles.sin()), dim=1) * rope.attention_factor
-        self._tables[rope] = kind, table
-        return table
+    def _tables(self, tokens: torch.Tensor, cache: CpuCache) -> Tables:
+        """For the positions that the call reaches; an upper bound where that is all the same."""
+        if self.config.whole_prefill:
+            cache.reach = int((cache.positions + (tokens >= 0).sum(1)).max())
+        else:
+            cache.reach = int(cache.lengths.numpy().max()) + tokens.shape[1]
+        return self._angles.tables(cache.reach)
 
 
 class Loader:

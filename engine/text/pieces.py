@@ -93,10 +93,13 @@ class Pieces:
     def bytes(self, token_id: int, first: bool) -> bytes | None:
         """None for an id without a token, which embeddings padded to a round size have."""
         key = (token_id, first)
-        if key not in self._known:
+        try:
+            return self._known[key]
+        except KeyError:
             token = self._token(token_id)
-            self._known[key] = None if token is None else self.spelling.bytes(token, first)
-        return self._known[key]
+            data = None if token is None else self.spelling.bytes(token, first)
+            self._known[key] = data
+            return data
 
 
 class PieceStream:

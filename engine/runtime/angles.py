@@ -1,0 +1,47 @@
+"""Tables of the angles that the native decoder turns queries and keys by."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from engine.config import ModelConfig, Rope
+from engine.rope import inverse_frequencies
+
+
+class Tables(NamedTuple):
+    reach: int  # positions that all of them have
+    tables: Sequence[torch.Tensor]  # (positions, dim) float32 each: cosines, then sines
+    addresses: Sequence[int]
+
+
+class Angles:
+    """Tables of cosines and sines by position, one for each kind of rotary embedding."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.ropes = list(dict.fromkeys(e.rope for e in config.layers if e.rope is not None))
+        self.held = Tables(0, (), ())  # the latest
+        self._limit = config.max_context
+        self._tables: dict[Rope, tuple[tuple, torch.Tensor]] = {}
+
+    def tables(self, length: int) -> Tables:
+        """Of at least `length` positions, turned as in a sequence of that length."""
+        tables = [self._table(rope, length) for rope in self.ropes]
+        reach = min(map(len, tables), default=self._limit)
+        self.held = Tables(reach, tables, [table.data_ptr() for table in tables])
+        return self.held
+
+    def _table(self, rope: Rope, length: int) -> torch.Tensor:
+        kind = None
+        if rope.kind == "longrope":
+            kind = length > rope.original_context
+        elif rope.kind == "dynamic":
+            kind = max(length, rope.original_context)
+        held, table = self._tables.get(rope, (None, None))
+        if table is not None and held == kind and len(table) >= length:
+            return table
+        positions = torch.arange(min(max(2 * length, 256), max(self._limit, length)))
+        angles = positions[:, None].float() * inverse_frequencies(rope, length)
+        table = torch.cat((angles.cos(), angles.sin()), dim=1) * rope.attention_factor
+        self._tables[rope] = kind, table
+        return table
