@@ -81,25 +81,19 @@ def read_spelling(tokenizer: Tokenizer, where: str) -> Spelling:
 
 
 class Pieces:
-    """The bytes of every token of one tokenizer, spelled out as they are asked for."""
+    """The bytes of every token of one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, where: str):
         self.spelling = read_spelling(tokenizer, where)
         added = tokenizer.get_added_tokens_decoder()
         self.special = frozenset(i for i, token in added.items() if token.special)
         self._token = tokenizer.id_to_token
-        self._known: dict[tuple[int, bool], bytes | None] = {}
+        self.whole: dict[int, str] = {}  # text behind complete characters, as far as met
 
     def bytes(self, token_id: int, first: bool) -> bytes | None:
         """None for an id without a token, which embeddings padded to a round size have."""
-        key = (token_id, first)
-        try:
-            return self._known[key]
-        except KeyError:
-            token = self._token(token_id)
-            data = None if token is None else self.spelling.bytes(token, first)
-            self._known[key] = data
-            return data
+        token = self._token(token_id)
+        return None if token is None else self.spelling.bytes(token, first)
 
 
 class PieceStream:
@@ -114,17 +108,25 @@ class PieceStream:
         self._skipped = pieces.special if skip_special else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._first = True
+        self._settled = False  # nothing held back, nothing left to strip
         self._strip_left = pieces.spelling.strip_count
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes, perhaps none."""
         if token_id in self._skipped:
             return ""
+        settled, whole = self._settled, self._pieces.whole
+        if settled and token_id in whole:
+            return whole[token_id]
         data = self._pieces.bytes(token_id, self._first)
         if data is None:
             return ""
         self._first = False
-        return self._strip(self._utf8.decode(data))
+        text = self._strip(self._utf8.decode(data))
+        self._settled = not (self._strip_left or self._utf8.getstate()[0])
+        if settled and self._settled:
+            whole[token_id] = text
+        return text
 
     def finish(self) -> str:
         """What is held back at the end: U+FFFD for a character that never became complete."""
