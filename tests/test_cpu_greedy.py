@@ -2,6 +2,7 @@
 
 import math
 import secrets
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -148,8 +149,9 @@ def test_generate_with_and_without_it(tmp_path, case):
     )
     text = FakeText([f"{token} " for token in range(VOCAB)])
     prompts = [torch.randint(3, VOCAB, (length,)).tolist() for length in (30, 4, 11)]
-    (full, *_) = generate(runtime, text, prompts, Options(max_new_tokens=40))
-    options = Options(max_new_tokens=40, stop=[full.token_ids[9], full.text[30:40]])
+    options = Options(max_new_tokens=40, ignore_eos=True)
+    (full, *_) = generate(runtime, text, prompts, options)
+    options = replace(options, stop=[full.token_ids[9], full.text[30:40]])
     for got, expected in zip(
         generate(runtime, text, prompts, options),
         generate(plain, text, prompts, options),

@@ -27,7 +27,8 @@ struct RowKernels {
     // Turns the pairs (x[i], x[i + half]) by angle i; angles: half cosines, then half sines.
     void (*rotate)(float* x, const float* angles, std::int64_t half);
     void (*softcap)(float* x, float cap, std::int64_t n);  // cap * tanh(x / cap)
-    float (*largest)(const float* x, std::int64_t n);      // NaN where one is
+    // The lowest index of the largest; -1 where one is NaN.
+    std::int64_t (*largest)(const float* x, std::int64_t n);
 };
 
 #if defined(SHALLOW_X86)

@@ -98,7 +98,7 @@ void softcap(float* x, float cap, int64_t n) {
     });
 }
 
-float largest(const float* x, int64_t n) {
+float peak(const float* x, int64_t n) {  // NaN where one is
     const int64_t whole = n - n % Lanes::count;
     F top = Lanes::set(x[0]), total = Lanes::set(0);
     each_vector(whole, [&](int64_t i, int64_t) {
@@ -112,6 +112,18 @@ float largest(const float* x, int64_t n) {
         sum += std::min(x[i], 1.0f);
     }
     return std::isnan(sum) ? sum : found;
+}
+
+int64_t largest(const float* x, int64_t n) {
+    constexpr int64_t some = 256;
+    float best = -INFINITY;
+    int64_t at = 0;
+    for (int64_t i = 0; i < n; i += some) {
+        const float top = peak(x + i, std::min(some, n - i));
+        if (std::isnan(top)) return -1;
+        if (top > best) best = top, at = i;
+    }
+    return std::find(x + at, x + n, best) - x;
 }
 
 constexpr RowKernels kRows = {normalise, add, scale, activate, rotate, softcap, largest};

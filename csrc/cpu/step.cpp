@@ -195,21 +195,12 @@ private:
                                                            std::int64_t n) {
                          float* const logits = chunk_.logits + i * rules_.vocab + at;
                          if (cap != 0) rows_.softcap(logits, cap, n);
-                         if (chunk_.best)
-                             search(logits, at, n, chunk_.best[thread_ * set_->size() + i]);
+                         if (!chunk_.best) return;
+                         const std::int64_t top = rows_.largest(logits, n);  // still in its caches
+                         chunk_.best[thread_ * set_->size() + i].meet(
+                             {top < 0 ? NAN : logits[top], at + top});
                      });
                  });
-    }
-
-    // Meets the logits of columns at..at+n-1, which are still in this thread's caches.
-    void search(const float* logits, std::int64_t at, std::int64_t n, Best& best) const {
-        constexpr std::int64_t some = 256;
-        for (std::int64_t i = 0; i < n; i += some) {
-            const float* const begin = logits + i, *const end = begin + std::min(some, n - i);
-            const float top = rows_.largest(begin, end - begin);
-            if (!(top <= best.value))
-                best.meet({top, at + i + (std::find(begin, end, top) - begin)});
-        }
     }
 
     // Adds what is pending to the residual stream, norms it and writes it as `input` wants it.
