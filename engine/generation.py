@@ -130,13 +130,14 @@ def stream_steps(runtime, sequences: Sequence["Decoding"], options: Options) -> 
     A finished sequence is fed -1, which the runtime neither runs nor caches. The caller's own time
     between two steps counts in neither.
     """
+    generators = make_generators(options.seed, len(sequences))
     greedy = options.is_greedy and options.slots is None and getattr(runtime, "greedy", None)
     switch = runtime.config.rope_switch
     clock = time.perf_counter_ns()
     tokens = _left_padded([s.ids for s in sequences])
     cache = runtime.new_cache(len(sequences), tokens.shape[1] + options.max_new_tokens)
     running, fed = list(range(len(sequences))), [-1] * len(sequences)
-    ids = _run(runtime, tokens, cache, sequences, options)
+    ids = _run(runtime, tokens, cache, sequences, options, generators)
     while True:
         pieces = [""] * len(sequences)
         for row, token in zip(running, ids, strict=True):
@@ -154,10 +155,10 @@ def stream_steps(runtime, sequences: Sequence["Decoding"], options: Options) -> 
         if anew:  # LongRoPE turns to its long divisors
             cache.truncate(0)
         rows = [[] if s.finish_reason else s.ids[0 if anew else -1 :] for s in sequences]
-        ids = _run(runtime, _left_padded(rows), cache, sequences, options)
+        ids = _run(runtime, _left_padded(rows), cache, sequences, options, generators)
 
 
-def _run(runtime, tokens: torch.Tensor, cache, sequences, options: Options) -> list[int]:
+def _run(runtime, tokens, cache, sequences, options: Options, generators) -> list[int]:
     """Runs tokens (B, T); returns the next id of each sequence that has not finished."""
     chunk = tokens.shape[1] if runtime.config.whole_prefill else PREFILL_CHUNK
     for part in tokens.to(runtime.device).split(chunk, dim=1):
@@ -168,8 +169,7 @@ def _run(runtime, tokens: torch.Tensor, cache, sequences, options: Options) -> l
         with one_thread():
             last = last[running]
     history = [sequences[row].ids for row in running]
-    generators = [sequences[row].generator for row in running]
-    return sample(last, options, history, generators).tolist()
+    return sample(last, options, history, [generators[row] for row in running]).tolist()
 
 
 def open_sequences(runtime, text, prompts: Sequence[Prompt], options: Options) -> list["Decoding"]:
@@ -179,12 +179,11 @@ def open_sequences(runtime, text, prompts: Sequence[Prompt], options: Options) -
         stop_ids.update(text.eos_ids, runtime.config.eos_ids)
     stops = [item for item in options.stop if isinstance(item, str)]
     sequences = []
-    for prompt, generator in zip(prompts, make_generators(options.seed, len(prompts)), strict=True):
+    for prompt in prompts:
         ids = encode_prompt(text, prompt)
         _check_prompt(ids, options.max_new_tokens, runtime.config)
         pieces, matcher = text.piece_stream(), StopStrings(stops)
-        limit = options.max_new_tokens
-        sequences.append(Decoding(ids, generator, pieces, stop_ids, matcher, limit))
+        sequences.append(Decoding(ids, pieces, stop_ids, matcher, options.max_new_tokens))
     return sequences
 
 
@@ -225,11 +224,8 @@ def _left_padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
 class Decoding:
     """One sequence on its way: its ids, its certain text, and why it ended."""
 
-    def __init__(
-        self, prompt, generator, pieces, stop_ids: set[int], stops: "StopStrings", max_new: int
-    ):
+    def __init__(self, prompt, pieces, stop_ids: set[int], stops: "StopStrings", max_new: int):
         self.ids = list(prompt)
-        self.generator = generator  # what its tokens are drawn with
         self.prompt_tokens = len(prompt)
         self.finish_reason: str | None = None
         self._text: list[str] = []
