@@ -135,21 +135,28 @@ def check_call(
 
 def choose_slots(config: ModelConfig, cache: Lengths, slots) -> torch.Tensor:
     """(B, S) bool: who runs what. InputError for a slot out of range or with a gap in its cache."""
+    chosen = mask_slots(config, cache.batch, slots)
+    for sequence, own in enumerate(chosen):
+        cache.require(sequence, own.nonzero().flatten().tolist())
+    return chosen
+
+
+def mask_slots(config: ModelConfig, batch: int, slots) -> torch.Tensor:
+    """(B, S) bool: who is to run what. InputError for a slot out of range."""
     total = len(config.layers)
     if slots is None:
-        lists = [range(total)] * cache.batch
+        lists = [range(total)] * batch
     elif all(isinstance(slot, int) for slot in slots):
-        lists = [list(slots)] * cache.batch
+        lists = [list(slots)] * batch
     else:
         lists = [list(own) for own in slots]
-    if len(lists) != cache.batch:
-        raise InputError(f"slots: expected {cache.batch} lists, found {len(lists)}")
-    chosen = torch.zeros(cache.batch, total, dtype=torch.bool)
+    if len(lists) != batch:
+        raise InputError(f"slots: expected {batch} lists, found {len(lists)}")
+    chosen = torch.zeros(batch, total, dtype=torch.bool)
     for sequence, own in enumerate(lists):
         ascending = all(a < b for a, b in zip(own, own[1:], strict=False))
         if not own or not ascending or own[0] < 0 or own[-1] >= total:
             raise InputError(f"slots: expected ascending numbers in 0-{total - 1}, found {own}")
-        cache.require(sequence, own)
         chosen[sequence, own] = True
     return chosen
 

@@ -17,7 +17,7 @@ from engine.kernels import native
 from engine.kernels.w4.cpu import CpuWeight, isas
 from engine.kernels.w4.format import rows_of
 from engine.kernels.w4.from_gguf import from_blocks
-from engine.model import check_call
+from engine.model import check_call, mask_slots
 from engine.runtime.angles import Angles, Tables
 from engine.sample import NOT_FINITE
 
@@ -139,9 +139,9 @@ class CpuRuntime:
             raise InputError(f"logits: expected 'last' or 'all', found {logits!r}")
         if tokens.dtype != torch.int64 or not tokens.is_contiguous():
             tokens = tokens.to(torch.int64).contiguous()
-        chosen = None
-        if slots is not None or tokens.ndim != 2:
-            chosen = check_call(self.config, tokens, cache, slots)[1].to(torch.uint8)
+        if tokens.ndim != 2:
+            check_call(self.config, tokens, cache, slots)
+        chosen = None if slots is None else mask_slots(self.config, cache.batch, slots)
         batch, steps = tokens.shape
         everything = logits == "all"
         out = torch.empty(batch, steps if everything else 1, self.config.vocab_size)
