@@ -71,7 +71,8 @@ void Decoder::add_layer(Weights weights, std::int64_t window, int rope, std::int
     weights_.push_back(std::make_unique<Weights>(std::move(weights)));
     const Rules& r = model_.rules;
     const Roles roles(*weights_.back(), r);
-    const Input input(*model_.kernels, r.mode);
+    // The outputs of norms have outliers, in much the same columns of every row: most of the error.
+    const Input normed(*model_.kernels, r.mode, true), plain(*model_.kernels, r.mode, false);
     const std::int64_t queries = r.query_width(), keys = r.key_width();
     const bool whole = r.qk_norm == QkNorm::all;
     Layer layer{roles.norm("attn_norm", r.hidden, r.centred),
@@ -80,7 +81,7 @@ void Decoder::add_layer(Weights weights, std::int64_t window, int rope, std::int
                 roles.norm("mlp_post_norm", r.hidden, r.centred),
                 roles.norm("q_norm", whole ? queries : r.head_dim, r.centred),
                 roles.norm("k_norm", whole ? keys : r.head_dim, r.centred),
-                input, input, input, input, {}, {}, {}, {}, window, rope, rope_dim};
+                normed, plain, normed, plain, {}, {}, {}, {}, window, rope, rope_dim};
     roles.add(layer.qkv, layer.qkv_input, "q", queries, r.hidden);
     roles.add(layer.qkv, layer.qkv_input, "k", keys, r.hidden, queries);
     roles.add(layer.qkv, layer.qkv_input, "v", keys, r.hidden, queries + keys);

@@ -76,17 +76,20 @@ std::int64_t Input::nbytes(const Form& form, std::int64_t m) const {
     switch (path(form, m)) {
         case Path::exact: return line_up(codes * 4);
         case Path::bfloat: return rows / kPanelRows * bfloat_stride(w.blocks) * 2;
-        default: return line_up(codes) + line_up(rows * w.blocks * 4) + line_up(rows * w.groups * 4);
+        default:
+            return line_up(2 * codes) + line_up(2 * rows * w.blocks * 4) +
+                   line_up(rows * w.groups * 4);
     }
 }
 
 Int8Input Input::int8(const Form& form, std::uint8_t* base, std::int64_t m) const {
     const TileView& w = form.like->view();
-    const std::int64_t panel = panel_rows(m), rows = w4::ceil_div(m, panel) * panel;
-    auto* const scales = base + line_up(rows * w.blocks * kBlock);
-    auto* const sums = scales + line_up(rows * w.blocks * 4);
+    const std::int64_t panel = panel_rows(m);
+    const std::int64_t plane = w4::ceil_div(m, panel) * panel * w.blocks;
+    auto* const scales = base + line_up(2 * plane * kBlock);
+    auto* const sums = scales + line_up(2 * plane * 4);
     return {reinterpret_cast<std::int8_t*>(base), reinterpret_cast<float*>(scales),
-            reinterpret_cast<float*>(sums), m, panel};
+            reinterpret_cast<float*>(sums), m, panel, plane, fine_};
 }
 
 std::int64_t Input::nbytes(std::int64_t m) const {

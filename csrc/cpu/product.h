@@ -23,7 +23,9 @@ enum class Path { int8, exact, bfloat };
 // group. Matrices that agree share a form.
 class Input {
 public:
-    Input(const Kernels& kernels, Mode mode) : kernels_(&kernels), mode_(mode) {}
+    // fine: int8 with the coarsest blocks in two planes, see Int8Input.
+    Input(const Kernels& kernels, Mode mode, bool fine)
+        : kernels_(&kernels), mode_(mode), fine_(fine) {}
 
     int add(const MatrixRef& w);  // returns the form for `w`
     std::int64_t nbytes(std::int64_t m) const;  // for m rows
@@ -44,6 +46,7 @@ private:
 
     const Kernels* kernels_;
     Mode mode_;
+    bool fine_;
     std::vector<Form> forms_;
 };
 

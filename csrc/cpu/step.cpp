@@ -426,7 +426,7 @@ private:
 Model::Model(const Rules& rules, Isa isa)
     : rules(rules), kernels(&shallow::kernels(isa)), row_kernels(&shallow::row_kernels(isa)),
       attention_kernels(&shallow::attention_kernels(isa)), final_norm{},
-      head_input(*kernels, rules.mode), embedding_rows(nullptr), embedding_type{} {}
+      head_input(*kernels, rules.mode, true), embedding_rows(nullptr), embedding_type{} {}
 
 void Model::embed(std::int64_t token, float* x) const {
     if (embedding) return read_row(*embedding, token, x);

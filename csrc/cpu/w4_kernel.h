@@ -8,23 +8,15 @@
 
 #include <type_traits>
 
-#include "cpu/w4_matmul.h"
+#include "cpu/w4_input.h"
 
 namespace shallow {
 namespace {
-
-using std::int64_t;
-using std::int8_t;
-using std::uint8_t;
-
-// Else a call and its vectors by way of memory for each group, which may be one block.
-#define SHALLOW_INLINE __attribute__((always_inline)) inline
 
 // Bytes of weights prefetched, into L2. Memory serves one row of x best by the smaller, by which a
 // short stream would end before it pays.
 constexpr int64_t kAhead = 8192, kAheadOfLong = 2048;
 constexpr int64_t kLong = 512 << 10;  // bytes of a stream
-constexpr float kTiny = 1e-30f;  // below this 127 / peak could overflow: taken as zero
 
 template <class V>
 constexpr int kParts = kTileRows / V::lanes;  // vectors a tile's 16 rows take
@@ -141,16 +133,28 @@ inline void write_rows(const typename V::F (&total)[kParts<V>][R], const Output&
     write<V>(sums, R, y, at);
 }
 
+// One block of rows of x.
+struct Planes {
+    const int8_t* q;
+    const float* scales;
+    int64_t plane;
+};
+
 // Adds the products of half-blocks First..Last-1 of a block with R rows of x.
 template <class V, Codes C, int R, int First, int Last>
-inline void add_block(const TileView& w, const uint8_t* block, const int8_t* q,
-                      const float* scales, typename V::F scale, typename V::F (&total)[R]) {
+inline void add_block(const TileView& w, const uint8_t* block, const Planes& x,
+                      typename V::F scale, typename V::F (&total)[R]) {
     const auto codes = V::template codes<C, First, Last>(w, block);
-#pragma GCC unroll 16
-    for (int i = 0; i < R; ++i) {
+    const auto add = [&](int i, const int8_t* q, const float* scales) {
         const typename V::F dot = V::dot(codes, q + i * kBlock + 16 * First);
         total[i] = V::fma(dot, V::mul(scale, V::set(scales[i])), total[i]);
-    }
+    };
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) add(i, x.q, x.scales);
+    const float* const scales = x.scales + x.plane;
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i)
+        if (scales[i] > 0) add(i, x.q + x.plane * kBlock, scales);
 }
 
 // The products of one tile with R rows of x, block by block. Split: group 16, two groups a block.
@@ -174,7 +178,7 @@ struct TileSums {
             for (int i = 0; i < R; ++i)
                 total[p][i] = V::fma(min[p], V::set(sums[i]), total[p][i]);
     }
-    SHALLOW_INLINE void add(const TileView& w, const int8_t* q, const float* scales) {
+    SHALLOW_INLINE void add(const TileView& w, const Planes& x) {
         const uint8_t* const block = stream.block();
         if constexpr (C != Codes::unpacked)
             for (int line = 0; line < w.block_bytes; line += 64)
@@ -182,10 +186,10 @@ struct TileSums {
         for (int p = 0; p < kParts<V>; ++p) {
             const uint8_t* const rows = block + p * V::lanes * 4;
             if constexpr (Split) {
-                add_block<V, C, R, 0, 1>(w, rows, q, scales, scale[0][p], total[p]);
-                add_block<V, C, R, 1, 2>(w, rows, q, scales, scale[1][p], total[p]);
+                add_block<V, C, R, 0, 1>(w, rows, x, scale[0][p], total[p]);
+                add_block<V, C, R, 1, 2>(w, rows, x, scale[1][p], total[p]);
             } else {
-                add_block<V, C, R, 0, 2>(w, rows, q, scales, scale[0][p], total[p]);
+                add_block<V, C, R, 0, 2>(w, rows, x, scale[0][p], total[p]);
             }
         }
     }
@@ -209,8 +213,9 @@ void int8_rows(const TileView& w, const Int8Input& x, const Output& y, const Pla
                 }
                 left = Split ? 0 : w.group_blocks - 1;
             }
-            first.add(w, q, scales);
-            if constexpr (pair()) second.add(w, q, scales);
+            const Planes planes{q, scales, x.plane};
+            first.add(w, planes);
+            if constexpr (pair()) second.add(w, planes);
             q += x.panel * kBlock;
             scales += x.panel;
         }
@@ -424,55 +429,6 @@ void float_tiles(const TileView& w, const FloatInput& x, const Output& y, int64_
         case Codes::float16: return float_tiles_of<V, Codes::float16>(w, x, y, begin, end);
         default: return float_tiles_of<V, Codes::bfloat16>(w, x, y, begin, end);
     }
-}
-
-inline const uint8_t* element(const Rows& x, int64_t row, int64_t column) {
-    const int64_t size = x.type == ScaleType::float32 ? 4 : 2;
-    return static_cast<const uint8_t*>(x.data) + (row * x.stride + column) * size;
-}
-
-template <class V>
-void quantise(const Rows& x, const TileView& w, const Int8Input& to, int64_t panel) {
-    const int64_t begin = panel * kPanelRows;
-    for (int64_t i = 0; i < to.panel && begin + i < x.m; ++i) {
-        float* sum = to.sums + panel * w.groups * to.panel + i;
-        float total = 0;
-        for (int64_t b = 0, left = w.group_blocks; b < w.blocks; ++b) {
-            const int64_t at = (panel * w.blocks + b) * to.panel + i;
-            const int64_t count = x.k - b * kBlock < kBlock ? x.k - b * kBlock : kBlock;
-            float values[kBlock];
-            std::int32_t halves[2];
-            V::widen(element(x, begin + i, b * kBlock), x.type, values, static_cast<int>(count));
-            const float scale = V::quantise(values, to.q + at * kBlock, halves);
-            to.scales[at] = scale;
-            if (w.group_blocks == 0) {
-                sum[0] = scale * static_cast<float>(halves[0]);
-                sum[to.panel] = scale * static_cast<float>(halves[1]);
-                sum += 2 * to.panel;
-                continue;
-            }
-            total += scale * static_cast<float>(halves[0] + halves[1]);
-            if (--left == 0 || b + 1 == w.blocks) {
-                *sum = total;
-                sum += to.panel;
-                total = 0;
-                left = w.group_blocks;
-            }
-        }
-    }
-}
-
-template <class V>
-void widen(const Rows& x, const TileView& w, const FloatInput& to, int64_t panel) {
-    const int64_t begin = panel * kPanelRows;
-    float* const out = to.values + panel * w.blocks * kBlock * to.panel;
-    for (int64_t i = 0; i < to.panel && begin + i < x.m; ++i)
-        for (int64_t b = 0; b < w.blocks; ++b) {
-            const int64_t count = x.k - b * kBlock < kBlock ? x.k - b * kBlock : kBlock;
-            float values[kBlock];
-            V::widen(element(x, begin + i, b * kBlock), x.type, values, static_cast<int>(count));
-            for (int j = 0; j < kBlock; ++j) out[(b * kBlock + j) * to.panel + i] = values[j];
-        }
 }
 
 template <class V>

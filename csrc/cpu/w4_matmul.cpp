@@ -63,8 +63,9 @@ struct Plan {
         if (path == Path::exact) {
             wide = {cutter.cut<float>(rows * columns), x.m, panel};
         } else if (path == Path::int8) {
-            int8 = {cutter.cut<int8_t>(rows * columns), cutter.cut<float>(rows * w.blocks),
-                    cutter.cut<float>(rows * w.groups), x.m, panel};
+            const int64_t plane = rows * w.blocks;
+            int8 = {cutter.cut<int8_t>(2 * plane * kBlock), cutter.cut<float>(2 * plane),
+                    cutter.cut<float>(rows * w.groups), x.m, panel, plane, true};
             if (x.m >= kManyRows)
                 scratch_bytes = line_up(columns * kTileRows + w.groups * 2 * kTileRows * 4);
         } else {

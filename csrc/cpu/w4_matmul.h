@@ -112,11 +112,15 @@ struct Output {
 
 // Activations in int8, a scale for each block of 32, in panels of `panel` rows.
 // Element (row, column) of panel p: q[((p * blocks + column / 32) * panel + row) * 32 + column % 32].
+// Where `fine`, the coarsest blocks of a row, which must come whole, have what rounding left of them
+// in a second plane; the scale there is 0 for all others.
 struct Int8Input {
     std::int8_t* q;
-    float* scales;  // (panels, blocks, panel)
-    float* sums;    // (panels, groups, panel): sum over the group of scale * q
+    float* scales;  // (2, panels, blocks, panel)
+    float* sums;    // (panels, groups, panel): sum over the group of scale * q, of both planes
     std::int64_t m, panel;
+    std::int64_t plane;  // scales in one
+    bool fine;
 };
 
 // The same in float32: values[(p * blocks * 32 + column) * panel + row].
@@ -166,9 +170,10 @@ const Kernels& kernels(Isa isa);  // throws std::invalid_argument where this mac
 
 enum class Mode { int8, exact };
 
-// exact: float32 activations and weights. int8: activations rounded to int8 a block of 32, where
-// that is fastest: many rows on amx are rounded to bfloat16 (a smaller error), and 16-bit weights
-// and codebooks that 8 bits hold badly take the exact kernel, as float32 weights always do. Throws std::bad_alloc.
+// exact: float32 activations and weights. int8: activations rounded to int8 a block of 32, twice
+// for the coarsest blocks, where that is fastest: many rows on amx are rounded to bfloat16 (a smaller
+// error), and 16-bit weights and codebooks that 8 bits hold badly take the exact kernel, as float32
+// weights always do. Throws std::bad_alloc.
 void matmul(const Rows& x, const TiledMatrix& w, const Output& y, Mode mode, Isa isa, int threads);
 
 }  // namespace shallow

@@ -76,7 +76,8 @@ class CpuRuntime:
         """Reads only the layers that `config` keeps; `progress` is called after each of them.
 
         `threads`: torch's number by default. `mode` "int8" rounds activations to 8 bits in blocks
-        of 32, "exact" keeps float32. `isa`: the best by default, else one of `isas()`.
+        of 32, the coarsest of a norm's outputs twice; "exact" keeps float32. `isa`: the
+        best by default, else one of `isas()`.
         """
         threads = torch.get_num_threads() if threads is None else threads
         if threads < 1:
