@@ -76,6 +76,7 @@ struct RowSet {
     std::vector<std::int32_t> spans;  // of each row's attention
     std::vector<AttentionItem> items;
     bool split = false;               // some row has more than one span
+    bool lone = false;                // each row is its sequence's only one
 
     std::int64_t size() const { return static_cast<std::int64_t>(rows.size()); }
     void add_items(const std::vector<Row>& chunk, const Rules& rules);
