@@ -16,6 +16,8 @@ struct Pending {
     const Norm* post = nullptr;               // applied to y first
 };
 
+constexpr std::int64_t kItemPositions = 32;  // that cost as much as an item of attention itself
+
 class Worker {
 public:
     Worker(const Model& model, const Chunk& chunk, const Buffers& buffers, Queue* queues,
@@ -206,14 +208,46 @@ private:
     }
 
     void attend(const Layer& layer, std::int64_t slot) {
-        const auto count = static_cast<std::int64_t>(set_->items.size());
-        queue_++->take(count, 1, [&](std::int64_t begin, std::int64_t) {
-            attend_item(layer, slot, set_->items[static_cast<std::size_t>(begin)]);
-        });
+        const AttentionItem* held = nullptr;  // until it is known what follows
+        const auto visit = [&](const AttentionItem& item) {
+            if (held) attend_item(layer, slot, *held, span(slot, item));
+            held = &item;
+        };
+        if (set_->size() < kManyRows)
+            each_fair_item(layer.window, visit);
+        else
+            queue_->take(static_cast<std::int64_t>(set_->items.size()), 1,
+                         [&](std::int64_t begin, std::int64_t) {
+                             visit(set_->items[static_cast<std::size_t>(begin)]);
+                         });
+        ++queue_;
+        if (held) attend_item(layer, slot, *held, {});
         mark(Part::attention);
     }
 
-    void attend_item(const Layer& layer, std::int64_t slot, const AttentionItem& item) const {
+    // Shares out the items by the positions that they read. To claim them one by one would cost
+    // as much as a short one.
+    template <class Visit>
+    void each_fair_item(std::int64_t window, const Visit& visit) const {
+        const auto cost = [&](const AttentionItem& item) {
+            const std::int64_t oldest = window ? item.position + 1 - window : 0;
+            const std::int64_t seen = item.end - std::max(item.begin, oldest);
+            return kItemPositions + std::max<std::int64_t>(seen, 0);
+        };
+        std::int64_t total = 0, before = 0;
+        for (const AttentionItem& item : set_->items) total += cost(item);
+        for (const AttentionItem& item : set_->items) {
+            if (before * threads_ / total == thread_) visit(item);
+            before += cost(item);
+        }
+    }
+
+    Span span(std::int64_t slot, const AttentionItem& item) const {
+        return {chunk_.cache->pages(item.sequence, slot), item.head, item.begin, item.end};
+    }
+
+    void attend_item(const Layer& layer, std::int64_t slot, const AttentionItem& item,
+                     const Span& next) const {
         const Rules& r = rules_;
         const std::int64_t group = r.heads / r.kv_heads, offset = item.head * group * r.head_dim;
         if (set_->lone && item.span + 1 == item.spans) append(slot, item.first, item.head);
@@ -228,9 +262,8 @@ private:
                   shared_.peaks + at * r.heads + item.head * group,
                   shared_.totals + at * r.heads + item.head * group};
         }
-        model_.attention_kernels->attend(chunk_.cache->shape(),
-                                         chunk_.cache->pages(item.sequence, slot), item.head,
-                                         item.begin, item.end, queries, to, mine_.attention);
+        model_.attention_kernels->attend(chunk_.cache->shape(), span(slot, item), next, queries, to,
+                                         mine_.attention);
         if (rounded_)
             layer.o_input.write_columns(attended_forms(), set_->size(), item.first,
                                         shared_.attended + item.first * r.query_width(),

@@ -82,7 +82,7 @@ struct RowSet {
     void add_items(const std::vector<Row>& chunk, const Rules& rules);
 };
 
-constexpr std::int64_t kMaxSpans = 16;
+constexpr std::int64_t kMaxSpans = 8;
 
 // The largest of some logits of a row, at its lowest column; value NaN where one is.
 struct Best {
