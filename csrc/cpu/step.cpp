@@ -16,6 +16,7 @@ struct Pending {
     const Norm* post = nullptr;               // applied to y first
 };
 
+constexpr std::int64_t kNearBytes = 16 << 10;  // of L1 for outputs that are to be activated
 constexpr std::int64_t kItemPositions = 32;  // that cost as much as an item of attention itself
 
 class Worker {
@@ -318,16 +319,23 @@ private:
         for (std::int64_t i = 0; i < set_->size(); ++i) call(i, first, last - first);
     }
 
-    // after(begin, end) follows each piece of tiles, a multiple of `unit` or the last.
+    // after(begin, end) follows each piece of tiles, a multiple of `unit` or the last; of a few
+    // rows while the first-level cache holds the outputs.
     template <class After>
     void multiply(const Product& product, const Input& input, std::uint8_t* forms, float* y,
                   std::int64_t stride, Part part, std::int64_t unit, const After& after) {
-        const std::int64_t m = set_->size(), step = product.step(input, m, planned_);
-        queue_++->take(product.tiles(), w4::ceil_div(step, unit) * unit,
-                       [&](std::int64_t begin, std::int64_t end) {
-                           product.run(input, forms, m, y, stride, begin, end, mine_.unpacked);
-                           after(begin, end);
-                       });
+        const std::int64_t m = set_->size();
+        const std::int64_t step = w4::ceil_div(product.step(input, m, planned_), unit) * unit;
+        const std::int64_t units = kNearBytes / (m * kTileRows * 8) / unit;  // of two floats each
+        const std::int64_t piece =
+            m > 1 && m < kManyRows ? std::max<std::int64_t>(units, 1) * unit : step;
+        queue_++->take(product.tiles(), step, [&](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t i = begin; i < end; i += piece) {
+                const std::int64_t last = std::min(i + piece, end);
+                product.run(input, forms, m, y, stride, i, last, mine_.unpacked);
+                after(i, last);
+            }
+        });
         mark(part);
     }
     void multiply(const Product& product, const Input& input, std::uint8_t* forms, float* y,
