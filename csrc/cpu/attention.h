@@ -29,14 +29,20 @@ struct Attended {
     float* totals;                // (rows,): sums of shares
 };
 
+// Positions begin..end-1 of one kv head of a sequence; begin is a multiple of kPage.
+struct Span {
+    std::uint8_t* const* pages;
+    std::int64_t head, begin, end;
+};
+
 struct AttentionKernels {
     // Stores the key and value (head_dim) of kv head `head` at `position`.
     void (*append)(const KvShape& shape, std::uint8_t* const* pages, std::int64_t head,
                    std::int64_t position, const float* key, const float* value);
-    // Positions begin..end-1 (begin a multiple of kPage) for kv head `head`; scratch as below.
-    void (*attend)(const KvShape& shape, std::uint8_t* const* pages, std::int64_t head,
-                   std::int64_t begin, std::int64_t end, const Queries& queries,
-                   const Attended& to, float* scratch);
+    // `next`, what the thread attends to next, is fetched in the end; it may be empty. Scratch as
+    // below.
+    void (*attend)(const KvShape& shape, const Span& span, const Span& next,
+                   const Queries& queries, const Attended& to, float* scratch);
     // A query's outcome over all its spans: data (spans, heads, head_dim), peaks and totals
     // (spans, heads); shares: scratch of the size of peaks.
     void (*combine)(const float* data, const float* peaks, const float* totals, std::int64_t heads,

@@ -16,15 +16,15 @@ namespace {
 using std::int8_t;
 using std::uint8_t;
 
-constexpr int64_t kFetched = 4096;  // bytes of keys and values prefetched, into L2
-constexpr int kRowGroup = 6;        // rows that meet a key or value while it is in registers
+constexpr int kRowGroup = 6;  // rows that meet a key or value while it is in registers
+constexpr int kAhead = 2;     // stripes that are fetched into L2 before they are read
+constexpr int64_t kPageStripes = kPage / kStripe;
 
-// Fetches what follows `at` by a little: keys, values and heads lie in the order they are read.
 // Few rows wait for memory; many for arithmetic.
 template <int R>
-inline void prefetch(const void* at) {
+inline void prefetch(const char* at, int64_t bytes) {
     if constexpr (R < kRowGroup)
-        __builtin_prefetch(static_cast<const char*>(at) + kFetched, 0, 2);
+        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line, 0, 2);
 }
 
 // One kv head of one page.
@@ -42,17 +42,48 @@ struct Head {
     }
 };
 
-// scores (R, kPage) of the first `positions` keys, rounded up to two vectors.
+// The stripes of keys and values in the order they are read: a page's keys, then its values.
+template <class T>
+class Stripes {
+public:
+    Stripes(const KvShape& shape, const Span& span, const Span& next)
+        : shape_(shape), span_(span), next_(next) {}
+
+    // The next stripe, null behind the last one.
+    const char* next() {
+        if (span_.begin >= span_.end) {
+            if (next_.begin >= next_.end) return nullptr;
+            span_ = next_;
+            next_.end = next_.begin;
+        }
+        const Head<T> page(shape_, span_.pages[span_.begin / kPage], span_.head);
+        const int64_t count = std::min(kPageStripes, (span_.end - span_.begin - 1) / kStripe + 1);
+        const T* const at = stripe_ < count
+                                ? page.keys + stripe_ * kStripe * shape_.head_dim
+                                : page.values + (stripe_ - count) * kStripe * shape_.width;
+        if (++stripe_ == 2 * count) stripe_ = 0, span_.begin += kPage;
+        return reinterpret_cast<const char*>(at);
+    }
+
+private:
+    const KvShape& shape_;
+    Span span_, next_;
+    int64_t stripe_ = 0;
+};
+
+// scores (R, kPage) of the first `positions` keys, rounded up to two vectors. ahead: what to fetch
+// while each stripe is read.
 template <class T, int R>
 void score(const T* keys, int64_t head_dim, const float* const* rows, int64_t positions,
-           float* scores) {
+           const char* const* ahead, float* scores) {
     static_assert(kStripe % (2 * Lanes::count) == 0, "two vectors lie in one stripe");
     for (int64_t p = 0; p < positions; p += 2 * Lanes::count) {
         const T* key = keys + p / kStripe * kStripe * head_dim + p % kStripe;
         F total[R][2];
         for (auto& pair : total) pair[0] = pair[1] = Lanes::set(0);
-        for (int64_t e = 0; e < head_dim; ++e, key += kStripe) {
-            prefetch<R>(key);
+        const char* fetched = ahead[p / kStripe];
+        for (int64_t e = 0; e < head_dim; ++e, key += kStripe, fetched += kStripe * sizeof(T)) {
+            prefetch<R>(fetched, kStripe * sizeof(T));
             const F a = Lanes::load(key), b = Lanes::load(key + Lanes::count);
 #pragma GCC unroll 6
             for (int r = 0; r < R; ++r) {
@@ -72,7 +103,9 @@ void score(const T* keys, int64_t head_dim, const float* const* rows, int64_t po
 // sums (R, width) = factors * sums + shares (R, kPage) @ values, features from.. of W vectors.
 template <class T, int R, int W>
 inline void weigh_part(const T* values, int64_t width, int64_t positions, const float* shares,
-                       const float* factors, float* sums) {
+                       const float* factors, const char* const* ahead, int64_t from, float* sums) {
+    values += from;
+    sums += from;
     F total[R][W];
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
@@ -81,8 +114,8 @@ inline void weigh_part(const T* values, int64_t width, int64_t positions, const 
             total[r][w] = Lanes::mul(Lanes::load(sums + r * width + w * Lanes::count),
                                      Lanes::set(factors[r]));
     for (int64_t p = 0; p < positions; ++p, values += width) {
-        for (int64_t at = 0; at < W * Lanes::count; at += 64 / static_cast<int64_t>(sizeof(T)))
-            prefetch<R>(values + at);
+        prefetch<R>(ahead[p / kStripe] + (p % kStripe * width + from) * sizeof(T),
+                    W * Lanes::count * sizeof(T));
         F value[W];
 #pragma GCC unroll 4
         for (int w = 0; w < W; ++w) value[w] = Lanes::load(values + w * Lanes::count);
@@ -102,14 +135,13 @@ inline void weigh_part(const T* values, int64_t width, int64_t positions, const 
 
 template <class T, int R>
 void weigh(const T* values, int64_t width, int64_t positions, const float* shares,
-           const float* factors, float* sums) {
+           const float* factors, const char* const* ahead, float* sums) {
     constexpr int64_t kWide = Lanes::wide * Lanes::count;
     int64_t from = 0;
     for (; from + kWide <= width; from += kWide)
-        weigh_part<T, R, Lanes::wide>(values + from, width, positions, shares, factors,
-                                      sums + from);
+        weigh_part<T, R, Lanes::wide>(values, width, positions, shares, factors, ahead, from, sums);
     for (; from < width; from += Lanes::count)
-        weigh_part<T, R, 1>(values + from, width, positions, shares, factors, sums + from);
+        weigh_part<T, R, 1>(values, width, positions, shares, factors, ahead, from, sums);
 }
 
 // call(std::integral_constant<int, R>, first row) for groups of R rows, R at most kRowGroup.
@@ -170,8 +202,8 @@ struct Softmax {
 };
 
 template <class T>
-void attend_to(const KvShape& shape, uint8_t* const* pages, int64_t head, int64_t begin,
-               int64_t end, const Queries& queries, const Attended& to, float* scratch) {
+void attend_to(const KvShape& shape, Span span, const Span& next, const Queries& queries,
+               const Attended& to, float* scratch) {
     const int64_t rows = queries.count * queries.heads, width = shape.width;
     float* const scores = scratch;                // (rows, kPage)
     float* const sums = scores + rows * kPage;    // (rows, width)
@@ -183,14 +215,23 @@ void attend_to(const KvShape& shape, uint8_t* const* pages, int64_t head, int64_
         return queries.data + r / queries.heads * queries.stride + r % queries.heads * shape.head_dim;
     };
     const int64_t oldest = queries.window ? std::max<int64_t>(0, queries.position + 1 - queries.window) : 0;
-    begin = std::max(begin, oldest / kPage * kPage);
-    for (int64_t at = begin; at < end; at += kPage) {
-        const Head<T> page(shape, pages[at / kPage], head);
-        const int64_t positions = std::min(kPage, end - at);
+    span.begin = std::max(span.begin, oldest / kPage * kPage);
+    Stripes<T> stripes(shape, span, next);
+    for (int i = 0; i < kAhead; ++i) stripes.next();
+    for (int64_t at = span.begin; at < span.end; at += kPage) {
+        const Head<T> page(shape, span.pages[at / kPage], span.head);
+        const int64_t positions = std::min(kPage, span.end - at);
+        const int64_t count = (positions - 1) / kStripe + 1;
+        const char* ahead[2 * kPageStripes];
+        for (int64_t i = 0; i < 2 * count; ++i) {
+            const char* const fetched = stripes.next();
+            ahead[i] = fetched ? fetched : reinterpret_cast<const char*>(page.keys);
+        }
         in_groups(rows, [&](auto group, int64_t row) {
             const float* some[group()];
             for (int r = 0; r < group(); ++r) some[r] = query(row + r);
-            score<T, group()>(page.keys, shape.head_dim, some, positions, scores + row * kPage);
+            score<T, group()>(page.keys, shape.head_dim, some, positions, ahead,
+                                 scores + row * kPage);
         });
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t position = queries.position + r / queries.heads;
@@ -205,7 +246,7 @@ void attend_to(const KvShape& shape, uint8_t* const* pages, int64_t head, int64_
         }
         in_groups(rows, [&](auto group, int64_t row) {
             weigh<T, group()>(page.values, width, positions, scores + row * kPage, factors + row,
-                              sums + row * width);
+                              ahead + count, sums + row * width);
         });
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -218,15 +259,13 @@ void attend_to(const KvShape& shape, uint8_t* const* pages, int64_t head, int64_
     }
 }
 
-void attend(const KvShape& shape, uint8_t* const* pages, int64_t head, int64_t begin, int64_t end,
-            const Queries& queries, const Attended& to, float* scratch) {
+void attend(const KvShape& shape, const Span& span, const Span& next, const Queries& queries,
+            const Attended& to, float* scratch) {
     switch (shape.type) {
-        case KvType::float32:
-            return attend_to<float>(shape, pages, head, begin, end, queries, to, scratch);
+        case KvType::float32: return attend_to<float>(shape, span, next, queries, to, scratch);
         case KvType::float16:
-            return attend_to<std::uint16_t>(shape, pages, head, begin, end, queries, to, scratch);
-        case KvType::int8:
-            return attend_to<int8_t>(shape, pages, head, begin, end, queries, to, scratch);
+            return attend_to<std::uint16_t>(shape, span, next, queries, to, scratch);
+        case KvType::int8: return attend_to<int8_t>(shape, span, next, queries, to, scratch);
     }
 }
 

@@ -1,6 +1,7 @@
 #include "cpu/product.h"
 
 #include <cstring>
+#include <numeric>
 
 namespace shallow {
 namespace {
@@ -98,6 +99,34 @@ std::int64_t Input::nbytes(std::int64_t m) const {
     return bytes;
 }
 
+// Rows i.. of m, the columns from block `block` on; w: the form's view, cut to them.
+void Input::convert(const Form& form, const TileView& w, std::uint8_t* to, std::int64_t m,
+                    std::int64_t i, std::int64_t block, const Rows& some) const {
+    // The kernels write a panel's first rows: here the panel as seen from row i and the block on.
+    const TileView& whole = form.like->view();
+    const std::int64_t panel = panel_rows(m), lane = i % panel, first = i / panel * panel;
+    const std::int64_t at = first * whole.blocks + block * panel;
+    switch (path(form, m)) {
+        case Path::exact: {
+            auto* const values = reinterpret_cast<float*>(to) + at * kBlock + lane;
+            return kernels_->widen(some, w, {values, m, panel}, 0);
+        }
+        case Path::bfloat: {
+            auto* const values = reinterpret_cast<std::uint16_t*>(to);
+            const std::int64_t width = bfloat_stride(whole.blocks);
+            return kernels_->narrow(some, w, {values + first / kPanelRows * width, m, width}, 0);
+        }
+        case Path::int8: {
+            const std::int64_t group = w.group_blocks ? block / w.group_blocks : 2 * block;
+            Int8Input part = int8(form, to, m);
+            part.q += (at + lane) * kBlock;
+            part.scales += at + lane;
+            part.sums += first * whole.groups + group * panel + lane;
+            return kernels_->quantise(some, w, part, 0);
+        }
+    }
+}
+
 void Input::write(std::uint8_t* to, std::int64_t m, std::int64_t i, const float* rows,
                   std::int64_t stride, std::int64_t count, float* spare) const {
     for (const Form& form : forms_) {
@@ -109,27 +138,33 @@ void Input::write(std::uint8_t* to, std::int64_t m, std::int64_t i, const float*
             some.data = spare;
             some.stride = w.k;
         }
-        // The kernels write a panel's first rows: here the panel as seen from row i on.
-        const std::int64_t panel = panel_rows(m), lane = i % panel, at = i / panel * panel;
-        switch (path(form, m)) {
-            case Path::exact: {
-                auto* const values = reinterpret_cast<float*>(to);
-                kernels_->widen(some, w, {values + at * w.blocks * kBlock + lane, m, panel}, 0);
-                break;
-            }
-            case Path::bfloat: {
-                auto* const values = reinterpret_cast<std::uint16_t*>(to);
-                const std::int64_t width = bfloat_stride(w.blocks);
-                kernels_->narrow(some, w, {values + at / kPanelRows * width, m, width}, 0);
-                break;
-            }
-            case Path::int8: {
-                Int8Input all = int8(form, to, m);
-                all.q += (at * w.blocks + lane) * kBlock;
-                all.scales += at * w.blocks + lane;
-                all.sums += at * w.groups + lane;
-                kernels_->quantise(some, w, all, 0);
-            }
+        convert(form, w, to, m, i, 0, some);
+        to += nbytes(form, m);
+    }
+}
+
+std::int64_t Input::grain() const {
+    std::int64_t blocks = 1;
+    for (const Form& form : forms_) {
+        if (form.like->perm()) return 0;
+        if (form.exact) continue;
+        blocks = std::lcm(blocks, std::max<std::int64_t>(form.like->view().group_blocks, 1));
+    }
+    return blocks * kBlock;
+}
+
+void Input::write_columns(std::uint8_t* to, std::int64_t m, std::int64_t i, const float* rows,
+                          std::int64_t stride, std::int64_t count, std::int64_t begin,
+                          std::int64_t end) const {
+    const std::int64_t block = begin / kBlock, panel = panel_rows(m);
+    for (const Form& form : forms_) {
+        TileView w = form.like->view();
+        w.blocks = (end == w.k ? w.blocks : end / kBlock) - block;
+        Rows some{rows + begin, 0, end - begin, stride, ScaleType::float32};
+        for (std::int64_t row = i; row < i + count; row += some.m) {
+            some.data = rows + (row - i) * stride + begin;
+            some.m = std::min(panel - row % panel, i + count - row);
+            convert(form, w, to, m, row, block, some);
         }
         to += nbytes(form, m);
     }

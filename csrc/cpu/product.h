@@ -29,10 +29,17 @@ public:
 
     int add(const MatrixRef& w);  // returns the form for `w`
     std::int64_t nbytes(std::int64_t m) const;  // for m rows
-    // Rows i..i+count-1 of m, `stride` floats apart: one, or from kManyRows on a whole panel.
-    // Threads may write different rows at once. spare: as many floats as the rows have.
+    // Rows i..i+count-1 of m, `stride` floats apart: one, or a whole panel. Threads may write
+    // different rows at once. spare: as many floats as the rows have.
     void write(std::uint8_t* to, std::int64_t m, std::int64_t i, const float* rows,
                std::int64_t stride, std::int64_t count, float* spare) const;
+    // Columns that fewer than kManyRows rows are to be divided by; 0 where rows stay whole.
+    std::int64_t grain() const;
+    // Only columns begin..end-1, multiples of grain() or the last. Threads may write different
+    // columns at once.
+    void write_columns(std::uint8_t* to, std::int64_t m, std::int64_t i, const float* rows,
+                       std::int64_t stride, std::int64_t count, std::int64_t begin,
+                       std::int64_t end) const;
 
 private:
     friend class Product;
@@ -40,6 +47,8 @@ private:
         MatrixRef like;
         bool exact;  // without int8 kernel
     };
+    void convert(const Form& form, const TileView& w, std::uint8_t* to, std::int64_t m,
+                 std::int64_t i, std::int64_t block, const Rows& some) const;
     Path path(const Form& form, std::int64_t m) const;
     std::int64_t nbytes(const Form& form, std::int64_t m) const;
     Int8Input int8(const Form& form, std::uint8_t* base, std::int64_t m) const;

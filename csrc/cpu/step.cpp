@@ -4,112 +4,10 @@
 #include <chrono>
 #include <cstring>
 
+#include "cpu/step_buffers.h"
+
 namespace shallow {
 namespace {
-
-// Parts of the workspace, handed out in order; first measured with a null base.
-struct Cutter {
-    std::uint8_t* base;
-    std::int64_t used = 0;
-
-    template <class T>
-    T* cut(std::int64_t count) {
-        T* const part = base ? reinterpret_cast<T*>(base + used) : nullptr;
-        used += (count * static_cast<std::int64_t>(sizeof(T)) + 63) / 64 * 64;
-        return part;
-    }
-};
-
-// Of one thread. A lone row is kept by every thread for itself, which saves barriers.
-struct Mine {
-    float *x, *qkv;                     // of a lone row: (hidden,), (qkv_width,)
-    float *staged, *spare;              // a panel of inputs, and the same in another column order
-    std::uint8_t *hidden_forms, *other_forms;  // of a lone row
-    float* attention;
-    std::uint8_t* unpacked;
-};
-
-struct Buffers {
-    float *x;                        // (rows, hidden): the residual stream
-    float *qkv, *attended;           // (rows, qkv_width), (rows, query_width)
-    float *y, *y2;                   // (rows, hidden): what is to be added to x
-    float* up;                       // (rows, up_width): the gate lies behind
-    float *mixed, *peaks, *totals;   // of spans: (rows, kMaxSpans, query_width), (..., heads)
-    std::uint8_t *hidden_forms, *other_forms;
-    std::int64_t bytes;
-    std::int64_t mine_bytes;
-    std::uint8_t* mine;
-
-    Buffers(const Model& model, const Chunk& chunk, int threads, std::uint8_t* base);
-    Mine of(const Model& model, const Chunk& chunk, int thread, int threads) const;
-};
-
-std::int64_t widest(const Rules& r) { return std::max({r.hidden, r.query_width(), r.ffn}); }
-
-Mine cut_mine(Cutter& cutter, const Model& model, const Chunk& chunk, int threads) {
-    const Rules& r = model.rules;
-    const std::int64_t m = chunk.size(), panel = std::min<std::int64_t>(m, kPanelRows);
-    std::int64_t hidden = model.head_input.nbytes(1), other = 0, unpacked = 0;
-    const auto meet = [&](const Input& input, const Product& product) {
-        unpacked = std::max(unpacked, product.scratch_bytes(input, m, threads));
-    };
-    meet(model.head_input, model.head);
-    for (const Layer& layer : model.layers) {
-        hidden = std::max({hidden, layer.qkv_input.nbytes(1), layer.up_input.nbytes(1)});
-        other = std::max({other, layer.o_input.nbytes(1), layer.down_input.nbytes(1)});
-        meet(layer.qkv_input, layer.qkv);
-        meet(layer.o_input, layer.o);
-        meet(r.parallel ? layer.qkv_input : layer.up_input, layer.up);
-        meet(layer.down_input, layer.down);
-    }
-    const std::int64_t query_rows = std::max(kQueryRows, r.heads / r.kv_heads);
-    Mine mine;
-    mine.x = cutter.cut<float>(r.hidden);
-    mine.qkv = cutter.cut<float>(r.qkv_width());
-    mine.staged = cutter.cut<float>(panel * widest(r));
-    mine.spare = cutter.cut<float>(panel * widest(r));
-    mine.hidden_forms = cutter.cut<std::uint8_t>(hidden);
-    mine.other_forms = cutter.cut<std::uint8_t>(other);
-    mine.attention = cutter.cut<float>(std::max(
-        attention_scratch(chunk.cache->shape(), query_rows), r.heads * kMaxSpans));
-    mine.unpacked = cutter.cut<std::uint8_t>(unpacked);
-    return mine;
-}
-
-Buffers::Buffers(const Model& model, const Chunk& chunk, int threads, std::uint8_t* base) {
-    const Rules& r = model.rules;
-    const std::int64_t m = chunk.size();
-    std::int64_t hidden = model.head_input.nbytes(m), other = 0;
-    for (const Layer& layer : model.layers) {
-        hidden = std::max({hidden, layer.qkv_input.nbytes(m), layer.up_input.nbytes(m)});
-        other = std::max({other, layer.o_input.nbytes(m), layer.down_input.nbytes(m)});
-    }
-    bool split = false;
-    for (std::size_t s = 0; s < chunk.used; ++s) split |= chunk.sets[s].split;
-    const std::int64_t spans = split ? m * kMaxSpans : 0;
-    Cutter cutter{base};
-    x = cutter.cut<float>(m * r.hidden);
-    qkv = cutter.cut<float>(m * r.qkv_width());
-    attended = cutter.cut<float>(m * r.query_width());
-    y = cutter.cut<float>(m * r.hidden);
-    y2 = cutter.cut<float>(r.parallel ? m * r.hidden : 0);
-    up = cutter.cut<float>(m * r.up_width());
-    mixed = cutter.cut<float>(spans * r.query_width());
-    peaks = cutter.cut<float>(spans * r.heads);
-    totals = cutter.cut<float>(spans * r.heads);
-    hidden_forms = cutter.cut<std::uint8_t>(hidden);
-    other_forms = cutter.cut<std::uint8_t>(other);
-    mine = base ? base + cutter.used : nullptr;
-    Cutter measure{nullptr};
-    cut_mine(measure, model, chunk, threads);
-    mine_bytes = measure.used;
-    bytes = cutter.used + mine_bytes * threads;
-}
-
-Mine Buffers::of(const Model& model, const Chunk& chunk, int thread, int threads) const {
-    Cutter cutter{mine + thread * mine_bytes};
-    return cut_mine(cutter, model, chunk, threads);
-}
 
 // What is still to be added to the residual stream of a set's rows.
 struct Pending {
@@ -118,6 +16,9 @@ struct Pending {
     const Norm* post = nullptr;               // applied to y first
 };
 
+constexpr std::int64_t kNearBytes = 16 << 10;  // of L1 for outputs that are to be activated
+constexpr std::int64_t kItemPositions = 32;  // that cost as much as an item of attention itself
+
 class Worker {
 public:
     Worker(const Model& model, const Chunk& chunk, const Buffers& buffers, Queue* queues,
@@ -125,7 +26,7 @@ public:
         : model_(model), rules_(model.rules), rows_(*model.row_kernels), chunk_(chunk),
           shared_(buffers), mine_(buffers.of(model, chunk, thread, planned)), queue_(queues),
           barrier_(barrier), thread_(thread), threads_(threads), planned_(planned),
-          alone_(chunk.size() == 1), times_(thread == 0 ? times : nullptr) {
+          kept_(chunk.size() <= kKeptRows), times_(thread == 0 ? times : nullptr) {
         if (times_) last_ = std::chrono::steady_clock::now();
     }
 
@@ -143,19 +44,32 @@ private:
     void layer(const Layer& layer, std::int64_t slot) {
         const Rules& r = rules_;
         const Input& up_input = r.parallel ? layer.qkv_input : layer.up_input;
+        // The input of `down` is rounded where it is activated, if threads may divide its columns.
+        std::int64_t grain = set_->size() < kManyRows ? layer.down_input.grain() : 0;
+        if (grain * planned_ * 4 > r.ffn) grain = 0;  // too uneven
         const auto widen = [&] {
             multiply(layer.up, up_input, hidden_forms(), shared_.up, r.up_width(), Part::up,
-                     [&](std::int64_t begin, std::int64_t end) { activate(begin, end); });
+                     std::max<std::int64_t>(grain / kTileRows, 1),
+                     [&](std::int64_t begin, std::int64_t end) {
+                         activate(begin, end);
+                         if (grain)
+                             layer.down_input.write_columns(
+                                 shared_.up_forms, set_->size(), 0, shared_.up, r.up_width(),
+                                 set_->size(), begin * kTileRows,
+                                 std::min(end * kTileRows, r.ffn));
+                         mark(Part::gate);
+                     });
         };
         enter(layer.attn_norm, layer.qkv_input);
         multiply(layer.qkv, layer.qkv_input, hidden_forms(), shared_.qkv, r.qkv_width(), Part::qkv);
         if (r.parallel) widen();
         meet();
         turn(layer, slot);
+        rounded_ = rounds_heads(layer.o_input);
         attend(layer, slot);
         meet();
-        mix(layer.o_input);
-        multiply(layer.o, layer.o_input, other_forms(), shared_.y, r.hidden, Part::o);
+        if (!rounded_) mix(layer.o_input);
+        multiply(layer.o, layer.o_input, attended_forms(), shared_.y, r.hidden, Part::o);
         meet();
         if (!r.parallel) {
             pending_ = {set_, shared_.y, nullptr, present(layer.attn_post)};
@@ -163,20 +77,25 @@ private:
             widen();
             meet();
         }
-        each_unit([&](std::int64_t i, std::int64_t count) {
-            layer.down_input.write(other_forms(), set_->size(), i, shared_.up + i * r.up_width(),
-                                   r.up_width(), count, mine_.spare);
-        });
-        mark(Part::norm);
-        settle_rows();
+        if (!grain) round_up(layer.down_input);
         float* const y = r.parallel ? shared_.y2 : shared_.y;
-        multiply(layer.down, layer.down_input, other_forms(), y, r.hidden, Part::down);
+        multiply(layer.down, layer.down_input, shared_.up_forms, y, r.hidden, Part::down);
         meet();
         pending_ = {set_, shared_.y, r.parallel ? shared_.y2 : nullptr, present(layer.mlp_post)};
     }
 
+    void round_up(const Input& input) {
+        const std::int64_t width = rules_.up_width();
+        each_share([&](std::int64_t i, std::int64_t count) {
+            input.write(shared_.up_forms, set_->size(), i, shared_.up + i * width, width, count,
+                        mine_.spare);
+        });
+        mark(Part::norm);
+        meet();
+    }
+
     void embed() {
-        for (std::int64_t i = alone_ ? 0 : thread_; i < chunk_.size(); i += alone_ ? 1 : threads_) {
+        for (std::int64_t i = kept_ ? 0 : thread_; i < chunk_.size(); i += kept_ ? 1 : threads_) {
             float* const x = stream(static_cast<std::int32_t>(i));
             model_.embed(chunk_.rows[static_cast<std::size_t>(i)].token, x);
             if (rules_.embedding_scale != 1.0f) rows_.scale(x, rules_.embedding_scale, rules_.hidden);
@@ -189,7 +108,7 @@ private:
         enter(model_.final_norm, model_.head_input);
         const float cap = rules_.logit_softcap;
         multiply(model_.head, model_.head_input, hidden_forms(), chunk_.logits, rules_.vocab,
-                 Part::head, [&](std::int64_t begin, std::int64_t end) {
+                 Part::head, 1, [&](std::int64_t begin, std::int64_t end) {
                      if (cap == 0 && !chunk_.best) return;
                      columns(begin, end, rules_.vocab, [&](std::int64_t i, std::int64_t at,
                                                            std::int64_t n) {
@@ -245,20 +164,19 @@ private:
         return x;
     }
 
-    // Norms and turns queries and keys; stores keys and values.
+    // Norms and turns queries and keys; stores keys and values unless attention does.
     void turn(const Layer& layer, std::int64_t slot) {
         const std::int64_t width = rules_.qkv_width();
         each_unit([&](std::int64_t i, std::int64_t count) {
             for (std::int64_t r = i; r < i + count; ++r) {
-                float* at = shared_.qkv + r * width;
-                if (alone_) at = std::copy(at, at + width, mine_.qkv) - width;
-                turn_row(layer, at, chunk_.rows[static_cast<std::size_t>(row(r))].position);
-                if (alone_) continue;
-                for (std::int64_t g = 0; g < rules_.kv_heads; ++g) append(slot, r, at, g);
+                if (kept_) std::copy_n(shared_.qkv + r * width, width, mine_.qkv + r * width);
+                turn_row(layer, qkv(r), chunk_.rows[static_cast<std::size_t>(row(r))].position);
+                if (set_->lone || (kept_ && r % threads_ != thread_)) continue;
+                for (std::int64_t g = 0; g < rules_.kv_heads; ++g) append(slot, r, g);
             }
         });
         mark(Part::rope);
-        settle_rows();
+        if (!kept_ || !set_->lone) meet();
     }
 
     void turn_row(const Layer& layer, float* qkv, std::int64_t position) const {
@@ -278,29 +196,65 @@ private:
         }
     }
 
-    void append(std::int64_t slot, std::int64_t i, const float* qkv, std::int64_t head) const {
+    float* qkv(std::int64_t i) const {
+        return (kept_ ? mine_.qkv : shared_.qkv) + i * rules_.qkv_width();
+    }
+
+    void append(std::int64_t slot, std::int64_t i, std::int64_t head) const {
         const Row& at = chunk_.rows[static_cast<std::size_t>(row(i))];
-        const float* const key = qkv + rules_.query_width() + head * rules_.head_dim;
+        const float* const key = qkv(i) + rules_.query_width() + head * rules_.head_dim;
         model_.attention_kernels->append(chunk_.cache->shape(),
                                          chunk_.cache->pages(at.sequence, slot), head, at.position,
                                          key, key + rules_.key_width());
     }
 
     void attend(const Layer& layer, std::int64_t slot) {
-        const auto count = static_cast<std::int64_t>(set_->items.size());
-        queue_++->take(count, 1, [&](std::int64_t begin, std::int64_t) {
-            attend_item(layer, slot, set_->items[static_cast<std::size_t>(begin)]);
-        });
+        const AttentionItem* held = nullptr;  // until it is known what follows
+        const auto visit = [&](const AttentionItem& item) {
+            if (held) attend_item(layer, slot, *held, span(slot, item));
+            held = &item;
+        };
+        if (set_->size() < kManyRows)
+            each_fair_item(layer.window, visit);
+        else
+            queue_->take(static_cast<std::int64_t>(set_->items.size()), 1,
+                         [&](std::int64_t begin, std::int64_t) {
+                             visit(set_->items[static_cast<std::size_t>(begin)]);
+                         });
+        ++queue_;
+        if (held) attend_item(layer, slot, *held, {});
         mark(Part::attention);
     }
 
-    void attend_item(const Layer& layer, std::int64_t slot, const AttentionItem& item) const {
+    // Shares out the items by the positions that they read. To claim them one by one would cost
+    // as much as a short one.
+    template <class Visit>
+    void each_fair_item(std::int64_t window, const Visit& visit) const {
+        const auto cost = [&](const AttentionItem& item) {
+            const std::int64_t oldest = window ? item.position + 1 - window : 0;
+            const std::int64_t seen = item.end - std::max(item.begin, oldest);
+            return kItemPositions + std::max<std::int64_t>(seen, 0);
+        };
+        std::int64_t total = 0, before = 0;
+        for (const AttentionItem& item : set_->items) total += cost(item);
+        for (const AttentionItem& item : set_->items) {
+            if (before * threads_ / total == thread_) visit(item);
+            before += cost(item);
+        }
+    }
+
+    Span span(std::int64_t slot, const AttentionItem& item) const {
+        return {chunk_.cache->pages(item.sequence, slot), item.head, item.begin, item.end};
+    }
+
+    void attend_item(const Layer& layer, std::int64_t slot, const AttentionItem& item,
+                     const Span& next) const {
         const Rules& r = rules_;
         const std::int64_t group = r.heads / r.kv_heads, offset = item.head * group * r.head_dim;
-        const float* const qkv = alone_ ? mine_.qkv : shared_.qkv + item.first * r.qkv_width();
-        if (alone_ && item.span + 1 == item.spans) append(slot, 0, qkv, item.head);
-        const Queries queries{qkv + offset,      r.qkv_width(), item.count,        group,
-                              item.position,     layer.window,  r.attention_scale, r.attention_softcap};
+        if (set_->lone && item.span + 1 == item.spans) append(slot, item.first, item.head);
+        const Queries queries{qkv(item.first) + offset, r.qkv_width(), item.count,
+                              group, item.position, layer.window,
+                              r.attention_scale, r.attention_softcap};
         Attended to{shared_.attended + item.first * r.query_width() + offset, r.query_width(),
                     nullptr, nullptr};
         if (item.spans > 1) {
@@ -309,9 +263,18 @@ private:
                   shared_.peaks + at * r.heads + item.head * group,
                   shared_.totals + at * r.heads + item.head * group};
         }
-        model_.attention_kernels->attend(chunk_.cache->shape(),
-                                         chunk_.cache->pages(item.sequence, slot), item.head,
-                                         item.begin, item.end, queries, to, mine_.attention);
+        model_.attention_kernels->attend(chunk_.cache->shape(), span(slot, item), next, queries, to,
+                                         mine_.attention);
+        if (rounded_)
+            layer.o_input.write_columns(attended_forms(), set_->size(), item.first,
+                                        shared_.attended + item.first * r.query_width(),
+                                        r.query_width(), item.count, offset,
+                                        offset + group * r.head_dim);
+    }
+
+    bool rounds_heads(const Input& input) const {
+        const std::int64_t grain = input.grain(), width = rules_.query_width() / rules_.kv_heads;
+        return set_->size() < kManyRows && !set_->split && grain && width % grain == 0;
     }
 
     // Joins the spans of attention and writes the outcome as the output matmul wants it.
@@ -326,7 +289,7 @@ private:
                 else
                     std::copy(from + r * width, from + (r + 1) * width, staged);
             }
-            input.write(other_forms(), set_->size(), i, set_->split ? mine_.staged : from, width,
+            input.write(attended_forms(), set_->size(), i, set_->split ? mine_.staged : from, width,
                         count, mine_.spare);
         });
         mark(Part::mix);
@@ -347,7 +310,6 @@ private:
             float* const up = shared_.up + i * rules_.up_width() + at;
             rows_.activate(rules_.activation, rules_.gated ? up + rules_.ffn : nullptr, up, n);
         });
-        mark(Part::gate);
     }
 
     // call(row, column, n) for the columns of tiles begin..end-1, `width` in all, in each row.
@@ -357,34 +319,46 @@ private:
         for (std::int64_t i = 0; i < set_->size(); ++i) call(i, first, last - first);
     }
 
+    // after(begin, end) follows each piece of tiles, a multiple of `unit` or the last; of a few
+    // rows while the first-level cache holds the outputs.
     template <class After>
     void multiply(const Product& product, const Input& input, std::uint8_t* forms, float* y,
-                  std::int64_t stride, Part part, const After& after) {
+                  std::int64_t stride, Part part, std::int64_t unit, const After& after) {
         const std::int64_t m = set_->size();
-        queue_++->take(product.tiles(), product.step(input, m, planned_),
-                       [&](std::int64_t begin, std::int64_t end) {
-                           product.run(input, forms, m, y, stride, begin, end, mine_.unpacked);
-                           after(begin, end);
-                       });
+        const std::int64_t step = w4::ceil_div(product.step(input, m, planned_), unit) * unit;
+        const std::int64_t units = kNearBytes / (m * kTileRows * 8) / unit;  // of two floats each
+        const std::int64_t piece =
+            m > 1 && m < kManyRows ? std::max<std::int64_t>(units, 1) * unit : step;
+        queue_++->take(product.tiles(), step, [&](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t i = begin; i < end; i += piece) {
+                const std::int64_t last = std::min(i + piece, end);
+                product.run(input, forms, m, y, stride, i, last, mine_.unpacked);
+                after(i, last);
+            }
+        });
         mark(part);
     }
     void multiply(const Product& product, const Input& input, std::uint8_t* forms, float* y,
                   std::int64_t stride, Part part) {
-        multiply(product, input, forms, y, stride, part, [](std::int64_t, std::int64_t) {});
+        multiply(product, input, forms, y, stride, part, 1, [](std::int64_t, std::int64_t) {});
     }
 
-    // call(first, count) for this thread's share of the set's rows: the lone row, or every so
-    // manieth one, or panel.
+    // call(first, count) for this thread's share of the set's rows: every so manieth one, or panel.
     template <class Call>
-    void each_unit(const Call& call) const {
-        if (alone_) return call(std::int64_t{0}, std::int64_t{1});
+    void each_share(const Call& call) const {
         const std::int64_t m = set_->size(), unit = m < kManyRows ? 1 : kPanelRows;
         for (std::int64_t i = thread_ * unit; i < m; i += threads_ * unit)
             call(i, std::min(unit, m - i));
     }
+    // The same, or for all of them where each thread keeps them.
+    template <class Call>
+    void each_unit(const Call& call) const {
+        if (kept_) return call(std::int64_t{0}, set_->size());
+        each_share(call);
+    }
 
     void settle_rows() {
-        if (!alone_) meet();
+        if (!kept_) meet();
     }
     void meet() {
         barrier_.wait(threads_);
@@ -399,10 +373,12 @@ private:
 
     std::int32_t row(std::int64_t i) const { return set_->rows[static_cast<std::size_t>(i)]; }
     float* stream(std::int32_t row) const {
-        return alone_ ? mine_.x : shared_.x + row * rules_.hidden;
+        return (kept_ ? mine_.x : shared_.x) + row * rules_.hidden;
     }
-    std::uint8_t* hidden_forms() const { return alone_ ? mine_.hidden_forms : shared_.hidden_forms; }
-    std::uint8_t* other_forms() const { return alone_ ? mine_.other_forms : shared_.other_forms; }
+    std::uint8_t* hidden_forms() const { return kept_ ? mine_.hidden_forms : shared_.hidden_forms; }
+    std::uint8_t* attended_forms() const {
+        return kept_ && !rounded_ ? mine_.attended_forms : shared_.attended_forms;
+    }
     static const Norm* present(const Norm& norm) { return norm.weight ? &norm : nullptr; }
 
     const Model& model_;
@@ -414,8 +390,9 @@ private:
     Queue* queue_;
     Barrier& barrier_;
     const int thread_, threads_, planned_;
-    const bool alone_;
+    const bool kept_;  // every thread has all rows for itself
     const RowSet* set_ = nullptr;
+    bool rounded_ = false;  // attention writes the output matmul's input itself
     Pending pending_;
     Times* const times_;
     std::chrono::steady_clock::time_point last_;
@@ -447,15 +424,17 @@ void RowSet::add_items(const std::vector<Row>& chunk, const Rules& rules) {
     items.clear();
     spans.assign(rows.size(), 1);
     split = false;
+    lone = true;
     for (std::int64_t last = size(); last > 0;) {  // the longest work first
         const auto at = [&](std::int64_t i) -> const Row& {
             return chunk[static_cast<std::size_t>(rows[static_cast<std::size_t>(i)])];
         };
         std::int64_t first = last - 1;
         while (first > 0 && at(first - 1).sequence == at(last - 1).sequence) --first;
-        const std::int64_t context = at(last - 1).position + 1, lone = last - first == 1;
+        const std::int64_t context = at(last - 1).position + 1;
         const std::int64_t share = w4::ceil_div(w4::ceil_div(context, kMaxSpans), kPage) * kPage;
-        const std::int64_t span = lone ? share : context;
+        const std::int64_t span = last - first == 1 ? share : context;
+        lone &= last - first == 1;
         const std::int64_t count = w4::ceil_div(context, span);
         if (count > 1) spans[static_cast<std::size_t>(first)] = static_cast<std::int32_t>(count), split = true;
         for (std::int64_t end = last; end > first; end -= std::min(queries, end - first)) {

@@ -76,12 +76,13 @@ struct RowSet {
     std::vector<std::int32_t> spans;  // of each row's attention
     std::vector<AttentionItem> items;
     bool split = false;               // some row has more than one span
+    bool lone = false;                // each row is its sequence's only one
 
     std::int64_t size() const { return static_cast<std::int64_t>(rows.size()); }
     void add_items(const std::vector<Row>& chunk, const Rules& rules);
 };
 
-constexpr std::int64_t kMaxSpans = 16;
+constexpr std::int64_t kMaxSpans = 8;
 
 // The largest of some logits of a row, at its lowest column; value NaN where one is.
 struct Best {

@@ -171,12 +171,15 @@ struct Avx512 {
         std::memcpy(&peak, &bits, sizeof peak);
         const bool tiny = peak < kTiny;
         const F inverse = set(tiny ? 0.0f : 127.0f / peak);
-        const __m512i qa = _mm512_cvtps_epi32(mul(a, inverse));
-        const __m512i qb = _mm512_cvtps_epi32(mul(b, inverse));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm512_cvtsepi32_epi8(qa));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16), _mm512_cvtsepi32_epi8(qb));
-        sums[0] = _mm512_reduce_add_epi32(qa);
-        sums[1] = _mm512_reduce_add_epi32(qb);
+        const __m128i low = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(mul(a, inverse)));
+        const __m128i high = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(mul(b, inverse)));
+        const __m256i both = _mm256_set_m128i(high, low);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), both);
+        __m256i sum = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), both);
+        sum = _mm256_add_epi32(sum, _mm256_shuffle_epi32(sum, 0x4e));
+        sum = _mm256_add_epi32(sum, _mm256_shuffle_epi32(sum, 0xb1));
+        sums[0] = _mm256_cvtsi256_si32(sum);
+        sums[1] = _mm_cvtsi128_si32(_mm256_extracti128_si256(sum, 1));
         return tiny ? 0.0f : peak / 127.0f;
     }
 };
