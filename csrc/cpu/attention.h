@@ -18,6 +18,10 @@ struct Queries {
     std::int64_t position;        // of the first query
     std::int64_t window;          // positions that a query sees, itself included; 0: all
     float scale, softcap;         // of the scores; softcap 0: none
+
+    const float* row(std::int64_t r, std::int64_t head_dim) const {
+        return data + r / heads * stride + r % heads * head_dim;
+    }
 };
 
 // The outcome over a span of positions.
@@ -47,18 +51,19 @@ struct AttentionKernels {
     // (spans, heads); shares: scratch of the size of peaks.
     void (*combine)(const float* data, const float* peaks, const float* totals, std::int64_t heads,
                     std::int64_t spans, std::int64_t head_dim, float* shares, float* out);
+    std::int64_t query_rows;  // of one attend() at most, or one query's heads
 };
 
-constexpr std::int64_t kQueryRows = 48;  // rows of one attend() at most, or one query's heads
 constexpr std::int64_t kMaxHeadDim = 1024;
 
 // Floats that attend() needs for `rows` rows.
 std::int64_t attention_scratch(const KvShape& shape, std::int64_t rows);
 
 #if defined(SHALLOW_X86)
-extern const AttentionKernels kAttentionAvx2, kAttentionAvx512;
+extern const AttentionKernels kAttentionAvx2, kAttentionAvx512, kAttentionAmx;
 #endif
 extern const AttentionKernels kAttentionGeneric;
-const AttentionKernels& attention_kernels(Isa isa);
+// rounds: many rows may be rounded to bfloat16 where that is fastest.
+const AttentionKernels& attention_kernels(Isa isa, bool rounds);
 
 }  // namespace shallow

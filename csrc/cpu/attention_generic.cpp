@@ -6,15 +6,17 @@ namespace shallow {
 const AttentionKernels kAttentionGeneric = kAttention;
 
 std::int64_t attention_scratch(const KvShape& shape, std::int64_t rows) {
-    return rows * (kPage + shape.width + 3);
+    const std::int64_t padded = (rows + 31) / 32 * 32, page = kPage + shape.width;
+    return padded * (page + 3) + (padded * page + 2 * kPage * shape.width) / 2;  // half: 16 bits
 }
 
-const AttentionKernels& attention_kernels(Isa isa) {
+const AttentionKernels& attention_kernels(Isa isa, bool rounds) {
 #if defined(SHALLOW_X86)
+    if (isa >= Isa::amx && rounds) return kAttentionAmx;
     if (isa >= Isa::avx512) return kAttentionAvx512;
     if (isa >= Isa::avx2) return kAttentionAvx2;
 #endif
-    (void)isa;
+    (void)isa, (void)rounds;
     return kAttentionGeneric;
 }
 

@@ -201,6 +201,42 @@ struct Softmax {
     }
 };
 
+// The first position of the page from which on the queries see anything.
+inline int64_t first_page(const Span& span, const Queries& queries) {
+    const int64_t oldest =
+        queries.window ? std::max<int64_t>(0, queries.position + 1 - queries.window) : 0;
+    return std::max(span.begin, oldest / kPage * kPage);
+}
+
+// Row r's scores of a page from position `at` on -> what the values are weighed by, zeros up to
+// `end`; returns what earlier sums are to be multiplied by.
+template <class T>
+float update(Softmax& softmax, const Queries& queries, int64_t r, int64_t at, int64_t positions,
+             int64_t end, const Head<T>& page, float* scores) {
+    const int64_t position = queries.position + r / queries.heads;
+    const int64_t lo = queries.window ? position + 1 - queries.window - at : 0;
+    const bool scaled = std::is_same_v<T, int8_t>;
+    const float factor = softmax.update(scores, std::max<int64_t>(lo, 0),
+                                        std::min(position + 1 - at, positions), end, queries.scale,
+                                        queries.softcap, scaled ? page.key_scales : nullptr);
+    if (scaled)
+        for (int64_t p = 0; p < positions; ++p) scores[p] *= page.value_scales[p];
+    return factor;
+}
+
+// sums (rows, width) -> the outcome.
+inline void write(const KvShape& shape, const Queries& queries, const Softmax* softmax,
+                  const float* sums, const Attended& to) {
+    for (int64_t r = 0; r < queries.count * queries.heads; ++r) {
+        float* const out = to.data + r / queries.heads * to.stride + r % queries.heads * shape.head_dim;
+        const float factor = to.peaks ? 1.0f : 1.0f / softmax[r].total;
+        for (int64_t e = 0; e < shape.head_dim; ++e) out[e] = sums[r * shape.width + e] * factor;
+        if (!to.peaks) continue;
+        to.peaks[r] = softmax[r].peak;
+        to.totals[r] = softmax[r].total;
+    }
+}
+
 template <class T>
 void attend_to(const KvShape& shape, Span span, const Span& next, const Queries& queries,
                const Attended& to, float* scratch) {
@@ -211,11 +247,7 @@ void attend_to(const KvShape& shape, Span span, const Span& next, const Queries&
     auto* const softmax = reinterpret_cast<Softmax*>(factors + rows);
     std::fill(sums, sums + rows * width, 0.0f);
     for (int64_t r = 0; r < rows; ++r) softmax[r] = Softmax();
-    const auto query = [&](int64_t r) {
-        return queries.data + r / queries.heads * queries.stride + r % queries.heads * shape.head_dim;
-    };
-    const int64_t oldest = queries.window ? std::max<int64_t>(0, queries.position + 1 - queries.window) : 0;
-    span.begin = std::max(span.begin, oldest / kPage * kPage);
+    span.begin = first_page(span, queries);
     Stripes<T> stripes(shape, span, next);
     for (int i = 0; i < kAhead; ++i) stripes.next();
     for (int64_t at = span.begin; at < span.end; at += kPage) {
@@ -229,34 +261,19 @@ void attend_to(const KvShape& shape, Span span, const Span& next, const Queries&
         }
         in_groups(rows, [&](auto group, int64_t row) {
             const float* some[group()];
-            for (int r = 0; r < group(); ++r) some[r] = query(row + r);
+            for (int r = 0; r < group(); ++r) some[r] = queries.row(row + r, shape.head_dim);
             score<T, group()>(page.keys, shape.head_dim, some, positions, ahead,
                                  scores + row * kPage);
         });
-        for (int64_t r = 0; r < rows; ++r) {
-            const int64_t position = queries.position + r / queries.heads;
-            const int64_t lo = queries.window ? position + 1 - queries.window - at : 0;
-            float* const shares = scores + r * kPage;
-            factors[r] = softmax[r].update(shares, std::max<int64_t>(lo, 0),
-                                           std::min(position + 1 - at, positions), positions,
-                                           queries.scale, queries.softcap,
-                                           std::is_same_v<T, int8_t> ? page.key_scales : nullptr);
-            if (std::is_same_v<T, int8_t>)
-                for (int64_t p = 0; p < positions; ++p) shares[p] *= page.value_scales[p];
-        }
+        for (int64_t r = 0; r < rows; ++r)
+            factors[r] = update(softmax[r], queries, r, at, positions, positions, page,
+                                scores + r * kPage);
         in_groups(rows, [&](auto group, int64_t row) {
             weigh<T, group()>(page.values, width, positions, scores + row * kPage, factors + row,
                               ahead + count, sums + row * width);
         });
     }
-    for (int64_t r = 0; r < rows; ++r) {
-        float* const out = to.data + r / queries.heads * to.stride + r % queries.heads * shape.head_dim;
-        const float factor = to.peaks ? 1.0f : 1.0f / softmax[r].total;
-        for (int64_t e = 0; e < shape.head_dim; ++e) out[e] = sums[r * width + e] * factor;
-        if (!to.peaks) continue;
-        to.peaks[r] = softmax[r].peak;
-        to.totals[r] = softmax[r].total;
-    }
+    write(shape, queries, softmax, sums, to);
 }
 
 void attend(const KvShape& shape, const Span& span, const Span& next, const Queries& queries,
@@ -336,7 +353,7 @@ void append(const KvShape& shape, uint8_t* const* pages, int64_t head, int64_t p
     }
 }
 
-constexpr AttentionKernels kAttention = {append, attend, combine};
+constexpr AttentionKernels kAttention = {append, attend, combine, 48};
 
 }  // namespace
 }  // namespace shallow

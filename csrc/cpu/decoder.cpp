@@ -181,7 +181,7 @@ void Decoder::run_chunk(const Call& call, std::size_t begin, std::size_t end,
             if (runs(chunk_.rows[i])) set.rows.push_back(static_cast<std::int32_t>(i));
         for (std::size_t s = 0; s < chunk_.used; ++s)
             if (chunk_.sets[s].rows == set.rows) return s;
-        set.add_items(chunk_.rows, model_.rules);
+        set.add_items(chunk_.rows, model_);
         return chunk_.used++;
     };
     if (!call.chosen) chunk_.set_of.assign(model_.layers.size(), set_of([](const Row&) { return true; }));

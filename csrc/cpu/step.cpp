@@ -347,8 +347,11 @@ private:
     template <class Call>
     void each_share(const Call& call) const {
         const std::int64_t m = set_->size(), unit = m < kManyRows ? 1 : kPanelRows;
-        for (std::int64_t i = thread_ * unit; i < m; i += threads_ * unit)
-            call(i, std::min(unit, m - i));
+        // Neighbouring positions' keys share cache lines: a thread takes rows that lie together.
+        const std::int64_t units = w4::ceil_div(m, unit);
+        const std::int64_t end = std::min(m, units * (thread_ + 1) / threads_ * unit);
+        for (std::int64_t i = units * thread_ / threads_ * unit; i < end; i += unit)
+            call(i, std::min(unit, end - i));
     }
     // The same, or for all of them where each thread keeps them.
     template <class Call>
@@ -402,7 +405,7 @@ private:
 
 Model::Model(const Rules& rules, Isa isa)
     : rules(rules), kernels(&shallow::kernels(isa)), row_kernels(&shallow::row_kernels(isa)),
-      attention_kernels(&shallow::attention_kernels(isa)), final_norm{},
+      attention_kernels(&shallow::attention_kernels(isa, rules.mode == Mode::int8)), final_norm{},
       head_input(*kernels, rules.mode, true), embedding_rows(nullptr), embedding_type{} {}
 
 void Model::embed(std::int64_t token, float* x) const {
@@ -419,8 +422,10 @@ void Model::embed(std::int64_t token, float* x) const {
                                                     : w4::bfloat_to_float(row[i]);
 }
 
-void RowSet::add_items(const std::vector<Row>& chunk, const Rules& rules) {
-    const std::int64_t queries = std::max<std::int64_t>(1, kQueryRows * rules.kv_heads / rules.heads);
+void RowSet::add_items(const std::vector<Row>& chunk, const Model& model) {
+    const Rules& rules = model.rules;
+    const std::int64_t queries = std::max<std::int64_t>(
+        1, model.attention_kernels->query_rows * rules.kv_heads / rules.heads);
     items.clear();
     spans.assign(rows.size(), 1);
     split = false;

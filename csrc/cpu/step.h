@@ -79,7 +79,7 @@ struct RowSet {
     bool lone = false;                // each row is its sequence's only one
 
     std::int64_t size() const { return static_cast<std::int64_t>(rows.size()); }
-    void add_items(const std::vector<Row>& chunk, const Rules& rules);
+    void add_items(const std::vector<Row>& chunk, const Model& model);
 };
 
 constexpr std::int64_t kMaxSpans = 8;

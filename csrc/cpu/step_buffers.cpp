@@ -50,7 +50,7 @@ Mine cut_mine(Cutter& cutter, const Model& model, const Chunk& chunk, int thread
     const std::int64_t m = chunk.size(), panel = std::min<std::int64_t>(m, kPanelRows);
     const std::int64_t kept = m <= kKeptRows ? m : 0;
     const FormBytes forms(model, std::max<std::int64_t>(kept, 1));
-    const std::int64_t query_rows = std::max(kQueryRows, r.heads / r.kv_heads);
+    const std::int64_t query_rows = std::max(model.attention_kernels->query_rows, r.heads / r.kv_heads);
     Mine mine;
     mine.x = cutter.cut<float>(kept * r.hidden);
     mine.qkv = cutter.cut<float>(kept * r.qkv_width());

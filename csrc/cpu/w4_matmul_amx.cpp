@@ -3,28 +3,11 @@
 //
 // A tile product takes as long as the second-level cache needs for one operand. So a slice of two
 // weight tiles is unpacked into the first level, where all rows of x meet it; sums wait in memory.
+#include "cpu/amx_tiles.h"
 #include "cpu/w4_vector_avx512.h"
 
 namespace shallow {
 namespace {
-
-constexpr int64_t kTile = kTileRows * kBlock;  // elements of one block of one tile or panel
-
-// Tile registers 0..3: sums of 2 panels x 2 tiles; 4, 5: a block of each panel; 6, 7: of each tile.
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-static_assert(sizeof(TileConfig) == 64, "as the processor reads it");
-
-// Two columns of weights, rounded to bfloat16 side by side. A tie goes away from zero.
-inline __m512i pair(__m512 even, __m512 odd) {
-    const __m512i half = _mm512_set1_epi32(0x8000);
-    const __m512i low = _mm512_add_epi32(_mm512_castps_si512(even), half);
-    const __m512i high = _mm512_add_epi32(_mm512_castps_si512(odd), half);
-    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high);
-}
 
 // Blocks begin..end-1 of one tile as (blocks, 16 column pairs, 16 rows, 2) bfloat16.
 template <Codes C, bool Split>
@@ -164,9 +147,7 @@ inline __m512i narrow_block(const void* from, ScaleType type, int64_t count) {
     }
     alignas(64) float values[kBlock];
     Avx512::widen(from, type, values, static_cast<int>(count));
-    const __m512bh both =
-        _mm512_cvtne2ps_pbh(_mm512_load_ps(values + 16), _mm512_load_ps(values));
-    return reinterpret_cast<const __m512i&>(both);
+    return in_order(_mm512_load_ps(values), _mm512_load_ps(values + 16));
 }
 
 void narrow(const Rows& x, const TileView& w, const BfloatInput& to, int64_t panel) {
