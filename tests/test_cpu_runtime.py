@@ -170,6 +170,36 @@ def test_long_contexts(tmp_path, case):
     assert runtime.new_cache(1, capacity=2300).nbytes == single[1].nbytes
 
 
+@pytest.mark.parametrize("cache_dtype", ["float16", "int8"])
+@pytest.mark.parametrize(
+    ("case", "settings"),
+    [
+        ("llama", {"head_dim": 64, "max_position_embeddings": 500}),
+        ("mistral", {"head_dim": 32, "sliding_window": 150, "max_position_embeddings": 500}),
+        ("gemma2", {"head_dim": 96, "sliding_window": 37, "max_position_embeddings": 500}),
+        ("phi2", {"head_dim": 80, "max_position_embeddings": 500}),
+    ],
+)
+def test_many_queries(tmp_path, case, settings, cache_dtype):
+    """Attention of many rows, which may be rounded as well; weights are not, so it stands out."""
+    seed = secrets.randbits(32)
+    print(f"seed {seed}")
+    tiny.write(case, tmp_path, seed, **settings)
+    checkpoint = open_checkpoint(tmp_path)
+    reference = ReferenceRuntime.load(checkpoint, checkpoint.config)
+    runtime = load(checkpoint, mode="int8", cache_dtype=cache_dtype)
+    ids = torch.randint(3, tiny.VOCAB, (2, 450))
+    ids[1, :90] = -1
+    caches = [each.new_cache(2) for each in (reference, runtime)]
+    for piece in ids.split([101, 33, 1, 256, 59], dim=1):
+        expected, got = (
+            each.forward(piece, cache, logits="all")[piece >= 0]
+            for each, cache in zip((reference, runtime), caches, strict=True)
+        )
+        bound = {"float16": 2e-2, "int8": 4e-2}[cache_dtype]
+        assert_close(f"{piece.shape[1]} tokens", expected, got, bound)
+
+
 def test_a_batch_of_32(llama):
     checkpoint, reference, _ = llama
     runtime, ids = load(checkpoint, **EXACT), torch.randint(3, tiny.VOCAB, (32, 24))
