@@ -48,13 +48,13 @@ private:
         std::int64_t grain = set_->size() < kManyRows ? layer.down_input.grain() : 0;
         if (grain * planned_ * 4 > r.ffn) grain = 0;  // too uneven
         const auto widen = [&] {
-            multiply(layer.up, up_input, hidden_forms(), shared_.up, r.up_width(), Part::up,
+            multiply(layer.up, up_input, hidden_forms(), shared_.up, r.up_stride(), Part::up,
                      std::max<std::int64_t>(grain / kTileRows, 1),
                      [&](std::int64_t begin, std::int64_t end) {
                          activate(begin, end);
                          if (grain)
                              layer.down_input.write_columns(
-                                 shared_.up_forms, set_->size(), 0, shared_.up, r.up_width(),
+                                 shared_.up_forms, set_->size(), 0, shared_.up, r.up_stride(),
                                  set_->size(), begin * kTileRows,
                                  std::min(end * kTileRows, r.ffn));
                          mark(Part::gate);
@@ -85,7 +85,7 @@ private:
     }
 
     void round_up(const Input& input) {
-        const std::int64_t width = rules_.up_width();
+        const std::int64_t width = rules_.up_stride();
         each_share([&](std::int64_t i, std::int64_t count) {
             input.write(shared_.up_forms, set_->size(), i, shared_.up + i * width, width, count,
                         mine_.spare);
@@ -307,7 +307,7 @@ private:
     void activate(std::int64_t begin, std::int64_t end) {
         mark(Part::up);
         columns(begin, end, rules_.ffn, [&](std::int64_t i, std::int64_t at, std::int64_t n) {
-            float* const up = shared_.up + i * rules_.up_width() + at;
+            float* const up = shared_.up + i * rules_.up_stride() + at;
             rows_.activate(rules_.activation, rules_.gated ? up + rules_.ffn : nullptr, up, n);
         });
     }

@@ -28,6 +28,8 @@ struct Rules {
     std::int64_t query_width() const { return heads * head_dim; }
     std::int64_t key_width() const { return kv_heads * head_dim; }
     std::int64_t up_width() const { return gated ? 2 * ffn : ffn; }
+    // An odd number of cache lines: rows a power of two apart would share few cache sets.
+    std::int64_t up_stride() const { return (up_width() + 15) / 16 * 16 | 16; }
     std::int64_t qkv_width() const { return query_width() + 2 * key_width(); }
 };
 

@@ -79,7 +79,7 @@ Buffers::Buffers(const Model& model, const Chunk& chunk, int threads, std::uint8
     attended = cutter.cut<float>(m * r.query_width());
     y = cutter.cut<float>(m * r.hidden);
     y2 = cutter.cut<float>(r.parallel ? m * r.hidden : 0);
-    up = cutter.cut<float>(m * r.up_width());
+    up = cutter.cut<float>(m * r.up_stride());
     mixed = cutter.cut<float>(spans * r.query_width());
     peaks = cutter.cut<float>(spans * r.heads);
     totals = cutter.cut<float>(spans * r.heads);

@@ -24,7 +24,7 @@ struct Buffers {
     float *x;                        // (rows, hidden): the residual stream
     float *qkv, *attended;           // (rows, qkv_width), (rows, query_width)
     float *y, *y2;                   // (rows, hidden): what is to be added to x
-    float* up;                       // (rows, up_width): the gate lies behind
+    float* up;                       // (rows, up_stride): the gate lies behind
     float *mixed, *peaks, *totals;   // of spans: (rows, kMaxSpans, query_width), (..., heads)
     std::uint8_t *hidden_forms, *attended_forms, *up_forms;
     std::int64_t bytes;

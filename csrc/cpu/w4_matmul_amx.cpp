@@ -66,24 +66,32 @@ const std::uint16_t* bfloats(const TileView& w, int64_t tile, int64_t begin, int
 
 using Sums = float[2][2][kPanelRows * kTileRows];  // 2 panels x 2 tiles x (16 of x, 16 of W)
 
-// Adds the products of `blocks` blocks of two panels and two tiles.
+// Where a tile of sums is to lie.
+struct Target {
+    float* data;
+    int64_t stride;  // bytes between rows
+};
+
+// `before`, if any, and the products of `blocks` blocks of two panels and two tiles.
 void multiply(const std::uint16_t* const (&x)[2], const std::uint16_t* const (&w)[2],
-              int64_t blocks, bool fresh, Sums& sums) {
+              int64_t blocks, const Sums* before, const Target (&to)[2][2]) {
     for (int i = 0; i < 2; ++i) {
         sanitizer_reads(x[i], blocks * kTile * sizeof *x[i]);
         sanitizer_reads(w[i], blocks * kTile * sizeof *w[i]);
+        for (const Target& target : to[i])
+            for (int row = 0; row < kPanelRows; ++row)
+                sanitizer_writes(target.data + row * target.stride / 4, 64);
     }
-    sanitizer_writes(sums, sizeof sums);
-    if (fresh) {
+    if (before) {
+        _tile_loadd(0, (*before)[0][0], 64);
+        _tile_loadd(1, (*before)[0][1], 64);
+        _tile_loadd(2, (*before)[1][0], 64);
+        _tile_loadd(3, (*before)[1][1], 64);
+    } else {
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
-    } else {
-        _tile_loadd(0, sums[0][0], 64);
-        _tile_loadd(1, sums[0][1], 64);
-        _tile_loadd(2, sums[1][0], 64);
-        _tile_loadd(3, sums[1][1], 64);
     }
     for (int64_t at = 0; at < blocks * kTile; at += kTile) {
         _tile_stream_loadd(4, x[0] + at, 64);
@@ -95,21 +103,39 @@ void multiply(const std::uint16_t* const (&x)[2], const std::uint16_t* const (&w
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, sums[0][0], 64);
-    _tile_stored(1, sums[0][1], 64);
-    _tile_stored(2, sums[1][0], 64);
-    _tile_stored(3, sums[1][1], 64);
+    _tile_stored(0, to[0][0].data, to[0][0].stride);
+    _tile_stored(1, to[0][1].data, to[0][1].stride);
+    _tile_stored(2, to[1][0].data, to[1][0].stride);
+    _tile_stored(3, to[1][1].data, to[1][1].stride);
 }
 
-void write_sums(const Sums& sums, int64_t panel, int64_t tile, int64_t m, int64_t tiles,
-                const TileView& w, const Output& y) {
-    for (int64_t p = 0; p < 2 && (panel + p) * kPanelRows < m; ++p)
-        for (int64_t t = 0; t < 2 && tile + t < tiles; ++t) {
-            const int64_t left = m - (panel + p) * kPanelRows;
-            write<Avx512>(sums[p][t], static_cast<int>(left < kPanelRows ? left : kPanelRows), y,
-                          {tile + t, panel + p, 0, (tile + t) * kTileRows, w.n});
-        }
-}
+// Two panels and two tiles of y, of which some may lie outside or need more than a store.
+struct Corner {
+    const TileView& w;
+    const Output& y;
+    int64_t panel, tile, m, tiles;
+
+    // Sums of whole tiles go to y at once: its lines are fetched while the tiles are multiplied.
+    Target target(int p, int t, Sums& spare) const {
+        const int64_t row = (panel + p) * kPanelRows, column = (tile + t) * kTileRows;
+        if (!whole(p, t)) return {spare[p][t], 64};
+        float* const data = static_cast<float*>(y.data) + row * y.stride + column;
+        for (int i = 0; i < kPanelRows; ++i) __builtin_prefetch(data + i * y.stride, 1);
+        return {data, y.stride * 4};
+    }
+    void finish(int p, int t, const Sums& spare) const {
+        const int64_t left = m - (panel + p) * kPanelRows;
+        if (whole(p, t) || left <= 0 || tile + t >= tiles) return;
+        write<Avx512>(spare[p][t], static_cast<int>(left < kPanelRows ? left : kPanelRows), y,
+                      {tile + t, panel + p, 0, (tile + t) * kTileRows, w.n});
+    }
+
+private:
+    bool whole(int p, int t) const {
+        return y.type == ScaleType::float32 && !y.bias && (panel + p + 1) * kPanelRows <= m &&
+               tile + t < tiles && (tile + t + 1) * kTileRows <= w.n;
+    }
+};
 
 void bfloat_tiles(const TileView& w, const BfloatInput& x, const Output& y, int64_t begin,
                   int64_t end, uint8_t* scratch) {
@@ -119,9 +145,11 @@ void bfloat_tiles(const TileView& w, const BfloatInput& x, const Output& y, int6
     auto* const sums = reinterpret_cast<Sums*>(scratch + 2 * kSliceBlocks * kTile * 2);
     const int64_t panels = (x.m + kPanelRows - 1) / kPanelRows;
     const int64_t slices = (w.blocks + kSliceBlocks - 1) / kSliceBlocks;
+    alignas(64) Sums spare;
 
     for (int64_t i = 0; i < slices; ++i) {
         const int64_t from = w.blocks * i / slices, to = w.blocks * (i + 1) / slices;
+        const bool last = i + 1 == slices;
         Sums* sum = sums;
         for (int64_t tile = begin; tile < end; tile += 2) {
             const std::uint16_t* const first = bfloats(w, tile, from, to, slice);
@@ -130,9 +158,16 @@ void bfloat_tiles(const TileView& w, const BfloatInput& x, const Output& y, int6
                                : first;
             for (int64_t panel = 0; panel < panels; panel += 2, ++sum) {
                 const std::uint16_t* const rows = x.values + panel * x.stride + from * kTile;
+                const Corner corner{w, y, panel, tile, x.m, end};
+                Target targets[2][2];
+                for (int p = 0; p < 2; ++p)
+                    for (int t = 0; t < 2; ++t)
+                        targets[p][t] = last ? corner.target(p, t, spare) : Target{(*sum)[p][t], 64};
                 multiply({rows, panel + 1 < panels ? rows + x.stride : rows}, {first, second},
-                         to - from, i == 0, *sum);
-                if (i + 1 == slices) write_sums(*sum, panel, tile, x.m, end, w, y);
+                         to - from, i ? sum : nullptr, targets);
+                if (last)
+                    for (int p = 0; p < 2; ++p)
+                        for (int t = 0; t < 2; ++t) corner.finish(p, t, spare);
             }
         }
     }
