@@ -30,6 +30,12 @@ struct TileProduct {
         const std::uint16_t* left = a + row * a_stride;
         const std::uint16_t* right = b + column * room * kTile;
         const int64_t a_bytes = a_stride * 2, c_bytes = c_stride * 4;
+        for (int64_t r = 0; r < 32; ++r) {
+            sanitizer_reads(left + r * a_stride, steps * 32 * sizeof *left);
+            sanitizer_writes(sums + r * c_stride, 32 * sizeof *sums);
+        }
+        for (const int64_t tile : {int64_t{0}, room})
+            sanitizer_reads(right + tile * kTile, steps * kTile * sizeof *right);
         if (fresh) {
             _tile_zero(0);
             _tile_zero(1);
