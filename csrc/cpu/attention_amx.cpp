@@ -99,13 +99,12 @@ void attend_tiles(const KvShape& shape, const Span& span, const Queries& queries
                   const Attended& to, float* scratch) {
     const int64_t rows = queries.count * queries.heads, padded = (rows + 31) / 32 * 32;
     const int64_t width = shape.width, depth = width / 32;
-    float* const scores = scratch;                  // (padded, kPage)
-    float* const sums = scores + padded * kPage;    // (padded, width)
-    auto* const narrow = reinterpret_cast<std::uint16_t*>(sums + padded * width);
-    auto* const asked = narrow;                     // (padded, width)
-    auto* const shares = asked + padded * width;    // (padded, kPage)
-    auto* const keys = shares + padded * kPage;     // a page
-    auto* const values = keys + kPage * width;      // a page
+    float* const scores = scratch;                // (padded, kPage)
+    float* const sums = scores + padded * kPage;  // (padded, width)
+    auto* const asked = reinterpret_cast<std::uint16_t*>(sums + padded * width);  // the same
+    auto* const shares = asked + padded * width;  // (padded, kPage)
+    auto* const keys = shares + padded * kPage;   // a page
+    auto* const values = keys + kPage * width;    // a page
     auto* const softmax = reinterpret_cast<Softmax*>(values + kPage * width);
 
     std::fill(sums, sums + padded * width, 0.0f);
