@@ -322,8 +322,8 @@ def watch():
 watcher = threading.Thread(target=watch)
 watcher.start()
 runtime = CpuRuntime.load(checkpoint, checkpoint.config, 2)
-cache = runtime.new_cache(1, 64)
-runtime.forward(torch.arange(48)[None], cache)
+cache = runtime.new_cache(1, TOKENS)
+runtime.forward(torch.arange(TOKENS)[None] % 8, cache)
 done.set()
 watcher.join()
 print(peak[0] - before, runtime.weight_bytes + cache.nbytes)
@@ -350,7 +350,32 @@ def test_loading_takes_64_mb_beside_the_weights(tmp_path):
         tensors["token_embd.weight"] = (blocks, gguf.GGMLQuantizationType.Q8_0)
 
     write_tiny(tmp_path / "large.gguf", enlarge)
-    code = f"PATH = {str(tmp_path / 'large.gguf')!r}\n{_LOADING}"
+    hold_to_64_mb(tmp_path / "large.gguf", tokens=48)
+
+
+def test_a_long_prompt_takes_64_mb_beside_the_weights(tmp_path):
+    """512 rows of gate and up would take 134 MB."""
+    hidden, ffn = 256, 32768
+
+    def widen(fields, tensors):
+        fields["llama.context_length"] = 2048
+        fields["llama.embedding_length"], fields["llama.feed_forward_length"] = hidden, ffn
+        for name, rows in (("q", hidden), ("k", hidden // 2), ("v", hidden // 2)):
+            tensors[f"blk.0.attn_{name}.weight"] = np.zeros((rows, hidden), np.float16)
+        tensors["blk.0.attn_output.weight"] = np.zeros((hidden, hidden), np.float16)
+        tensors["token_embd.weight"] = np.ones((8, hidden), np.float16)
+        for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+            tensors[f"{name}.weight"] = np.ones(hidden, np.float32)
+        for name, n, k in (("gate", ffn, hidden), ("up", ffn, hidden), ("down", hidden, ffn)):
+            blocks = np.zeros((n, k // 32 * 18), np.uint8)
+            tensors[f"blk.0.ffn_{name}.weight"] = (blocks, gguf.GGMLQuantizationType.Q4_0)
+
+    write_tiny(tmp_path / "wide.gguf", widen)
+    hold_to_64_mb(tmp_path / "wide.gguf", tokens=1024)
+
+
+def hold_to_64_mb(path, tokens: int) -> None:
+    code = f"PATH, TOKENS = {str(path)!r}, {tokens}\n{_LOADING}"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
     private, held = map(int, done.stdout.split())
     print(f"{private / 1e6:.0f} MB, of which weights and cache {held / 1e6:.0f} MB")

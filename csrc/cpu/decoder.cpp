@@ -9,7 +9,15 @@
 namespace shallow {
 namespace {
 
-constexpr std::size_t kChunkRows = 512;  // tokens that run through the layers together
+// Tokens that run through the layers together: the more, the less it costs to unpack weights, but
+// those of a wide model are not to take more than kChunkBytes.
+std::size_t chunk_rows(const Rules& r) {
+    constexpr std::int64_t kChunkRows = 512, kLeastRows = 64, kChunkBytes = 40 << 20;
+    const std::int64_t floats = 3 * r.hidden + r.qkv_width() + r.query_width() + r.up_stride() +
+                                r.hidden + r.query_width() + r.ffn;  // the last as inputs
+    const std::int64_t fitting = kChunkBytes / (4 * floats) / kPanelRows * kPanelRows;
+    return static_cast<std::size_t>(std::clamp(fitting, kLeastRows, kChunkRows));
+}
 
 std::string found(std::int64_t expected, std::int64_t got) {
     return ": expected " + std::to_string(expected) + ", found " + std::to_string(got);
@@ -149,10 +157,11 @@ std::int64_t Decoder::forward(Call& call, const std::function<void()>& pause) {
         for (std::int64_t s = 0; s < total; ++s)
             if (!call.chosen || call.chosen[b * total + s]) call.cache->reserve(b, s, position);
     }
+    const std::size_t many = chunk_rows(model_.rules);
     std::int64_t written = 0;
-    for (std::size_t begin = 0; begin < rows_.size(); begin += kChunkRows) {
+    for (std::size_t begin = 0; begin < rows_.size(); begin += many) {
         if (begin) pause();
-        const std::size_t end = std::min(begin + kChunkRows, rows_.size());
+        const std::size_t end = std::min(begin + many, rows_.size());
         run_chunk(call, begin, end, written);
         written += chunk_.sets[chunk_.wanted].size();
     }
