@@ -19,7 +19,8 @@ test-slow: .venv/test
 # First come bugs that it must report, then the tests; PYTEST_ARGS chooses among these.
 sanitize-address: export ASAN_OPTIONS := detect_leaks=0:$(ASAN_OPTIONS)
 sanitize-address: RUNTIME := libasan.so
-sanitize-thread: export TSAN_OPTIONS := ignore_noninstrumented_modules=1:$(TSAN_OPTIONS)
+sanitize-thread: export TSAN_OPTIONS := \
+    ignore_noninstrumented_modules=1:die_after_fork=0:$(TSAN_OPTIONS)
 sanitize-thread: RUNTIME := libtsan.so
 PRELOADED = $(shell $(CXX) -print-file-name=$(RUNTIME)) $(shell $(CXX) -print-file-name=libstdc++.so)
 SANITIZED = LD_PRELOAD="$(PRELOADED)" $(BIN)/python -P -m pytest --capture=sys \
@@ -29,7 +30,8 @@ sanitize-address sanitize-thread: .venv/test
 	    --build-base build/$@ --build-lib build/$@/lib
 	$(SANITIZED) tests/sanitizer_check.py
 	$(SANITIZED) tests/test_angular.py \
-	    $(wildcard tests/test_w4_cpu*.py tests/test_cpu_runtime*.py) $(PYTEST_ARGS)
+	    $(wildcard tests/test_w4_cpu*.py tests/test_cpu_runtime*.py tests/test_cpu_greedy*.py) \
+	    $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m slow tests/test_threads.py
 
 lint: $(BIN)/ruff
