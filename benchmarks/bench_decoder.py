@@ -117,12 +117,13 @@ def test_two_threads(model):
     )
 
 
-@pytest.mark.parametrize("isa", [isa for isa in ("avx512", "amx") if isa in isas()])
+@pytest.mark.parametrize("isa", [isa for isa in isas() if isa in (isas()[0], "avx512")])
 def test_a_batch_of_8(isa):
-    """By VNNI, for which the bound was set; and with the tile registers that double the prefill."""
-    checkpoint, threads = open_checkpoint(locate("smollm2-135m")), torch.get_num_threads()
-    runtime = CpuRuntime.load(checkpoint, checkpoint.config, threads, isa=isa)
-    model = Model(locate("smollm2-135m"), runtime)
+    """By the best instruction set; and by VNNI, for which the bound was set, without the tile
+    registers that double the prefill."""
+    path = locate("smollm2-135m")
+    checkpoint = open_checkpoint(path)
+    model = Model(path, CpuRuntime.load(checkpoint, checkpoint.config, isa=isa))
     ids = torch.randint(model.config.vocab_size, (1, 512))
     cache = model.runtime.new_cache(1, 512)
 

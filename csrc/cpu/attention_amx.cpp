@@ -7,7 +7,7 @@
 namespace shallow {
 namespace {
 
-constexpr int64_t kLeastRows = 32;
+constexpr int64_t kLeastRows = 32;      // worth the widening of a page
 constexpr int64_t kSteps = kPage / 32;  // tiles along a page's positions
 
 // c (rows, 16 * columns) = or += a (rows, 32 * steps) @ b; rows by 32, columns by 2. b: (columns,

@@ -343,11 +343,11 @@ private:
         multiply(product, input, forms, y, stride, part, 1, [](std::int64_t, std::int64_t) {});
     }
 
-    // call(first, count) for this thread's share of the set's rows: every so manieth one, or panel.
+    // call(first, count) for this thread's share of the set's rows, one or a panel at a time. They
+    // lie together, since the keys of neighbouring positions share cache lines.
     template <class Call>
     void each_share(const Call& call) const {
         const std::int64_t m = set_->size(), unit = m < kManyRows ? 1 : kPanelRows;
-        // Neighbouring positions' keys share cache lines: a thread takes rows that lie together.
         const std::int64_t units = w4::ceil_div(m, unit);
         const std::int64_t end = std::min(m, units * (thread_ + 1) / threads_ * unit);
         for (std::int64_t i = units * thread_ / threads_ * unit; i < end; i += unit)

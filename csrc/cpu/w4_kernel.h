@@ -277,7 +277,7 @@ void plain_rows(const TileView& w, const FloatInput& x, const Output& y, const P
     for (auto& part : total)
         for (F& sum : part) sum = V::set(0.0f);
     for (int64_t k = 0; k < w.blocks * kBlock; k += 2) {
-        if constexpr (R <= 4) __builtin_prefetch(weights + kAheadOfLong);
+        if constexpr (R <= 4) __builtin_prefetch(weights + kAheadOfLong, 0, 2);
         for (int p = 0; p < kParts<V>; ++p) {
             F even, odd;
             if constexpr (C == Codes::bfloat16) {
