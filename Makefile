@@ -28,11 +28,11 @@ SANITIZED = LD_PRELOAD="$(PRELOADED)" $(BIN)/python -P -m pytest --capture=sys \
 sanitize-address sanitize-thread: .venv/test
 	SHALLOW_SANITIZE=$(@:sanitize-%=%) $(BIN)/python setup.py -q build \
 	    --build-base build/$@ --build-lib build/$@/lib
-	$(SANITIZED) tests/sanitizer_check.py
-	$(SANITIZED) tests/test_angular.py \
-	    $(wildcard tests/test_w4_cpu*.py tests/test_cpu_runtime*.py tests/test_cpu_greedy*.py) \
+	$(SANITIZED) tests/cpu/sanitizer_check.py
+	$(SANITIZED) tests/cpu/test_angular.py \
+	    $(wildcard tests/cpu/test_w4_cpu*.py tests/cpu/test_cpu_*.py) \
 	    $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -m slow tests/test_threads.py
+	$(BIN)/python -m pytest -m slow tests/cpu/test_threads.py
 
 lint: $(BIN)/ruff
 	$(BIN)/ruff check .

@@ -14,8 +14,10 @@ from setuptools.command.sdist import sdist
 from setuptools.modified import newer_group
 
 # engine/kernels is a link to ../kernels. A top-level `kernels` would hide Hugging Face's package.
-PACKAGES = """engine engine.checkpoint engine.export engine.peers engine.runtime engine.text
-engine.kernels engine.kernels.angular engine.kernels.w4""".split()
+PACKAGES = [
+    *(str(path.parent).replace("/", ".") for path in sorted(Path("engine").rglob("__init__.py"))),
+    *("engine.kernels", "engine.kernels.angular", "engine.kernels.w4"),
+]
 
 X86 = platform.machine() in ("x86_64", "AMD64")
 AVX2 = "-mavx2 -mfma -mf16c".split()

@@ -18,16 +18,16 @@ from cases import MODELS
 from ceiling import shares, times_ns
 from torch import Tensor
 
-from engine.backend import load
-from engine.cache import KVCache
+from engine.api import load
 from engine.checkpoint import open_checkpoint
 from engine.checkpoint.locate import locate
 from engine.errors import InputError
 from engine.kernels import dispatch, native
 from engine.kernels.angular import reference
 from engine.kernels.angular.accumulate import AngularAccumulator
-from engine.measure import describe, measure
-from engine.stream import pad_batches
+from engine.pruning.profile import describe, measure
+from engine.reference.cache import KVCache
+from engine.reference.stream import pad_batches
 
 BATCH = 256
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -16,13 +16,13 @@ import pytest
 import torch
 from ceiling import times_ns
 
-from engine.backend import Model, load
+from engine.api import Model, load
 from engine.checkpoint import open_checkpoint
 from engine.checkpoint.locate import locate
 from engine.kernels import native
 from engine.kernels.w4.cpu import isas
-from engine.packing import pack
-from engine.recipe import Recipe
+from engine.quantize.packing import pack
+from engine.quantize.recipe import Recipe
 from engine.runtime.cpu import CpuRuntime
 
 ROUNDS = 20
@@ -31,7 +31,7 @@ OPEN = """
 import sys, time
 import gguf, jinja2, safetensors, tokenizers, torch
 import engine.generation, engine.runtime.cpu, engine.text
-from engine.backend import load
+from engine.api import load
 start = time.perf_counter()
 model = load(sys.argv[1])
 ids = model.text.encode("The old man looked at the sea and thought of all the fish")[:16]

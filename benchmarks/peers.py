@@ -27,18 +27,18 @@ from pathlib import Path
 import torch
 from peers_table import write
 
-from engine import machine
-from engine.backend import Model, load
-from engine.benchmark import LEAST_AGREEMENT, agreement
+from engine.api import Model, load
+from engine.benchmark import machine
+from engine.benchmark.peers.known import KNOWN, chosen
+from engine.benchmark.peers.process import Peer, PeerMissing, work_of
+from engine.benchmark.speed import LEAST_AGREEMENT, agreement
+from engine.benchmark.tables import setting_name
 from engine.checkpoint.locate import locate
-from engine.command import refuse
+from engine.commands.common import refuse
 from engine.errors import InputError
 from engine.evaluate import evaluate
 from engine.generation import Options, Timings, generate
 from engine.kernels import native
-from engine.peers.known import KNOWN, chosen
-from engine.peers.process import Peer, PeerMissing, work_of
-from engine.tables import setting_name
 from engine.text import heldout_text
 
 WORKLOADS = {"decode": (16, 128), "prefill": (512, 2), "context": (1024, 32)}  # prompt, new tokens

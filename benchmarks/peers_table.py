@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from engine import machine
+from engine.benchmark import machine
 
 HEAD = """# Ours beside the peers, on a CPU
 

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import torch
 
-from engine import plan as rules
-from engine.backend import load
+from engine.api import load
+from engine.architecture.layers import format_layers
 from engine.checkpoint import open_checkpoint
 from engine.evaluate import evaluate
-from engine.layers import format_layers
-from engine.measure import describe, measure, merge
+from engine.pruning import plan as rules
+from engine.pruning.profile import describe, measure, merge
+from engine.pruning.score import PrefixScorer
 from engine.runtime.reference import ReferenceRuntime
-from engine.samples import read_samples
-from engine.score import PrefixScorer
 from engine.text import heldout_text, read_text_file
+from engine.text.samples import read_samples
 
 COUNTS = (3, 5, 8)
 RESULT = Path(__file__).parent / "results" / "plans.md"

@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 
-from engine.backend import load
+from engine.api import load
+from engine.benchmark.machine import device_name
 from engine.checkpoint import open_checkpoint
 from engine.checkpoint.locate import locate
+from engine.commands.quantize import LENGTH, SAMPLES
 from engine.evaluate import evaluate
-from engine.machine import device_name
-from engine.packing import pack
-from engine.quantize_command import LENGTH, SAMPLES
-from engine.recipe import Recipe
-from engine.samples import read_samples
+from engine.quantize.packing import pack
+from engine.quantize.recipe import Recipe
 from engine.text import heldout_text, load_text
+from engine.text.samples import read_samples
 
 RESULT = Path(__file__).parent / "results" / "quality.md"
 METHODS: dict[str, dict[str, Any]] = {

@@ -11,15 +11,15 @@ Nothing heavy is imported before the first call.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.backend import Model
+    from engine.api import Model
 
 __version__ = "0.1.0"
 __all__ = ["generate", "load"]
 
 
 def load(ref: str = "smollm2-135m", **options: Any) -> "Model":
-    """Opens a model; see `engine.backend.load` for the options (drop, keep, backend, dtype ...)."""
-    from engine.backend import load as open_model
+    """Opens a model; see `engine.api.load` for the options (drop, keep, backend, dtype ...)."""
+    from engine.api import load as open_model
 
     return open_model(ref, **options)
 

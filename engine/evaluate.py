@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import torch
 
+from engine.architecture.layers import format_layers
 from engine.artifacts import Artifact
 from engine.errors import InputError
-from engine.layers import format_layers
 
 LOGITS_BYTES = 256 * 2**20  # of one call of the runtime; bounds memory whatever the vocabulary
 ROWS = 64  # positions whose softmax is taken at once; its temporaries are a few (ROWS, V)

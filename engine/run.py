@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from engine.command import (
+from engine.benchmark.peers.known import chosen
+from engine.commands.common import (
     DEFAULT_MODEL,
     Backend,
     Drop,
@@ -24,7 +25,6 @@ from engine.command import (
     planned,
 )
 from engine.errors import InputError
-from engine.peers.known import chosen
 
 PROMPT = "Explain in a few sentences why the sky is blue and why sunsets are red."
 
@@ -102,8 +102,8 @@ def run(
     if sum(given is not None for given in (prompt, prompt_file, prompt_tokens)) > 1:
         raise InputError("--prompt, --prompt-file and --prompt-tokens exclude each other")
 
-    from engine.benchmark import benchmark
-    from engine.tables import report
+    from engine.benchmark.speed import benchmark
+    from engine.benchmark.tables import report
     from engine.text import read_text_file
 
     options = as_options(
@@ -144,7 +144,7 @@ def run(
         )
     print("\n")
     if breakdown:
-        from engine.breakdown import breakdown as by_part
+        from engine.benchmark.breakdown import breakdown as by_part
 
         record = replace(record, breakdown=tuple(by_part(opened, given, options, batch)))
     report(record, json_file)
@@ -175,8 +175,8 @@ def opened_peers(asked: dict[str, str | None], model, prompt: Any, options, batc
     if not asked:
         yield []
         return
+    from engine.benchmark.peers.process import PeerMissing, fastest, work_of
     from engine.generation import encode_prompt
-    from engine.peers.process import PeerMissing, fastest, work_of
 
     if options.temperature or options.repetition_penalty != 1:
         raise InputError("--compare needs greedy decoding: leave the sampling options out")

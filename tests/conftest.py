@@ -90,8 +90,8 @@ def default_model() -> Path:
 
 @pytest.fixture
 def source(tmp_path, rng):
-    """A function that writes the tiny model of a case (tests/tiny.py) anew and opens it."""
-    import tiny
+    """A function that writes the tiny model of a case (tests/support/tiny.py) anew and opens it."""
+    from support import tiny
 
     from engine.checkpoint import open_checkpoint
 

@@ -9,8 +9,8 @@ from engine.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    from engine.architecture.config import ModelConfig
     from engine.checkpoint.gguf_blocks import GgufBlocks
-    from engine.config import ModelConfig
     from engine.kernels.w4.format import Packed
 
 

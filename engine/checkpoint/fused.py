@@ -4,10 +4,10 @@ from collections.abc import Iterable
 
 import torch
 
+from engine.architecture.config import ModelConfig
+from engine.architecture.families import FAMILIES, layer_tensors, part_names
 from engine.checkpoint import Checkpoint
-from engine.config import ModelConfig
 from engine.errors import InputError
-from engine.families import FAMILIES, layer_tensors, part_names
 from engine.kernels.w4.format import Packed, concatenate
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
+from engine.architecture.config import ModelConfig
+from engine.architecture.families import FAMILIES, role_shape
+from engine.architecture.hf_config import from_hf
 from engine.checkpoint import gguf_names as stored
 from engine.checkpoint.gguf_blocks import GgufBlocks, dequantise
 from engine.checkpoint.gguf_config import config_from_gguf, family_of
 from engine.checkpoint.gguf_file import GgufFile, GgufTensor
-from engine.config import ModelConfig
 from engine.errors import InputError
-from engine.families import FAMILIES, role_shape
-from engine.hf_config import from_hf
 
 _LAYER_TENSOR = re.compile(r"blk\.(\d{1,6})\.(\w+)\.(weight|bias)", re.ASCII)
 

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from engine.architecture.config import Rope
+from engine.architecture.families import FAMILIES
+from engine.architecture.rope import inverse_frequencies
 from engine.checkpoint.gguf_file import GgufFile, GgufTensor
 from engine.checkpoint.gguf_names import (
     ARCHITECTURES,
@@ -18,10 +21,7 @@ from engine.checkpoint.gguf_names import (
     LONGROPE_DIVISORS,
     ROPE_DIVISORS,
 )
-from engine.config import Rope
 from engine.errors import InputError
-from engine.families import FAMILIES
-from engine.rope import inverse_frequencies
 
 # Tokens that end a turn or a text: metadata names one or two, a chat model stops at any of them.
 _END_TOKENS = {

@@ -1,6 +1,7 @@
 """llama.cpp's tensor names, by role, and what its converter changes on the way from Hugging Face.
 
-Roles are those of `engine.families`, so every family's mapping follows from its own names.
+Roles are those of `engine.architecture.families`, so every family's mapping follows from its own
+names.
 """
 
 # blk.<layer>.<name>.weight or .bias

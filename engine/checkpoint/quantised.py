@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from engine.architecture.families import FAMILIES
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.files import read_json
 from engine.checkpoint.fused import FusedCheckpoint
 from engine.checkpoint.methods import METHODS, Parts
 from engine.checkpoint.safetensors import SafetensorsCheckpoint
 from engine.errors import InputError
-from engine.families import FAMILIES
 from engine.kernels.w4.format import Packed
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from engine.architecture.hf_config import from_hf
 from engine.checkpoint.files import map_file, parse_json, read_json, view
 from engine.errors import InputError
-from engine.hf_config import from_hf
 
 DTYPES = {
     "F64": torch.float64,

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from engine.architecture.config import ModelConfig
 from engine.artifacts import replacing
-from engine.config import ModelConfig
 from engine.errors import InputError
 from engine.text import load_text
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
+from engine.architecture.config import ModelConfig
+from engine.architecture.families import layer_tensors, outer_tensors
 from engine.artifacts import replacing
 from engine.checkpoint import Checkpoint
-from engine.config import ModelConfig
 from engine.errors import InputError
 from engine.export import directory
-from engine.families import layer_tensors, outer_tensors
 
 SHARD_BYTES = 5_000_000_000
 

@@ -14,9 +14,9 @@ import torch
 
 from engine.artifacts import replacing
 from engine.checkpoint.safetensors import SafetensorsFile
+from engine.checkpoint.weights import describe
 from engine.kernels.w4 import store
 from engine.kernels.w4.format import Packed
-from engine.weights import describe
 
 PLAN = "plan.json"
 _SOURCE = ".source"

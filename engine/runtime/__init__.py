@@ -19,7 +19,7 @@ from typing import Protocol
 
 import torch
 
-from engine.config import ModelConfig
+from engine.architecture.config import ModelConfig
 
 
 class Cache(Protocol):

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from engine.config import ModelConfig, Rope
-from engine.rope import inverse_frequencies
+from engine.architecture.config import ModelConfig, Rope
+from engine.architecture.rope import inverse_frequencies
 
 
 class Tables(NamedTuple):

@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.cache import Lengths
+from engine.architecture.config import ModelConfig
+from engine.architecture.families import FAMILIES, layer_tensors, outer_tensors, role_shape
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.gguf_blocks import GgufBlocks
-from engine.config import ModelConfig
 from engine.errors import InputError
-from engine.families import FAMILIES, layer_tensors, outer_tensors, role_shape
 from engine.kernels import native
 from engine.kernels.w4.cpu import CpuWeight, isas
 from engine.kernels.w4.format import rows_of
 from engine.kernels.w4.from_gguf import from_blocks
-from engine.model import check_call, mask_slots
+from engine.reference.cache import Lengths
+from engine.reference.decoder import check_call, mask_slots
 from engine.runtime.angles import Angles, Tables
 from engine.sample import NOT_FINITE
 

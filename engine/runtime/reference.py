@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from engine.cache import KVCache
+from engine.architecture.config import ModelConfig
 from engine.checkpoint import Checkpoint
-from engine.config import ModelConfig
-from engine.model import Decoder, Tap
-from engine.weights import Weights, load_layer, load_outer
+from engine.checkpoint.weights import Weights, load_layer, load_outer
+from engine.reference.cache import KVCache
+from engine.reference.decoder import Decoder, Tap
 
 
 class ReferenceRuntime:

@@ -1,7 +1,7 @@
 """Which kernel runs a matmul, and in what sizes: a pure function over a shipped table.
 
 The sizes are reasoned, not measured, until benchmarks/gpu.sh has run: registers, shared memory and
-instructions are those of the compiled kernels (tests/test_w4_triton.py), bandwidths an H100's.
+instructions are those of the compiled kernels (tests/gpu/test_w4_triton.py), bandwidths an H100's.
 """
 
 from dataclasses import dataclass, replace

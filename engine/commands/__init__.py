@@ -1,0 +1,3 @@
+"""The commands: one file each, and what they share (`common`). Nothing imports them but the two
+programs, `engine.run` and `engine.cli`.
+"""

@@ -1,0 +1,138 @@
+"""`engine budget`: what dropping layers and bits saves, as a table and as JSON."""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from engine.commands import common
+from engine.errors import InputError
+
+if TYPE_CHECKING:
+    from engine.architecture.config import ModelConfig
+    from engine.pruning.budget import Budget
+
+_UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+# Section 1 of arXiv 2403.17887: 140 GB and 3e10 FLOPs a token become 17.5 GB and 1.5e10.
+_PAPER = {"before_gb": 140.0, "after_gb": 17.5, "before_flops": 3e10, "after_flops": 1.5e10}
+
+
+def budget(
+    model: Annotated[
+        str, typer.Argument(help="A model, a config.json, or a built-in: llama-2-70b, phi-2 ...")
+    ] = "llama-2-70b",
+    plan: common.PlanFile = None,
+    drop: common.Drop = None,
+    keep: common.Keep = None,
+    bits: Annotated[int, typer.Option(help="Of the layers' matrices: 4, 8 or 16.")] = 4,
+    group: Annotated[int, typer.Option(help="Weights that share a scale; 0: a row.")] = 64,
+    head: Annotated[int, typer.Option(help="Bits of the head: 4, 8 or 16.")] = 16,
+    minimum: Annotated[
+        bool, typer.Option("--minimum", help="Groups carry a minimum beside the scale.")
+    ] = False,
+    context: Annotated[int, typer.Option(help="Positions in the KV cache.")] = 4096,
+    bandwidth: Annotated[
+        float | None, typer.Option(metavar="GB/S", help="Of memory: the tok/s that it allows.")
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The paper's line for Llama-2-70B, and the honest one.")
+    ] = False,
+    json_file: common.JsonFile = None,
+) -> None:
+    """Parameters, bytes and FLOPs of a model, before and after; needs no weights."""
+    from engine.pruning.budget import Storage
+    from engine.pruning.budget import budget as compute
+
+    common.check_writable(json_file)
+    if paper:
+        model = "llama-2-70b"
+        drop, plan, keep = "39-78", None, None  # half of 80 layers, all but the last of the end
+    config = read_config(model)
+    storage = Storage(bits, group, head, 32 if minimum else 16)
+    kept = kept_config(config, plan, drop, keep)
+    found = compute(model, config, kept, storage, context)
+    show(found, bandwidth)
+    if paper:
+        show_paper(found)
+    if json_file is not None:
+        found.save(json_file)
+    print(json.dumps(found.to_json()))
+
+
+def kept_config(
+    config: "ModelConfig", plan: Path | None, drop: str | None, keep: str | None
+) -> "ModelConfig":
+    """The layers that a plan, --drop or --keep leave; a plan of another shape is refused."""
+    from engine.architecture.layers import kept_layers
+
+    if plan is None:
+        return config.keep(kept_layers(config.total_layers, drop, keep))
+    made = common.planned(plan, drop, keep)
+    if made.architecture != config.architecture_hash:
+        raise InputError(f"{plan}: made for {made.model}, whose layers have other shapes")
+    return config.keep(made.keep)
+
+
+def read_config(ref: str) -> "ModelConfig":
+    """A built-in shape, a config.json, or the config of a checkpoint; no weights are read."""
+    from engine.architecture.hf_config import from_hf
+    from engine.checkpoint import open_checkpoint
+    from engine.checkpoint.files import read_json
+    from engine.checkpoint.locate import locate
+    from engine.pruning.budget import built_in
+
+    found = built_in(ref)
+    if found is not None:
+        return found
+    path = Path(ref).expanduser()
+    if path.is_dir() and (path / "config.json").is_file():
+        path = path / "config.json"
+    if path.suffix == ".json":
+        return from_hf(read_json(path), str(path))
+    return open_checkpoint(locate(ref)).config
+
+
+def parse_bytes(size: str) -> int:
+    """ "8GB" or "7.5GiB" -> bytes."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([kmgt]i?b)", size.strip().lower())
+    if not match or match[2] not in _UNITS:
+        raise InputError(f"target-memory: expected a size like 8GB or 500MB, found {size!r}")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def show(found: "Budget", bandwidth: float | None) -> None:
+    """The itemised table; bytes in MB or GB (1e9)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from engine.report.tables import BUDGET_COLUMNS, budget_rows
+
+    table = Table(*BUDGET_COLUMNS, title=found.model)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for section in budget_rows(found, bandwidth):
+        for row in section:
+            table.add_row(*row)
+        table.add_section()
+    Console().print(table)
+
+
+def show_paper(found: "Budget") -> None:
+    """The paper's own arithmetic beside the itemised count."""
+    before, after = found.before, found.after
+    sixteen, four = 2 * 70e9 / 1e9, 2 * 70e9 / 4 / 2 / 1e9
+    rule = 2 * before["total_parameters"]
+    print(
+        f"The paper (arXiv 2403.17887): {_PAPER['before_gb']:g} GB -> {_PAPER['after_gb']:g} GB, "
+        f"{_PAPER['before_flops']:.1e} -> {_PAPER['after_flops']:.1e} FLOPs a token.\n"
+        f"Its bytes are 70e9 parameters at 16 bits, {sixteen:g} GB, and a quarter of the bits of "
+        f"half of them, {four:g} GB. Itemised: {before['total_weight_bytes'] / 1e9:.1f} GB -> "
+        f"{after['total_weight_bytes'] / 1e9:.1f} GB, since embedding and head do not shrink with "
+        f"the layers and groups carry scales.\n"
+        f"Its FLOPs halve, which is right; their absolute value is not: 2 x parameters gives "
+        f"{rule:.2e} a token before, {rule / _PAPER['before_flops']:.1f} times as many. "
+        f"With attention over {found.context:,} positions: {before['flops_per_token']:.2e} -> "
+        f"{after['flops_per_token']:.2e}."
+    )

@@ -1,0 +1,205 @@
+"""`engine profile`: from text to a profile, its tables and its report."""
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from engine.commands import common
+from engine.errors import InputError
+
+if TYPE_CHECKING:
+    from engine.artifacts import Artifact, Profile
+    from engine.pruning.profile import ProfilePart
+
+LENGTH = 256  # tokens a sample
+
+
+def profile(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="MODEL", help="Or files, with --show and --merge.")
+    ],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where it goes.")] = None,
+    text: common.TextSource = None,
+    length: Annotated[int, typer.Option(help="Tokens a sample.")] = LENGTH,
+    samples: Annotated[int | None, typer.Option(help="How many; all if not given.")] = None,
+    tokens: Annotated[str, typer.Option(help="'last' of each sample, or 'all'.")] = "last",
+    column: common.Column = "text",
+    split: Annotated[str, typer.Option(help="Of a hub source.")] = "train",
+    bos: Annotated[
+        bool | None, typer.Option("--bos/--no-bos", help="Default: as the tokenizer does.")
+    ] = None,
+    drop: common.Drop = None,
+    keep: common.Keep = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Hold one layer's weights at a time.")
+    ] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Only part I. A launcher's RANK is taken, and numbers the file: out.I-of-N.json.",
+        ),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Join the parts of a sharded run.")
+    ] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print a profile's tables.")] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="All figures and tables as one .html; with --show of evaluations, budgets too.",
+        ),
+    ] = None,
+    threads: common.Threads = None,
+) -> None:
+    """Measure how far every block of layers turns the residual stream (Gromov et al.)."""
+    common.check_writable(out)
+    common.check_writable(report, ".html")
+    if show:
+        if merge or out is not None:
+            raise InputError("profile: --show excludes --merge and --out")
+        found = read_all(paths, report is not None)
+    elif out is None:
+        raise InputError("profile: --out FILE says where the profile goes")
+    elif merge:
+        found = [join(paths, out)]
+    else:
+        if len(paths) != 1:
+            raise InputError(f"profile: expected one model, found {len(paths)}")
+        part_of = parse_shard(shard)
+        if shard is None and part_of[1] > 1:  # a launcher gives all its processes the same --out
+            out = out.with_name(f"{out.stem}.{part_of[0]}-of-{part_of[1]}{out.suffix}")
+        if report is not None and part_of[1] > 1:
+            raise InputError("profile: a part has no --report; give it to --merge")
+        sampling = {"count": samples, "column": column, "split": split, "bos": bos}
+        chosen = {"drop": drop, "keep": keep}
+        part = run(paths[0], out, part_of, text, length, tokens, stream, threads, sampling, chosen)
+        found = finish(part, out)
+    for artefact in found:
+        if artefact.kind == "profile":
+            show_profile(artefact)
+    if report is not None:
+        from engine.report.page import save
+
+        save(found, report)
+
+
+def read_all(paths: list[str], any_kind: bool) -> "list[Artifact]":
+    """Profiles, or with `any_kind` whatever a report can hold."""
+    from engine.artifacts import Profile
+    from engine.report.plot import read
+
+    return [read(Path(path)) if any_kind else Profile.load(Path(path)) for path in paths]
+
+
+def join(paths: list[str], out: Path) -> "Profile":
+    """The profile of all parts of a run, saved."""
+    from engine.pruning.profile import ProfilePart, merge
+
+    found = merge([ProfilePart.load(Path(path)) for path in paths])
+    found.save(out)
+    return found
+
+
+def run(
+    model: str,
+    out: Path,
+    shard: tuple[int, int],
+    text: str | None,
+    length: int,
+    tokens: str,
+    stream: bool,
+    threads: int | None,
+    sampling: dict[str, Any],
+    layers: dict[str, str | None],
+) -> "ProfilePart":
+    """Runs the model over its samples; a killed run is found again beside `out`."""
+    import shutil
+
+    import torch
+
+    from engine.api import load
+    from engine.architecture.layers import kept_layers
+    from engine.benchmark.machine import peak_rss_bytes
+    from engine.checkpoint import open_checkpoint
+    from engine.checkpoint.locate import locate
+    from engine.pruning.profile import describe, measure, measure_streamed
+    from engine.text import load_text
+    from engine.text.samples import read_samples
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    path = locate(model)
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.config.keep(kept_layers(checkpoint.config.total_layers, **layers))
+    taken, has_bos = read_samples(text, load_text(path), length, **sampling)
+    source = describe(model, checkpoint, config, taken, tokens, has_bos, shard)
+    with common.progress("layers" if stream else "samples") as progress:
+        if stream:
+            work = out.with_name(out.name + ".work")
+            work.mkdir(exist_ok=True)
+            part = measure_streamed(
+                checkpoint, config, taken, source, directory=work, progress=progress
+            )
+            shutil.rmtree(work)
+        else:
+            decoder = load(path, **layers, backend="reference").runtime.decoder
+            part = measure(decoder, taken, source, resume=_resume(out), progress=progress)
+    print(f"peak memory {peak_rss_bytes() / 1e6:,.0f} MB, {part.tokens_used:,} tokens")
+    return part
+
+
+def finish(part: "ProfilePart", out: Path) -> "list[Profile]":
+    """Saves a part, or the profile where it is the only one; what a resumed run needs goes."""
+    from engine.pruning.profile import merge
+
+    if part.source["shard"][1] > 1:
+        part.save(out)
+        print(f"{out}: a part; join all of them with `engine profile --merge PARTS --out FILE`")
+        found = []
+    else:
+        found = [merge([part])]
+        found[0].save(out)
+    _resume(out).unlink(missing_ok=True)
+    return found
+
+
+def _resume(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def parse_shard(shard: str | None) -> tuple[int, int]:
+    """ "2/8" -> (2, 8); by default what torchrun, accelerate or Slurm say, else (0, 1)."""
+    if shard is None:
+        for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+            if rank in os.environ and world in os.environ:
+                shard = f"{os.environ[rank]}/{os.environ[world]}"
+                break
+        else:
+            return 0, 1
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", shard)
+    if not match or int(match[1]) >= int(match[2]):
+        raise InputError(f"shard: expected I/N with I from 0 to N - 1, found {shard!r}")
+    return int(match[1]), int(match[2])
+
+
+def show_profile(found: "Profile") -> None:
+    """The best block of every size, and the table behind the heat map."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from engine.report.tables import BEST_COLUMNS, best_blocks
+
+    best = Table(*BEST_COLUMNS, title=found.model)
+    for row in best_blocks(found):
+        best.add_row(*row)
+    console = Console()
+    console.print(best)
+    console.print("shifted rescaled distance in percent; rows: layers dropped, columns: start")
+    for count in range(1, len(found.layers)):
+        cells = (f"{100 * value:3.0f}" for value in found.rescaled(count))
+        console.print(f"{count:3d} {' '.join(cells)}", soft_wrap=True, highlight=False)

@@ -1,0 +1,157 @@
+"""`engine quantize`: a model in 4 bits, as a directory that every backend opens."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from engine.commands import common
+from engine.errors import InputError
+
+if TYPE_CHECKING:
+    from engine.export.packed import Entry
+    from engine.quantize.recipe import Recipe
+
+SAMPLES = 128  # at most, where --samples does not say
+LENGTH = 512  # tokens a sample
+SCHEMES = {"nf4": "codebook", "hqq": "minimum"}  # where the method decides
+
+_CALIBRATION = "Calibration of gptq"
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="Directory, .gguf file or hub id.")],
+    out: Annotated[Path, typer.Argument(help="A new directory.")],
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="gptq, hqq, rtn, nf4; or keep, the bits that a quantised source has. Default: "
+            "gptq; keep for a quantised source where no other option asks for a change."
+        ),
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="4 or 8.  [default: 4]")] = None,
+    group: Annotated[
+        int | None,
+        typer.Option(help="Weights that share a scale: 16-128; 0 a row.  [default: 64]"),
+    ] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(help="symmetric, zero or minimum.  [default: symmetric; hqq: minimum]"),
+    ] = None,
+    scale_dtype: Annotated[
+        str | None, typer.Option(help="float16, bfloat16, float32.  [default: float16]")
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="minmax or mse, of rtn and gptq.  [default: minmax]")
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(help="Bits of the head: 4, 8, 16 or keep.  [default: 8]")
+    ] = None,
+    act_order: Annotated[
+        bool, typer.Option("--act-order", help="gptq: the largest inputs first.")
+    ] = False,
+    plan: common.PlanFile = None,
+    drop: common.Drop = None,
+    keep: common.Keep = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            rich_help_panel=_CALIBRATION,
+            help="Text file or directory, .jsonl, .parquet or hub:NAME; built-in prose if not "
+            "given.",
+        ),
+    ] = None,
+    column: Annotated[
+        str,
+        typer.Option(rich_help_panel=_CALIBRATION, help="Of a .jsonl, .parquet or hub source."),
+    ] = "text",
+    samples: Annotated[
+        int | None, typer.Option(rich_help_panel=_CALIBRATION, help=f"Default: up to {SAMPLES}.")
+    ] = None,
+    length: Annotated[
+        int, typer.Option(rich_help_panel=_CALIBRATION, help="Tokens a sample.")
+    ] = LENGTH,
+    threads: common.Threads = None,
+) -> None:
+    """Quantise a model a layer at a time; a killed run goes on where it was."""
+    asked = {"method": method, "bits": bits, "group": group, "scheme": scheme, "clip": clip}
+    asked |= {"scale_dtype": scale_dtype, "act_order": act_order or None, "head": head}
+    asked = {name: value for name, value in asked.items() if value is not None}
+
+    import torch
+
+    from engine.api import choose_layers
+    from engine.checkpoint import open_checkpoint
+    from engine.checkpoint.locate import locate
+    from engine.checkpoint.weights import is_quantised
+    from engine.quantize.packing import pack, plan_of
+    from engine.text import load_text
+    from engine.text.samples import read_samples
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    recipe = as_recipe(asked)  # refused before anything is downloaded
+    path = locate(model)
+    checkpoint = open_checkpoint(path)
+    given = None if plan is None else common.planned(plan, drop, keep)
+    config = choose_layers(checkpoint, drop if given is None else given, keep)
+    if not asked and is_quantised(checkpoint):
+        recipe = as_recipe({"method": "keep"})
+    tokens: list[list[int]] = []
+    if recipe.method == "gptq":
+        tokens, _ = read_samples(
+            text, load_text(path), length, count=samples, most=SAMPLES, column=column
+        )
+    with common.progress("files") as progress:
+        entries = pack(
+            checkpoint,
+            config,
+            out,
+            recipe,
+            tokens,
+            plan=plan_of(checkpoint, config, model, given),
+            progress=progress,
+        )
+    show(entries)
+    print(f"{out}: {len(config.layers)} of {config.total_layers} layers, {recipe.method}")
+
+
+def as_recipe(asked: dict[str, Any]) -> "Recipe":
+    """A Recipe from the options that are given; the others depend on the method."""
+    from engine.quantize.recipe import Recipe
+
+    asked = dict(asked)
+    if asked.get("method") == "keep":
+        extra = sorted(asked.keys() - {"method", "head"})
+        if extra:
+            raise InputError(f"{extra[0].replace('_', '-')}: says nothing with --method keep")
+        asked.setdefault("head", "keep")
+    if asked.get("method") in SCHEMES:
+        asked.setdefault("scheme", SCHEMES[asked["method"]])
+    if (head := asked.get("head")) is not None:
+        if head not in ("4", "8", "16", "keep"):
+            raise InputError(f"head: expected 4, 8, 16 or keep, found {head!r}")
+        asked["head"] = None if head == "keep" else int(head)
+    return Recipe(**asked)
+
+
+def show(entries: list["Entry"]) -> None:
+    """What became of every kind of tensor."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("tensors", "count", "from", "to", "bits a weight", "MB")
+    for entry in entries:
+        table.add_row(
+            ", ".join(entry.kinds),
+            str(entry.count),
+            entry.source,
+            entry.stored if entry.stored != entry.source else "as it was",
+            f"{8 * entry.nbytes / entry.weights:.2f}",
+            f"{entry.nbytes / 1e6:,.1f}",
+        )
+    weights, nbytes = (sum(getattr(e, name) for e in entries) for name in ("weights", "nbytes"))
+    table.add_section()
+    table.add_row("all", "", "", "", f"{8 * nbytes / weights:.2f}", f"{nbytes / 1e6:,.1f}")
+    Console().print(table)

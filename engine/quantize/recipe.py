@@ -1,0 +1,153 @@
+"""What becomes of each tensor of a model when it is quantised."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.architecture.config import ModelConfig
+from engine.architecture.families import outer_tensors, part_names
+from engine.checkpoint import Checkpoint
+from engine.checkpoint.weights import Stored, describe, packed_form, stored_outer, values
+from engine.errors import InputError
+from engine.kernels.w4.format import SCALE_DTYPES, VERSION, Packed, Spec
+from engine.quantize import methods
+from engine.quantize.grid import UNIFORM
+
+METHODS = ("gptq", "hqq", "rtn", "nf4", "keep")
+
+# Tensors to store and what each of them was, both by their names in a packed directory.
+Packing = tuple[dict[str, Packed | torch.Tensor], dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is quantised; InputError for what cannot be.
+
+    "keep" leaves every matrix in the bits that it has, the head aside. `head` is of the head, and
+    of the embedding where that is tied; None leaves it as it is. `clip` is for rtn and gptq.
+    """
+
+    method: str = "gptq"
+    bits: int = 4
+    group: int = 64  # 0: a row
+    scheme: str = "symmetric"
+    scale_dtype: str = "float16"
+    clip: str = "minmax"
+    act_order: bool = False
+    head: int | None = 8
+
+    def __post_init__(self) -> None:
+        choices = {
+            "method": METHODS,
+            "scheme": ("codebook",) if self.method == "nf4" else UNIFORM,
+            "scale_dtype": tuple(SCALE_DTYPES),
+            "clip": ("minmax", "mse"),
+            "head": (4, 8, 16, None),
+        }
+        for name, allowed in choices.items():
+            if (found := getattr(self, name)) not in allowed:
+                known = ", ".join(map(str, allowed))
+                raise InputError(f"{name}: expected one of {known}, found {found!r}")
+        if self.act_order and self.method != "gptq":
+            raise InputError(f"act-order: belongs to gptq, not to {self.method}")
+        if self.clip != "minmax" and self.method not in ("rtn", "gptq"):
+            raise InputError(f"clip: belongs to rtn and gptq, not to {self.method}")
+        try:
+            _ = self.spec
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+    @property
+    def spec(self) -> Spec:
+        """Of the layers' matrices."""
+        return Spec(self.bits, self.group, self.scheme, SCALE_DTYPES[self.scale_dtype])
+
+    def to_json(self) -> dict[str, Any]:
+        """What a packed directory's `quantization_config` says."""
+        said = {"method": self.method, "head": self.head} if self.method == "keep" else asdict(self)
+        return {"quant_method": "shallow", "version": VERSION} | said
+
+
+def pack_layer(
+    path: Path,
+    config: ModelConfig,
+    slot: int,
+    recipe: Recipe,
+    stored: Mapping[str, Stored],
+    hessians: Mapping[str, torch.Tensor],
+) -> Packing:
+    """One layer, by role in the checkpoint at `path`; `hessians` by role are for gptq."""
+    names, originals = (part_names(config, n) for n in (slot, config.layers[slot].layer))
+    packed, sources = {}, {}
+    for role, matrix in stored.items():
+        name, where = names[role], f"{path}: {originals[role]}"
+        if len(matrix.shape) == 2 and recipe.method != "keep":
+            packed[name] = _quantised(matrix, recipe, where, hessians.get(role))
+        else:
+            packed[name] = _kept(matrix, where)
+        sources[name] = describe(matrix)
+    return packed, sources
+
+
+def pack_outer(checkpoint: Checkpoint, config: ModelConfig, recipe: Recipe) -> Packing:
+    """Embedding, final norm and head."""
+    packed, sources = {}, {}
+    names = {role: name for role, (name, _) in outer_tensors(config).items()}
+    for role, matrix in stored_outer(checkpoint, config).items():
+        name, where = names[role], f"{checkpoint.path}: {names[role]}"
+        if role == ("embedding" if config.tied else "head"):
+            packed[name] = _head(matrix, recipe, where)
+        elif role == "embedding" and recipe.method != "keep" and isinstance(matrix, torch.Tensor):
+            packed[name] = _half(matrix, where)
+        else:
+            packed[name] = _kept(matrix, where)
+        sources[name] = describe(matrix)
+    return packed, sources
+
+
+def _quantised(
+    matrix: Stored, recipe: Recipe, where: str, hessian: torch.Tensor | None = None
+) -> Packed:
+    """By the recipe's method; gptq becomes rtn, clipped, where there is no Hessian."""
+    weight, spec = values(matrix), recipe.spec
+    if recipe.method == "rtn":
+        return methods.rtn(weight, spec, recipe.clip, where)
+    if recipe.method == "nf4":
+        return methods.nf4(weight, spec, where)
+    if recipe.method == "hqq":
+        return methods.hqq(weight, spec, where)
+    if hessian is None:
+        return methods.rtn(weight, spec, "mse", where)
+    return methods.gptq(
+        weight, hessian, spec, act_order=recipe.act_order, clip=recipe.clip, name=where
+    )
+
+
+def _head(matrix: Stored, recipe: Recipe, where: str) -> Packed | torch.Tensor:
+    if recipe.head is None:
+        return _kept(matrix, where)
+    if recipe.head == 16:
+        return _half(matrix, where)
+    if recipe.head == 4 and recipe.bits == 4 and recipe.method != "keep":
+        return _quantised(matrix, recipe, where)
+    spec = Spec(recipe.head, recipe.group, "symmetric", SCALE_DTYPES[recipe.scale_dtype])
+    return methods.rtn(values(matrix), spec, name=where)
+
+
+def _kept(matrix: Stored, where: str) -> Packed | torch.Tensor:
+    matrix = packed_form(matrix, where)
+    if isinstance(matrix, torch.Tensor) and not matrix.isfinite().all():
+        raise InputError(f"{where}: holds NaN or Inf")
+    return matrix
+
+
+def _half(matrix: Stored, where: str) -> torch.Tensor:
+    """In its own 16-bit dtype, else in float16."""
+    plain = isinstance(matrix, torch.Tensor) and matrix.dtype.itemsize == 2
+    half = matrix if plain else values(matrix).half()
+    if not half.isfinite().all():
+        raise InputError(f"{where}: holds NaN, Inf or values beyond {half.dtype}")
+    return half

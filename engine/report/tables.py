@@ -1,0 +1,60 @@
+"""Rows of the tables that terminal and page share."""
+
+from collections.abc import Callable, Iterator
+
+from engine.architecture.layers import format_layers
+from engine.artifacts import Profile
+from engine.errors import InputError
+from engine.pruning.budget import PARTS, Budget
+
+BEST_COLUMNS = ("layers", "best block", "distance", "standard error")
+BUDGET_COLUMNS = ("", "before", "after", "share")
+
+
+def best_blocks(profile: Profile) -> Iterator[tuple[str, str, str, str]]:
+    """(size, layers, distance, standard error) of the best block of every size below L."""
+    for count in range(1, len(profile.layers)):
+        start = profile.best(count)
+        yield (
+            str(count),
+            format_layers(profile.layers[start : start + count]),
+            f"{profile.distance(start, count):.6f}",
+            f"{profile.standard_errors[count - 1][start]:.6f}",
+        )
+
+
+def budget_rows(found: Budget, bandwidth: float | None = None) -> Iterator[list[tuple[str, ...]]]:
+    """Sections in rows of BUDGET_COLUMNS: parameters, weights, and what a token asks."""
+    before, after = found.before, found.after
+
+    def row(name: str, old: float, new: float, form: Callable[[float], str]) -> tuple[str, ...]:
+        return name, form(old), form(new), f"{new / old:.1%}" if old else "-"
+
+    def parts(name: str, field: str, form: Callable[[float], str]) -> Iterator[tuple[str, ...]]:
+        for part in PARTS:
+            if field != "parameters" or part != "scales":  # scales are no parameters
+                yield row(f"  {part}", before[field][part], after[field][part], form)
+        yield row(name, before[f"total_{field}"], after[f"total_{field}"], form)
+
+    count = "{:,}".format
+    yield [
+        row("layers", before["layers"], after["layers"], count),
+        *parts("parameters", "parameters", count),
+    ]
+    yield [*parts("weight bytes", "weight_bytes", _bytes)]
+    last = [
+        row("KV bytes a token", before["kv_bytes_per_token"], after["kv_bytes_per_token"], _bytes),
+        row(f"KV bytes at {found.context:,}", before["kv_bytes"], after["kv_bytes"], _bytes),
+        row("read a token", before["bytes_per_token"], after["bytes_per_token"], _bytes),
+        row("FLOPs a token", before["flops_per_token"], after["flops_per_token"], "{:.3e}".format),
+    ]
+    if bandwidth is not None:
+        if not bandwidth > 0:
+            raise InputError(f"bandwidth: expected more than 0 GB/s, found {bandwidth}")
+        speeds = [bandwidth * 1e9 / side["bytes_per_token"] for side in (before, after)]
+        last.append(row(f"tok/s at {bandwidth:g} GB/s", *speeds, "{:,.1f}".format))
+    yield last
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 1e9:,.3f} GB" if size >= 1e9 else f"{size / 1e6:,.3f} MB"

@@ -1,0 +1,273 @@
+"""The run and eval commands: what they print, what they record, what they refuse."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.fake import FakeRuntime, FakeText
+
+from engine import run
+from engine.benchmark.peers import process
+from engine.benchmark.speed import RunRecord, Speed, benchmark
+from engine.cli import app
+from engine.commands import common as command
+from engine.errors import InputError
+from engine.evaluate import Evaluation
+from engine.generation import Options, Timings, generate
+from engine.kernels.dispatch import BackendUnavailable
+
+testing = pytest.importorskip("typer.testing")
+LETTERS = [chr(ord("a") + i % 26) for i in range(64)]
+
+
+@pytest.fixture
+def model(rng, monkeypatch):
+    """What every command opens, in place of a checkpoint."""
+    runtime = FakeRuntime(int(torch.randint(2**31, (1,), generator=rng)))
+    model = SimpleNamespace(runtime=runtime, config=runtime.config, text=FakeText(LETTERS))
+    model.path, model.opened = "fake", []
+
+    def open_model(ref, threads, **options):
+        model.opened.append((ref, threads, options))
+        return model, 12.5
+
+    monkeypatch.setattr(run, "open_model", open_model)
+    monkeypatch.setattr(command, "open_model", open_model)
+    monkeypatch.setattr("engine.benchmark.machine.CEILING_BYTES", 2**22)
+    return model
+
+
+def invoke(*arguments: str) -> str:
+    """Standard output of `engine ...`; what it raises comes out."""
+    result = testing.CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def record_of(output: str) -> RunRecord:
+    return RunRecord.from_json(json.loads(output.splitlines()[-1]), "stdout")
+
+
+def test_the_text_then_a_table_then_one_line_of_json(model, tmp_path):
+    file = tmp_path / "record.json"
+    output = invoke("run", "--prompt", "hello", "--new-tokens", "9", "--json", str(file))
+    (expected,) = generate(model.runtime, model.text, ["hello"], Options(max_new_tokens=9))
+    assert output.startswith(expected.text + "\n")
+    assert "decode, median" in output and "3 of 5 layers" in output
+    record = record_of(output)
+    assert RunRecord.load(file) == record
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+    assert (record.layers, record.layers_kept, record.layers_total) == ("0-1,4", 3, 5)
+    assert (record.prompt_tokens, record.new_tokens, record.finish_reason) == (5, 9, "length")
+    assert (record.load_ms, record.batch, record.backend) == (12.5, 1, "fake")
+    assert 0 < record.decode_tok_s_p5 <= record.decode_tok_s <= record.decode_tok_s_p95
+    assert record.ms_per_token == pytest.approx(1e3 / record.decode_tok_s)
+    assert record.kv_bytes == 14 * 8 and record.peak_rss_bytes > 2**20
+    assert {"python", "torch", "engine"} <= set(record.versions)
+
+
+def test_options_reach_the_model_and_the_loop(model):
+    invoke(
+        *("run", "--drop", "2-3", "--backend", "reference", "--dtype", "float32", "--threads", "1"),
+        *("--batch", "3", "--repeats", "2", "--warmup", "0", "--new-tokens", "4"),
+        *("--cache-dtype", "int8"),
+    )
+    options = {"drop": "2-3", "keep": None, "backend": "reference", "dtype": "float32"}
+    options |= {"cache_dtype": "int8"}
+    assert model.opened == [(command.DEFAULT_MODEL, 1, options)]
+    shapes = [tuple(shape) for shape, _, _ in model.runtime.calls]
+    assert shapes == 2 * [(3, len(run.PROMPT)), *[(3, 1)] * 3]
+
+
+@pytest.mark.parametrize("count", [1, 7, 100])
+def test_a_synthetic_prompt_has_exactly_its_length_and_ignores_eos(count, model):
+    model.text.eos_ids = tuple(range(64))
+    record = record_of(invoke("run", "--prompt-tokens", str(count), "--new-tokens", "5"))
+    assert (record.prompt_tokens, record.new_tokens) == (count, 5)
+    assert record_of(invoke("run", "--new-tokens", "5")).new_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "template", "chat"),
+    [((), None, False), ((), "x", True), (("--raw",), "x", False), (("--chat",), None, True)],
+)
+def test_chat_where_there_is_a_template(flag, template, chat, model, monkeypatch):
+    asked = []
+    model.text.chat_template = template
+    monkeypatch.setattr(model.text, "chat", lambda m: asked.append(m) or [1, 2], raising=False)
+    invoke("run", "--prompt", "hi", "--new-tokens", "1", "--warmup", "0", *flag)
+    assert asked == ([[{"role": "user", "content": "hi"}]] if chat else [])
+
+
+def test_one_token_has_no_decode_speed(model):
+    record = record_of(invoke("run", "--new-tokens", "1"))
+    assert record.decode_tok_s is None and record.achieved_gb_s is None
+
+
+def test_a_seed_reproduces_the_text(model):
+    arguments = ("run", "--temperature", "2", "--new-tokens", "20", "--seed")
+    first, again, other = (invoke(*arguments, seed).split("\n")[0] for seed in "112")
+    assert first == again != other
+
+
+def test_the_peers_take_turns_and_are_compared(model):
+    order = []
+    expected = generate(model.runtime, model.text, ["abc"], Options(max_new_tokens=6))[0].token_ids
+    theirs = [*expected[:4], *[(i + 1) % 64 for i in expected[4:]]]
+
+    def peer(name, ids):
+        def work(prompts, new_tokens):
+            assert prompts == [[97 % 64, 98 % 64, 99 % 64]]
+            order.append((name, new_tokens))
+            return [ids], Timings(3, 2000.0, 2000.0, (10**9,) * 5, (1,) * 5)
+
+        return SimpleNamespace(name=name, version="1.2", setting={"fast": True}, generate=work)
+
+    peers = [peer("other", theirs), peer("wrong", [(i + 1) % 64 for i in expected])]
+    forward = model.runtime.forward
+    model.runtime.forward = lambda tokens, *a, **k: (
+        (order.append("prompt") if tokens.shape[1] > 1 else None) or forward(tokens, *a, **k)
+    )
+    record = benchmark(
+        model, "abc", Options(max_new_tokens=6), name="m", load_ms=1.0, repeats=2, peers=peers
+    )
+    turn = [("other", 6), ("wrong", 6)]
+    assert order[:-4] == ["prompt", "prompt", *turn[:1], *turn[1:], *turn, "prompt", *turn]
+    other, wrong = record.compare
+    assert other["decode_tok_s"] == 1 and other["prefill_tok_s"] == 1.5
+    assert other["decode_ratio"] == record.decode_tok_s
+    assert other["same_tokens"] == 4 and other["agreement"] >= 4 / 6
+    assert record.versions["other"] == "1.2"
+    assert wrong["same_tokens"] == 0 and "decode_tok_s" not in wrong and wrong["wrong"]
+    assert RunRecord.from_json(json.loads(json.dumps(record.to_json())), "json") == record
+
+
+def test_a_peer_that_is_not_installed_is_said_and_left_out(model, monkeypatch):
+    def missing(name, python, work, prompt):
+        raise process.PeerMissing(f"{name}: no module; pip install it")
+
+    monkeypatch.setattr(process, "fastest", missing)
+    record = record_of(invoke("run", "--new-tokens", "2", "--compare", "transformers"))
+    assert record.compare == () and record.repeats == 5
+    with pytest.raises(InputError, match="transformers: no module; pip install it"):
+        invoke("run", "--compare", "transformers", "--peer-python", "transformers=python3")
+
+
+def test_speed_pools_the_steps_of_all_repeats():
+    def run_of(prefill_ms, *step_ms):
+        steps = tuple(ms * 10**6 for ms in step_ms)
+        return Timings(10, prefill_ms + 1, prefill_ms, steps, (2,) * len(steps))
+
+    speed = Speed.of([run_of(10.0, 1, 2), run_of(20.0, 4), run_of(40.0, 8, 8)])
+    assert (speed.prefill_tok_s, speed.ttft_ms) == (500, 21)
+    assert (speed.decode_tok_s, speed.ms_per_token) == (500, 2)
+
+
+def test_eval_prints_the_protocol_and_the_record(model, tmp_path):
+    text, file = tmp_path / "text.txt", tmp_path / "out.json"
+    text.write_text("some words to predict, again and again. " * 4)
+    output = invoke(
+        *("eval", "any", "--text", str(text), "--window", "32", "--count", "4"),
+        *("--against", "other", "--drop", "1", "--json", str(file)),
+    )
+    result = Evaluation.load(file)
+    assert Evaluation.from_json(json.loads(output.splitlines()[-1]), "stdout") == result
+    assert (result.windows, result.window, result.bos) == (4, 32, False)
+    assert "4 windows of 32, without BOS" in output and "KL(other || any) 0.00000" in output
+    assert [
+        (ref, options["drop"] if "drop" in options else None) for ref, _, options in model.opened
+    ] == [
+        ("any", "1"),
+        ("other", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--prompt", "", "--raw"), "the prompt is empty"),
+        (("--prompt", "a", "--prompt-tokens", "3"), "exclude each other"),
+        (("--prompt-file", "/nowhere/prompt.txt"), "/nowhere/prompt.txt"),
+        (("--json", "/nowhere/out.json"), "/nowhere/out.json: expected a file in a directory"),
+        (
+            ("--compare", "vllm"),
+            "--compare knows llama.cpp, ik, openvino, transformers, not 'vllm'",
+        ),
+        (("--compare", "ik,"), "not ''"),
+        (("--compare", "ik", "--peer-python", "openvino=python3"), "with a name of --compare"),
+        (("--compare", "ik", "--peer-python", "ik"), "expected NAME=PATH"),
+        (("--compare", "transformers", "--temperature", "1"), "needs greedy decoding"),
+        (("--temperature", "nan"), "temperature must be"),
+        (("--top-p", "1.5"), "top_p must be a number from 0 to 1, not 1.5"),
+        (("--prompt-tokens", "300"), "300 tokens; the model's context holds 256"),
+        (("--new-tokens", "250"), "exceed the model's context of 256"),
+        (("--stop", ""), "stop takes strings"),
+    ],
+)
+def test_refusals(arguments, says, model):
+    with pytest.raises(InputError) as error:
+        invoke("run", *arguments)
+    assert says in str(error.value)
+
+
+def command_line(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("engine.run", "--model", "/nowhere/model.gguf"),
+        ("engine.run", "--backend", "abacus"),
+        ("engine.cli", "eval", "any", "--text", "/nowhere/text.txt"),
+    ],
+)
+def test_a_refusal_is_one_line_and_exit_code_2(arguments):
+    done = command_line(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("engine: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", [InputError, BackendUnavailable])
+def test_what_the_user_can_mend_has_no_traceback(kind, capfd):
+    def app(standalone_mode):
+        raise kind("no such thing")
+
+    with pytest.raises(SystemExit) as stopped:
+        command.execute(app)
+    assert stopped.value.code == 2 and capfd.readouterr().err == "engine: no such thing\n"
+
+
+def test_a_fault_of_the_engine_is_not_hidden(capfd):
+    def app(standalone_mode):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        command.execute(app)
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys, engine.cli, engine.run; print(*{'torch', 'rich.table'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == ""
+    assert "--prompt-tokens" in command_line("engine.run", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run", "--new-tokens", "0"], "'--new-tokens'"),
+        (["run", "--nothing"], "No such option: --nothing"),
+        (["eval"], "Missing argument"),
+        (["nothing"], "No such command 'nothing'"),
+    ],
+)
+def test_options_that_cannot_be_read_are_one_line(arguments, sentence):
+    done = command_line("engine.cli", *arguments)
+    assert done.returncode == 2
+    assert sentence in done.stderr and len(done.stderr.splitlines()) == 1

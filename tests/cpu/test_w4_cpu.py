@@ -1,0 +1,250 @@
+"""The CPU matmul on packed weights against float64, for every instruction set of this machine."""
+
+import os
+import threading
+from itertools import product
+
+import pytest
+import torch
+from support.close import assert_close, rms_ratio
+from support.packed import every_spec, random_packed, spec_id
+
+from engine.kernels import native
+from engine.kernels.w4.cpu import MODES, CpuWeight, isas, matmul
+from engine.kernels.w4.format import Spec, rows_of, unpack
+
+ISAS = native.load("cpu").isas() if native.error("cpu") is None else []
+BOUND = {"exact": 1e-5, "int8": 1e-2}
+Q4_1 = Spec(4, 32, "minimum")
+# One of every code width, table, group layout and parameter layout.
+KINDS = [
+    Q4_1,
+    Spec(4, 16, "zero", torch.bfloat16),
+    Spec(4, 128, "symmetric", torch.float32),
+    Spec(4, 0, "codebook"),
+    Spec(8, 16, "symmetric", torch.float32),
+    Spec(8, 64, "minimum"),
+    Spec(4, 32, "kquant"),
+]
+every_isa = pytest.mark.parametrize("isa", ISAS)
+every_mode = pytest.mark.parametrize("mode", MODES)
+every_kind = pytest.mark.parametrize("spec", KINDS, ids=spec_id)
+
+
+def randn(rng: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=rng)
+
+
+@every_isa
+@pytest.mark.parametrize("spec", every_spec(), ids=spec_id)
+def test_every_format_agrees_with_float64(rng, isa, spec):
+    n, k, permuted = 37, 201, bool(torch.randint(2, (), generator=rng))
+    packed = random_packed(rng, n, k, spec, permuted)
+    weight, wide = CpuWeight.from_packed(packed, isa), unpack(packed).double()
+    for m, mode in product((31, 33), MODES):
+        x, bias = randn(rng, m, k), randn(rng, n)
+        expected = x.double() @ wide.T + bias
+        got = matmul(x, weight, bias, mode)
+        assert_close(f"{mode} {m} x {n} x {k}", expected, got, BOUND[mode])
+
+
+@every_isa
+@every_mode
+@every_kind
+def test_every_size(rng, isa, mode, spec):
+    edges = (1, 2, 15, 16, 17, 31, 32, 33)
+    for n, k in product((1, 15, 16, 17, 33), (*edges, 63, 257)):
+        packed = random_packed(rng, n, k, spec)
+        weight, wide = CpuWeight.from_packed(packed, isa), unpack(packed).double()
+        for m in (1, 3, 16, 47) if k > 33 else edges:
+            x = randn(rng, m, k)
+            expected, size = x.double() @ wide.T, x.double().abs() @ wide.abs().T
+            error = (matmul(x, weight, mode=mode) - expected).abs()
+            # Few outputs pool badly, and a minimum costs its own size where it cancels.
+            step = wide.abs().amax() * x.abs().amax(1, keepdim=True).double()
+            assert (error <= BOUND[mode] * (size + step * k**0.5) + 1e-5).all(), (m, n, k)
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_activations(rng, isa, dtype):
+    packed = random_packed(rng, 50, 96, Q4_1)
+    weight, x, bias = CpuWeight.from_packed(packed, isa), randn(rng, 40, 96).to(dtype), None
+    expected = x.double() @ unpack(packed).double().T
+    wide = matmul(x, weight, bias, "exact", out=torch.empty(40, 50))
+    assert_close("float32 out", expected, wide, 1e-5)
+    got = matmul(x, weight, bias, "exact")
+    assert torch.equal(got, wide.to(dtype)), "rounded once, ties to even"
+    assert_close("int8", expected, matmul(x, weight), 1e-2)
+
+
+@every_isa
+@every_mode
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_weights(rng, isa, mode, dtype):
+    for m, n, k in product((1, 5, 40), (1, 16, 37), (1, 31, 70)):
+        weight, x = randn(rng, n, k).to(dtype), randn(rng, m, k)
+        expected = x.double() @ weight.double().T
+        size = x.double().abs() @ weight.double().abs().T
+        error = (matmul(x, CpuWeight.from_tensor(weight, isa), mode=mode) - expected).abs()
+        assert (error <= BOUND[mode] * size).all(), (m, n, k)
+
+
+@every_isa
+@every_kind
+def test_results_do_not_depend_on_threads_rows_or_the_day(rng, isa, spec):
+    packed = random_packed(rng, 333, 160, spec)
+    weight, x = CpuWeight.from_packed(packed, isa), randn(rng, 70, 160)
+    cpu = native.load("cpu")
+    before = cpu.pool_threads()
+    cpu.resize_pool(4)
+    try:
+        for mode in MODES:
+            first = matmul(x, weight, mode=mode, threads=1)
+            for threads in (1, 2, 3, 4):
+                assert torch.equal(matmul(x, weight, mode=mode, threads=threads), first)
+            if mode == "exact" or isa != "amx":  # amx rounds 32 rows or more more finely
+                one_by_one = [matmul(row, weight, mode=mode) for row in x]
+                assert torch.equal(torch.stack(one_by_one), first)
+    finally:
+        cpu.resize_pool(before)
+
+
+@every_kind
+def test_vector_instruction_sets_agree_to_the_bit(rng, spec):
+    packed, x = random_packed(rng, 40, 192, spec), randn(rng, 24, 192)
+    vectors = [isa for isa in ISAS if isa != "generic"]  # which has no fused multiply-add
+    results = [matmul(x, CpuWeight.from_packed(packed, isa)) for isa in vectors]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@every_isa
+@every_mode
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_only_the_output_is_written(rng, isa, mode, dtype):
+    for m, n in product((1, 17, 40), (1, 16, 29)):
+        weight = CpuWeight.from_packed(random_packed(rng, n, 65, Q4_1), isa)
+        x = randn(rng, m, 65).to(dtype)
+        around = torch.full((m + 2, n + 14), torch.nan, dtype=dtype)
+        out = around[1:-1, 7:-7]
+        assert matmul(x, weight, mode=mode, out=out) is out
+        assert torch.equal(out, matmul(x, weight, mode=mode)) and not out.isnan().any()
+        assert int(around.isnan().sum()) == around.numel() - out.numel()
+
+
+@every_isa
+@every_mode
+def test_any_strides_and_alignment(rng, isa, mode):
+    weight = CpuWeight.from_packed(random_packed(rng, 33, 40, Q4_1), isa)
+    x = randn(rng, 36, 40)
+    expected = matmul(x, weight, mode=mode)
+    raw = bytearray(x.numel() * 4 + 1)
+    misaligned = torch.frombuffer(raw, dtype=torch.float32, offset=1, count=x.numel()).view(36, 40)
+    misaligned.copy_(x)
+    assert misaligned.data_ptr() % 4
+    padded = torch.full((36, 53), torch.nan)
+    padded[:, 5:45] = x
+    for name, same in {
+        "transposed": x.T.contiguous().T,
+        "padded": padded[:, 5:45],
+        "strided": x.repeat_interleave(2, 1)[:, ::2],
+        "misaligned": misaligned,
+    }.items():
+        assert torch.equal(matmul(same, weight, mode=mode), expected), name
+    assert torch.equal(matmul(x[:1].expand(36, 40), weight, mode=mode)[35], expected[0])
+    assert torch.equal(matmul(x.view(4, 9, 40), weight, mode=mode), expected.view(4, 9, 33))
+    assert matmul(x[0], weight, mode=mode).shape == (33,)
+    assert matmul(x[:0], weight, mode=mode).shape == (0, 33)
+    assert matmul(x.new_empty(0, 3, 40), weight, mode=mode).shape == (0, 3, 33)
+
+
+@every_isa
+@every_mode
+@pytest.mark.parametrize("m", [3, 40])
+def test_non_finite_and_vanishing_activations(rng, isa, mode, m):
+    packed = random_packed(rng, 20, 64, Q4_1)
+    weight, x, bias = CpuWeight.from_packed(packed, isa), randn(rng, m, 64), randn(rng, 20)
+    x[0, 5], x[1, 40], x[2] = torch.nan, torch.inf, 0
+    y = matmul(x, weight, bias, mode)
+    assert y[0].isnan().all() and not y[1].isfinite().any()
+    assert torch.equal(y[2], bias)
+    assert y[3:].isfinite().all()
+    tiny = matmul(torch.full((m, 64), 1e-38), weight, mode=mode)
+    assert tiny.isfinite().all() and (tiny.abs() < 1e-30).all()
+
+
+def test_a_codebook_that_8_bits_hold_badly_is_multiplied_exactly(rng):
+    packed = random_packed(rng, 64, 64, Spec(4, 32, "codebook", torch.float32))
+    packed.codebook[:] = 0.1 + 0.1 * torch.rand(16, generator=rng)
+    packed.codebook[3] = -1.5
+    x = randn(rng, 8, 64)
+    got = matmul(x, CpuWeight.from_packed(packed))
+    assert_close("codebook", x.double() @ unpack(packed).double().T, got, 1e-5)
+
+
+def test_python_threads_share_the_pool(rng):
+    packed, x = random_packed(rng, 400, 256, Q4_1), randn(rng, 33, 256)
+    weight = CpuWeight.from_packed(packed)
+    expected, wrong = matmul(x, weight), []
+
+    def work():
+        for _ in range(30):
+            if not torch.equal(matmul(x, weight, threads=2), expected):
+                wrong.append(threading.get_ident())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_child_has_a_pool_of_its_own(rng):
+    packed, x = random_packed(rng, 400, 256, Q4_1), randn(rng, 5, 256)
+    weight = CpuWeight.from_packed(packed)
+    expected = matmul(x, weight, threads=2)
+    child = os.fork()
+    if child == 0:
+        os._exit(not torch.equal(matmul(x, weight, threads=2), expected))
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_the_layout_costs_no_more_than_its_padding(rng):
+    packed = random_packed(rng, 512, 1024, Q4_1)
+    assert CpuWeight.from_packed(packed).nbytes == packed.nbytes
+
+
+def test_what_is_wrong_is_named(rng):
+    packed = random_packed(rng, 8, 32, Q4_1)
+    weight, x = CpuWeight.from_packed(packed), torch.zeros(2, 32)
+    for error, match, call in (
+        (ValueError, r"x must be .*32.*, found \(2, 31\)", lambda: matmul(x[:, 1:], weight)),
+        (TypeError, "found torch.float64", lambda: matmul(x.double(), weight)),
+        (TypeError, "found torch.float32 on meta", lambda: matmul(x.to("meta"), weight)),
+        (ValueError, "mode must be", lambda: matmul(x, weight, mode="fast")),
+        (ValueError, "threads must be at least 1", lambda: matmul(x, weight, threads=0)),
+        (ValueError, r"bias must be \(8,\)", lambda: matmul(x, weight, x[0, :7])),
+        (ValueError, r"out must be \(2, 8\)", lambda: matmul(x, weight, out=torch.empty(2, 9))),
+        (TypeError, "out must be", lambda: matmul(x, weight, out=torch.empty(2, 8).half())),
+        (ValueError, "isa must be one of", lambda: CpuWeight.from_packed(packed, "avx3")),
+        (ValueError, "not empty", lambda: CpuWeight.from_tensor(x[:0].half())),
+        (TypeError, "weight must be one of", lambda: CpuWeight.from_tensor(x.double())),
+    ):
+        with pytest.raises(error, match=match):
+            call()
+    assert isas() == ISAS and ISAS[-1] == "generic"
+    assert rms_ratio(x[:, :8] + 1, matmul(x, weight) + 1) == 0
+
+
+@pytest.mark.parametrize("spec", every_spec(), ids=spec_id)
+def test_parts_make_the_whole(spec, rng):
+    packed = random_packed(rng, 83, 288, spec)
+    whole = CpuWeight.from_packed(packed)
+    parts = [rows_of(packed, start, min(start + 32, 83)) for start in range(0, 83, 32)]
+    assert torch.equal(CpuWeight.from_parts(iter(parts), 83).to_bytes(), whole.to_bytes())
+    for wrong, n in ((parts[:2], 83), (parts, 80), ([rows_of(packed, 0, 30), *parts[1:]], 81)):
+        with pytest.raises(ValueError, match="rows"):
+            CpuWeight.from_parts(wrong, n)

@@ -1,0 +1,50 @@
+"""`--breakdown`: parts that add up to the step, with the bytes that each reads."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.fake import FakeRuntime, FakeText
+
+from engine.benchmark.breakdown import LABELS, breakdown
+from engine.errors import InputError
+from engine.generation import Options
+from engine.kernels import native
+
+OPTIONS = Options(max_new_tokens=24, ignore_eos=True)
+
+
+def open_with(runtime):
+    return SimpleNamespace(runtime=runtime, text=FakeText(["x"] * runtime.config.vocab_size))
+
+
+@pytest.mark.skipif(native.error("cpu") is not None, reason=f"engine._cpu: {native.error('cpu')}")
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_parts_make_the_step(source, batch, rng):
+    from engine.runtime.cpu import CpuRuntime
+
+    checkpoint = source("gemma3")
+    runtime = CpuRuntime.load(checkpoint, checkpoint.config, 2, cache_dtype="float32")
+    prompt = torch.randint(3, checkpoint.config.vocab_size, (40,), generator=rng).tolist()
+    parts = {part["name"]: part for part in breakdown(open_with(runtime), prompt, OPTIONS, batch)}
+    assert set(parts) == {*LABELS.values(), "threads", "Python"}
+    assert sum(part["share"] for part in parts.values()) == pytest.approx(1, abs=1e-6)
+    assert all(part["ms"] >= 0 for part in parts.values())
+    weights = ("q, k, v", "output", "gate, up", "down", "head")
+    assert sum(parts[name]["bytes"] for name in weights) == runtime.weight_bytes_per_token
+    assert parts["down"]["gb_s"] == pytest.approx(
+        parts["down"]["bytes"] / parts["down"]["ms"] / 1e6
+    )
+    c = checkpoint.config  # 40 prompt tokens, then 23 steps: 52 positions, or the window
+    read = sum(min(52, layer.window or 52) for layer in c.layers)
+    assert parts["attention"]["bytes"] == batch * read * 2 * c.kv_heads * c.head_dim * 4
+    assert runtime.decoder.times()["calls"] == 0  # off again
+
+
+def test_what_cannot_be_broken_down(rng):
+    fake = FakeRuntime(int(torch.randint(2**31, (1,), generator=rng)))
+    with pytest.raises(InputError, match="--breakdown needs --backend cpu, not fake"):
+        breakdown(open_with(fake), "a", OPTIONS)
+    fake.name = "cpu"
+    with pytest.raises(InputError, match="--new-tokens of at least 2"):
+        breakdown(open_with(fake), "a", Options(max_new_tokens=1))

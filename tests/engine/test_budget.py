@@ -1,0 +1,105 @@
+"""Budgets against transformers' parameter counts and the files that we write."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import tiny
+
+from engine.checkpoint import open_checkpoint
+from engine.commands.budget import parse_bytes, read_config
+from engine.errors import InputError
+from engine.export.hf import prune
+from engine.pruning.budget import MODELS, Storage, budget, built_in, cost, smallest_drop
+
+
+@pytest.mark.parametrize("case", tiny.CASES)
+def test_counts_equal_transformers_and_the_file(case, tmp_path):
+    model = tiny.write(case, tmp_path / "model", 1)
+    config = read_config(str(tmp_path / "model"))
+    found = cost(config, context=8)
+    assert found.total_parameters == model.num_parameters()
+    kept = config.keep([0, 2, 3])
+    prune(open_checkpoint(tmp_path / "model"), kept, tmp_path / "out", dtype=torch.float16)
+    stored = load_file(tmp_path / "out" / "model.safetensors").values()
+    assert cost(kept).total_weight_bytes == sum(tensor.nbytes for tensor in stored)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_known_sizes(name):
+    """Parameters as their makers give them, in billions to the digit they give."""
+    given = {
+        "llama-2-7b": 6.74, "llama-2-13b": 13.02, "llama-2-70b": 68.98, "llama-3-8b": 8.03,
+        "llama-3-70b": 70.55, "mistral-7b": 7.24, "qwen-7b": 7.72, "qwen-14b": 14.17,
+        "phi-2": 2.78,
+    }  # fmt: skip
+    assert round(cost(built_in(name)).total_parameters / 1e9, 2) == given[name]
+
+
+def test_llama_2_70b_by_hand():
+    """Half the layers of the paper's model at 4 bits: 18.2-20.3 GB by group and head."""
+    config = built_in("llama-2-70b")
+    half = config.keep([*range(39), 79])
+    before = cost(config, context=4096)
+    assert before.kv_bytes_per_token == 2 * 80 * 8 * 128 * 2
+    assert before.attention_flops_per_token == 4 * 80 * 8192 * 4096
+    matmuls = before.total_parameters - 262_144_000 - before.parameters["norms"]
+    assert before.flops_per_token == 2 * matmuls + before.attention_flops_per_token
+    assert before.bytes_per_token == 2 * (before.total_parameters - 262_144_000 + 8192) + (
+        before.kv_bytes_per_token * 4096
+    )
+    for group, scale_bits, low, high in [
+        (128, 16, 18.2, 18.8),
+        (32, 16, 20.2, 20.4),
+        (32, 32, 22.3, 22.5),
+    ]:
+        after = cost(half, Storage(4, group, 16, scale_bits), 4096)
+        assert low < after.total_weight_bytes / 1e9 < high
+        matrices = after.parameters["attention"] + after.parameters["mlp"]
+        assert after.weight_bytes["scales"] == matrices // group * scale_bits // 8
+
+
+def test_windows_bound_what_a_token_reads():
+    config = built_in("mistral-7b")
+    short, long = cost(config, context=4096), cost(config, context=32768)
+    assert short.bytes_per_token == long.bytes_per_token
+    assert long.kv_bytes == 8 * short.kv_bytes
+
+
+def test_smallest_drop():
+    config = built_in("llama-3-8b")
+    storage = Storage(4, 64)
+    whole = cost(config, storage).total_weight_bytes
+    assert smallest_drop(config, storage, whole) == 0
+    count = smallest_drop(config, storage, whole - 1)
+    assert count == 1
+    target = parse_bytes("4GB")
+    count = smallest_drop(config, storage, target)
+    kept = [config.keep(range(32 - n)) for n in (count, count - 1)]
+    assert cost(kept[0], storage).total_weight_bytes <= target
+    assert cost(kept[1], storage).total_weight_bytes > target
+    with pytest.raises(InputError, match="one layer alone takes"):
+        smallest_drop(config, storage, 10**9)
+
+
+def test_goes_to_json(tmp_path):
+    config = built_in("phi-2")
+    found = budget("phi-2", config, config.keep(range(24)), Storage(4, 128, 8), 2048)
+    found.save(tmp_path / "budget.json")
+    raw = json.loads((tmp_path / "budget.json").read_text())
+    assert raw["after"]["layers"] == 24 and raw["before"]["total_parameters"] > 2.7e9
+
+
+@pytest.mark.parametrize("size", ["8", "GB", "-1GB", "8 parsecs", "1e9GB", ""])
+def test_sizes_that_are_none(size):
+    with pytest.raises(InputError, match="target-memory: expected a size"):
+        parse_bytes(size)
+
+
+def test_sizes():
+    assert parse_bytes("8GB") == 8_000_000_000
+    assert parse_bytes("1.5 GiB") == 3 * 2**29
+    for bad in ({"bits": 5}, {"head_bits": 3}, {"group": -1}):
+        with pytest.raises(InputError):
+            Storage(**bad)

@@ -1,0 +1,123 @@
+"""Chat templates render as in transformers; bad messages and bad templates are one sentence."""
+
+import json
+
+import pytest
+from support.vocabularies import SPECIAL, byte_level
+
+from engine.errors import InputError
+from engine.text import Text, load_text
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "  Hi <|user|> 12\n", "name": None},
+    {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"é": 1}}]},
+    {"role": "user", "content": [{"type": "text", "text": "<b>done</b>"}]},
+]
+TEMPLATES = {
+    "plain": "{{ bos_token }}{% for m in messages %}<|user|>{{ m['role'] }}\n{{ m.content }}"
+    "{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}<|user|>assistant\n{% endif %}",
+    "blocks": """
+    {%- for message in messages %}
+        {%- if loop.first %}
+            {{- bos_token }}
+        {%- endif %}
+        {% if message.role == 'assistant' %}
+            {% continue %}
+        {% endif %}
+        {{ message | tojson(indent=2) }} {{ message.content is string }}
+    {%- endfor %}
+    """,
+    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
+    "{% if ns.n > 2 %}{% break %}{% endif %}{{ ns.n }}{{ m.content | trim }}{% endfor %}",
+    "generation": "{% for m in messages %}{% generation %}{{ m.role }}"
+    "{% endgeneration %}{% endfor %}",
+    "date": "{{ strftime_now('%Y') }}{{ tools is none }}{{ pad_token }}{{ unk_token }}",
+    "macros": "{% macro f(x) %}[{{ x }}]{% endmacro %}{% for m in messages %}{{ f(m.role) }}"
+    "{{ ' ' * loop.index }}{{ dict(a=1) | tojson }}{% endfor %}",
+}
+
+
+def text_with(template: str | None) -> Text:
+    tokenizer = byte_level(size=300)
+    tokenizer.add_special_tokens(SPECIAL)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return Text(tokenizer, "toy", special, (2,), template)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_equals_transformers(name):
+    text = text_with(TEMPLATES[name])
+    other = text.to_transformers()
+    assert other.pad_token == "</s>"
+    other.pad_token = None  # the run path has none, and templates may ask
+    expected = other.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
+    assert text.chat(CHAT) == expected
+    assert expected
+
+
+def test_templates_of_a_directory(tmp_path):
+    """chat_template.jinja, else the config's, else its default of several."""
+    byte_level(size=300).save(str(tmp_path / "tokenizer.json"))
+    named = [{"name": name, "template": name} for name in ("tool_use", "default")]
+    for config, template in (
+        ({}, None),
+        ({"chat_template": named[:1]}, None),
+        ({"chat_template": named}, "default"),
+        ({"chat_template": "one"}, "one"),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        assert load_text(tmp_path).chat_template == template
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert load_text(tmp_path).chat_template == "file"
+
+
+def test_no_template():
+    with pytest.raises(InputError, match="^toy: has no chat template"):
+        text_with(None).chat(CHAT)
+
+
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        ([], "at least one message"),
+        ("hello", "a list of"),
+        ({"role": "user"}, "a list of"),
+        (["hello"], "message 0: expected a dict"),
+        ([{"content": "x"}], "'role'"),
+        ([{"role": 3, "content": "x"}], "'role'"),
+        ([{"role": "user", "content": 3}], "'content'"),
+        ([{"role": "user", "content": object()}], "plain JSON"),
+        ([{"role": "user", "content": "x", "extra": {1, 2}}], "plain JSON"),
+        ([{"role": "user", "content": "\ud800"}], "Unicode"),
+    ],
+)
+def test_malformed_messages(messages, complaint):
+    with pytest.raises(InputError, match=complaint) as error:
+        text_with(TEMPLATES["plain"]).chat(messages)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for %}",
+        "{{ messages.nothing.more }}",
+        "{{ 1 / 0 }}",
+        "{{ raise_exception('roles must\nalternate') }}",
+        "{{ messages[0].update(role='x') }}",
+        "{% for i in range(10**9) %}x{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxx{% endfor %}{% endfor %}",
+        "{{ 'x' * 10000000000 }}",
+        "{{ 9 ** 9 ** 9 }}",
+        "{% set a = ['x'] * 99999 %}{{ (a * 99999) | length }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{% include 'other' %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ],
+)
+def test_failing_and_hostile_templates(template):
+    with pytest.raises(InputError, match="^toy: the chat template fails") as error:
+        text_with(template).chat(CHAT)
+    assert "\n" not in str(error.value)

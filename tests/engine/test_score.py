@@ -1,0 +1,76 @@
+"""Scores of sets of layers equal a plain run of those layers, wherever they start from."""
+
+import secrets
+
+import pytest
+import torch
+from support import tiny
+
+from engine.checkpoint import open_checkpoint
+from engine.errors import InputError
+from engine.pruning.score import PrefixScorer
+from engine.runtime.reference import ReferenceRuntime
+
+
+@pytest.fixture(params=["llama", "gemma2", "phi2"])
+def setting(request, tmp_path):
+    seed = secrets.randbits(32)
+    print(f"seed {seed}")
+    tiny.write(request.param, tmp_path, seed)
+    checkpoint = open_checkpoint(tmp_path)
+    runtime = ReferenceRuntime.load(checkpoint, checkpoint.config)
+    return runtime, torch.randint(3, tiny.VOCAB, (5, 24))
+
+
+def by_hand(runtime, windows: torch.Tensor, kept: tuple[int, ...], metric: str) -> float:
+    """The same from the protocol: one forward call of everything, float64 from there."""
+    total = 0.0
+    for tokens in windows:
+        tokens = tokens[None]
+        cut = runtime.forward(tokens, runtime.new_cache(1), slots=kept, logits="all")
+        log_q = cut[0, :-1].double().log_softmax(-1)
+        if metric == "loss":
+            total -= float(log_q.gather(-1, tokens[0, 1:, None]).sum())
+            continue
+        whole = runtime.forward(tokens, runtime.new_cache(1), logits="all")
+        log_p = whole[0, :-1].double().log_softmax(-1)
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+    return total / windows[:, 1:].numel()
+
+
+@pytest.mark.parametrize("metric", ["loss", "kl"])
+def test_scores_equal_plain_runs(setting, metric):
+    runtime, windows = setting
+    score = PrefixScorer(runtime.decoder, windows, metric, batch=2)
+    everything = tuple(range(len(runtime.config.layers)))
+    assert score(everything) == pytest.approx(
+        by_hand(runtime, windows, everything, metric), abs=1e-6
+    )
+    sets = [everything[1:], everything[:-1], (0, 2, 3), (3,), (0, 1), (0, 3)]
+    for kept in sets:
+        assert score(kept) == pytest.approx(by_hand(runtime, windows, kept, metric), rel=1e-5)
+    score.anchor((0, 2, 3))  # later scores start from here, and give the same
+    for kept in [*sets, everything]:
+        expected = by_hand(runtime, windows, kept, metric)
+        assert score(kept) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_a_score_runs_only_what_differs(setting, monkeypatch):
+    runtime, windows = setting
+    score = PrefixScorer(runtime.decoder, windows, "loss", batch=5)
+    ran = []
+    original = score._run
+    monkeypatch.setattr(
+        score, "_run", lambda slot, *rest: ran.append(slot) or original(slot, *rest)
+    )
+    score((0, 1, 3))
+    assert ran == [3]
+    ran.clear()
+    score.anchor((0, 1, 3))
+    score((0, 3))
+    assert ran == [3, 3]
+
+
+def test_an_unknown_metric_is_refused(setting):
+    with pytest.raises(InputError, match="metric"):
+        PrefixScorer(*[setting[0].decoder, setting[1]], metric="taste")

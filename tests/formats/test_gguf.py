@@ -1,0 +1,210 @@
+"""GGUF: values against the `gguf` package, models against the Hugging Face files they came from."""
+
+import secrets
+import sys
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from support import llama_files, tiny
+
+from engine.architecture.rope import inverse_frequencies
+from engine.checkpoint import gguf_blocks, open_checkpoint
+from engine.checkpoint.gguf_blocks import BLOCK_TYPES, GgufBlocks, dequantise
+from engine.checkpoint.gguf_file import GgufFile
+from engine.errors import InputError
+
+QUANTISED = {number: kind for number, kind in BLOCK_TYPES.items() if kind.dtype is None}
+Q_NAME = "model.layers.0.self_attn.q_proj.weight"
+
+
+def assert_same_bits(reference: np.ndarray, got: torch.Tensor) -> None:
+    """Equal bit for bit, except that any NaN equals any other."""
+    reference, got = np.ascontiguousarray(reference), got.numpy()
+    nan = np.isnan(reference)
+    assert np.array_equal(nan, np.isnan(got))
+    assert np.array_equal(reference.view(np.uint32)[~nan], got.view(np.uint32)[~nan])
+
+
+@pytest.mark.parametrize("number", QUANTISED, ids=lambda number: QUANTISED[number].name)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_values_of_random_blocks(number, rows, rng, monkeypatch):
+    kind = QUANTISED[number]
+    monkeypatch.setattr(gguf_blocks, "_CHUNK_WEIGHTS", 5 * kind.weights)  # several, the last short
+    shape = (rows, 3 * kind.weights)
+    data = torch.randint(0, 256, (rows, 3 * kind.nbytes), generator=rng, dtype=torch.uint8)
+    with np.errstate(all="ignore"):
+        reference = gguf.quants.dequantize(data.numpy(), gguf.GGMLQuantizationType(number))
+    assert_same_bits(reference, dequantise(GgufBlocks(kind.name, shape, data)))
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_values_of_quantised_weights(name, rng):
+    weights = torch.randn(9, 64, generator=rng)
+    kind = gguf.GGMLQuantizationType[name]
+    data = gguf.quants.quantize(weights.numpy(), kind)
+    got = dequantise(GgufBlocks(name, (9, 64), torch.from_numpy(data)))
+    assert_same_bits(gguf.quants.dequantize(data, kind), got)
+    assert (got - weights).abs().max() < 1
+
+
+# What a GGUF cannot say is set to what llama.cpp takes for granted.
+SAYABLE = {
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3": {"query_pre_attn_scalar": 16, "layer_types": None},
+}
+UNSAYABLE = {"llama-dynamic", "llama-llama3", "qwen2-window", "smollm3-window", "phi2-qk-norm"}
+
+
+@pytest.mark.parametrize("case", sorted(set(tiny.CASES) - UNSAYABLE))
+def test_model_as_converted(case, tmp_path):
+    seed = secrets.randbits(32)
+    print(f"seed {seed}")
+    model = tiny.write(case, tmp_path, seed, **SAYABLE.get(case, {}))
+    llama_files.convert(model, tmp_path / "model.gguf")
+    source, converted = open_checkpoint(tmp_path), open_checkpoint(tmp_path / "model.gguf")
+    assert converted.config == source.config
+    assert set(converted.names()) == set(source.names())
+    for name in source.names():
+        reference, got = source.read(name), converted.read(name)
+        assert converted.shape(name) == source.shape(name) == tuple(got.shape)
+        # Gemma's +1 and -1 round in float32; all else is moved, not computed with
+        atol = 2**-22 if case.startswith("gemma") and "norm" in name else 0
+        torch.testing.assert_close(got, reference, rtol=0, atol=atol)
+        assert converted.packed(name) is None
+
+
+def test_packed_blocks_have_their_rows_in_order(tmp_path):
+    originals = {}  # Hugging Face name -> blocks of the unpermuted matrix
+
+    def quantise(fields, tensors):
+        for stored, name, heads, kind in (
+            ("blk.0.attn_q.weight", Q_NAME, 2, "Q4_1"),
+            ("blk.0.attn_k.weight", Q_NAME.replace("q_proj", "k_proj"), 1, "Q8_0"),
+            ("blk.0.ffn_up.weight", "model.layers.0.mlp.up_proj.weight", 0, "Q5_0"),
+        ):
+            kind, rows = gguf.GGMLQuantizationType[kind], torch.from_numpy(tensors[stored])
+            originals[name] = gguf.quants.quantize(rows.numpy(), kind), kind
+            rows = llama_files.permute(rows, heads) if heads else rows
+            tensors[stored] = gguf.quants.quantize(rows.numpy(), kind), kind
+
+    path = tmp_path / "model.gguf"
+    llama_files.write_tiny(path, quantise)
+    checkpoint = open_checkpoint(path)
+    for name, (data, kind) in originals.items():
+        packed = checkpoint.packed(name)
+        assert (packed.type, packed.shape) == (kind.name, checkpoint.shape(name))
+        assert torch.equal(packed.data, torch.from_numpy(data))
+        assert checkpoint.nbytes(name) == data.nbytes
+        assert_same_bits(gguf.quants.dequantize(data, kind), checkpoint.read(name))
+
+
+def test_sixteen_bit_tensors_are_views_in_their_dtype(tmp_path):
+    def narrow(fields, tensors):
+        tensors["blk.0.ffn_up.weight"] = tensors["blk.0.ffn_up.weight"].astype(np.float16)
+
+    path = tmp_path / "model.gguf"
+    llama_files.write_tiny(path, narrow)
+    checkpoint = open_checkpoint(path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert checkpoint.read(name).dtype == torch.float16
+    assert checkpoint.read(name).data_ptr() == checkpoint.read(name).data_ptr()
+
+
+def test_fused_qkv_of_older_phi2_files_is_split(tmp_path):
+    model = tiny.write("phi2", tmp_path, secrets.randbits(32), num_key_value_heads=6)
+    path = tmp_path / "model.gguf"
+    llama_files.convert(model, path, fuse_qkv=True)
+    source, converted = open_checkpoint(tmp_path), open_checkpoint(path)
+    assert {name for name in GgufFile(path).tensors if "attn_qkv" in name}
+    for name in source.names():
+        assert torch.equal(converted.read(name), source.read(name)), name
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_frequencies(factor, tmp_path):
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    model = tiny.write("llama", tmp_path, 0, head_dim=64, rope_parameters=rope)
+    llama_files.convert(model, tmp_path / "model.gguf")
+    config = open_checkpoint(tmp_path / "model.gguf").config
+    assert config == open_checkpoint(tmp_path).config
+    assert config.layers[0].rope.kind == "llama3"
+
+
+def test_frequencies_of_no_known_scaling_are_kept(tmp_path, rng):
+    divisors = torch.rand(8, generator=rng) * 9 + 1
+
+    def scale(fields, tensors):
+        tensors["rope_freqs.weight"] = divisors.numpy()
+
+    path = tmp_path / "model.gguf"
+    llama_files.write_tiny(path, scale)
+    rope = open_checkpoint(path).config.layers[0].rope
+    plain = 1 / 10000 ** (torch.arange(0, 16, 2) / 16)
+    torch.testing.assert_close(inverse_frequencies(rope, 1), plain / divisors, rtol=1e-6, atol=0)
+
+
+def test_end_tokens_are_the_named_and_the_known(tmp_path):
+    path = tmp_path / "model.gguf"
+    llama_files.write_tiny(path)
+    # <|eot_id|> is an ordinary token of this vocabulary, <|im_end|> a control token
+    assert open_checkpoint(path).config.eos_ids == (1, 6)
+
+
+def test_default_model_agrees_with_the_gguf_package(default_model):
+    checkpoint = open_checkpoint(default_model)
+    assert checkpoint.config.family == "llama"
+    assert len(checkpoint.config.layers) == 30
+    heads = {"attn_q": 9, "attn_k": 3}
+    names = {source.tensor.offset: name for name, source in checkpoint._sources.items()}
+    for tensor in gguf.GGUFReader(checkpoint.path).tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        role = tensor.name.split(".")[-2]
+        if role in heads:
+            halves = values.reshape(heads[role], 32, 2, -1)
+            values = halves.swapaxes(1, 2).reshape(values.shape)
+        assert_same_bits(values, checkpoint.read(names[tensor.data_offset]))
+
+
+def test_a_tensor_that_is_not_there(tmp_path):
+    path = tmp_path / "model.gguf"
+    llama_files.write_tiny(path)
+    checkpoint = open_checkpoint(path)
+    for ask in (checkpoint.read, checkpoint.shape, checkpoint.nbytes, checkpoint.packed):
+        with pytest.raises(InputError, match="no tensor 'lm_head.weight'"):
+            ask("lm_head.weight")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
+def test_only_what_is_read_comes_into_memory(tmp_path):
+    def add_rows(fields, tensors):
+        tensors["token_embd.weight"] = np.zeros((1 << 18, 32), np.float32)  # 32 MiB
+        del fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+
+    path = tmp_path / "model.gguf"
+    llama_files.write_tiny(path, add_rows)
+    checkpoint = open_checkpoint(path)
+    checkpoint.read(Q_NAME).sum()
+    assert resident_bytes(path) < 1 << 20
+    checkpoint.read("model.embed_tokens.weight").sum()
+    assert resident_bytes(path) > 32 << 20
+
+
+def resident_bytes(path) -> int:
+    """Of the mappings of a file, from the kernel's account of this process."""
+    total, ours = 0, False
+    for line in open("/proc/self/smaps"):
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            ours = line.rstrip().endswith(str(path))
+        elif ours and first == "Rss:":
+            total += int(line.split()[1]) << 10
+    return total

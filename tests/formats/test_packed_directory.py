@@ -1,0 +1,247 @@
+"""Packed directories: what is in them is what was asked for, and every reader finds it."""
+
+import json
+import time
+
+import gguf
+import pytest
+import torch
+from support import tiny
+from support.close import assert_close
+from support.directories import assert_same, stored
+
+from engine.api import load
+from engine.architecture.families import part_names
+from engine.artifacts import Plan
+from engine.checkpoint import open_checkpoint
+from engine.checkpoint.gguf_blocks import GgufBlocks, dequantise
+from engine.checkpoint.weights import lineage_hash, load_layer, stored_layer
+from engine.errors import InputError
+from engine.kernels.w4.format import Packed, Spec, unpack
+from engine.quantize import methods, packing
+from engine.quantize.packing import pack, plan_of
+from engine.quantize.recipe import Recipe
+from engine.runtime.reference import ReferenceRuntime
+
+KEEP = {4: [0, 2, 3], 6: [0, 2, 4, 5]}
+RTN = Recipe("rtn", group=32)
+LINEAR = ("_proj", "dense", "fc1", "fc2")
+
+
+@torch.no_grad()
+def logits(runtime, tokens: torch.Tensor) -> torch.Tensor:
+    return runtime.forward(tokens, runtime.new_cache(len(tokens)), logits="all")
+
+
+@pytest.mark.parametrize("case", tiny.CASES)
+def test_every_family(case, source, tmp_path):
+    """Logits are those of the source with its matrices rounded; layers are numbered from 0."""
+    checkpoint = source(case)
+    config = checkpoint.config.keep(KEEP[checkpoint.config.total_layers])
+    pack(checkpoint, config, tmp_path / "out", Recipe("rtn", group=16, head=4))
+    runtime = ReferenceRuntime.load(checkpoint, config)
+    spec = Spec(4, 16, "symmetric")
+    for weights in runtime.decoder.layers:
+        for role, matrix in weights.items():
+            if matrix.ndim == 2:
+                weights[role] = unpack(methods.rtn(matrix, spec))
+    outer = runtime.decoder.outer
+    outer["head"] = unpack(methods.rtn(outer["head"], spec))
+    outer["embedding"] = outer["head"] if config.tied else outer["embedding"].half().float()
+    tokens = torch.randint(3, tiny.VOCAB, (2, 60))
+    opened = load(tmp_path / "out", backend="reference")
+    assert torch.equal(logits(opened.runtime, tokens), logits(runtime, tokens))
+    assert [entry.layer for entry in opened.config.layers] == list(range(len(config.layers)))
+    for ours, theirs in zip(opened.config.layers, config.layers, strict=True):
+        assert (ours.window, ours.rope) == (theirs.window, theirs.rope)
+    reopened = open_checkpoint(tmp_path / "out")
+    assert sorted(reopened.names()) == sorted(
+        name for name in checkpoint.names() if name in set(reopened.names())
+    )
+    for slot in range(len(config.layers)):
+        apart = stored(tmp_path / "out")
+        assert apart.keys() >= set(part_names(config, slot).values())
+
+
+@pytest.mark.parametrize("method", ["hqq", "nf4", "gptq", "ordered"])
+@pytest.mark.parametrize("case", ["llama-biased-tied", "phi2", "phi3"])
+def test_every_method(method, case, source, tmp_path, rng):
+    checkpoint = source(case)
+    samples = torch.randint(3, tiny.VOCAB, (6, 24), generator=rng).tolist()
+    scheme, ordered = "codebook" if method == "nf4" else "zero", method == "ordered"
+    recipe = Recipe("gptq" if ordered else method, 4, 16, scheme, act_order=ordered)
+    pack(checkpoint, checkpoint.config, tmp_path / "out", recipe, samples)
+    opened = load(tmp_path / "out", backend="reference")
+    for name, matrix in stored(tmp_path / "out").items():
+        layered = name.startswith("model.layers") and name.endswith("weight") and "norm" not in name
+        assert isinstance(matrix, Packed) == (layered or name == head_name(checkpoint.config))
+        if layered:
+            assert matrix.spec == recipe.spec and (matrix.perm is not None) == ordered
+    tokens = torch.randint(3, tiny.VOCAB, (2, 24), generator=rng)
+    reference = logits(ReferenceRuntime.load(checkpoint, checkpoint.config), tokens)
+    assert_close(method, reference, logits(opened.runtime, tokens), 0.5)
+
+
+def head_name(config) -> str:
+    return "model.embed_tokens.weight" if config.tied else "lm_head.weight"
+
+
+@pytest.mark.parametrize("head", [4, 8, 16, None])
+@pytest.mark.parametrize("case", ["llama", "qwen3"])  # with an embedding of its own, and tied
+def test_bits_of_the_head(case, head, source, tmp_path):
+    checkpoint = source(case)
+    pack(checkpoint, checkpoint.config, tmp_path / "out", Recipe("rtn", 8, 32, head=head))
+    found = stored(tmp_path / "out")
+    matrix = found[head_name(checkpoint.config)]
+    if head in (4, 8):
+        assert matrix.spec == Spec(head, 32, "symmetric")
+    else:
+        assert matrix.dtype == (torch.float16 if head else torch.float32)
+    if not checkpoint.config.tied:
+        assert found["model.embed_tokens.weight"].dtype == torch.float16
+    norm = found["model.norm.weight"]
+    assert torch.equal(norm, checkpoint.read("model.norm.weight")) and norm.dtype == torch.float32
+    assert found["model.layers.0.mlp.up_proj.weight"].spec.bits == 8
+
+
+class Blocks:
+    """A checkpoint whose matrices are GGUF blocks of one type, as a GGUF of any family has them."""
+
+    def __init__(self, plain, kind: str) -> None:
+        self.path, self.config, self.plain, self.kind = plain.path, plain.config, plain, kind
+        self.names, self.shape = plain.names, plain.shape
+
+    def packed(self, name: str) -> GgufBlocks | None:
+        weight = self.plain.read(name)
+        if weight.ndim != 2:
+            return None
+        data = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType[self.kind])
+        return GgufBlocks(self.kind, tuple(weight.shape), torch.from_numpy(data))
+
+    def read(self, name: str) -> torch.Tensor:
+        blocks = self.packed(name)
+        return self.plain.read(name) if blocks is None else dequantise(blocks)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+@pytest.mark.parametrize("case", ["llama", "phi3"])
+def test_gguf_blocks_are_kept_without_loss(case, kind, source, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    checkpoint = Blocks(source(case, **sizes), kind)
+    config = checkpoint.config.keep([1, 2])
+    entries = pack(checkpoint, config, tmp_path / "out", Recipe("keep", head=None))
+    assert {entry.source for entry in entries} == {kind, "float32"}
+    reopened = open_checkpoint(tmp_path / "out")
+    assert lineage_hash(reopened, reopened.config)
+    for slot, entry in enumerate(config.layers):
+        ours, theirs = (
+            load_layer(c, c.config, n) for c, n in ((reopened, slot), (checkpoint, entry.layer))
+        )
+        assert all(torch.equal(ours[role], theirs[role]) for role in theirs)
+        kept = stored_layer(reopened, reopened.config, slot).values()
+        assert all(isinstance(matrix, Packed) for matrix in kept if len(matrix.shape) == 2)
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+        assert torch.equal(reopened.read(name), checkpoint.read(name))
+
+
+def test_a_packed_directory_is_kept_or_packed_anew(source, tmp_path, rng):
+    """Kept, every part is the same; requantised, it is by its values; numbers go on in the plan."""
+    checkpoint = source("phi3")
+    samples = torch.randint(3, tiny.VOCAB, (4, 24), generator=rng).tolist()
+    recipe = Recipe("gptq", group=16, act_order=True)
+    pack(checkpoint, checkpoint.config, tmp_path / "first", recipe, samples)
+    first = open_checkpoint(tmp_path / "first")
+    pack(first, first.config, tmp_path / "kept", Recipe("keep", head=None))
+    assert_same(tmp_path / "first", tmp_path / "kept")
+    pack(first, first.config, tmp_path / "again", RTN)
+    name = "model.layers.3.mlp.down_proj.weight"
+    expected = methods.rtn(unpack(stored(tmp_path / "first")[name]), RTN.spec)
+    assert torch.equal(stored(tmp_path / "again")[name].codes, expected.codes)
+
+
+def test_layers_keep_their_numbers_in_the_plan(source, tmp_path):
+    checkpoint = source("llama")
+    assert plan_of(checkpoint, checkpoint.config, "m") is None
+    config = checkpoint.config.keep([0, 2, 3])
+    plan = plan_of(checkpoint, config, "m")
+    pack(checkpoint, config, tmp_path / "first", RTN, plan=plan)
+    assert Plan.load(tmp_path / "first" / "plan.json") == plan
+    assert (plan.keep, plan.total_layers) == ((0, 2, 3), 4)
+    first = open_checkpoint(tmp_path / "first")
+    again = plan_of(first, first.config.keep([1, 2]), "m")
+    assert (again.keep, again.total_layers, again.lineage) == ((2, 3), 4, plan.lineage)
+    (tmp_path / "first" / "plan.json").write_text(json.dumps(plan.to_json() | {"keep": [0]}))
+    with pytest.raises(InputError, match=r"plan\.json: expected a plan that keeps 3 layers"):
+        plan_of(first, first.config, "m")
+
+
+@pytest.mark.parametrize("case", ["llama", "phi2", "gemma2"])
+@torch.no_grad()
+def test_hessians_are_those_of_the_quantised_prefix(case, source, tmp_path, rng, monkeypatch):
+    """Against inputs hooked in transformers, whose earlier layers hold the quantised values."""
+    import transformers
+
+    checkpoint, seen = source(case), []
+    config = checkpoint.config
+    samples = [torch.randint(3, tiny.VOCAB, (n,), generator=rng).tolist() for n in (20, 9, 13)]
+    original = packing.pack_layer
+    monkeypatch.setattr(
+        packing, "pack_layer", lambda *args: seen.append(args[-1]) or original(*args)
+    )
+    pack(checkpoint, config, tmp_path / "out", Recipe("gptq", group=16), samples)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint.path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    inputs: dict[str, list[torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(
+            lambda _, given, name=name: (
+                inputs.setdefault(name, []).append(given[0][0].clone())
+                if name.endswith(LINEAR)
+                else None
+            )
+        )
+    quantised = stored(tmp_path / "out")
+    for slot in range(config.total_layers):
+        inputs.clear()
+        for sample in samples:
+            model(torch.tensor([sample]), use_cache=False)
+        for role, total in seen[slot].items():
+            name = part_names(config, slot)[role].removesuffix(".weight")
+            x = torch.cat(inputs[name])
+            assert len(x) == 42
+            assert_close(f"{slot} {role}", x.T @ x, total, 1e-4)
+            model.get_submodule(name).weight.copy_(unpack(quantised[f"{name}.weight"]))
+        assert seen[slot].keys() >= {"q", "k", "v", "o", "up", "down"}
+
+
+def test_the_default_model(default_model, tmp_path):
+    """A GGUF is kept to the bit and opens in under 50 ms."""
+    checkpoint = open_checkpoint(default_model)
+    pack(checkpoint, checkpoint.config, tmp_path / "out", Recipe("keep", head=None))
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        packed = open_checkpoint(tmp_path / "out")
+        times.append(1e3 * (time.perf_counter() - start))
+    print("opened in ms:", times)
+    assert min(times) < 50
+    assert sorted(packed.names()) == sorted(checkpoint.names())
+    for name in checkpoint.names():
+        assert torch.equal(packed.read(name), checkpoint.read(name)), name
+    assert lineage_hash(packed, packed.config) == lineage_hash(checkpoint, checkpoint.config)
+    assert packed.config.architecture_hash == checkpoint.config.architecture_hash
+
+
+def test_group_32_with_minimum_is_the_default_model(default_model, tmp_path):
+    """Rounded anew from its values, the Q4_1 source comes back."""
+    checkpoint = open_checkpoint(default_model)
+    config = checkpoint.config.keep([0, 17])
+    recipe = Recipe("rtn", 4, 32, "minimum", head=None)
+    pack(checkpoint, config, tmp_path / "out", recipe)
+    packed = open_checkpoint(tmp_path / "out")
+    for slot, entry in enumerate(config.layers):
+        reference = load_layer(checkpoint, config, entry.layer)
+        for role, weight in load_layer(packed, packed.config, slot).items():
+            assert torch.equal(weight, reference[role]), (slot, role)

@@ -1,0 +1,199 @@
+"""Quantised directories that cannot be read: one sentence that names file, tensor or option."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.packed import random_packed
+from support.quantised import CASES, MODULE, compressed, nf4, write
+
+from engine.checkpoint import open_checkpoint
+from engine.errors import InputError
+from engine.kernels.w4 import store
+from engine.kernels.w4.format import Spec
+
+
+def refused(path: Path, words: str) -> None:
+    """Opening the directory, or reading everything in it, raises InputError that says `words`."""
+    with pytest.raises(InputError, match=words) as caught:
+        checkpoint = open_checkpoint(path)
+        for name in checkpoint.names():
+            checkpoint.shape(name), checkpoint.packed(name), checkpoint.read(name)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "case, change, words",
+    [
+        ("gptq", {"quant_method": "aqlm"}, "quant_method must be one of .*, found 'aqlm'"),
+        ("gptq", {"quant_method": None}, "found None"),
+        ("gptq", {"quant_method": ["gptq"]}, r"found \['gptq'\]"),
+        ("gptq", {"bits": 3}, "bits must be 4 or 8, found 3"),
+        ("gptq", {"bits": "4"}, "bits must be 4 or 8, found '4'"),
+        ("gptq", {"bits": True}, "found True"),
+        ("gptq", {"group_size": 48}, "group_size must be .*, found 48"),
+        ("gptq", {"group_size": 0}, "group_size must be .*, found 0"),
+        ("gptq", {"group_size": 64}, rf"{MODULE}: qzeros must be \(2, 6\), found \(4, 6\)"),
+        ("gptq", {"bits": 8}, rf"{MODULE}: qweight must be \(25, 48\), found \(13, 48\)"),
+        ("gptq", {"checkpoint_format": "marlin"}, "'gptq' or 'gptq_v2', found 'marlin'"),
+        ("gptq", {"pack_dtype": "int16"}, "pack_dtype must be 'int32', found 'int16'"),
+        ("gptq", {"dynamic": {"+:.*": {"bits": 8}}}, "dynamic must be None"),
+        ("awq", {"bits": 8}, "bits must be 4, found 8"),
+        ("awq", {"version": "gemv"}, "version must be 'gemm', found 'gemv'"),
+        ("awq", {"group_size": None}, "group_size must be .*, found None"),
+        ("compressed", {"format": "int-quantized"}, "must be 'pack-quantized', found 'int-qu"),
+        ("compressed", {"config_groups": {}}, "config_groups is missing"),
+        ("compressed", {"config_groups": {"g": 1}}, "an object 'weights', found 1"),
+        ("compressed", {"transform_config": {"R1": 1}}, "transform_config must be None"),
+        ("compressed", {"sparsity_config": {"format": "x"}}, "sparsity_config must be None"),
+        ("nf4", {"load_in_8bit": True}, "load_in_8bit must be False, found True"),
+        ("nf4", {"bnb_4bit_quant_type": "fp4"}, "must be 'nf4', found 'fp4'"),
+        ("nf4", {"bnb_4bit_quant_storage": "bfloat16"}, "must be 'uint8', found 'bfloat16'"),
+    ],
+)
+def test_configuration_that_cannot_be_read(case, change, words, rng, tmp_path):
+    parts, config, _ = CASES[case](rng)
+    refused(write(tmp_path, parts, config | change), words)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"num_bits": 3}, "num_bits must be 4 or 8, found 3"),
+        ({"type": "float"}, "type must be 'int', found 'float'"),
+        ({"strategy": "tensor"}, "strategy must be 'group' or 'channel', found 'tensor'"),
+        ({"group_size": 24}, "group_size must be .*, found 24"),
+        ({"group_size": None}, "group_size must be .*, found None"),
+        ({"group_size": 128}, rf"{MODULE}: weight_scale must be \(48, 1\), found \(48, 4\)"),
+    ],
+)
+def test_compressed_weights_that_cannot_be_read(change, words, rng, tmp_path):
+    parts, config, _ = compressed(rng)
+    weights = config["config_groups"].pop("group_1")["weights"] | change
+    config["config_groups"] = {"group_0": {"weights": weights}}
+    refused(write(tmp_path, parts, config), words)
+
+
+def test_compressed_activations_are_refused(rng, tmp_path):
+    parts, config, _ = compressed(rng)
+    config["config_groups"]["group_1"]["input_activations"] = {"num_bits": 8}
+    refused(write(tmp_path, parts, config), "input_activations must be None")
+
+
+@pytest.mark.parametrize(
+    "case, part, tensor, words",
+    [
+        ("gptq", "qzeros", None, f"{MODULE}: tensor 'qzeros' is missing"),
+        ("gptq", "scales", torch.full((4, 48), torch.nan), f"{MODULE}: scales must be finite"),
+        ("gptq", "scales", torch.ones(4, 48).int(), f"{MODULE}: scale_dtype must be"),
+        ("gptq", "qweight", torch.zeros(13), f"{MODULE}: qweight must .*2 dimensions"),
+        ("gptq", "qweight", torch.zeros(13, 48), f"{MODULE}: qweight must be torch.int32"),
+        ("gptq", "g_idx", torch.zeros(100).int(), "in sorted order input 32 is in group 0"),
+        ("gptq", "g_idx", torch.zeros(2, 50).int(), "g_idx must have 1 dimensions"),
+        ("awq", "scales", torch.ones(2, 40).half(), r"qweight must be \(100, 5\)"),
+        ("compressed", "weight_shape", torch.tensor([48, -1]), "two positive integers"),
+        ("compressed", "weight_shape", torch.tensor([48, 1 << 50]), "two positive integers"),
+        ("compressed", "weight_shape", torch.tensor([48, 1 << 39]), "weight_packed must be"),
+        ("compressed", "weight_shape", torch.tensor([4.0, 1.0]), "two positive integers"),
+        ("compressed", "weight_shape", torch.tensor([[48, 100]]), "must have 1 dimensions"),
+        ("compressed", "weight_scale", torch.ones(48, 9), r"must be \(48, \d\), found \(48, 9\)"),
+        ("nf4", "weight", torch.zeros(9, 1).byte(), "are 3072 uint8, found 9"),
+        ("nf4", "weight.absmax", torch.ones(3), r"absmax must be \(96,\), found \(3,\)"),
+        ("nf4-nested", "weight.nested_absmax", None, "'weight.nested_absmax' is missing"),
+        ("nf4-nested", "weight.absmax", torch.ones(96), "absmax must be torch.uint8"),
+    ],
+)
+def test_parts_that_disagree(case, part, tensor, words, rng, tmp_path):
+    parts, config, _ = CASES[case](rng)
+    parts |= {part: tensor}
+    parts = {part: tensor for part, tensor in parts.items() if tensor is not None}
+    refused(write(tmp_path, parts, config), words)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"quant_type": "fp4"}, "quant_type cannot be 'fp4'"),
+        ({"shape": [48]}, r"shape cannot be \[48\]"),
+        ({"shape": [48, 1.5]}, "shape cannot be"),
+        ({"shape": [1 << 39, 1 << 39]}, "NF4 codes of .* found 3072"),
+        ({"blocksize": 0}, "blocksize cannot be 0"),
+        ({"blocksize": 1 << 39}, r"absmax must be \(1,\)"),
+        ({"nested_blocksize": 1 << 39}, r"nested_absmax must be \(1,\)"),
+        ({"nested_offset": "a"}, "nested_offset cannot be 'a'"),
+        ({"nested_offset": float("nan")}, "nested_offset cannot be nan"),
+        (None, "quant_state: not valid JSON"),
+    ],
+)
+def test_nf4_state_that_cannot_be_read(change, words, rng, tmp_path):
+    parts, config, _ = nf4(rng, nested=True)
+    key = "weight.quant_state.bitsandbytes__nf4"
+    text = b"{"
+    if change is not None:
+        text = json.dumps(json.loads(bytes(parts[key].tolist())) | change).encode()
+    parts[key] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    refused(write(tmp_path, parts, config), words)
+
+
+def our_own(rng, path: Path, change: dict | None = None, drop: str | None = None) -> Path:
+    name = f"{MODULE}.weight"
+    packed = random_packed(rng, 5, 100, Spec(4, 32, "zero"), permuted=True)
+    parts = store.to_tensors("weight", packed)
+    if drop:
+        del parts[f"weight.{drop}"]
+    metadata = store.to_metadata(name, packed)
+    if change is not None:
+        metadata[name] = json.dumps(json.loads(metadata[name]) | change)
+    return write(path, parts, {"quant_method": "shallow"}, metadata)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"version": 2}, "spec of version 2, this version reads 1"),
+        ({"bits": 5}, "bits must be 4 or 8, found 5"),
+        ({"group": 16}, r"scales must be \(5, 7\), found \(5, 4\)"),
+        ({"scheme": "codebook"}, "tensor 'weight.codebook' is missing"),
+        ({"shape": [5, 200]}, r"codes must be \(5, 112\), found \(5, 64\)"),
+        ({"shape": [5, 0]}, "shape must be two positive integers"),
+        ({"shape": 5}, "shape must be two positive integers"),
+        ({"perm": 1}, "perm must be true or false, found 1"),
+        ({"extra": 1}, "unusable quantisation metadata"),
+        ({"scale_dtype": "float32"}, "scales must be torch.float32, found torch.float16"),
+    ],
+)
+def test_our_own_metadata_that_cannot_be_read(change, words, rng, tmp_path):
+    refused(our_own(rng, tmp_path, change), f"{MODULE}.*{words}")
+
+
+def test_our_own_without_a_part_or_metadata(rng, tmp_path):
+    refused(our_own(rng, tmp_path, drop="zeros"), "tensor 'weight.zeros' is missing")
+    packed = random_packed(rng, 5, 100, Spec(4, 32, "zero"))
+    parts, quantization = store.to_tensors("weight", packed), {"quant_method": "shallow"}
+    refused(write(tmp_path, parts, quantization), "its metadata is missing")
+    metadata = {f"{MODULE}.weight": "[" * 100000}
+    refused(write(tmp_path, parts, quantization, metadata), "unusable quantisation metadata")
+
+
+def test_our_own_damaged_file(rng, tmp_path):
+    """Cut anywhere: one sentence. A bit flipped in the header: one sentence, or still readable."""
+    our_own(rng, tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for length in (0, 4, 8, header // 2, header, header + 1, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        refused(tmp_path, "model.safetensors")
+    read = 0
+    for at in range(header):
+        bit = 1 << int(torch.randint(0, 8, (1,), generator=rng))
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
+        try:
+            checkpoint = open_checkpoint(tmp_path)
+            for name in checkpoint.names():
+                checkpoint.shape(name), checkpoint.packed(name), checkpoint.read(name)
+            read += 1
+        except InputError:
+            pass
+    assert read < header / 2

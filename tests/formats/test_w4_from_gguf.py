@@ -1,0 +1,74 @@
+"""GGUF blocks, held without loss: unpacking is what the gguf package dequantises."""
+
+import pytest
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import quants as gguf_quants
+from support.bits import assert_same_bits
+
+from engine.kernels.w4.format import unpack, unpack_codes, validate
+from engine.kernels.w4.from_gguf import BLOCKS, from_blocks
+
+HALVES = {  # byte offsets of the float16 fields of a block
+    "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0],
+    "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208],
+}  # fmt: skip
+
+
+def random_blocks(rng: torch.Generator, name: str, n: int, k: int) -> torch.Tensor:
+    """Any bytes, but for float16 fields: any finite value, subnormals and -0 included."""
+    weights, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    data = torch.randint(0, 256, (n, k // weights, nbytes), generator=rng, dtype=torch.uint8)
+    for offset in HALVES[name]:
+        high = data[..., offset + 1]
+        high[(high & 0x7C) == 0x7C] &= 0x83  # Inf and NaN
+    return data.reshape(n, -1)
+
+
+@pytest.mark.parametrize("n, blocks", [(1, 1), (3, 5)])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_gguf_random_blocks(name, n, blocks, rng):
+    k = blocks * BLOCKS[name].weights
+    data = random_blocks(rng, name, n, k)
+    packed = validate(from_blocks(name, (n, k), data))
+    expected = gguf_quants.dequantize(data.numpy(), GGMLQuantizationType[name])
+    assert_same_bits(torch.from_numpy(expected), unpack(packed))
+    assert packed.shape == (n, k)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_gguf_quantised_gaussian(name, rng):
+    weight = torch.randn(7, 160, generator=rng).numpy()
+    data = gguf_quants.quantize(weight, GGMLQuantizationType[name])
+    packed = from_blocks(name, weight.shape, torch.from_numpy(data))
+    expected = gguf_quants.dequantize(data, GGMLQuantizationType[name])
+    assert_same_bits(torch.from_numpy(expected), unpack(packed))
+    if packed.spec.bits == 4:
+        assert len(unpack_codes(packed).unique()) == 16
+
+
+def test_gguf_keeps_its_bits():
+    """A 4-bit type costs what it costs in the file; Q4_K stores its sub-scales as whole bytes."""
+    for name, bits in {"Q4_0": 4.5, "Q4_1": 5, "Q8_0": 8.5, "Q4_K": 4.625}.items():
+        data = torch.zeros(2 * 512 // BLOCKS[name].weights * BLOCKS[name].nbytes).byte()
+        assert from_blocks(name, (2, 512), data).bits_per_weight == bits
+
+
+@pytest.mark.parametrize(
+    "type_name, shape, count, fill, words",
+    [
+        ("Q2_K", (1, 256), 84, 0, "GGUF type must be one of .*, found 'Q2_K'"),
+        ("Q4_0", (1, 33), 18, 0, "blocks of 32, found K=33"),
+        ("Q4_K", (1, 32), 18, 0, "blocks of 256, found K=32"),
+        ("Q4_0", (2, 32), 18, 0, r"\(2, 32\) has 36 bytes, found 18"),
+        ("Q4_0", (1, 32), 18, 255, "scales must be finite"),
+        ("Q4_K", (1, 256), 144, 255, "supers must be finite"),
+        ("Q5_K", (1, 256), 176, 255, "scales must be finite"),
+    ],
+)
+def test_gguf_names_bad_blocks(type_name, shape, count, fill, words):
+    data = torch.full((count,), fill, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="^blk.0: .*" + words):
+        from_blocks(type_name, shape, data, "blk.0")
+    with pytest.raises(TypeError, match=r"^blk.0: blocks must be uint8, found torch\.int8"):
+        from_blocks("Q4_0", (1, 32), torch.zeros(18).char(), "blk.0")

@@ -1,0 +1,96 @@
+"""What nvcc makes of the CUDA kernels: registers, spills, shared memory, 16-byte loads."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCE = "csrc/cuda/w4_matmul.cu"
+KERNELS = 10  # 2 dtypes x (4 bits: centred, plain, table; 8 bits: centred, plain)
+MAX_REGISTERS = 65536 // (2 * 256)  # two blocks of 256 threads to a multiprocessor
+X_BYTES = (64 << 10) + 960  # the most that a block holds of x
+SHARED_BYTES = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # of a multiprocessor
+TARGETS = [
+    pytest.param(90),
+    pytest.param(80, marks=pytest.mark.slow),
+    pytest.param(100, marks=pytest.mark.slow),
+]
+
+
+def find(tool: str) -> str | None:
+    """An executable of CUDA, on PATH, in CUDA_HOME or in triton's package."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    triton = Path(sysconfig.get_path("purelib"), "triton/backends/nvidia/bin")
+    return shutil.which(
+        tool, path=os.pathsep.join([os.environ["PATH"], f"{home}/bin", str(triton)])
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled(request) -> tuple[Path, str]:
+    """The cubin for a target and ptxas's report; made anew where a source changed."""
+    nvcc, target = find("nvcc"), request.param
+    if not nvcc:
+        pytest.skip("no nvcc")
+    flags = [f"-arch=sm_{target}", *"-cubin -std=c++17 -O3 -Icsrc -Xptxas -v".split()]
+    digest = hashlib.sha256(" ".join(flags).encode())
+    for path in [ROOT / SOURCE, *sorted(ROOT.glob("csrc/**/*.h"))]:
+        digest.update(path.read_bytes())
+    cubin = ROOT / "build" / "cubin" / f"w4-{digest.hexdigest()[:16]}.cubin"
+    report = cubin.with_suffix(".txt")
+    if not report.exists():
+        cubin.parent.mkdir(parents=True, exist_ok=True)
+        ran = subprocess.run(
+            [nvcc, *flags, SOURCE, "-o", str(cubin)],
+            cwd=ROOT, capture_output=True, text=True, timeout=900,
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
+        assert "warning" not in ran.stderr.lower(), ran.stderr
+        report.write_text(ran.stderr)
+    return cubin, report.read_text()
+
+
+def numbers(pattern: str, report: str) -> list[int]:
+    found = [int(number) for number in re.findall(pattern, report)]
+    assert len(found) == KERNELS, f"{len(found)} of {KERNELS} kernels say {pattern!r}:\n{report}"
+    return found
+
+
+def each_target(test):
+    return pytest.mark.parametrize("compiled", TARGETS, indirect=True)(test)
+
+
+@each_target
+def test_nothing_spills_and_two_blocks_fit(compiled, request):
+    report = compiled[1]
+    for what in ("bytes stack frame", "bytes spill stores", "bytes spill loads"):
+        assert set(numbers(rf"(\d+) {what}", report)) == {0}, what
+    assert max(numbers(r"Used (\d+) registers", report)) <= MAX_REGISTERS
+    static = max(numbers(r"(\d+) bytes smem", report))
+    reserved = 1024  # by CUDA, a block
+    limit = SHARED_BYTES[request.node.callspec.params["compiled"]]
+    assert 2 * (static + X_BYTES + reserved) <= limit
+
+
+@each_target
+def test_weights_arrive_in_16_byte_loads(compiled):
+    cuobjdump = find("cuobjdump")
+    if not cuobjdump:
+        pytest.skip("no cuobjdump: it comes with CUDA and with triton")
+    sass = subprocess.run(
+        [cuobjdump, "-sass", str(compiled[0])], capture_output=True, text=True, timeout=300
+    ).stdout
+    kernels = sass.split("Function : ")[1:]
+    assert len(kernels) == KERNELS
+    for kernel in kernels:
+        name = kernel.split()[0]
+        wide = re.findall(r"LDG\.E[\w.]*\.128", kernel)
+        assert len(wide) >= 16, f"{name}: {len(wide)} wide loads; 4 chunks x 2 rows, twice"
+        assert "HMMA" in kernel, f"{name}: no tensor core instruction"
+        assert not re.search(r"\b(LDL|STL)\b", kernel), f"{name}: local memory"

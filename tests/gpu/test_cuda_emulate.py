@@ -1,0 +1,57 @@
+"""csrc/cuda/emulate.h reports what a GPU leaves undefined."""
+
+import re
+import subprocess
+
+import pytest
+from support.emulated import ENVIRONMENT, ROOT, build
+
+REPORTS = {
+    "barrier_after_return": r"__syncthreads.* not all threads reach: thread 5 has returned",
+    "barrier_in_a_branch": r"__syncthreads.* not all threads reach: thread 3 is at __shfl_xor_sync",
+    "two_barriers": r"thread 32: is at __syncthreads.* while others wait at __syncthreads",
+    "shuffle_without_a_lane": r"__shfl_xor_sync.* not all threads reach: thread 7 has returned",
+    "shuffle_outside_the_mask": r"mask 0000ffff lacks this lane",
+    "shuffle_of_a_missing_lane": r"reads lane 20, which mask 0000ffff lacks",
+    "shuffle_by_two_masks": r"mask ffffffff, other lanes have 55555555",
+    "mma_by_half_a_warp": r"mma.* not all threads reach: thread 16 has returned",
+    "unwritten_shared": r"thread 63: shared memory: element 63 is read and was never written",
+    "unwritten_in_the_next_block": r"block \(1, 0, 0\).*element 0 is read and was never written",
+    "shared_out_of_bounds": r"thread 63: shared memory: index 63 of 63",
+    "dynamic_shared_out_of_bounds": r"thread 63: shared memory: index 63 of 63",
+    "read_without_a_barrier": r"element \d+ is read, and thread \d+ wrote it .* a race",
+    "write_without_a_barrier": r"element \d+ is written, and another thread .* a race",
+    "two_writers": r"element 0 is written, and another thread .* a race",
+    "global_out_of_bounds": r"AddressSanitizer: heap-buffer-overflow",
+    "load_off_its_alignment": r"16-byte load from .* off its alignment",
+}
+
+
+@pytest.fixture(scope="session")
+def kernels():
+    return build("bugs", "tests/support/emulated_bugs.cu")
+
+
+def run(kernels, name: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [str(kernels), name], capture_output=True, text=True, timeout=60, env=ENVIRONMENT
+    )
+
+
+def test_sound_kernel_runs(kernels):
+    ran = run(kernels, "sound")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == "2016 2016\n"
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_bug_is_reported(kernels, name):
+    ran = run(kernels, name)
+    assert ran.returncode not in (0, 2), f"{name} went unnoticed"
+    assert re.search(REPORTS[name], ran.stderr), ran.stderr
+
+
+def test_every_bug_is_tested():
+    source = (ROOT / "tests" / "support" / "emulated_bugs.cu").read_text()
+    kernels = re.findall(r"__global__ void (\w+)", source)
+    assert set(kernels) == {"sound", *REPORTS}

@@ -1,0 +1,179 @@
+"""The Triton matmul: interpreted against float64, compiled for GPUs that are not here, launches."""
+
+import re
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from cases import MATRICES
+from support import aot
+from support.interpreted import run_interpreted
+from support.w4_calls import make
+
+from engine.kernels import dispatch
+from engine.kernels.w4 import fused, gemm, gemv, launch
+from engine.kernels.w4.dequantise import Format
+from engine.kernels.w4.format import Spec
+from engine.kernels.w4.launch import DENSE, Launch, choose
+from engine.kernels.w4.layout_gpu import to_gpu
+
+SCHEMES = {  # each with the group whose scales need most registers
+    "symmetric g128": Format("symmetric", 4, 128, even=True, asm=True),
+    "symmetric g32": Format("symmetric", 4, 32, even=True, asm=True),
+    "zero g16": Format("zero", 4, 16, even=True, asm=True),
+    "minimum g32, K of half a step": Format("minimum", 4, 32, even=False, asm=True),
+    "nf4 g64": Format("codebook", 4, 64, even=True, asm=True),
+    "kquant": Format("kquant", 4, 32, even=True, asm=True),
+    "symmetric 8 bits, row": Format("symmetric", 8, 0, even=True, asm=True),
+    "minimum 8 bits g16": Format("minimum", 8, 16, even=True, asm=True),
+}
+REGISTERS = 65536  # of a multiprocessor
+RESERVED = 1024  # bytes of shared memory that CUDA takes a program
+sm_90_first = [
+    pytest.param(arch, marks=() if arch == 90 else pytest.mark.slow) for arch in aot.ARCHS
+]
+
+
+def weight_types(kind: Format) -> tuple[dict[str, str], dict[str, None]]:
+    """The weight's pointers by type, and those that its scheme lacks."""
+    offset = {"zero": "*u8", "minimum": "*fp16", "kquant": "*u8"}.get(kind.scheme)
+    types = {
+        "codes_ptr": "*i32",
+        "scales_ptr": "*u8" if kind.scheme == "kquant" else "*fp16",
+        "offsets_ptr": offset,
+        "supers_ptr": "*fp16" if kind.scheme == "kquant" else None,
+        "codebook_ptr": "*fp32" if kind.scheme == "codebook" else None,
+    }
+    present = {name: type for name, type in types.items() if type}
+    return present, dict.fromkeys(types.keys() - present.keys())
+
+
+@cache
+def build(sizes: Launch, kind: Format, dtype: str, arch: int, gated: bool = False) -> aot.Compiled:
+    """The kernel of `sizes`; `gated` with a bias."""
+    types, constexprs = weight_types(kind)
+    y = "*fp32" if sizes.SPLITS > 1 else f"*{dtype}"
+    signature = types | {"x_ptr": f"*{dtype}", "y_ptr": y}
+    signature |= dict.fromkeys(("M", "N", "K", "stride_xm"), "i32")
+    if gated:
+        signature["bias_ptr"] = f"*{dtype}"
+    else:
+        constexprs["bias_ptr"] = None
+    constexprs |= {"FORMAT": kind, "GATED": gated, "WARPS": sizes.WARPS}
+    constexprs |= {"BLOCK_M": sizes.BLOCK_M}
+    kernel = gemv.gemv_kernel
+    if sizes.kernel == "gemm":
+        kernel, constexprs["SPLITS"] = gemm.gemm_kernel, sizes.SPLITS
+    return aot.compile(
+        kernel, signature, constexprs, arch, odd=("M",),
+        num_warps=sizes.WARPS, num_stages=sizes.num_stages, maxnreg=sizes.maxnreg,
+    )  # fmt: skip
+
+
+def hold(compiled: aot.Compiled, sizes: Launch, arch: int, programs: int) -> None:
+    """No spills, codes and x 16 bytes at a time, so many programs to a multiprocessor."""
+    assert compiled.spill_bytes == 0, f"{compiled.registers} registers"
+    loop = compiled.ptx[compiled.ptx.index("cp.async.wait_group") : compiled.ptx.rindex("mma")]
+    assert "shfl" not in loop, "weights move between threads"
+    copies = re.findall(r"cp\.async\.\w+\.shared\.global[^;]*", compiled.ptx)
+    assert copies and all("cp.async.cg" in copy and ", 0x10" in copy for copy in copies), copies
+    assert programs * compiled.registers * 32 * sizes.WARPS <= REGISTERS
+    assert programs * (compiled.shared_bytes + RESERVED) <= aot.SHARED_LIMIT_BYTES[arch] + RESERVED
+
+
+def test_interpreted():
+    run_interpreted("w4")
+
+
+@pytest.mark.slow
+def test_interpreted_at_length():
+    run_interpreted("w4", timeout_s=3600, marks="slow")
+
+
+@pytest.mark.parametrize("arch", sm_90_first)
+@pytest.mark.parametrize("most, sizes", launch.TABLE)
+def test_table_compiles(most, sizes, arch):
+    compiled = build(sizes, SCHEMES["symmetric g128"], "fp16", arch)
+    hold(compiled, sizes, arch, programs=2 if most <= 64 else 1)
+    if arch == 90 and sizes.kernel == "gemm":
+        from_registers = r"wgmma\.mma_async[^;]*\}, \{%r\d+,%r\d+,%r\d+,%r\d+\}"
+        assert re.search(from_registers, compiled.ptx), "weights go through shared memory"
+
+
+@pytest.mark.parametrize("arch", sm_90_first)
+@pytest.mark.parametrize("dtype", ("fp16", "bf16"))
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_gemv_of_every_scheme_compiles(scheme, dtype, arch):
+    sizes = launch.TABLE[0][1]
+    hold(build(sizes, SCHEMES[scheme], dtype, arch), sizes, arch, programs=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", aot.ARCHS)
+@pytest.mark.parametrize("dtype", ("fp16", "bf16"))
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("most, sizes", launch.TABLE[1:])
+def test_table_compiles_with_every_scheme(most, sizes, scheme, dtype, arch):
+    hold(build(sizes, SCHEMES[scheme], dtype, arch), sizes, arch, programs=1)
+
+
+@pytest.mark.parametrize("arch", sm_90_first)
+@pytest.mark.parametrize(
+    "row, gated, splits", ((0, True, 1), (3, True, 1), (2, False, 4), (4, True, 2))
+)
+def test_gates_and_splits_compile(row, gated, splits, arch):
+    sizes = replace(launch.TABLE[row][1], SPLITS=splits)
+    hold(build(sizes, SCHEMES["zero g16"], "bf16", arch, gated), sizes, arch, programs=1)
+
+
+@pytest.mark.parametrize("arch", sm_90_first)
+@pytest.mark.parametrize("gated", (False, True))
+def test_reduction_compiles(gated, arch):
+    signature = {
+        "parts_ptr": "*fp32",
+        "bias_ptr": "*fp16",
+        "y_ptr": "*fp16",
+        "M": "i32",
+        "N": "i32",
+    }
+    constexprs = {"GATED": gated, "SPLITS": 4, "BLOCK_N": fused.REDUCE_BLOCK}
+    compiled = aot.compile(gemm.reduce_kernel, signature, constexprs, arch, odd=("M",))
+    assert compiled.spill_bytes == 0 and compiled.wide_loads() >= 4
+
+
+@pytest.mark.parametrize("arch", sm_90_first)
+@pytest.mark.parametrize("scheme", ("symmetric g128", "kquant"))
+def test_dequantisation_compiles(scheme, arch):
+    types, constexprs = weight_types(SCHEMES[scheme])
+    signature = types | {"w_ptr": "*bf16", "first": "i32", "N": "i32", "K": "i32"}
+    constexprs |= {"FORMAT": SCHEMES[scheme], "WARPS": DENSE.WARPS}
+    compiled = aot.compile(gemm.dense_kernel, signature, constexprs, arch, num_warps=DENSE.WARPS)
+    assert compiled.spill_bytes == 0 and compiled.wide_loads() >= 2
+    assert "st.global.v4" in compiled.ptx
+
+
+@pytest.mark.parametrize("bits", (4, 8))
+@pytest.mark.parametrize("n, k", ((1, 1), (512, 2048), *sorted(set(MATRICES.values()))))
+def test_choice(n, k, bits):
+    chunks = -(-k * bits // 512)
+    for m in (*range(1, 130), 255, 256, 1023, 1024, 5000):
+        sizes = choose(m, n, k, bits, cores=132)
+        if sizes.kernel == "gemv":
+            assert sizes.BLOCK_M >= m and sizes.WARPS <= chunks
+            assert sizes.SPLITS == 1 and sizes.WARPS.bit_count() == 1
+        elif sizes.SPLITS > 1:
+            assert chunks // sizes.SPLITS >= launch.SPLIT_CHUNKS
+            assert 2 * 4 * sizes.SPLITS * m * n <= n * k * bits / 8 / 4  # bytes
+    assert choose(launch.DENSE_ROWS - 1, n, k, bits, 132).kernel == "gemm"
+    assert choose(launch.DENSE_ROWS, n, k, bits, 132) == DENSE
+
+
+def test_needs_a_gpu(rng, monkeypatch):
+    case = make(rng, Spec(4, 128, "symmetric"), torch.float16, 1, 16, 128)
+    if not torch.cuda.is_available():
+        with pytest.raises(dispatch.BackendUnavailable, match="backend triton: torch finds no GPU"):
+            fused.matmul(case.x, to_gpu(case.packed))
+        monkeypatch.setattr(dispatch, "require", lambda backend: None)
+    with pytest.raises(ValueError, match="x must be on a GPU, found cpu"):
+        fused.matmul(case.x, to_gpu(case.packed))

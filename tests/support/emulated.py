@@ -1,0 +1,133 @@
+"""Builds the CUDA kernels for the CPU (csrc/cuda/emulate.h) and runs calls on them."""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import struct
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from support.w4_calls import Matmul
+
+from engine.kernels.w4.cuda import Call, Matrix
+from engine.kernels.w4.layout_gpu import to_gpu
+
+ROOT = Path(__file__).parents[2]
+# A stack for use-after-return checks per fiber costs ten times the rest.
+ENVIRONMENT = os.environ | {"ASAN_OPTIONS": "detect_stack_use_after_return=0"}
+FLAGS = (
+    "-std=c++17 -O2 -g1 -Wall -Wextra -Werror -Wno-unknown-pragmas "
+    "-fsanitize=address,undefined -fno-sanitize-recover=all"
+).split()
+
+
+def cuda_headers() -> list[str]:
+    """Folders that hold NVIDIA's headers; skips the test where they are missing.
+
+    Those of nvcc, or of the packages nvidia-cuda-runtime, nvidia-cuda-cccl and nvidia-cuda-crt.
+    """
+    nvcc = shutil.which("nvcc")
+    homes = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))]
+    homes += [Path(nvcc).resolve().parent.parent] if nvcc else []
+    homes += sorted(Path("/usr/local").glob("cuda-*"))
+    homes += sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("*"))
+    found = []
+    for header in ("cuda_fp16.h", "crt/host_defines.h", "nv/target"):
+        folders = [home / "include" for home in homes if (home / "include" / header).exists()]
+        if not folders:
+            pytest.skip(
+                f"no {header}: it comes with CUDA and with nvidia-cuda-runtime, -cccl, -crt"
+            )
+        found.append(str(folders[0]))
+    return list(dict.fromkeys(found))
+
+
+def build(name: str, *sources: str) -> Path:
+    """The executable `name` of the sources, under sanitizers; rebuilt where one changed."""
+    if not shutil.which("g++"):
+        pytest.skip("no g++")
+    command = ["g++", *FLAGS, "-Icsrc", *(f"-isystem{folder}" for folder in cuda_headers())]
+    read = [*map(str, sources), *sorted(str(path) for path in ROOT.glob("csrc/**/*.h"))]
+    digest = hashlib.sha256(" ".join([*command, *read]).encode())
+    for path in read:
+        digest.update((ROOT / path).read_bytes())
+    target = ROOT / "build" / "emulated" / f"{name}-{digest.hexdigest()[:16]}"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}")
+        compiled = subprocess.run(
+            [*command, "-x", "c++", *sources, "-o", str(partial)],
+            cwd=ROOT, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert compiled.returncode == 0, compiled.stderr
+        partial.rename(target)
+    return target
+
+
+def arrays_of(case: Matmul) -> dict[int, torch.Tensor]:
+    """What the call's pointers point to, by their places in the struct."""
+    weights = [(Matrix, name, tensor) for name, tensor in to_gpu(case.packed).tensors().items()]
+    others = {"x": case.x, "y": case.output(), "bias": case.bias}
+    others["norm"] = case.norm and case.norm.weight
+    named = weights + [(Call, name, tensor) for name, tensor in others.items()]
+    present = [entry for entry in named if entry[2] is not None]
+    return {getattr(owner, name).offset: tensor for owner, name, tensor in present}
+
+
+def encode(case: Matmul, call: Call) -> bytes:
+    """The call as tests/emulated.cpp reads it."""
+    arrays = arrays_of(case)
+    encoded = [struct.pack("q", ctypes.sizeof(call)), bytes(call), struct.pack("q", len(arrays))]
+    for place, tensor in arrays.items():
+        data = storage_bytes(tensor)
+        moves = place in (Call.x.offset, Call.y.offset)
+        moved = case.offset * tensor.itemsize if moves else 0
+        encoded += [struct.pack("4q", place, place == Call.y.offset, moved, len(data)), data]
+    return b"".join(encoded)
+
+
+def storage_bytes(tensor: torch.Tensor) -> bytes:
+    """From the first element to the last, gaps between rows included."""
+    if not tensor.numel():
+        return b""
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    elements = 1 + sum((size - 1) * stride for size, stride in strides)
+    flat = tensor.as_strided((elements,), (1,)).contiguous()
+    return flat.view(torch.uint8).numpy().tobytes()
+
+
+def run(executable: Path, cases: list[Matmul], folder: Path) -> list[torch.Tensor]:
+    """The outputs. Fails with the emulator's or a sanitizer's report."""
+    data = run_encoded(executable, [encode(case, case.call()) for case in cases], folder)
+    at, found = 0, []
+    for case in cases:
+        y = case.output()
+        (message_bytes,) = struct.unpack_from("q", data, at)
+        assert message_bytes == 0, data[at + 8 : at + 8 + message_bytes].decode()
+        stored = bytearray(data[at + 8 : at + 8 + y.nbytes])
+        found.append(torch.frombuffer(stored, dtype=y.dtype).view(y.shape) if y.nbytes else y)
+        at += 8 + y.nbytes
+    assert at == len(data), f"{len(data) - at} bytes of results too many"
+    return found
+
+
+def error_of(executable: Path, case: Matmul, call: Call, folder: Path) -> str:
+    """The message of the exception that the call throws; "" without one."""
+    data = run_encoded(executable, [encode(case, call)], folder)
+    (message_bytes,) = struct.unpack_from("q", data)
+    return data[8 : 8 + message_bytes].decode()
+
+
+def run_encoded(executable: Path, calls: list[bytes], folder: Path) -> bytes:
+    requests, results = folder / "calls", folder / "results"
+    requests.write_bytes(b"".join(calls))
+    ran = subprocess.run(
+        [str(executable), str(requests), str(results)],
+        capture_output=True, text=True, timeout=900, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    return results.read_bytes()

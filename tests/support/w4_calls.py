@@ -1,0 +1,117 @@
+"""Calls of the fused W4 matmul with random contents, and what they must give."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from support.close import rms_ratio
+from support.packed import every_spec, random_packed, spec_id
+
+from engine.kernels.w4.cuda import Call, Norm, describe
+from engine.kernels.w4.format import Packed, Spec, unpack
+from engine.kernels.w4.layout_gpu import to_gpu
+
+BOUND = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+EXACT = 1e-5  # float32 outputs, where nothing else is rounded
+# Rows of a tile 16, weights of a chunk 128 (4 bits) or 64, of an mma 16, of a lane 4.
+EDGES_N, EDGES_K = (1, 2, 15, 16, 17, 34), (1, 3, 4, 15, 16, 17, 63, 64, 65, 127, 128, 129)
+
+
+@dataclass(frozen=True, eq=False)
+class Matmul:
+    """One call; x and y lie `offset` elements off a multiple of 16 bytes."""
+
+    name: str
+    x: torch.Tensor
+    packed: Packed
+    bias: torch.Tensor | None = None
+    norm: Norm | None = None
+    gated: bool = False
+    out_dtype: torch.dtype | None = None
+    offset: int = 0
+
+    def output(self) -> torch.Tensor:
+        """NaN, of the output's shape and dtype."""
+        n = self.packed.shape[0] // (2 if self.gated else 1)
+        return torch.full((len(self.x), n), torch.nan, dtype=self.out_dtype or self.x.dtype)
+
+    def call(self) -> Call:
+        weights = to_gpu(self.packed)
+        return describe(self.x, weights, self.output(), self.bias, self.norm, self.gated)
+
+
+def make(rng, spec: Spec, dtype, m: int, n: int, k: int, **options) -> Matmul:
+    """x and x @ w.T of about unit RMS. Options: permuted, bias, norm (the offset), gated,
+    out_dtype, offset, strided."""
+    taken = dict(options)
+    packed = random_packed(rng, n, k, spec, permuted=taken.pop("permuted", False))
+    width = k + 3 if taken.pop("strided", False) else k
+    x = torch.randn(m, width, generator=rng).to(dtype)[:, :k]
+    if taken.pop("bias", False):
+        taken["bias"] = torch.randn(n, generator=rng).to(dtype)
+    norm_offset = taken.pop("norm", None)
+    if norm_offset is not None:
+        weight = torch.randn(k, generator=rng).to(dtype)
+        taken["norm"] = Norm(weight, eps=1e-5, offset=norm_offset)
+    name = f"{spec_id(spec)} {dtype} M={m} N={n} K={k} {options}"
+    return Matmul(name, x, scaled(packed, k**-0.5), **taken)
+
+
+def scaled(packed: Packed, factor: float) -> Packed:
+    """The matrix times `factor`, its scales rounded anew."""
+    names = ("supers",) if packed.spec.scheme == "kquant" else ("scales", "mins")
+    tensors = {name: packed.tensors()[name] for name in names if name in packed.tensors()}
+    return dataclasses.replace(packed, **{n: t * factor for n, t in tensors.items()})
+
+
+def random_case(rng, m: int, n: int, k: int) -> Matmul:
+    """Any spec, dtype and options."""
+
+    def below(limit: int) -> int:
+        return int(torch.randint(0, limit, (), generator=rng))
+
+    specs = every_spec()
+    options = {
+        "permuted": bool(below(2)),
+        "bias": bool(below(2)),
+        "norm": (None, None, 0.0, 1.0)[below(4)],
+        "gated": n % 2 == 0 and bool(below(2)),
+        "out_dtype": (None, torch.float32)[below(2)],
+        "offset": below(8),
+        "strided": bool(below(2)),
+    }
+    return make(rng, specs[below(len(specs))], list(BOUND)[below(2)], m, n, k, **options)
+
+
+def reference(case: Matmul) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result in float64, and what errors of few outputs are measured by: the sum of |x| times
+    the parts of w, its offset apart (a kernel may sum these apart too)."""
+    x, w, tensors = case.x.double(), unpack(case.packed).double(), case.packed.tensors()
+    no_offset = {n: torch.zeros_like(tensors[n]) for n in ("zeros", "mins") if n in tensors}
+    parts = w.abs() + unpack(dataclasses.replace(case.packed, **no_offset)).double().abs()
+    if case.norm:
+        x = x * (x.square().mean(dim=1, keepdim=True) + case.norm.eps).rsqrt()
+        x = x * (case.norm.weight.double() + case.norm.offset)
+    y, size = x @ w.T, x.abs() @ parts.T
+    if case.bias is not None:
+        y, size = y + case.bias.double(), size + case.bias.double().abs()
+    if case.gated:
+        n = case.packed.shape[0] // 2
+        y = torch.nn.functional.silu(y[:, :n]) * y[:, n:]
+        size = (size[:, :n] + 1) * (size[:, n:] + 1)
+    return y, size
+
+
+def check(case: Matmul, y: torch.Tensor, exact: bool = True) -> None:
+    """Holds an output to its bound: the RMS ratio of 256 values or more, each of fewer. `exact`:
+    the kernel rounds nothing but what it must."""
+    expected, size = reference(case)
+    rounded = case.packed.spec.scheme == "codebook" or case.norm or case.gated
+    exact = exact and y.dtype == torch.float32 and not rounded
+    bound = EXACT if exact else BOUND[case.x.dtype]
+    if y.numel() >= 256:
+        found = rms_ratio(expected, y)
+    else:
+        errors = (y.double() - expected).abs() / size.clamp_min(1e-30)
+        found = float(errors.max()) if y.numel() else 0.0
+    assert found <= bound, f"{case.name}: error {found:.3g}, bound {bound}"
