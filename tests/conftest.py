@@ -14,6 +14,9 @@ from engine.errors import InputError
 settings.register_profile("shallow", deadline=None, print_blob=True)
 settings.load_profile("shallow")
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
+
 RATIOS = pytest.StashKey[dict[str, float]]()
 
 

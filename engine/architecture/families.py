@@ -166,7 +166,7 @@ def family_of(architecture: str, where: str) -> str:
 
 
 def layer_tensors(config: ModelConfig, layer: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Stored role -> (Hugging Face name, shape) of a layer's tensors; biases are "q.bias"."""
+    """Stored role -> (name, shape) of a layer's tensors as Hugging Face directories have them."""
     family = FAMILIES[config.family]
     tensors = {}
     for role, name in family.names.items():
@@ -182,17 +182,36 @@ def layer_tensors(config: ModelConfig, layer: int) -> dict[str, tuple[str, tuple
     return tensors
 
 
-def part_names(config: ModelConfig, layer: int) -> dict[str, str]:
-    """Role -> name of a layer's tensors where none is fused, as packed directories have them."""
-    family = FAMILIES[config.family]
-    names = {}
-    for stored in layer_tensors(config, layer):
+@dataclass(frozen=True)
+class Part:
+    """One role's tensor in a layer: its own name, and the fused tensor that may hold it instead.
+
+    `fused` is (name, shape) of that tensor, None in families that keep the role apart; its rows
+    from `first` on are the part's. Packed directories never fuse.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    fused: tuple[str, tuple[int, ...]] | None = None
+    first: int = 0
+
+
+def layer_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
+    """Role -> its part of a layer, q, k, v, gate and up one by one; biases are "q.bias"."""
+    fused = FAMILIES[config.family].fused
+    parts = {}
+    for stored, (name, shape) in layer_tensors(config, layer).items():
         role, _, bias = stored.partition(".")
-        for part in family.fused.get(role, (role,)):
-            name = family.names.get(part) or _LLAMA[part]
+        first = 0
+        for part in fused.get(role, ()):
+            rows = role_shape(config, part)[0]
+            own = f"model.layers.{layer}.{_LLAMA[part]}.{bias or 'weight'}"
             key = f"{part}.{bias}" if bias else part
-            names[key] = f"model.layers.{layer}.{name}.{bias or 'weight'}"
-    return names
+            parts[key] = Part(own, (rows, *shape[1:]), (name, shape), first)
+            first += rows
+        if role not in fused:
+            parts[stored] = Part(name, shape)
+    return parts
 
 
 def outer_tensors(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:

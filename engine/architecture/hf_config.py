@@ -104,7 +104,7 @@ class _Reader:
             norm_offset=family.norm_offset,
             pre_norm=family.pre_norm,
             post_norm=family.post_norm,
-            qk_norm="head" if get("qk_layernorm") else family.qk_norm,
+            qk_norm=self.qk_norm(),
             activation=self.activation(),
             gated=family.gated,
             parallel=family.parallel,
@@ -125,13 +125,28 @@ class _Reader:
             raise self.wrong("hidden_act", f"one of {', '.join(_ACTIVATIONS)}", name)
         return _ACTIVATIONS[name]
 
+    def qk_norm(self) -> str | None:
+        if not self.get("qk_layernorm"):
+            return self.family.qk_norm
+        self.has("qk_layernorm", "q_norm", "k_norm")
+        return self.family.qk_norm or "head"
+
     def biases(self) -> frozenset[str]:
         biases = set(self.family.biases)
         if self.get("attention_bias"):
-            biases |= {"q", "k", "v", "o"}
+            biases |= self.has("attention_bias", "q", "k", "v", "o")
         if self.get("mlp_bias"):
-            biases |= {"gate", "up", "down"}
+            biases |= self.has("mlp_bias", *(["gate"] if self.family.gated else []), "up", "down")
         return frozenset(biases)
+
+    def has(self, option: str, *roles: str) -> set[str]:
+        """`roles`, which a rule needs weights of; InputError where the family's layers lack one."""
+        for role in roles:
+            if role not in self.family.names:
+                raise self.wrong(
+                    option, f"false: a {self.key} layer has no {role} of its own", True
+                )
+        return set(roles)
 
     def softcap(self, name: str) -> float | None:
         return None if self.get(name) is None else self.positive(name)

@@ -1,6 +1,6 @@
 """Checkpoints: tensors under their Hugging Face names, whatever file they lie in."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,7 +23,7 @@ class Checkpoint(Protocol):
     path: Path
     config: "ModelConfig"
 
-    def names(self) -> Iterable[str]:
+    def names(self) -> Collection[str]:
         """Every tensor, under its Hugging Face name ("model.layers.3.self_attn.q_proj.weight")."""
 
     def shape(self, name: str) -> tuple[int, ...]: ...

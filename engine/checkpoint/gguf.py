@@ -1,7 +1,7 @@
 """GGUF files as checkpoints: Hugging Face names, and llama.cpp's changes to the weights undone."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +55,7 @@ class GgufCheckpoint:
                 raise InputError(f"{path}: two tensors stand for {name!r}")
             self._sources[name] = source
 
-    def names(self) -> Iterable[str]:
+    def names(self) -> Collection[str]:
         return self._sources.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -4,16 +4,14 @@ The tensors present say which modules are quantised, `quantization_config` says 
 parts (`q_proj.qweight`, `q_proj.scales`, ...) appear as the one name `q_proj.weight`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine.architecture.families import FAMILIES
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.files import read_json
-from engine.checkpoint.fused import FusedCheckpoint
 from engine.checkpoint.methods import METHODS, Parts
 from engine.checkpoint.safetensors import SafetensorsCheckpoint
 from engine.errors import InputError
@@ -24,11 +22,7 @@ def open_directory(path: Path) -> Checkpoint:
     """A Hugging Face directory, quantised or not; InputError where it cannot be read."""
     stored = SafetensorsCheckpoint(path)
     quantization = quantization_config(path, stored.config.source)
-    if quantization is None:
-        return stored
-    checkpoint = QuantisedCheckpoint(stored, quantization)
-    fused = quantization["quant_method"] == "shallow" and FAMILIES[stored.config.family].fused
-    return FusedCheckpoint(checkpoint) if fused else checkpoint
+    return stored if quantization is None else QuantisedCheckpoint(stored, quantization)
 
 
 def quantization_config(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
@@ -60,9 +54,9 @@ class QuantisedCheckpoint:
         modules = [name.removesuffix(marker) for name in names if name.endswith(marker)]
         self._modules = {f"{module}.weight": module for module in modules}
         owned = {f"{module}.{part}" for module in modules for part in self._method.parts}
-        self._names = [name for name in names if name not in owned] + list(self._modules)
+        self._names = frozenset(names) - owned | self._modules.keys()
 
-    def names(self) -> Iterable[str]:
+    def names(self) -> Collection[str]:
         return self._names
 
     def shape(self, name: str) -> tuple[int, ...]:

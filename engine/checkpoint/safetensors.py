@@ -5,7 +5,7 @@ data_offsets}}), then the data, which the tensors cover without gaps.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +91,7 @@ class SafetensorsCheckpoint:
             for key, value in file.metadata.items()
         }
 
-    def names(self) -> Iterable[str]:
+    def names(self) -> Collection[str]:
         return self._files.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -1,13 +1,12 @@
 """From a checkpoint to the matrices of a layer by role, checked against the config."""
 
 import hashlib
-from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Iterator
 
 import torch
 
 from engine.architecture.config import ModelConfig
-from engine.architecture.families import FAMILIES, layer_tensors, outer_tensors, role_shape
+from engine.architecture.families import layer_parts, layer_tensors, outer_tensors
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.gguf_blocks import GgufBlocks, dequantise
 from engine.errors import InputError
@@ -26,30 +25,49 @@ class Observed(Weights):
         self.observe = observe
 
 
-def load_layer(checkpoint: Checkpoint, config: ModelConfig, layer: int) -> Weights:
-    """Every tensor of one layer (an original number) by role, fused matrices split into views.
+def layer_weights(
+    checkpoint: Checkpoint, config: ModelConfig, layer: int
+) -> Iterator[tuple[str, Stored]]:
+    """(role, its tensor as stored) of one layer (an original number), one in memory at a time.
 
-    InputError names the file and the tensor that is absent or of another shape.
+    The one way to a layer's weights: each has the shape that the config asks for, and what a
+    checkpoint stores fused comes by part, as views. InputError names the file and the tensor that
+    is absent or of another shape.
     """
-    return _by_role(checkpoint, config, layer, _read)
+    held: tuple[str, Stored] | None = None  # the fused tensor that was read last
+    names = checkpoint.names()
+    for role, part in layer_parts(config, layer).items():
+        if part.fused is None or (part.name in names and part.fused[0] not in names):
+            yield role, _stored(checkpoint, part.name, part.shape)
+            continue
+        name, shape = part.fused
+        if held is None or held[0] != name:
+            held = name, _stored(checkpoint, name, shape)
+        yield role, _rows(held[1], part.first, part.first + part.shape[0])
 
 
-def stored_layer(checkpoint: Checkpoint, config: ModelConfig, layer: int) -> dict[str, Stored]:
-    """The same, quantised matrices in their own bits."""
-    return _by_role(checkpoint, config, layer, _stored)
+def load_layer(checkpoint: Checkpoint, config: ModelConfig, layer: int) -> Weights:
+    """The same as tensors: the stored dtype, or float32 where the source is quantised."""
+    found = {}
+    for role, stored in layer_weights(checkpoint, config, layer):
+        found[role] = stored if isinstance(stored, torch.Tensor) else values(stored)
+    return found
 
 
-def _by_role(checkpoint: Checkpoint, config: ModelConfig, layer: int, read: Callable) -> dict:
-    weights = {}
-    fused = FAMILIES[config.family].fused
-    for stored, (name, shape) in layer_tensors(config, layer).items():
-        matrix = read(checkpoint, name, shape)
-        role, _, bias = stored.partition(".")
-        parts = fused.get(role, (role,))
-        sizes = [role_shape(config, part)[0] for part in parts]
-        for part, piece in zip(parts, _split(matrix, sizes), strict=True):
-            weights[f"{part}.{bias}" if bias else part] = piece
-    return weights
+def load_tensor(
+    checkpoint: Checkpoint, config: ModelConfig, layer: int | None, role: str
+) -> torch.Tensor:
+    """A tensor as its family stores it ("qkv"), joined where the checkpoint has its parts apart.
+
+    `layer` None: one from outside the layers.
+    """
+    if layer is None:
+        return _read(checkpoint, *outer_tensors(config)[role])
+    name, shape = layer_tensors(config, layer)[role]
+    parts = [part for part in layer_parts(config, layer).values() if part.fused == (name, shape)]
+    if not parts or name in checkpoint.names():
+        return _read(checkpoint, name, shape)
+    return torch.cat([_read(checkpoint, part.name, part.shape) for part in parts])
 
 
 def load_outer(checkpoint: Checkpoint, config: ModelConfig) -> Weights:
@@ -62,15 +80,10 @@ def load_outer(checkpoint: Checkpoint, config: ModelConfig) -> Weights:
     return weights
 
 
-def load_embedding(checkpoint: Checkpoint, config: ModelConfig) -> torch.Tensor:
-    """(V, D), for those who need nothing else from outside the layers."""
-    return _read(checkpoint, *outer_tensors(config)["embedding"])
-
-
-def stored_outer(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Stored]:
-    """The same in their own bits; no "head" where it is tied."""
-    named = outer_tensors(config).items()
-    return {role: _stored(checkpoint, name, shape) for role, (name, shape) in named}
+def outer_weights(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[tuple[str, Stored]]:
+    """(role, tensor as stored) of embedding, final norm and head; no "head" where it is tied."""
+    for role, (name, shape) in outer_tensors(config).items():
+        yield role, _stored(checkpoint, name, shape)
 
 
 def packed_form(stored: Stored, where: str) -> Packed | torch.Tensor:
@@ -107,8 +120,8 @@ def describe(stored: Stored) -> str:
 
 def is_quantised(checkpoint: Checkpoint) -> bool:
     """Whether matrices of its first layer are stored in 4 or 8 bits."""
-    tensors = layer_tensors(checkpoint.config, checkpoint.config.layers[0].layer).values()
-    return any(len(shape) == 2 and checkpoint.packed(name) is not None for name, shape in tensors)
+    first = layer_weights(checkpoint, checkpoint.config, checkpoint.config.layers[0].layer)
+    return any(not isinstance(stored, torch.Tensor) for _, stored in first)
 
 
 def lineage_hash(checkpoint: Checkpoint, config: ModelConfig) -> str:
@@ -127,14 +140,13 @@ def lineage_hash(checkpoint: Checkpoint, config: ModelConfig) -> str:
     return digest.hexdigest()
 
 
-def _split(matrix: Stored, sizes: list[int]) -> Sequence[Stored]:
-    """Views of so many rows each."""
+def _rows(matrix: Stored, start: int, stop: int) -> Stored:
+    """Rows start .. stop - 1, a view."""
     if isinstance(matrix, torch.Tensor):
-        return matrix.split(sizes)
+        return matrix[start:stop]
     if isinstance(matrix, GgufBlocks):
-        parts = matrix.data.split(sizes)
-        return [GgufBlocks(matrix.type, (len(part), matrix.shape[1]), part) for part in parts]
-    return [rows_of(matrix, start, stop) for start, stop in pairwise(accumulate(sizes, initial=0))]
+        return GgufBlocks(matrix.type, (stop - start, matrix.shape[1]), matrix.data[start:stop])
+    return rows_of(matrix, start, stop)
 
 
 def _stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Stored:

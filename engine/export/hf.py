@@ -10,6 +10,7 @@ from engine.architecture.config import ModelConfig
 from engine.architecture.families import layer_tensors, outer_tensors
 from engine.artifacts import replacing
 from engine.checkpoint import Checkpoint
+from engine.checkpoint.weights import load_tensor
 from engine.errors import InputError
 from engine.export import directory
 
@@ -18,10 +19,12 @@ SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class Item:
-    """One tensor on its way: its name in the source, its name in the result, its shape."""
+    """One tensor on its way: its layer (None: outside of them) and role, its names, its shape."""
 
-    source: str
-    name: str
+    layer: int | None
+    role: str
+    source: str  # its name in the checkpoint
+    name: str  # and in the result
     shape: tuple[int, ...]
 
 
@@ -63,12 +66,12 @@ def prune(
 
 def items(config: ModelConfig) -> Iterator[Item]:
     """Every tensor of the shallower model, layers renumbered by slot."""
-    for name, shape in outer_tensors(config).values():
-        yield Item(name, name, shape)
+    for role, (name, shape) in outer_tensors(config).items():
+        yield Item(None, role, name, name, shape)
     for slot, entry in enumerate(config.layers):
         sources = layer_tensors(config, entry.layer)
         for role, (name, shape) in layer_tensors(config, slot).items():
-            yield Item(sources[role][0], name, shape)
+            yield Item(entry.layer, role, sources[role][0], name, shape)
 
 
 def plan_shards(tensors: list[Item], dtype: torch.dtype, limit_bytes: int) -> list[list[Item]]:
@@ -99,12 +102,7 @@ def _write_shard(checkpoint: Checkpoint, shard: list[Item], dtype: torch.dtype, 
 
     tensors = {}
     for item in shard:
-        found = tuple(checkpoint.shape(item.source))
-        if found != item.shape:
-            raise InputError(
-                f"{checkpoint.path}: {item.source}: expected shape {item.shape}, found {found}"
-            )
-        tensor = checkpoint.read(item.source).to(dtype)
+        tensor = load_tensor(checkpoint, checkpoint.config, item.layer, item.role).to(dtype)
         if not bool(tensor.isfinite().all()):
             raise InputError(f"{checkpoint.path}: {item.source}: does not fit {dtype}")
         tensors[item.name] = tensor.contiguous()

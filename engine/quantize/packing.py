@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from engine.architecture.config import ModelConfig
-from engine.architecture.families import part_names
+from engine.architecture.families import layer_parts
 from engine.artifacts import Plan
 from engine.checkpoint import Checkpoint
-from engine.checkpoint.weights import Observed, Weights, lineage_hash, stored_layer, values
+from engine.checkpoint.weights import Observed, Weights, layer_weights, lineage_hash, values
 from engine.errors import InputError
 from engine.export import directory
 from engine.export.packed import PLAN, Entry, read_shard, summary, tensor_names, write_shard
@@ -150,7 +150,7 @@ def _pack_layers(
     """One file a layer, unless it is there; yields behind each."""
     for slot, file in enumerate(files):
         if not file.exists():
-            stored = stored_layer(checkpoint, config, config.layers[slot].layer)
+            stored = dict(layer_weights(checkpoint, config, config.layers[slot].layer))
             sums = {}
             if states is not None:
                 if states.slot != slot:
@@ -172,8 +172,8 @@ def _advance(
     batches: Sequence[torch.Tensor],
 ) -> None:
     """Takes the hidden states through the layer as it was quantised."""
-    names = part_names(config, slot)
-    weights = {role: values(packed[name]) for role, name in names.items()}
+    parts = layer_parts(config, slot)
+    weights = {role: values(packed[part.name]) for role, part in parts.items()}
     for index, tokens in enumerate(batches):
         states.put(index, step(config, slot, weights, states[index], tokens))
     states.advance()

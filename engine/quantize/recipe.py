@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from engine.architecture.config import ModelConfig
-from engine.architecture.families import outer_tensors, part_names
+from engine.architecture.families import layer_parts, outer_tensors
 from engine.checkpoint import Checkpoint
-from engine.checkpoint.weights import Stored, describe, packed_form, stored_outer, values
+from engine.checkpoint.weights import Stored, describe, outer_weights, packed_form, values
 from engine.errors import InputError
 from engine.kernels.w4.format import SCALE_DTYPES, VERSION, Packed, Spec
 from engine.quantize import methods
@@ -80,10 +80,10 @@ def pack_layer(
     hessians: Mapping[str, torch.Tensor],
 ) -> Packing:
     """One layer, by role in the checkpoint at `path`; `hessians` by role are for gptq."""
-    names, originals = (part_names(config, n) for n in (slot, config.layers[slot].layer))
+    parts, originals = (layer_parts(config, n) for n in (slot, config.layers[slot].layer))
     packed, sources = {}, {}
     for role, matrix in stored.items():
-        name, where = names[role], f"{path}: {originals[role]}"
+        name, where = parts[role].name, f"{path}: {originals[role].name}"
         if len(matrix.shape) == 2 and recipe.method != "keep":
             packed[name] = _quantised(matrix, recipe, where, hessians.get(role))
         else:
@@ -96,7 +96,7 @@ def pack_outer(checkpoint: Checkpoint, config: ModelConfig, recipe: Recipe) -> P
     """Embedding, final norm and head."""
     packed, sources = {}, {}
     names = {role: name for role, (name, _) in outer_tensors(config).items()}
-    for role, matrix in stored_outer(checkpoint, config).items():
+    for role, matrix in outer_weights(checkpoint, config):
         name, where = names[role], f"{checkpoint.path}: {names[role]}"
         if role == ("embedding" if config.tied else "head"):
             packed[name] = _head(matrix, recipe, where)

@@ -18,7 +18,7 @@ from torch.nn import functional
 from engine.architecture.config import ModelConfig
 from engine.artifacts import replacing
 from engine.checkpoint import Checkpoint
-from engine.checkpoint.weights import Weights, load_embedding, load_layer
+from engine.checkpoint.weights import Weights, load_layer, load_tensor
 from engine.reference.cache import KVCache
 from engine.reference.decoder import Angles, run_layer
 
@@ -133,7 +133,7 @@ def open_states(
     shapes = [(*tokens.shape, config.hidden_size) for tokens in batches]
     states = HiddenStates(shapes, dtype, limit_bytes, directory, digest.hexdigest())
     if states.slot < 0:
-        table = load_embedding(checkpoint, config)
+        table = load_tensor(checkpoint, config, None, "embedding")
         scale = torch.tensor(config.embedding_scale, dtype=dtype)
         for index, tokens in enumerate(batches):
             states.put(index, functional.embedding(tokens.clamp_min(0), table).to(dtype) * scale)

@@ -8,14 +8,12 @@ import numpy as np
 import torch
 
 from engine.architecture.config import ModelConfig
-from engine.architecture.families import FAMILIES, layer_tensors, outer_tensors, role_shape
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.gguf_blocks import GgufBlocks
+from engine.checkpoint.weights import Stored, layer_weights, outer_weights, packed_form
 from engine.errors import InputError
 from engine.kernels import native
 from engine.kernels.w4.cpu import CpuWeight, isas
-from engine.kernels.w4.format import rows_of
-from engine.kernels.w4.from_gguf import from_blocks
 from engine.reference.cache import Lengths
 from engine.reference.decoder import check_call, mask_slots
 from engine.runtime.angles import Angles, Tables
@@ -93,10 +91,9 @@ class CpuRuntime:
         _check_choice("isa", isa or isas()[0], isas())
         if isa is None and isas()[0] == "generic":
             warnings.warn("no AVX2 here: the generic kernels run, far slower", stacklevel=2)
-        loader = Loader(checkpoint, config)
         decoder = native.load("cpu").Decoder(rules(config, mode), isa or isas()[0], threads)
         angles = Angles(config)
-        matrices, vectors, embedding = loader.outer()
+        matrices, vectors, embedding = native_outer(checkpoint, config)
         decoder.set_outer(
             matrices,
             addresses(vectors),
@@ -104,7 +101,7 @@ class CpuRuntime:
             dtype_name(torch.float32 if embedding is None else embedding.dtype),
         )
         for entry in config.layers:
-            matrices, vectors = loader.layer(entry.layer)
+            matrices, vectors = native_layer(checkpoint, config, entry.layer)
             decoder.add_layer(
                 matrices,
                 addresses(vectors),
@@ -192,59 +189,55 @@ class CpuRuntime:
         return self._angles.tables(cache.reach)
 
 
-class Loader:
-    """Weights by role, as the native decoder takes them, out of a checkpoint."""
+def native_layer(
+    checkpoint: Checkpoint, config: ModelConfig, layer: int
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """(matrices, vectors) of one layer by role, as the native decoder takes them."""
+    matrices, vectors = {}, {}
+    for role, stored in layer_weights(checkpoint, config, layer):
+        if len(stored.shape) == 1:
+            vectors[role] = _vector(config, role, stored)
+        else:
+            matrices[role] = _tiles(stored, f"{checkpoint.path}: layer {layer}: {role}")
+    return matrices, vectors
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
-        self.checkpoint, self.config = checkpoint, config
 
-    def outer(self) -> tuple[dict[str, Any], dict[str, torch.Tensor], torch.Tensor | None]:
-        matrices, vectors, embedding = {}, {}, None
-        for role, (name, shape) in outer_tensors(self.config).items():
-            if len(shape) == 1:
-                vectors[role] = self._vector(role, name)
-            elif role == "embedding" and not self.config.tied and not self.checkpoint.packed(name):
-                embedding = self.checkpoint.read(name).contiguous()
-            else:
-                matrices[role] = self._matrix(name, 0, shape[0])
-        if self.config.tied:
-            matrices["head"] = matrices["embedding"]
-        return matrices, vectors, embedding
+def native_outer(
+    checkpoint: Checkpoint, config: ModelConfig
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], torch.Tensor | None]:
+    """The same of what is not in a layer, and the embedding (V, D) where it is no matrix: rows of
+    an embedding of its own are read, not multiplied."""
+    matrices, vectors, embedding = {}, {}, None
+    for role, stored in outer_weights(checkpoint, config):
+        if len(stored.shape) == 1:
+            vectors[role] = _vector(config, role, stored)
+        elif role == "embedding" and not config.tied and isinstance(stored, torch.Tensor):
+            embedding = stored.contiguous()
+        else:
+            matrices[role] = _tiles(stored, f"{checkpoint.path}: {role}")
+    if config.tied:
+        matrices["head"] = matrices["embedding"]
+    return matrices, vectors, embedding
 
-    def layer(self, layer: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        matrices, vectors = {}, {}
-        fused = FAMILIES[self.config.family].fused
-        for stored, (name, shape) in layer_tensors(self.config, layer).items():
-            role, _, bias = stored.partition(".")
-            start = 0
-            whole = self._vector(stored, name) if len(shape) == 1 else None
-            for part in fused.get(role, (role,)):
-                stop = start + role_shape(self.config, part)[0]
-                if whole is None:
-                    matrices[part] = self._matrix(name, start, stop)
-                else:
-                    vectors[f"{part}.{bias}" if bias else part] = whole[start:stop]
-                start = stop
-        return matrices, vectors
 
-    def _vector(self, role: str, name: str) -> torch.Tensor:
-        vector = self.checkpoint.read(name).float()
-        return vector + self.config.norm_offset if role.endswith("norm") else vector
+def _vector(config: ModelConfig, role: str, stored: torch.Tensor) -> torch.Tensor:
+    vector = stored.float()
+    return vector + config.norm_offset if role.endswith("norm") else vector
 
-    def _matrix(self, name: str, start: int, stop: int) -> Any:
-        """Rows start..stop-1 in the kernels' layout."""
-        packed = self.checkpoint.packed(name)
-        if packed is None:
-            weight = self.checkpoint.read(name)[start:stop]
-            return CpuWeight.from_tensor(weight).tiles
-        if isinstance(packed, GgufBlocks):
-            step = max(PART_WEIGHTS // packed.shape[1] // 16 * 16, 16)
-            parts = (
-                from_blocks(packed.type, (len(data), packed.shape[1]), data, name)
-                for data in packed.data[start:stop].split(step)
-            )
-            return CpuWeight.from_parts(parts, stop - start).tiles
-        return CpuWeight.from_packed(rows_of(packed, start, stop)).tiles
+
+def _tiles(stored: Stored, where: str) -> Any:
+    """A matrix in the kernels' layout, a GGUF one converted a few rows at a time."""
+    if isinstance(stored, torch.Tensor):
+        return CpuWeight.from_tensor(stored).tiles
+    if not isinstance(stored, GgufBlocks):
+        return CpuWeight.from_packed(stored).tiles
+    n, k = stored.shape
+    step = max(PART_WEIGHTS // k // 16 * 16, 16)
+    parts = (
+        packed_form(GgufBlocks(stored.type, (len(data), k), data), where)
+        for data in stored.data.split(step)
+    )
+    return CpuWeight.from_parts(parts, n).tiles
 
 
 def rules(config: ModelConfig, mode: str) -> dict[str, Any]:

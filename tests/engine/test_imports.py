@@ -100,7 +100,8 @@ def test_every_way_to_import_is_seen(tmp_path, monkeypatch):
     tmp_path.joinpath(file.parent).mkdir(parents=True)
     tmp_path.joinpath(file).write_text(
         "from engine import run\nfrom engine import load\nimport engine.cli\nfrom . import locate\n"
-        "def f():\n    from ..reference.decoder import Decoder\n    from engine.kernels.w4 import format\n"
+        "def f():\n    from ..reference.decoder import Decoder\n"
+        "    from engine.kernels.w4 import format\n"
     )
     assert [name for _, name in imported(file)] == [
         "engine.run",

@@ -11,11 +11,11 @@ from support.close import assert_close
 from support.directories import assert_same, stored
 
 from engine.api import load
-from engine.architecture.families import part_names
+from engine.architecture.families import layer_parts
 from engine.artifacts import Plan
 from engine.checkpoint import open_checkpoint
 from engine.checkpoint.gguf_blocks import GgufBlocks, dequantise
-from engine.checkpoint.weights import lineage_hash, load_layer, stored_layer
+from engine.checkpoint.weights import layer_weights, lineage_hash, load_layer
 from engine.errors import InputError
 from engine.kernels.w4.format import Packed, Spec, unpack
 from engine.quantize import methods, packing
@@ -60,7 +60,7 @@ def test_every_family(case, source, tmp_path):
     )
     for slot in range(len(config.layers)):
         apart = stored(tmp_path / "out")
-        assert apart.keys() >= set(part_names(config, slot).values())
+        assert apart.keys() >= {part.name for part in layer_parts(config, slot).values()}
 
 
 @pytest.mark.parametrize("method", ["hqq", "nf4", "gptq", "ordered"])
@@ -138,7 +138,7 @@ def test_gguf_blocks_are_kept_without_loss(case, kind, source, tmp_path):
             load_layer(c, c.config, n) for c, n in ((reopened, slot), (checkpoint, entry.layer))
         )
         assert all(torch.equal(ours[role], theirs[role]) for role in theirs)
-        kept = stored_layer(reopened, reopened.config, slot).values()
+        kept = dict(layer_weights(reopened, reopened.config, slot)).values()
         assert all(isinstance(matrix, Packed) for matrix in kept if len(matrix.shape) == 2)
     for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
         assert torch.equal(reopened.read(name), checkpoint.read(name))
@@ -207,7 +207,7 @@ def test_hessians_are_those_of_the_quantised_prefix(case, source, tmp_path, rng,
         for sample in samples:
             model(torch.tensor([sample]), use_cache=False)
         for role, total in seen[slot].items():
-            name = part_names(config, slot)[role].removesuffix(".weight")
+            name = layer_parts(config, slot)[role].name.removesuffix(".weight")
             x = torch.cat(inputs[name])
             assert len(x) == 42
             assert_close(f"{slot} {role}", x.T @ x, total, 1e-4)
