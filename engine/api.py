@@ -16,16 +16,10 @@ from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoint.locate import locate
 from engine.checkpoint.weights import is_quantised, lineage_hash
 from engine.errors import InputError
-from engine.kernels.dispatch import require, why_not
-from engine.runtime import Runtime
+from engine.kernels.dispatch import why_not
+from engine.kernels.dtypes import DTYPES, dtype_of, name_of
+from engine.runtime import Runtime, check_backend
 from engine.text import Text, load_text
-
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-BACKENDS = ("reference", "cpu")
 
 
 class Model:
@@ -99,7 +93,7 @@ def load(
     """Opens a model: a directory, a .gguf file, a hub id, or the default by name.
 
     `drop` and `keep` are layers of the checkpoint ("20-24", "3,7,21-25", or numbers), `drop` also
-    a Plan; those not kept are never read. `backend` is one of BACKENDS: by default "cpu" on a CPU,
+    a Plan; those not kept are never read. `backend` is one of RUNTIMES: by default "cpu" on a CPU,
     "reference" on a GPU, for another dtype than float32, and where the extension is not built.
     `dtype` is a torch dtype or its name: by default the checkpoint's on a GPU, float32 on a CPU.
 
@@ -173,18 +167,13 @@ def choose_backend(
     InputError for a backend that is unknown, does not run on the device or has not the dtype;
     BackendUnavailable, with the reason, for one that cannot run here.
     """
+    wanted = None if dtype is None else parse_dtype(dtype)
+    check_backend(name, None if wanted is None else name_of(wanted))
     if name is None:
-        narrow = dtype is not None and parse_dtype(dtype) != torch.float32
-        native = device.type == "cpu" and not narrow and why_not("cpu") is None
-        return "cpu" if native else "reference"
-    if name not in BACKENDS:
-        raise InputError(f"backend: expected one of {', '.join(BACKENDS)}, found {name!r}")
-    if name == "cpu":
-        if device.type != "cpu":
-            raise InputError(f"backend: cpu does not run on {device}")
-        if dtype is not None and parse_dtype(dtype) != torch.float32:
-            raise InputError(f"dtype: the backend cpu has float32 alone, found {dtype}")
-        require(name)
+        exact = wanted in (None, torch.float32)
+        return "cpu" if device.type == "cpu" and exact and why_not("cpu") is None else "reference"
+    if name == "cpu" and device.type != "cpu":
+        raise InputError(f"backend: cpu does not run on {device}")
     return name
 
 
@@ -208,16 +197,16 @@ def choose_dtype(
     if dtype is None:
         source = checkpoint.config.source
         stored = str(source.get("dtype") or source.get("torch_dtype")).removeprefix("torch.")
-        return torch.float32 if device.type == "cpu" else DTYPES.get(stored, torch.float16)
+        known = stored if stored in DTYPES else "float16"
+        return torch.float32 if device.type == "cpu" else dtype_of(known)
     return parse_dtype(dtype)
 
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """A torch dtype or its name, one of DTYPES."""
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
-    return DTYPES[name]
+    name = dtype if isinstance(dtype, str) else name_of(dtype)
+    check_backend(None, name)
+    return dtype_of(name)
 
 
 def _is_batch(prompt: Any) -> bool:

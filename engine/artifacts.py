@@ -225,3 +225,31 @@ class Plan(Artifact):
     def drop(self) -> tuple[int, ...]:
         kept = set(self.keep)
         return tuple(layer for layer in range(self.total_layers) if layer not in kept)
+
+
+@dataclass(frozen=True)
+class Evaluation(Artifact):
+    """How well a model predicts a text, with the model and protocol that it depends on."""
+
+    kind: ClassVar[str] = "evaluation"
+
+    model: str  # as it was asked for
+    layers: str  # run, as the checkpoint numbers them: "0-19,25-29"
+    layers_kept: int
+    layers_total: int
+    rule: str | None  # that chose the layers, as in Plan; None where no plan did
+    perplexity: float  # exp(nll)
+    nll: float  # mean negative log-likelihood of a predicted token, nats
+    tokens: int  # predicted tokens: windows * (window - 1)
+    windows: int
+    window: int  # tokens a window, the BOS included
+    bos: bool
+    text_hash: str  # of the token ids of all windows
+    kl: float | None = None  # mean KL(second model || this one), nats
+    top1_agreement: float | None = None  # share of positions where both have the same argmax
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.layers_kept <= self.layers_total:
+            raise ValueError(f"layers: {self.layers_kept} kept of {self.layers_total}")
+        if not self.perplexity > 0:
+            raise ValueError(f"perplexity: expected more than 0, found {self.perplexity}")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from engine.errors import InputError
+from engine.runtime import Greedy
 from engine.sample import Sampling, make_generators, one_thread, sample
 
 PREFILL_CHUNK = 512  # prompt tokens a call: activations stay small however long the prompt
@@ -131,7 +132,7 @@ def stream_steps(runtime, sequences: Sequence["Decoding"], options: Options) -> 
     between two steps counts in neither.
     """
     generators = make_generators(options.seed, len(sequences))
-    greedy = options.is_greedy and options.slots is None and getattr(runtime, "greedy", None)
+    greedy = options.is_greedy and options.slots is None and isinstance(runtime, Greedy)
     switch = runtime.config.rope_switch
     clock = time.perf_counter_ns()
     tokens = _left_padded([s.ids for s in sequences])
@@ -150,7 +151,7 @@ def stream_steps(runtime, sequences: Sequence["Decoding"], options: Options) -> 
         clock = time.perf_counter_ns()
         anew = switch is not None and max(len(sequences[row].ids) for row in running) == switch + 1
         if greedy and not anew:
-            ids = greedy(fed, cache)
+            ids = runtime.greedy(fed, cache)
             continue
         if anew:  # LongRoPE turns to its long divisors
             cache.truncate(0)

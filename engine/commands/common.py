@@ -13,7 +13,10 @@ from engine.errors import InputError
 
 if TYPE_CHECKING:
     from engine.api import Model
+    from engine.architecture.config import ModelConfig
     from engine.artifacts import Plan
+    from engine.checkpoint import Checkpoint
+    from engine.reference.decoder import Decoder
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -93,20 +96,37 @@ def open_model(ref: str, threads: int | None, **options: Any) -> tuple["Model", 
     """(model with its tokenizer, milliseconds that loading took, a download left out)."""
     import time
 
-    import torch
-
-    from engine.api import choose_backend, choose_device, load
+    from engine.checkpoint import open_checkpoint
     from engine.checkpoint.locate import locate
+    from engine.runtime import check_backend
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    device = choose_device(options.get("device"))
-    choose_backend(options.get("backend"), device, options.get("dtype"))  # before any download
+    check_backend(options.get("backend"), options.get("dtype"))
     path = locate(ref)
+    open_checkpoint(path)  # what is wrong with it is said before torch has been imported
+    from engine.api import load
+
+    set_threads(threads)
     start = time.perf_counter()
     model = load(path, **options)
     _ = model.text
     return model, (time.perf_counter() - start) * 1e3
+
+
+def open_decoder(checkpoint: "Checkpoint", config: "ModelConfig") -> "Decoder":
+    """The oracle on the best device, for stages that look inside a model."""
+    from engine.api import choose_device, choose_dtype
+    from engine.reference.decoder import load_decoder
+
+    device = choose_device(None)
+    return load_decoder(checkpoint, config, device, choose_dtype(None, checkpoint, device))
+
+
+def set_threads(threads: int | None) -> None:
+    """torch's, which are the runtimes' too."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -26,16 +26,14 @@ def examine(threads: int | None = None) -> dict[str, Any]:
 
     import torch
 
-    from engine.api import BACKENDS, choose_backend, choose_device
+    from engine.api import choose_backend, choose_device
     from engine.benchmark import machine
     from engine.kernels import dispatch, native
+    from engine.runtime import RUNTIMES
 
     threads = threads or torch.get_num_threads()
     cpu, gpus = torch.device("cpu"), machine.gpus()
     features = {} if native.error("cpu") else native.load("cpu").cpu_features()
-    backends = dict.fromkeys(
-        name for op in dispatch.OPS.values() for use in op.values() for name in use
-    )
     return {
         "cpu": machine.device_name(cpu),
         "cores": os.cpu_count(),
@@ -46,14 +44,14 @@ def examine(threads: int | None = None) -> dict[str, Any]:
         "read_gb_s": machine.ceiling_gb_s(cpu, threads),
         "gpus": gpus,
         "copy_gb_s": machine.ceiling_gb_s(torch.device("cuda"), threads) if gpus else None,
-        "backends": {name: dispatch.why_not(name) for name in backends},  # None: it runs
+        "backends": {name: dispatch.why_not(name) for name in dispatch.BACKENDS},  # None: it runs
         "ops": {
             op: {
                 device: dispatch.choose(op, device) for device in DEVICES if device == "cpu" or gpus
             }
             for op in dispatch.OPS
         },
-        "runtimes": list(BACKENDS),
+        "runtimes": list(RUNTIMES),
         "runtime": choose_backend(None, choose_device(None)),
         "versions": machine.versions() | machine.package_versions(*PACKAGES),
         "commit": machine.commit(),

@@ -177,28 +177,28 @@ def open_scorer(
 
     import torch
 
-    from engine.api import load
     from engine.checkpoint import open_checkpoint
     from engine.checkpoint.locate import locate
     from engine.checkpoint.weights import lineage_hash
     from engine.pruning.score import PrefixScorer
+    from engine.text import load_text
     from engine.text.samples import read_samples
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    common.set_threads(threads)
     path = locate(model)
     checkpoint = open_checkpoint(path)
     check_same(found, checkpoint.config, model)
     if lineage_hash(checkpoint, checkpoint.config) != found.lineage:
         warnings.warn(f"{model}: other weights than the profile's {found.model}", stacklevel=2)
-    opened = load(path, keep=found.layers, backend="reference")
+    config, tokenizer = checkpoint.config.keep(found.layers), load_text(path)
     size = min(WINDOW, checkpoint.config.max_context)
-    samples, _ = read_samples(text, opened.text, size, count=windows, column=column, bos=False)
+    samples, _ = read_samples(text, tokenizer, size, count=windows, column=column, bos=False)
     whole = [sample for sample in samples if len(sample) == size]
     if not whole:
         raise InputError(f"{text}: expected samples of {size} tokens, found shorter ones")
     digest = hashlib.sha256(repr(whole).encode()).hexdigest()
-    return PrefixScorer(opened.runtime.decoder, torch.tensor(whole), metric), digest
+    decoder = common.open_decoder(checkpoint, config)
+    return PrefixScorer(decoder, torch.tensor(whole), metric), digest
 
 
 def scored(

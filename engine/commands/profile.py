@@ -120,9 +120,6 @@ def run(
     """Runs the model over its samples; a killed run is found again beside `out`."""
     import shutil
 
-    import torch
-
-    from engine.api import load
     from engine.architecture.layers import kept_layers
     from engine.benchmark.machine import peak_rss_bytes
     from engine.checkpoint import open_checkpoint
@@ -131,8 +128,7 @@ def run(
     from engine.text import load_text
     from engine.text.samples import read_samples
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    common.set_threads(threads)
     path = locate(model)
     checkpoint = open_checkpoint(path)
     config = checkpoint.config.keep(kept_layers(checkpoint.config.total_layers, **layers))
@@ -147,7 +143,7 @@ def run(
             )
             shutil.rmtree(work)
         else:
-            decoder = load(path, **layers, backend="reference").runtime.decoder
+            decoder = common.open_decoder(checkpoint, config)
             part = measure(decoder, taken, source, resume=_resume(out), progress=progress)
     print(f"peak memory {peak_rss_bytes() / 1e6:,.0f} MB, {part.tokens_used:,} tokens")
     return part

@@ -79,8 +79,6 @@ def quantize(
     asked |= {"scale_dtype": scale_dtype, "act_order": act_order or None, "head": head}
     asked = {name: value for name, value in asked.items() if value is not None}
 
-    import torch
-
     from engine.api import choose_layers
     from engine.checkpoint import open_checkpoint
     from engine.checkpoint.locate import locate
@@ -89,8 +87,7 @@ def quantize(
     from engine.text import load_text
     from engine.text.samples import read_samples
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    common.set_threads(threads)
     recipe = as_recipe(asked)  # refused before anything is downloaded
     path = locate(model)
     checkpoint = open_checkpoint(path)

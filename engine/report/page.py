@@ -4,8 +4,7 @@ import html
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from engine.artifacts import Profile, replacing
-from engine.evaluate import Evaluation
+from engine.artifacts import Evaluation, Profile, replacing
 from engine.pruning.budget import Budget
 from engine.report import figures
 from engine.report.drawing import base_name

@@ -10,12 +10,12 @@ import torch
 from support.fake import FakeRuntime, FakeText
 
 from engine import run
+from engine.artifacts import Evaluation
 from engine.benchmark.peers import process
 from engine.benchmark.speed import RunRecord, Speed, benchmark
 from engine.cli import app
 from engine.commands import common as command
 from engine.errors import InputError
-from engine.evaluate import Evaluation
 from engine.generation import Options, Timings, generate
 from engine.kernels.dispatch import BackendUnavailable
 

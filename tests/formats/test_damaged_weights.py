@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from support import tiny
 
 import engine
-from engine.api import BACKENDS
 from engine.errors import InputError
+from engine.runtime import RUNTIMES
 
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_backend = pytest.mark.parametrize("backend", RUNTIMES)
 LAYER = "model.layers.1."
 QKV, GATE_UP = LAYER + "self_attn.qkv_proj.weight", LAYER + "mlp.gate_up_proj.weight"
 Q, NORM = LAYER + "self_attn.q_proj.weight", LAYER + "input_layernorm.weight"

@@ -7,9 +7,9 @@ import pytest
 from support import llama_files
 
 import engine
-from engine.api import BACKENDS
 from engine.checkpoint import open_checkpoint
 from engine.errors import InputError
+from engine.runtime import RUNTIMES
 
 
 def at(data: bytes, name: str) -> int:
@@ -54,7 +54,7 @@ DAMAGES = {
 }
 
 # Every way a file is opened.
-OPENED = (open_checkpoint, *(partial(engine.load, backend=backend) for backend in BACKENDS))
+OPENED = (open_checkpoint, *(partial(engine.load, backend=backend) for backend in RUNTIMES))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -10,11 +10,11 @@ from support.packed import random_packed
 from support.quantised import CASES, MODULE, compressed, nf4, write
 
 import engine
-from engine.api import BACKENDS
 from engine.checkpoint import open_checkpoint
 from engine.errors import InputError
 from engine.kernels.w4 import store
 from engine.kernels.w4.format import Spec
+from engine.runtime import RUNTIMES
 
 
 def refused(path: Path, words: str) -> None:
@@ -24,7 +24,7 @@ def refused(path: Path, words: str) -> None:
         for name in checkpoint.names():
             checkpoint.shape(name), checkpoint.packed(name), checkpoint.read(name)
     assert str(path) in str(caught.value)
-    for backend in BACKENDS:
+    for backend in RUNTIMES:
         with pytest.raises(InputError, match=re.escape(str(path))):
             engine.load(path, backend=backend)
 
