@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engine.commands import common
+from engine.commands import common, output
 from engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -104,7 +104,6 @@ def parse_bytes(size: str) -> int:
 
 def show(found: "Budget", bandwidth: float | None) -> None:
     """The itemised table; bytes in MB or GB (1e9)."""
-    from rich.console import Console
     from rich.table import Table
 
     from engine.report.tables import BUDGET_COLUMNS, budget_rows
@@ -116,7 +115,7 @@ def show(found: "Budget", bandwidth: float | None) -> None:
         for row in section:
             table.add_row(*row)
         table.add_section()
-    Console().print(table)
+    output.show(table)
 
 
 def show_paper(found: "Budget") -> None:
@@ -124,7 +123,7 @@ def show_paper(found: "Budget") -> None:
     before, after = found.before, found.after
     sixteen, four = 2 * 70e9 / 1e9, 2 * 70e9 / 4 / 2 / 1e9
     rule = 2 * before["total_parameters"]
-    print(
+    output.say(
         f"The paper (arXiv 2403.17887): {_PAPER['before_gb']:g} GB -> {_PAPER['after_gb']:g} GB, "
         f"{_PAPER['before_flops']:.1e} -> {_PAPER['after_flops']:.1e} FLOPs a token.\n"
         f"Its bytes are 70e9 parameters at 16 bits, {sixteen:g} GB, and a quarter of the bits of "

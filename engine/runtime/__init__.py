@@ -80,6 +80,10 @@ class Runtime(Protocol[C]):
         """The dtype for people, with what is rounded further."""
 
     @property
+    def threads(self) -> int:
+        """Of the CPU, that work on a step."""
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all weights held."""
 

@@ -43,6 +43,10 @@ class ReferenceRuntime:
         return name_of(self.dtype)
 
     @property
+    def threads(self) -> int:
+        return torch.get_num_threads()
+
+    @property
     def weight_bytes(self) -> int:
         tensors = [
             *self.decoder.outer.values(),

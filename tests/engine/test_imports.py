@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 # Folders and modules of one line, the stages above all, do not import each other.
 ORDER = """
 errors kernels
-artifacts sample
+artifacts options
+sample
 architecture
 checkpoint
 text
