@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
@@ -81,13 +81,14 @@ class Artifact:
                 f"{cls.version}, a newer one is needed"
             )
         hints, names = get_type_hints(cls), {field.name for field in fields(cls)}
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
         given = set(raw) - {"kind", "version"}
-        if given != names:
-            wrong = sorted(names - given) or sorted(given - names)
-            trouble = "is missing" if names - given else "is not known"
+        if needed - given or given - names:  # older files lack what has a default now
+            wrong = sorted(needed - given) or sorted(given - names)
+            trouble = "is missing" if needed - given else "is not known"
             raise InputError(f"{where}: {cls.kind}: {wrong[0]!r} {trouble}")
         try:
-            return cls(**{name: _typed(raw[name], hints[name], name) for name in names})
+            return cls(**{name: _typed(raw[name], hints[name], name) for name in given})
         except (TypeError, ValueError) as error:
             raise InputError(f"{where}: {cls.kind}: {error}") from error
 

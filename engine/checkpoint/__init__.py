@@ -65,6 +65,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
     raise InputError(f"{path}: expected a Hugging Face directory or a .gguf file")
 
 
+def stored_sizes(path: Path) -> "tuple[ModelConfig, dict[str, int]]":
+    """(config, bytes of every tensor on disk), from the headers alone and without torch.
+
+    The tensors of a directory have the names they are stored under, companions of quantised ones
+    too; those of a GGUF their Hugging Face names.
+    """
+    if path.is_dir():
+        from engine.checkpoint.safetensors import SafetensorsCheckpoint
+
+        opened: Checkpoint = SafetensorsCheckpoint(path)
+    else:
+        opened = open_checkpoint(path)
+    return opened.config, {name: opened.nbytes(name) for name in opened.names()}
+
+
 def choose_layers(
     checkpoint: Checkpoint,
     drop: str | Iterable[int] | Plan | None = None,

@@ -42,17 +42,18 @@ def budget(
     json_file: common.JsonFile = None,
 ) -> None:
     """Parameters, bytes and FLOPs of a model, before and after; needs no weights."""
-    from engine.pruning.budget import Storage
+    from engine.pruning.budget import Storage, file_bytes
     from engine.pruning.budget import budget as compute
 
     common.check_writable(json_file)
     if paper:
         model = "llama-2-70b"
         drop, plan, keep = "39-78", None, None  # half of 80 layers, all but the last of the end
-    config = read_config(model)
+    config, sizes = read_model(model)
     storage = Storage(bits, group, head, 32 if minimum else 16)
     kept = kept_config(config, plan, drop, keep)
-    found = compute(model, config, kept, storage, context)
+    file = None if sizes is None else file_bytes(config, sizes)
+    found = compute(model, config, kept, storage, context, file)
     show(found, bandwidth)
     if paper:
         show_paper(found)
@@ -75,23 +76,25 @@ def kept_config(
     return config.keep(made.keep)
 
 
-def read_config(ref: str) -> "ModelConfig":
-    """A built-in shape, a config.json, or the config of a checkpoint; no weights are read."""
+def read_model(ref: str) -> "tuple[ModelConfig, dict[str, int] | None]":
+    """(config, bytes of every tensor on disk) of a checkpoint, of which headers alone are read.
+
+    A built-in shape, a config.json and a directory without weights have no bytes: None.
+    """
     from engine.architecture.hf_config import from_hf
-    from engine.checkpoint import open_checkpoint
+    from engine.checkpoint import stored_sizes
     from engine.checkpoint.files import read_json
     from engine.checkpoint.locate import locate
     from engine.pruning.budget import built_in
 
-    found = built_in(ref)
-    if found is not None:
-        return found
+    if (found := built_in(ref)) is not None:
+        return found, None
     path = Path(ref).expanduser()
-    if path.is_dir() and (path / "config.json").is_file():
+    if path.is_dir() and not list(path.glob("*.safetensors")):
         path = path / "config.json"
     if path.suffix == ".json":
-        return from_hf(read_json(path), str(path))
-    return open_checkpoint(locate(ref)).config
+        return from_hf(read_json(path), str(path)), None
+    return stored_sizes(locate(ref))
 
 
 def parse_bytes(size: str) -> int:

@@ -145,10 +145,10 @@ def how_many(
 
 def to_fit(found: "Profile", model: str, target: str, bits: int, group: int) -> int:
     """The fewest of the profiled layers to drop so that the weights fit."""
-    from engine.commands.budget import parse_bytes, read_config
+    from engine.commands.budget import parse_bytes, read_model
     from engine.pruning.budget import Storage, smallest_drop
 
-    config = read_config(model)
+    config, _ = read_model(model)
     check_same(found, config, model)
     count = smallest_drop(config.keep(found.layers), Storage(bits, group), parse_bytes(target))
     if not count:
