@@ -316,11 +316,11 @@ def as_prompts(prompt: Any) -> tuple[list[Prompt], bool]:
         ids, mask = _input_ids(prompt), prompt.get("attention_mask")
         if mask is None:
             return as_prompts(ids)
-        mask = _listed(mask)
         single = not ids or isinstance(ids[0], int)
-        rows = [(ids, mask)] if single else list(zip(ids, mask, strict=True))
-        kept = [[i for i, real in zip(*row, strict=True) if real] for row in rows]
-        return kept, not single
+        rows = [(ids, _listed(mask))] if single else list(zip(ids, _listed(mask), strict=True))
+        if any(len(row) != len(real) for row, real in rows):
+            raise InputError("attention_mask: expected as many entries as there are input_ids")
+        return [[i for i, r in zip(*row, strict=True) if r] for row in rows], not single
     if isinstance(prompt, str):
         return [prompt], False
     prompt = _listed(prompt)
@@ -329,7 +329,7 @@ def as_prompts(prompt: Any) -> tuple[list[Prompt], bool]:
             "prompt: expected text, messages, token ids or what a tokenizer returns, found "
             f"{type(prompt).__name__}"
         )
-    if len(prompt) == 0 or not isinstance(prompt[0], dict | int):
+    if len(prompt) == 0 or not isinstance(prompt[0], dict | int | float):
         return [each if isinstance(each, str) else _listed(each) for each in prompt], True
     return [prompt], False
 

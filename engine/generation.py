@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import NamedTuple
 
 import numpy as np
@@ -176,7 +177,10 @@ def encode_prompt(text, prompt: Prompt) -> list[int]:
         return text.encode(prompt)
     if isinstance(prompt[0], dict):
         return text.chat(list(prompt))
-    return [int(token) for token in prompt]
+    try:
+        return [index(token) for token in prompt]
+    except TypeError:
+        raise InputError(f"prompt: token ids are whole numbers, found {prompt!r:.80}") from None
 
 
 def _check_prompt(ids: list[int], max_new_tokens: int, config) -> None:

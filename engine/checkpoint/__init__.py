@@ -55,9 +55,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        from engine.checkpoint.quantised import open_directory
+        from engine.checkpoint.safetensors import SafetensorsCheckpoint, quantization_config
 
-        return open_directory(path)
+        stored = SafetensorsCheckpoint(path)
+        quantization = quantization_config(path, stored.config.source)
+        if quantization is None:
+            return stored
+        from engine.checkpoint.quantised import QuantisedCheckpoint
+
+        return QuantisedCheckpoint(stored, quantization)
     if path.suffix == ".gguf" or not path.exists():
         from engine.checkpoint.gguf import GgufCheckpoint
 

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.architecture.hf_config import from_hf
 from engine.checkpoint.files import map_file, parse_json, read_json, view
@@ -118,6 +118,16 @@ class SafetensorsCheckpoint:
         if name not in self._files:
             raise InputError(f"{self.path}: there is no tensor {name!r}")
         return self._files[name]
+
+
+def quantization_config(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """What config.json, or an older quantize_config.json, says of quantisation; else None."""
+    found = config.get("quantization_config")
+    if found is None and (path / "quantize_config.json").is_file():
+        found = {"quant_method": "gptq"} | read_json(path / "quantize_config.json")
+    if found is not None and not isinstance(found, dict):
+        raise InputError(f"{path}: quantization_config must be an object, found {found!r}")
+    return found
 
 
 def _config(path: Path) -> dict:

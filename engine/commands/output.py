@@ -92,7 +92,6 @@ def _lines(label: str) -> Report:
 def execute(app: Callable[..., Any]) -> None:
     """Runs a typer app; what the user can mend becomes one line on stderr and exit code 2."""
     global _level
-    _level = 0
     warnings.showwarning = lambda message, *_: print(f"engine: {message}", file=sys.stderr)
     try:
         sys.exit(app(standalone_mode=False))
@@ -112,6 +111,8 @@ def execute(app: Callable[..., Any]) -> None:
         if message := error.format_message():
             refuse(message)
         sys.exit(2)  # the help was all there is to say
+    finally:
+        _level = 0
 
 
 def refuse(error: Exception | str) -> NoReturn:
