@@ -353,7 +353,14 @@ void append(const KvShape& shape, uint8_t* const* pages, int64_t head, int64_t p
     }
 }
 
-constexpr AttentionKernels kAttention = {append, attend, combine, 48};
+constexpr AttentionKernels make_attention_kernels() {
+    AttentionKernels kernels{};
+    kernels.append = append;
+    kernels.attend = attend;
+    kernels.combine = combine;
+    kernels.query_rows = 48;
+    return kernels;
+}
 
 }  // namespace
 }  // namespace shallow

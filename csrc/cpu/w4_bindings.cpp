@@ -2,7 +2,6 @@
 #include <string>
 
 #include "cpu/bindings.h"
-#include "cpu/product.h"
 #include "cpu/threads.h"
 #include "cpu/w4_matmul.h"
 

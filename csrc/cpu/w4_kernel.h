@@ -344,9 +344,14 @@ struct FloatRun {
 template <class V, template <class, Codes> class Run, Codes C, class Input>
 void panels(const TileView& w, const Input& x, const Output& y, int64_t tile, int64_t column,
             int64_t n, int64_t apart = 0, int64_t ahead = kAhead) {
-    for (int64_t panel = 0, left = x.m; left > 0; ++panel, left -= kPanelRows)
-        in_steps<V>(0, left < kPanelRows ? left : kPanelRows,
-                    Run<V, C>{w, x, y, {tile, panel, 0, column, n, apart, ahead}});
+    Place at{};
+    at.tile = tile;
+    at.column = column;
+    at.n = n;
+    at.apart = apart;
+    at.ahead = ahead;
+    for (int64_t left = x.m; left > 0; ++at.panel, left -= kPanelRows)
+        in_steps<V>(0, left < kPanelRows ? left : kPanelRows, Run<V, C>{w, x, y, at});
 }
 
 // Writes one tile as an unpacked matrix of its own.
@@ -433,7 +438,12 @@ void float_tiles(const TileView& w, const FloatInput& x, const Output& y, int64_
 
 template <class V>
 constexpr Kernels make_kernels() {
-    return {quantise<V>, widen<V>, int8_tiles<V>, float_tiles<V>, nullptr, nullptr};
+    Kernels kernels{};
+    kernels.write_int8 = write_int8<V>;
+    kernels.write_float = write_float<V>;
+    kernels.int8_tiles = int8_tiles<V>;
+    kernels.float_tiles = float_tiles<V>;
+    return kernels;
 }
 
 }  // namespace
