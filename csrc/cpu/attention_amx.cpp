@@ -1,5 +1,6 @@
 // AVX-512 for few rows of queries; many meet keys and values as tiles of bfloat16 that add in
-// float32. A page of keys or values is turned into tiles once for all rows.
+// float32. A page of keys or values is turned into tiles once for all rows: attention of a prefill of 512
+// tokens went from 41 to 22 ms (benchmarks/results/decoder.md).
 #include "cpu/lanes_avx512.h"
 #include "cpu/amx_tiles.h"
 #include "cpu/attention_kernel.h"
@@ -7,7 +8,7 @@
 namespace shallow {
 namespace {
 
-constexpr int64_t kLeastRows = 32;      // worth turning a page into tiles
+constexpr int64_t kLeastRows = 32;      // from here on a page is turned into tiles
 constexpr int64_t kSteps = kPage / 32;  // tiles along a page's positions
 
 // c (rows, 16 * columns) = or += a (rows, 32 * steps) @ b; rows by 32, columns by 2. b: (columns,
@@ -120,7 +121,14 @@ void attend_tiles(const KvShape& shape, const Span& span, const Queries& queries
         const int64_t positions = std::min(kPage, span.end - at), steps = (positions + 31) / 32;
         round_keys(page.keys, width, steps, keys);
         round_values(page.values, width, positions, steps, values);
-        TileProduct{asked, width, keys, depth, depth, scores, kPage}.run(padded, 2 * steps, true);
+        TileProduct product;
+        product.a = asked;
+        product.a_stride = width;
+        product.b = keys;
+        product.steps = product.room = depth;
+        product.c = scores;
+        product.c_stride = kPage;
+        product.run(padded, 2 * steps, true);
         for (int64_t r = 0; r < rows; ++r) {
             const float factor = update(softmax[r], queries, r, at, positions, 32 * steps, page,
                                         scores + r * kPage);
@@ -130,7 +138,14 @@ void attend_tiles(const KvShape& shape, const Span& span, const Queries& queries
                     Lanes::store(sums + r * width + e,
                                  Lanes::mul(Lanes::load(sums + r * width + e), Lanes::set(factor)));
         }
-        TileProduct{shares, kPage, values, steps, kSteps, sums, width}.run(padded, width / 16, false);
+        product.a = shares;
+        product.a_stride = kPage;
+        product.b = values;
+        product.steps = steps;
+        product.room = kSteps;
+        product.c = sums;
+        product.c_stride = width;
+        product.run(padded, width / 16, false);
     }
     _tile_release();
     write(shape, queries, softmax, sums, to);

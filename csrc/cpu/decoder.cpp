@@ -9,8 +9,7 @@
 namespace shallow {
 namespace {
 
-// Tokens that run through the layers together: the more, the less it costs to unpack weights, but
-// those of a wide model are not to take more than kChunkBytes.
+// Tokens that run through the layers together: those of a wide model take no more than kChunkBytes.
 std::size_t chunk_rows(const Rules& r) {
     constexpr std::int64_t kChunkBytes = 40 << 20;
     const std::int64_t floats = 3 * r.hidden + r.qkv_width() + r.query_width() + r.up_stride() +

@@ -25,7 +25,7 @@ struct Rules {
     std::int64_t query_width() const { return heads * head_dim; }
     std::int64_t key_width() const { return kv_heads * head_dim; }
     std::int64_t up_width() const { return gated ? 2 * ffn : ffn; }
-    // An odd number of cache lines: rows a power of two apart would share few cache sets.
+    // An odd number of cache lines: rows 12 KiB apart shared the same few cache sets.
     std::int64_t up_stride() const { return (up_width() + 15) / 16 * 16 | 16; }
     std::int64_t qkv_width() const { return query_width() + 2 * key_width(); }
 };
@@ -52,8 +52,9 @@ struct Model {
     ScaleType embedding_type{};
 
     Model(const Rules& rules, Isa isa);
-    // Of a norm's outputs, which have outliers in much the same columns of every row, with most of
-    // the error of rounding them to int8: so `fine`. Or of others, whose outliers are anywhere.
+    // Of a norm's outputs the input is `fine`: outliers in much the same columns of every row hold
+    // most of the error of rounding to int8. Those of other inputs are elsewhere in every row: fine
+    // too, a batch of 8 would be 17 % slower (benchmarks/results/decoder.md).
     Product product(bool of_norm) const;
     void embed(std::int64_t token, float* x) const;
 };

@@ -40,9 +40,9 @@ struct Form {
     void write(const Kernels& kernels, const Rows& x, std::uint8_t* base, std::int64_t row,
                std::int64_t column) const;
 
-    // Tiles for a thread to claim at a time; 0: half of a fair share of what is left. Of 1.9 ms the
-    // threads of a matmul of its own ended 0.1-0.25 apart by equal claims, and it is 2-5 % faster
-    // without; in a step one share a thread is as fast (benchmarks/results/decoder.md).
+    // Tiles for a thread to claim at a time; 0: half of a fair share of what is left. A matmul of
+    // its own is 2-5 % faster by that than by equal claims, after which its threads end 0.1-0.25 ms
+    // of 1.9 apart; in a step one share a thread is as fast (benchmarks/results/decoder.md).
     std::int64_t claim(std::int64_t tiles, int threads, Start start) const;
     std::int64_t scratch_bytes(const TileView& w, std::int64_t claim) const;  // a thread
     // Tiles begin..end-1 of y, a claim at most.
@@ -55,8 +55,8 @@ private:
     BfloatInput bfloat(std::uint8_t* base) const;
 };
 
-// Whole panels of rows that fit into `bytes`, but 64 to 512: below, unpacking weights costs too
-// much; above, it costs nothing to speak of.
+// Whole panels of rows that fit into `bytes`, but 64 to 512. All meet a tile that is unpacked once:
+// a prefill by 256 or 384 tokens is 2-4 % slower than by 512 (benchmarks/results/decoder.md).
 std::int64_t rows_within(std::int64_t bytes, std::int64_t row_bytes);
 std::int64_t rows_at_once(const TileView& w, Path path);  // of a matmul of its own
 int useful_threads(const TileView& w, std::int64_t m, int threads);

@@ -125,7 +125,11 @@ void Product::run(std::uint8_t* forms, std::int64_t m, const FloatRows& y, std::
         if (first >= last) continue;
         std::uint8_t* at = forms;
         for (std::size_t i = 0; i < part.form; ++i) at += input_->form(i, m).nbytes();
-        const Output out{y.data + part.column, y.stride, ScaleType::float32, part.bias};
+        Output out;
+        out.data = y.data + part.column;
+        out.stride = y.stride;
+        out.type = ScaleType::float32;
+        out.bias = part.bias;
         input_->form(part.form, m).multiply(input_->kernels(), w, at, out, first, last, scratch);
     }
 }

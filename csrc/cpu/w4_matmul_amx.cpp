@@ -1,8 +1,9 @@
 // AVX-512 for a few rows of x; for many, weights are unpacked to bfloat16 and multiplied as tiles
 // of 16 x 32 that add in float32: no scale is left to apply to the sums.
 //
-// A tile product takes as long as the second-level cache needs for one operand. So a slice of two
-// weight tiles is unpacked into the first level, where all rows of x meet it; sums wait in memory.
+// A slice of two weight tiles is unpacked into the first-level cache, where all rows of x meet it;
+// sums wait in memory. Out of L2 a tile product takes as long as one operand needs to arrive: a
+// prefill of 512 tokens went from 1,869 to 3,570 tok/s (benchmarks/results/decoder.md).
 #include "cpu/amx_tiles.h"
 #include "cpu/w4_vector_avx512.h"
 
@@ -115,7 +116,8 @@ struct Corner {
     const Output& y;
     int64_t panel, tile, m, tiles;
 
-    // Sums of whole tiles go to y at once: its lines are fetched while the tiles are multiplied.
+    // Sums of whole tiles go to y at once. Its lines are fetched while the tiles are multiplied: a
+    // prefill is 4 % slower without (benchmarks/results/decoder.md).
     Target target(int p, int t, Sums& spare) const {
         const int64_t row = (panel + p) * kPanelRows, column = (tile + t) * kTileRows;
         if (!whole(p, t)) return {spare[p][t], 64};
