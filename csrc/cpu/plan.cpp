@@ -5,7 +5,7 @@
 namespace shallow {
 namespace {
 
-constexpr std::int64_t kThreadBytes = 32 << 10;  // of weights: less is not worth another thread
+constexpr std::int64_t kThreadBytes = 32 << 10;  // of weights for each thread, by four rows of x
 constexpr std::int64_t kCacheBytes = 1 << 20;    // of L2 for the activations that all tiles meet
 constexpr std::int64_t kSumsBytes = 512 << 10;   // of L2 for sums that wait for the next columns
 constexpr std::int64_t kLeastRows = 64, kMostRows = 512;  // at once
