@@ -34,9 +34,10 @@ sanitize-address sanitize-thread: .venv/test
 	    $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m slow tests/cpu/test_threads.py
 
-lint: $(BIN)/ruff
+lint: $(BIN)/ruff $(BIN)/clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu')
 
 .venv/run: $(SOURCES) | $(BIN)/pip
 	$(BIN)/pip install -e .
@@ -46,8 +47,8 @@ lint: $(BIN)/ruff
 	$(BIN)/pip install -e '.[test]'
 	@touch $@ .venv/run
 
-$(BIN)/ruff: | $(BIN)/pip
-	$(BIN)/pip install ruff
+$(BIN)/ruff $(BIN)/clang-format: | $(BIN)/pip
+	$(BIN)/pip install ruff 'clang-format==23.*'
 
 $(BIN)/pip:
 	@need() { echo "Shallow needs $$1."; exit 1; }; \

@@ -176,7 +176,7 @@ class CpuRuntime:
         if self.config.whole_prefill or cache.reach > angles.reach:
             angles = self._tables(torch.tensor(tokens)[:, None], cache)
         try:
-            ids = self.decoder.forward(cache.pages, tokens, cache.address, angles.addresses)
+            ids = self.decoder.greedy(cache.pages, tokens, cache.address, angles.addresses)
         except ValueError:
             check_call(self.config, torch.tensor(tokens)[:, None], cache, None)
             raise
