@@ -64,16 +64,16 @@ static_assert(row_bytes(16, 8) == 16 && row_bytes(17, 8) == 32);
 
 // One matrix W, (n, k). Borrows its memory. All arrays are contiguous; absent ones are null.
 struct Matrix {
-    const std::uint8_t* codes;     // (n, row_bytes)
-    const void* scales;            // (n, groups) scale_type; kquant: uint8, 6 bits used
-    const std::uint8_t* zeros;     // zero: (n, groups)
-    const void* mins;              // minimum: (n, groups) scale_type; kquant: uint8, 6 bits used
-    const std::uint16_t* supers;   // kquant: (n, ceil(k / 256), 2) float16 d, dmin
-    const float* codebook;         // codebook: (16,)
-    const std::int32_t* perm;      // null, or (k,): stored column j is input perm[j]
+    const std::uint8_t* codes;    // (n, row_bytes)
+    const void* scales;           // (n, groups) scale_type; kquant: uint8, 6 bits used
+    const std::uint8_t* zeros;    // zero: (n, groups)
+    const void* mins;             // minimum: (n, groups) scale_type; kquant: uint8, 6 bits used
+    const std::uint16_t* supers;  // kquant: (n, ceil(k / 256), 2) float16 d, dmin
+    const float* codebook;        // codebook: (16,)
+    const std::int32_t* perm;     // null, or (k,): stored column j is input perm[j]
     std::int64_t n, k;
-    std::int32_t bits;             // 4 or 8
-    std::int32_t group;            // 16, 32, 64, 128; 0 is the whole row
+    std::int32_t bits;   // 4 or 8
+    std::int32_t group;  // 16, 32, 64, 128; 0 is the whole row
     Scheme scheme;
     ScaleType scale_type;
 

@@ -107,8 +107,9 @@ public:
         }
         for (int i = 0; i < R_; ++i)
             for (int j = i; j < R_; ++j)
-                gram[i * R_ + j] = sums[((i / kSide * strips_ + j / kSide) * kSide + i % kSide) *
-                                            kSide + j % kSide];
+                gram[i * R_ + j] =
+                    sums[((i / kSide * strips_ + j / kSide) * kSide + i % kSide) * kSide +
+                         j % kSide];
     }
 
 private:

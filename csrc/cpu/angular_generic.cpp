@@ -5,8 +5,12 @@
 namespace shallow {
 namespace {
 
-struct Half { uint16_t bits; };
-struct Bfloat { uint16_t bits; };
+struct Half {
+    uint16_t bits;
+};
+struct Bfloat {
+    uint16_t bits;
+};
 constexpr int kSumLanes = 4;
 
 double widen(double value) { return value; }
@@ -30,7 +34,9 @@ double widen(Half value) {
 // Four float64 lanes that a compiler keeps in whatever vector registers it may use.
 struct Wide {
     using Lane = double;
-    struct Vector { double lane[4]; };
+    struct Vector {
+        double lane[4];
+    };
     static constexpr int W = 4, kRows = 2, kBlock = 256;
     static Vector zero() { return {}; }
     static Vector fma(const Vector& a, const Vector& b, Vector c) {

@@ -94,8 +94,7 @@ public:
           stage_(R_ * std::max(sizeof(double) * Wide::kBlock, sizeof(float) * Narrow::kBlock)),
           lanes_(sizeof(double) * kSumLanes * Wide::kRows * Wide::kRows * tiles()),
           gram_(sizeof(double) * R_ * R_), inverse_(sizeof(double) * R_),
-          all_(sizeof(Tile) * tiles()), close_(sizeof(Tile) * tiles()), used_(R_),
-          own_tiles_(R_) {
+          all_(sizeof(Tile) * tiles()), close_(sizeof(Tile) * tiles()), used_(R_), own_tiles_(R_) {
         Tile* tile = static_cast<Tile*>(all_.data);
         for (int i = 0; i < strips_; ++i)
             for (int j = i; j < strips_; ++j)
@@ -128,7 +127,9 @@ public:
 private:
     static_assert(Wide::kRows == Narrow::kRows);
     static constexpr bool kOwnTiles = std::is_same_v<T, Bfloat> && !std::is_void_v<BfloatTiles>;
-    struct None { explicit None(int) {} };
+    struct None {
+        explicit None(int) {}
+    };
 
     int64_t pairs() const { return int64_t(R_) * (R_ - 1) / 2; }
     int tiles() const { return strips_ * (strips_ + 1) / 2; }
@@ -156,8 +157,7 @@ private:
             const int n = int(std::min<int64_t>(V::kBlock, job_.D - d));
             int length = 0;
             for (int i = 0; i < R_; ++i)
-                if (used(i))
-                    length = stage<V>(source(i, sample, d), n, staged + i * V::kBlock);
+                if (used(i)) length = stage<V>(source(i, sample, d), n, staged + i * V::kBlock);
             lanes = sums;
             for (int t = 0; t < count; ++t) {
                 const Tile& tile = tiles[t];

@@ -8,8 +8,12 @@
 namespace shallow {
 namespace {
 
-struct Half { uint16_t bits; };
-struct Bfloat { uint16_t bits; };
+struct Half {
+    uint16_t bits;
+};
+struct Bfloat {
+    uint16_t bits;
+};
 constexpr int kSumLanes = 8;
 constexpr int kRegisterRows = 5;  // 25 sums and 6 operands in 32 registers
 
@@ -41,7 +45,8 @@ struct Narrow {
     static Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
     static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
     static void fold(double* sums, Vector v) {
-        const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+        const __m256 halves =
+            _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
         Wide::fold(sums, _mm512_cvtps_pd(halves));
     }
     static Vector load(const float* p) { return _mm512_loadu_ps(p); }

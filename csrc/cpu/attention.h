@@ -12,12 +12,12 @@ namespace shallow {
 // Consecutive queries of one sequence, for the heads that share one kv head: row r of
 // `count * heads` is head r % heads of query r / heads.
 struct Queries {
-    const float* data;            // element e of row r: data[r / heads * stride + r % heads * head_dim + e]
+    const float* data;  // element e of row r: data[r / heads * stride + r % heads * head_dim + e]
     std::int64_t stride;
     std::int64_t count, heads;
-    std::int64_t position;        // of the first query
-    std::int64_t window;          // positions that a query sees, itself included; 0: all
-    float scale, softcap;         // of the scores; softcap 0: none
+    std::int64_t position;  // of the first query
+    std::int64_t window;    // positions that a query sees, itself included; 0: all
+    float scale, softcap;   // of the scores; softcap 0: none
 
     const float* row(std::int64_t r, std::int64_t head_dim) const {
         return data + r / heads * stride + r % heads * head_dim;
@@ -26,11 +26,11 @@ struct Queries {
 
 // The outcome over a span of positions.
 struct Attended {
-    float* data;                  // rows as the queries', written
+    float* data;  // rows as the queries', written
     std::int64_t stride;
     // null where the span is all; else data are sums of shares * values, weighed by exp(score - peak)
-    float* peaks;                 // (rows,): -inf where the span holds nothing visible
-    float* totals;                // (rows,): sums of shares
+    float* peaks;   // (rows,): -inf where the span holds nothing visible
+    float* totals;  // (rows,): sums of shares
 };
 
 // Positions begin..end-1 of one kv head of a sequence; begin is a multiple of kPage.
@@ -45,8 +45,8 @@ struct AttentionKernels {
                    std::int64_t position, const float* key, const float* value);
     // `next`, what the thread attends to next, is fetched in the end; it may be empty. Scratch as
     // below.
-    void (*attend)(const KvShape& shape, const Span& span, const Span& next,
-                   const Queries& queries, const Attended& to, float* scratch);
+    void (*attend)(const KvShape& shape, const Span& span, const Span& next, const Queries& queries,
+                   const Attended& to, float* scratch);
     // A query's outcome over all its spans: data (spans, heads, head_dim), peaks and totals
     // (spans, heads); shares: scratch of the size of peaks.
     void (*combine)(const float* data, const float* peaks, const float* totals, std::int64_t heads,

@@ -100,12 +100,12 @@ void attend_tiles(const KvShape& shape, const Span& span, const Queries& queries
                   const Attended& to, float* scratch) {
     const int64_t rows = queries.count * queries.heads, padded = (rows + 31) / 32 * 32;
     const int64_t width = shape.width, depth = width / 32;
-    float* const scores = scratch;                // (padded, kPage)
-    float* const sums = scores + padded * kPage;  // (padded, width)
+    float* const scores = scratch;                                                // (padded, kPage)
+    float* const sums = scores + padded * kPage;                                  // (padded, width)
     auto* const asked = reinterpret_cast<std::uint16_t*>(sums + padded * width);  // the same
-    auto* const shares = asked + padded * width;  // (padded, kPage)
-    auto* const keys = shares + padded * kPage;   // a page
-    auto* const values = keys + kPage * width;    // a page
+    auto* const shares = asked + padded * width;                                  // (padded, kPage)
+    auto* const keys = shares + padded * kPage;                                   // a page
+    auto* const values = keys + kPage * width;                                    // a page
     auto* const softmax = reinterpret_cast<Softmax*>(values + kPage * width);
 
     std::fill(sums, sums + padded * width, 0.0f);
@@ -130,8 +130,8 @@ void attend_tiles(const KvShape& shape, const Span& span, const Queries& queries
         product.c_stride = kPage;
         product.run(padded, 2 * steps, true);
         for (int64_t r = 0; r < rows; ++r) {
-            const float factor = update(softmax[r], queries, r, at, positions, 32 * steps, page,
-                                        scores + r * kPage);
+            const float factor =
+                update(softmax[r], queries, r, at, positions, 32 * steps, page, scores + r * kPage);
             round_row(scores + r * kPage, 32 * steps, shares + r * kPage);
             if (factor != 1)
                 for (int64_t e = 0; e < width; e += 16)

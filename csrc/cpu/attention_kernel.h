@@ -131,8 +131,7 @@ inline void weigh_part(const T* values, int64_t width, int64_t positions, const 
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int w = 0; w < W; ++w)
-            Lanes::store(sums + r * width + w * Lanes::count, total[r][w]);
+        for (int w = 0; w < W; ++w) Lanes::store(sums + r * width + w * Lanes::count, total[r][w]);
 }
 
 template <class T, int R>
@@ -191,7 +190,8 @@ struct Softmax {
         const float before = peak;
         peak = Lanes::peak(largest);
         for (int64_t p = begin; p < end; p += Lanes::count)
-            Lanes::store(scores + p, exponential(Lanes::sub(Lanes::load(scores + p), Lanes::set(peak))));
+            Lanes::store(scores + p,
+                         exponential(Lanes::sub(Lanes::load(scores + p), Lanes::set(peak))));
         std::fill(scores, scores + lo, 0.0f);
         std::fill(scores + hi, scores + std::max(positions, end), 0.0f);
         F sum = Lanes::set(0);
@@ -218,9 +218,9 @@ float update(Softmax& softmax, const Queries& queries, int64_t r, int64_t at, in
     const int64_t position = queries.position + r / queries.heads;
     const int64_t lo = queries.window ? position + 1 - queries.window - at : 0;
     const bool scaled = std::is_same_v<T, int8_t>;
-    const float factor = softmax.update(scores, std::max<int64_t>(lo, 0),
-                                        std::min(position + 1 - at, positions), end, queries.scale,
-                                        queries.softcap, scaled ? page.key_scales : nullptr);
+    const float factor =
+        softmax.update(scores, std::max<int64_t>(lo, 0), std::min(position + 1 - at, positions),
+                       end, queries.scale, queries.softcap, scaled ? page.key_scales : nullptr);
     if (scaled)
         for (int64_t p = 0; p < positions; ++p) scores[p] *= page.value_scales[p];
     return factor;
@@ -230,7 +230,8 @@ float update(Softmax& softmax, const Queries& queries, int64_t r, int64_t at, in
 inline void write(const KvShape& shape, const Queries& queries, const Softmax* softmax,
                   const float* sums, const Attended& to) {
     for (int64_t r = 0; r < queries.count * queries.heads; ++r) {
-        float* const out = to.data + r / queries.heads * to.stride + r % queries.heads * shape.head_dim;
+        float* const out =
+            to.data + r / queries.heads * to.stride + r % queries.heads * shape.head_dim;
         const float factor = to.peaks ? 1.0f : 1.0f / softmax[r].total;
         for (int64_t e = 0; e < shape.head_dim; ++e) out[e] = sums[r * shape.width + e] * factor;
         if (!to.peaks) continue;
@@ -243,9 +244,9 @@ template <class T>
 void attend_to(const KvShape& shape, Span span, const Span& next, const Queries& queries,
                const Attended& to, float* scratch) {
     const int64_t rows = queries.count * queries.heads, width = shape.width;
-    float* const scores = scratch;                // (rows, kPage)
-    float* const sums = scores + rows * kPage;    // (rows, width)
-    float* const factors = sums + rows * width;   // (rows,)
+    float* const scores = scratch;               // (rows, kPage)
+    float* const sums = scores + rows * kPage;   // (rows, width)
+    float* const factors = sums + rows * width;  // (rows,)
     auto* const softmax = reinterpret_cast<Softmax*>(factors + rows);
     std::fill(sums, sums + rows * width, 0.0f);
     for (int64_t r = 0; r < rows; ++r) softmax[r] = Softmax();
@@ -265,11 +266,11 @@ void attend_to(const KvShape& shape, Span span, const Span& next, const Queries&
             const float* some[group()];
             for (int r = 0; r < group(); ++r) some[r] = queries.row(row + r, shape.head_dim);
             score<T, group()>(page.keys, shape.head_dim, some, positions, ahead,
-                                 scores + row * kPage);
+                              scores + row * kPage);
         });
         for (int64_t r = 0; r < rows; ++r)
-            factors[r] = update(softmax[r], queries, r, at, positions, positions, page,
-                                scores + r * kPage);
+            factors[r] =
+                update(softmax[r], queries, r, at, positions, positions, page, scores + r * kPage);
         in_groups(rows, [&](auto group, int64_t row) {
             weigh<T, group()>(page.values, width, positions, scores + row * kPage, factors + row,
                               ahead + count, sums + row * width);
@@ -335,7 +336,8 @@ void append_as(const KvShape& shape, uint8_t* page, int64_t head, int64_t at, co
     const Head<T> place(shape, page, head);
     T narrowed[kMaxHeadDim];
     const float key_scale = narrow(key, shape.head_dim, narrowed);
-    T* const keys = const_cast<T*>(place.keys) + at / kStripe * kStripe * shape.head_dim + at % kStripe;
+    T* const keys =
+        const_cast<T*>(place.keys) + at / kStripe * kStripe * shape.head_dim + at % kStripe;
     for (int64_t e = 0; e < shape.head_dim; ++e) keys[e * kStripe] = narrowed[e];
     const float value_scale =
         narrow(value, shape.head_dim, const_cast<T*>(place.values) + at * shape.width);

@@ -64,8 +64,8 @@ public:
         });
         if (sum != 0x0101010101010101 * (bytes_read / 8))
             throw std::runtime_error("read_bandwidth did not read what it had written");
-        return static_cast<double>(bytes_read) / std::chrono::duration<double>(end - start).count() /
-               1e9;
+        return static_cast<double>(bytes_read) /
+               std::chrono::duration<double>(end - start).count() / 1e9;
     }
 
 private:

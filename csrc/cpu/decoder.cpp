@@ -26,7 +26,8 @@ class Roles {
 public:
     Roles(const Weights& weights, const Rules& rules) : weights_(weights), rules_(rules) {}
 
-    MatrixRef matrix(const std::string& role, std::int64_t n, std::int64_t k) const {
+    std::shared_ptr<const TiledMatrix> matrix(const std::string& role, std::int64_t n,
+                                              std::int64_t k) const {
         const auto at = weights_.matrices.find(role);
         if (at == weights_.matrices.end()) throw std::invalid_argument("no matrix " + role);
         const TileView& v = at->second->view();
@@ -68,7 +69,8 @@ Decoder::Decoder(const Rules& rules, Isa isa, int threads) : model_(rules, isa),
         throw std::invalid_argument("head_dim" + found(kMaxHeadDim, rules.head_dim));
 }
 
-void Decoder::set_outer(Weights weights, const void* embedding, ScaleType type) {
+void Decoder::set_outer(Weights weights, const void* embedding, std::int64_t rows,
+                        std::int64_t columns, ScaleType type) {
     weights_.push_back(std::make_unique<Weights>(std::move(weights)));
     const Rules& r = model_.rules;
     const Roles roles(*weights_.back(), r);
@@ -76,7 +78,14 @@ void Decoder::set_outer(Weights weights, const void* embedding, ScaleType type) 
     roles.add(model_.head, "head", r.vocab, r.hidden);
     model_.embedding_rows = embedding;
     model_.embedding_type = type;
-    if (!embedding) model_.embedding = roles.matrix("embedding", r.vocab, r.hidden);
+    if (!model_.final_norm.weight) throw std::invalid_argument("no vector norm");
+    if (!embedding) {
+        model_.embedding = roles.matrix("embedding", r.vocab, r.hidden);
+        return;
+    }
+    if (rows != r.vocab) throw std::invalid_argument("embedding rows" + found(r.vocab, rows));
+    if (columns != r.hidden)
+        throw std::invalid_argument("embedding columns" + found(r.hidden, columns));
 }
 
 void Decoder::add_layer(Weights weights, std::int64_t window, int rope, std::int64_t rope_dim) {
@@ -95,6 +104,8 @@ void Decoder::add_layer(Weights weights, std::int64_t window, int rope, std::int
     layer.mlp_post = roles.norm("mlp_post_norm", r.hidden);
     layer.q_norm = roles.norm("q_norm", whole ? queries : r.head_dim);
     layer.k_norm = roles.norm("k_norm", whole ? keys : r.head_dim);
+    if (r.qk_norm != QkNorm::none && !(layer.q_norm.weight && layer.k_norm.weight))
+        throw std::invalid_argument("no vector q_norm or k_norm, which the rule qk_norm asks for");
     layer.qkv = model_.product(true);
     layer.o = model_.product(false);
     layer.up = r.parallel ? Product(layer.qkv.shared_input()) : model_.product(true);
@@ -119,7 +130,8 @@ std::int64_t Decoder::nbytes() const {
     std::int64_t bytes = 0;
     for (const auto& weights : weights_)
         for (const auto& [role, matrix] : weights->matrices)
-            if (seen.insert(matrix.get()).second) bytes += static_cast<std::int64_t>(matrix->nbytes());
+            if (seen.insert(matrix.get()).second)
+                bytes += static_cast<std::int64_t>(matrix->nbytes());
     return bytes;
 }
 
@@ -157,7 +169,8 @@ std::int64_t Decoder::forward(Call& call, const std::function<void()>& pause) {
     rows_.clear();
     const std::int64_t total = slots();
     for (std::int64_t b = 0; b < call.batch; ++b) {
-        std::int64_t position = *std::max_element(call.lengths + b * total, call.lengths + (b + 1) * total);
+        std::int64_t position =
+            *std::max_element(call.lengths + b * total, call.lengths + (b + 1) * total);
         for (std::int64_t t = 0; t < call.steps; ++t) {
             const std::int64_t token = call.tokens[b * call.steps + t];
             if (token < 0) continue;
@@ -207,16 +220,17 @@ void Decoder::run_chunk(const Call& call, std::size_t begin, std::size_t end,
         set.add_items(chunk_.rows, model_);
         return chunk_.used++;
     };
-    if (!call.chosen) chunk_.set_of.assign(model_.layers.size(), set_of([](const Row&) { return true; }));
+    if (!call.chosen)
+        chunk_.set_of.assign(model_.layers.size(), set_of([](const Row&) { return true; }));
     for (std::int64_t s = 0; call.chosen && s < slots(); ++s)
-        chunk_.set_of.push_back(set_of([&](const Row& row) {
-            return call.chosen[row.sequence * slots() + s] != 0;
-        }));
+        chunk_.set_of.push_back(
+            set_of([&](const Row& row) { return call.chosen[row.sequence * slots() + s] != 0; }));
     chunk_.wanted = set_of([](const Row& row) { return row.wanted; });
 
     const std::int64_t wanted = chunk_.sets[chunk_.wanted].size(), vocab = model_.rules.vocab;
     const auto bytes = static_cast<std::size_t>(workspace_bytes(model_, chunk_, threads_));
-    const std::size_t own = call.logits ? 0 : static_cast<std::size_t>(wanted * vocab) * sizeof(float);
+    const std::size_t own =
+        call.logits ? 0 : static_cast<std::size_t>(wanted * vocab) * sizeof(float);
     if (workspace_.size() < bytes + own) {
         workspace_ = Memory();
         workspace_ = Memory(bytes + own);
@@ -229,7 +243,8 @@ void Decoder::run_chunk(const Call& call, std::size_t begin, std::size_t end,
         queue_count_ = queues_needed(model_);
         queues_.reset(new Queue[queue_count_]);
     }
-    run_step(model_, chunk_, threads_, workspace_.data(), queues_.get(), measured_ ? &times_ : nullptr);
+    run_step(model_, chunk_, threads_, workspace_.data(), queues_.get(),
+             measured_ ? &times_ : nullptr);
     if (measured_) ++times_.calls, times_.tokens += chunk_.size();
     if (call.best) choose(wanted, call.best + written);
 }

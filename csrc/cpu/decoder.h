@@ -16,7 +16,7 @@ namespace shallow {
 
 // Weights by role ("q", "up", "attn_norm", "q.bias"), as engine/families.py names them.
 struct Weights {
-    std::map<std::string, MatrixRef> matrices;
+    std::map<std::string, std::shared_ptr<const TiledMatrix>> matrices;
     std::map<std::string, std::vector<float>> vectors;
 };
 
@@ -38,8 +38,11 @@ class Decoder {
 public:
     Decoder(const Rules& rules, Isa isa, int threads);
 
-    // Rows of the embedding: of a matrix, or (vocab, hidden) elements that the caller keeps.
-    void set_outer(Weights weights, const void* embedding, ScaleType type);
+    // Rows of the embedding: of a matrix, or `rows` x `columns` elements that the caller keeps.
+    // Throws std::invalid_argument for what has not the model's sizes, and for a rule without its
+    // weights; so does add_layer.
+    void set_outer(Weights weights, const void* embedding, std::int64_t rows, std::int64_t columns,
+                   ScaleType type);
     // rope: index of the angles' table, -1 for none; rope_dim: how much of a head it turns.
     void add_layer(Weights weights, std::int64_t window, int rope, std::int64_t rope_dim);
 
@@ -50,10 +53,10 @@ public:
 
     KvCache new_cache(KvType type, std::int64_t batch) const;
     std::int64_t slots() const { return static_cast<std::int64_t>(model_.layers.size()); }
-    std::int64_t nbytes() const;         // of all matrices, a tied one once
+    std::int64_t nbytes() const;  // of all matrices, a tied one once
     const Model& model() const { return model_; }
 
-    void measure(bool on);               // from now on; clears what was measured
+    void measure(bool on);  // from now on; clears what was measured
     const Times& times() const { return times_; }
     int threads() const { return threads_; }
 

@@ -12,9 +12,9 @@ namespace py = pybind11;
 namespace shallow {
 namespace {
 
-constexpr const char* kParts[kPartCount] = {"embedding", "norms", "qkv",  "rope",       "attention",
-                                            "mix",       "o",     "up",   "activation", "down",
-                                            "head",      "wait"};
+constexpr const char* kParts[kPartCount] = {"embedding",  "norms", "qkv",  "rope",
+                                            "attention",  "mix",   "o",    "up",
+                                            "activation", "down",  "head", "wait"};
 
 template <class Value>
 Value named(const std::string& name, std::initializer_list<std::pair<const char*, Value>> known,
@@ -64,7 +64,7 @@ Weights weights_from(const py::dict& matrices, const py::dict& vectors) {
     for (const auto& [role, matrix] : matrices) {
         auto owner = std::make_shared<py::object>(py::reinterpret_borrow<py::object>(matrix));
         weights.matrices[role.cast<std::string>()] =
-            MatrixRef(owner, matrix.cast<const TiledMatrix*>());
+            std::shared_ptr<const TiledMatrix>(owner, matrix.cast<const TiledMatrix*>());
     }
     for (const auto& [role, vector] : vectors) {
         const auto [address, size] = vector.cast<std::pair<std::uintptr_t, std::size_t>>();
@@ -85,8 +85,8 @@ std::int64_t run(Decoder& decoder, Call& call, const std::vector<std::uintptr_t>
 }
 
 std::int64_t forward(Decoder& decoder, KvCache& cache, std::uintptr_t tokens, std::int64_t batch,
-             std::int64_t steps, std::uintptr_t lengths, std::uintptr_t chosen,
-             const std::vector<std::uintptr_t>& angles, bool all, std::uintptr_t logits) {
+                     std::int64_t steps, std::uintptr_t lengths, std::uintptr_t chosen,
+                     const std::vector<std::uintptr_t>& angles, bool all, std::uintptr_t logits) {
     Call call;
     call.cache = &cache;
     call.tokens = reinterpret_cast<const std::int64_t*>(tokens);
@@ -136,12 +136,13 @@ py::dict times(const Decoder& decoder) {
 void bind_decoder(py::module_& m) {
     using namespace shallow;
     py::class_<KvCache>(m, "KvCache", "Keys and values by (sequence, slot), in pages.")
-        .def("reserve",
-             [](KvCache& cache, std::int64_t length) {
-                 for (std::int64_t b = 0; b < cache.batch(); ++b)
-                     for (std::int64_t s = 0; s < cache.slots(); ++s) cache.reserve(b, s, length);
-             },
-             py::arg("length"), "Makes room for that many positions everywhere.")
+        .def(
+            "reserve",
+            [](KvCache& cache, std::int64_t length) {
+                for (std::int64_t b = 0; b < cache.batch(); ++b)
+                    for (std::int64_t s = 0; s < cache.slots(); ++s) cache.reserve(b, s, length);
+            },
+            py::arg("length"), "Makes room for that many positions everywhere.")
         .def_property_readonly("batch", &KvCache::batch)
         .def_property_readonly("nbytes", &KvCache::nbytes);
     py::class_<Decoder>(m, "Decoder", "A decoder over its kept layers, one call a step.")
@@ -149,35 +150,40 @@ void bind_decoder(py::module_& m) {
                  return std::make_unique<Decoder>(rules_from(rules), isa_from_name(isa), threads);
              }),
              py::arg("rules"), py::arg("isa"), py::arg("threads"))
-        .def("set_outer",
-             [](Decoder& decoder, const py::dict& matrices, const py::dict& vectors,
-                std::uintptr_t embedding, const std::string& dtype) {
-                 decoder.set_outer(weights_from(matrices, vectors),
-                                   reinterpret_cast<const void*>(embedding),
-                                   named<ScaleType>(dtype,
-                                                    {{"float16", ScaleType::float16},
-                                                     {"bfloat16", ScaleType::bfloat16},
-                                                     {"float32", ScaleType::float32}},
-                                                    "dtype"));
-             },
-             py::arg("matrices"), py::arg("vectors"), py::arg("embedding"), py::arg("dtype"))
-        .def("add_layer",
-             [](Decoder& decoder, const py::dict& matrices, const py::dict& vectors,
-                std::int64_t window, int rope, std::int64_t rope_dim) {
-                 decoder.add_layer(weights_from(matrices, vectors), window, rope, rope_dim);
-             },
-             py::arg("matrices"), py::arg("vectors"), py::arg("window"), py::arg("rope"),
-             py::arg("rope_dim"))
-        .def("new_cache",
-             [](const Decoder& decoder, const std::string& dtype, std::int64_t batch) {
-                 return decoder.new_cache(named<KvType>(dtype,
-                                                        {{"float32", KvType::float32},
-                                                         {"float16", KvType::float16},
-                                                         {"int8", KvType::int8}},
-                                                        "cache dtype"),
-                                          batch);
-             },
-             py::arg("dtype"), py::arg("batch"))
+        .def(
+            "set_outer",
+            [](Decoder& decoder, const py::dict& matrices, const py::dict& vectors,
+               std::uintptr_t embedding, std::int64_t rows, std::int64_t columns,
+               const std::string& dtype) {
+                decoder.set_outer(weights_from(matrices, vectors),
+                                  reinterpret_cast<const void*>(embedding), rows, columns,
+                                  named<ScaleType>(dtype,
+                                                   {{"float16", ScaleType::float16},
+                                                    {"bfloat16", ScaleType::bfloat16},
+                                                    {"float32", ScaleType::float32}},
+                                                   "dtype"));
+            },
+            py::arg("matrices"), py::arg("vectors"), py::arg("embedding"), py::arg("rows"),
+            py::arg("columns"), py::arg("dtype"))
+        .def(
+            "add_layer",
+            [](Decoder& decoder, const py::dict& matrices, const py::dict& vectors,
+               std::int64_t window, int rope, std::int64_t rope_dim) {
+                decoder.add_layer(weights_from(matrices, vectors), window, rope, rope_dim);
+            },
+            py::arg("matrices"), py::arg("vectors"), py::arg("window"), py::arg("rope"),
+            py::arg("rope_dim"))
+        .def(
+            "new_cache",
+            [](const Decoder& decoder, const std::string& dtype, std::int64_t batch) {
+                return decoder.new_cache(named<KvType>(dtype,
+                                                       {{"float32", KvType::float32},
+                                                        {"float16", KvType::float16},
+                                                        {"int8", KvType::int8}},
+                                                       "cache dtype"),
+                                         batch);
+            },
+            py::arg("dtype"), py::arg("batch"))
         .def("forward", &forward, py::arg("cache"), py::arg("tokens"), py::arg("batch"),
              py::arg("steps"), py::arg("lengths"), py::arg("chosen"), py::arg("angles"),
              py::arg("all"), py::arg("logits"), "Returns how many rows of logits it has written.")

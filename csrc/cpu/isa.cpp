@@ -34,8 +34,9 @@ bool detect(Isa isa) {
         case Isa::avx2: return avx2;
         case Isa::avxvnni: return avx2 && f.avx_vnni;
         case Isa::avx512: return avx512;
-        case Isa::amx: return avx512 && f.amx_tile && f.amx_int8 && f.amx_bf16 && f.avx512_bf16 &&
-                              tiles_granted();
+        case Isa::amx:
+            return avx512 && f.amx_tile && f.amx_int8 && f.amx_bf16 && f.avx512_bf16 &&
+                   tiles_granted();
     }
     return false;
 }

@@ -25,8 +25,8 @@ struct Lanes {
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static F sign_of(F magnitude, F sign) {
         const __m512i bit = _mm512_set1_epi32(INT32_MIN);
-        return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(
-            bit, _mm512_castps_si512(sign), _mm512_castps_si512(magnitude), 0xca));
+        return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(bit, _mm512_castps_si512(sign),
+                                                             _mm512_castps_si512(magnitude), 0xca));
     }
     static F abs(F v) { return _mm512_abs_ps(v); }
     static F round(F v) { return _mm512_roundscale_ps(v, 0); }
@@ -49,7 +49,8 @@ struct Lanes {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, 0));
     }
     static void store(std::int8_t* p, F v) {  // whole numbers from -127 to 127
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                         _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
     }
 
     // The first `some` lanes (1 to 16); the others read as 0 and are not written.

@@ -25,7 +25,9 @@ struct Lanes {
     static F fma(F a, F b, F c) { return a * b + c; }
     static F abs(F v) { return v < 0 ? -v : v; }
     static F sign_of(F magnitude, F sign) { return sign < 0 ? -magnitude : magnitude; }
-    static F round(F v) { return each(v, [](float x) { return std::nearbyintf(x); }); }
+    static F round(F v) {
+        return each(v, [](float x) { return std::nearbyintf(x); });
+    }
     static F scale(F v, F n) {
         return v * each(n, [](float x) { return std::ldexp(1.0f, static_cast<int>(x)); });
     }
@@ -84,8 +86,8 @@ private:
         if (bits < 0x38800000u)  // subnormal: multiples of 2^-24
             return static_cast<std::uint16_t>(
                 sign | static_cast<std::uint32_t>(std::lrint(std::fabs(v) * 16777216.0f)));
-        return static_cast<std::uint16_t>(
-            sign | (bits - 0x38000000u + 0xfffu + (bits >> 13 & 1)) >> 13);
+        return static_cast<std::uint16_t>(sign |
+                                          (bits - 0x38000000u + 0xfffu + (bits >> 13 & 1)) >> 13);
     }
     template <class Function>
     static F each(F v, Function function) {

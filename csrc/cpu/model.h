@@ -47,8 +47,8 @@ struct Model {
     std::vector<Layer> layers;
     Norm final_norm{};
     Product head;
-    MatrixRef embedding;                    // or
-    const void* embedding_rows = nullptr;   // (vocab, hidden)
+    std::shared_ptr<const TiledMatrix> embedding;  // or
+    const void* embedding_rows = nullptr;          // (vocab, hidden)
     ScaleType embedding_type{};
 
     Model(const Rules& rules, Isa isa);

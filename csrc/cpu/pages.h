@@ -10,7 +10,7 @@
 namespace shallow {
 
 class Pages {
-  public:
+public:
     static constexpr size_t kHuge = size_t{2} << 20;  // bytes of a huge page, and the alignment
 
     explicit Pages(size_t bytes) : mapped_(bytes + kHuge) {
@@ -29,7 +29,7 @@ class Pages {
 
     void* data() const { return data_; }
 
-  private:
+private:
     size_t mapped_;
     void* base_;
     void* data_;

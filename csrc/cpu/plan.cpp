@@ -37,7 +37,8 @@ Path choose_path(const TileView& w, std::int64_t m, Mode mode, const Kernels& ke
 }
 
 Form::Form(const TileView& like, Path path, std::int64_t m, bool fine)
-    : path(path), fine(fine), m(m), panel(path == Path::bfloat ? kPanelRows : std::min<std::int64_t>(m, kPanelRows)),
+    : path(path), fine(fine), m(m),
+      panel(path == Path::bfloat ? kPanelRows : std::min<std::int64_t>(m, kPanelRows)),
       rows(w4::ceil_div(m, panel) * panel), blocks(like.blocks), groups(like.groups),
       group_blocks(like.group_blocks) {}
 
@@ -104,7 +105,8 @@ void Form::write(const Kernels& kernels, const Rows& x, std::uint8_t* base, std:
 std::int64_t Form::claim(std::int64_t tiles, int threads, Start start) const {
     if (path == Path::bfloat) {  // pairs of tiles
         const std::int64_t fair = w4::ceil_div(tiles, threads * 4);
-        return std::clamp<std::int64_t>(kSumsBytes / (m * kTileRows * 4), 2, fair + fair % 2) / 2 * 2;
+        return std::clamp<std::int64_t>(kSumsBytes / (m * kTileRows * 4), 2, fair + fair % 2) / 2 *
+               2;
     }
     if (start == Start::scattered) return 0;
     return w4::ceil_div(tiles, m < kManyRows ? threads : threads * 8);

@@ -26,9 +26,9 @@ enum class Start { together, scattered };
 // columns and groups.
 struct Form {
     Path path;
-    bool fine;                 // int8: the coarsest blocks in two planes, see Int8Input
-    std::int64_t m, panel;     // rows of x; rows of a panel
-    std::int64_t rows;         // m up to whole panels
+    bool fine;              // int8: the coarsest blocks in two planes, see Int8Input
+    std::int64_t m, panel;  // rows of x; rows of a panel
+    std::int64_t rows;      // m up to whole panels
     std::int64_t blocks, groups, group_blocks;
 
     Form(const TileView& like, Path path, std::int64_t m, bool fine);

@@ -28,9 +28,9 @@ bool Input::exact(const TiledMatrix& w) const {
     return choose_path(w.view(), 1, mode_, kernels_) == Path::exact;
 }
 
-std::size_t Input::add(const MatrixRef& w) {
+std::size_t Input::add(const std::shared_ptr<const TiledMatrix>& w) {
     const TileView& v = w->view();
-    const auto agrees = [&](const MatrixRef& like) {
+    const auto agrees = [&](const std::shared_ptr<const TiledMatrix>& like) {
         const TileView& other = like->view();
         return exact(*like) == exact(*w) && same_order(*like, *w) &&
                (other.kind == Codes::float32) == (v.kind == Codes::float32) &&
@@ -64,7 +64,7 @@ void Input::write(const Rows& x, std::uint8_t* forms, std::int64_t m, std::int64
 
 std::int64_t Input::grain() const {
     std::int64_t blocks = 1;
-    for (const MatrixRef& like : like_) {
+    for (const std::shared_ptr<const TiledMatrix>& like : like_) {
         if (like->perm()) return 0;
         if (exact(*like)) continue;
         blocks = std::lcm(blocks, std::max<std::int64_t>(like->view().group_blocks, 1));
@@ -86,20 +86,21 @@ void Input::write_columns(const Rows& x, std::uint8_t* forms, std::int64_t m, st
     }
 }
 
-void Product::add(const MatrixRef& w, const float* bias, std::int64_t column, bool aside) {
-    Part part;
+void Product::add(const std::shared_ptr<const TiledMatrix>& w, const float* bias,
+                  std::int64_t column, bool aside) {
+    Entry part;
     part.w = w;
     part.bias = bias;
     part.column = column;
     part.first = aside ? 0 : tiles_;
     part.form = input_->add(w);
-    parts_.push_back(part);
+    entries_.push_back(part);
     if (!aside) tiles_ += w->view().tiles;
 }
 
 std::int64_t Product::nbytes() const {
     std::int64_t bytes = 0;
-    for (const Part& part : parts_) bytes += static_cast<std::int64_t>(part.w->nbytes());
+    for (const Entry& part : entries_) bytes += static_cast<std::int64_t>(part.w->nbytes());
     return bytes;
 }
 
@@ -110,15 +111,15 @@ std::int64_t Product::claim(std::int64_t m, int threads) const {
 std::int64_t Product::scratch_bytes(std::int64_t m, int threads) const {
     if (m < kManyRows) return 0;  // of every path
     std::int64_t bytes = 0;
-    for (const Part& part : parts_)
-        bytes = std::max(bytes, input_->form(part.form, m).scratch_bytes(part.w->view(),
-                                                                         claim(m, threads)));
+    for (const Entry& part : entries_)
+        bytes = std::max(
+            bytes, input_->form(part.form, m).scratch_bytes(part.w->view(), claim(m, threads)));
     return bytes;
 }
 
 void Product::run(std::uint8_t* forms, std::int64_t m, const FloatRows& y, std::int64_t begin,
                   std::int64_t end, std::uint8_t* scratch) const {
-    for (const Part& part : parts_) {
+    for (const Entry& part : entries_) {
         const TileView& w = part.w->view();
         const std::int64_t first = std::max<std::int64_t>(begin - part.first, 0);
         const std::int64_t last = std::min(end - part.first, w.tiles);

@@ -1,5 +1,5 @@
 // The decoder's matmuls: matrices that read one input side by side, and that input as they read it.
-// defines: MatrixRef FloatRows Input Product
+// defines: FloatRows Input Product
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,6 @@
 #include "cpu/plan.h"
 
 namespace shallow {
-
-using MatrixRef = std::shared_ptr<const TiledMatrix>;
 
 // Rows of floats, `stride` apart.
 struct FloatRows {
@@ -29,7 +27,8 @@ public:
     Input(const Kernels& kernels, Mode mode, bool fine)  // fine: see Form
         : kernels_(kernels), mode_(mode), fine_(fine) {}
 
-    std::size_t add(const MatrixRef& w);  // returns the index of the form for `w`
+    std::size_t add(
+        const std::shared_ptr<const TiledMatrix>& w);  // returns the index of the form for `w`
     Form form(std::size_t index, std::int64_t m) const;
     std::int64_t nbytes(std::int64_t m) const;
     // Writes x as the rows from `row` on of m. Of many rows they are one panel. spare: as many
@@ -50,7 +49,7 @@ private:
     const Kernels& kernels_;
     Mode mode_;
     bool fine_;
-    std::vector<MatrixRef> like_;  // the first matrix of each form
+    std::vector<std::shared_ptr<const TiledMatrix>> like_;  // the first matrix of each form
 };
 
 class Product {
@@ -60,7 +59,8 @@ public:
 
     // `column` is where the matrix's outputs stand in a row; bias may be null. A matrix `aside`
     // has as many tiles as the first and runs along with it.
-    void add(const MatrixRef& w, const float* bias, std::int64_t column, bool aside);
+    void add(const std::shared_ptr<const TiledMatrix>& w, const float* bias, std::int64_t column,
+             bool aside);
 
     const Input& input() const { return *input_; }
     const std::shared_ptr<Input>& shared_input() const { return input_; }
@@ -74,14 +74,14 @@ public:
              std::int64_t end, std::uint8_t* scratch) const;
 
 private:
-    struct Part {
-        MatrixRef w;
+    struct Entry {
+        std::shared_ptr<const TiledMatrix> w;
         const float* bias;
         std::int64_t column, first;  // first: its first tile among the product's
         std::size_t form;
     };
     std::shared_ptr<Input> input_;
-    std::vector<Part> parts_;
+    std::vector<Entry> entries_;
     std::int64_t tiles_ = 0;
 };
 

@@ -15,9 +15,8 @@ void normalise(const Norm& norm, const float* x, float* out, int64_t n) {
     float mean = 0;
     if (norm.centred) {
         F total = Lanes::set(0);
-        each_vector(n, [&](int64_t i, int64_t some) {
-            total = Lanes::add(total, load(x + i, some));
-        });
+        each_vector(n,
+                    [&](int64_t i, int64_t some) { total = Lanes::add(total, load(x + i, some)); });
         mean = Lanes::sum(total) / static_cast<float>(n);
     }
     F squares = Lanes::set(0);

@@ -31,8 +31,8 @@ struct RowSet {
     std::vector<std::int32_t> members;  // indices of the chunk's rows
     std::vector<std::int32_t> spans;    // of each row's attention
     std::vector<AttentionItem> items;
-    bool split = false;                 // some row has more than one span
-    bool lone = false;                  // each row is its sequence's only one
+    bool split = false;  // some row has more than one span
+    bool lone = false;   // each row is its sequence's only one
 
     std::int64_t size() const { return static_cast<std::int64_t>(members.size()); }
     const Row& row(const std::vector<Row>& chunk, std::int64_t i) const {
@@ -59,14 +59,14 @@ struct Best {
 
 struct Chunk {
     std::vector<Row> rows;
-    std::vector<RowSet> sets;         // the first `used` of them
+    std::vector<RowSet> sets;  // the first `used` of them
     std::size_t used = 0;
     std::vector<std::size_t> set_of;  // slot -> set
     std::size_t wanted = 0;           // set of the rows whose logits are
     const float* const* angles;
     KvCache* cache;
-    float* logits;                    // (wanted rows, vocab)
-    Best* best;                       // null, or (threads, wanted rows): what each thread met
+    float* logits;  // (wanted rows, vocab)
+    Best* best;     // null, or (threads, wanted rows): what each thread met
 
     std::int64_t size() const { return static_cast<std::int64_t>(rows.size()); }
 };

@@ -191,7 +191,8 @@ void RowSet::add_items(const std::vector<Row>& chunk, const Model& model) {
     lone = true;
     for (std::int64_t last = size(); last > 0;) {  // the longest work first
         std::int64_t first = last - 1;
-        while (first > 0 && row(chunk, first - 1).sequence == row(chunk, last - 1).sequence) --first;
+        while (first > 0 && row(chunk, first - 1).sequence == row(chunk, last - 1).sequence)
+            --first;
         const std::int64_t context = row(chunk, last - 1).position + 1;
         const std::int64_t share = w4::ceil_div(w4::ceil_div(context, kMaxSpans), kPage) * kPage;
         const std::int64_t span = last - first == 1 ? share : context;

@@ -76,8 +76,8 @@ ThreadBuffers Buffers::cut_own(Cutter& cutter) const {
     own.spare = cutter.cut<float>(panel * widest(r));
     own.hidden_forms = cutter.cut<std::uint8_t>(kept_ ? kept_forms_.hidden : 0);
     own.attended_forms = cutter.cut<std::uint8_t>(kept_ ? kept_forms_.attended : 0);
-    own.attention = cutter.cut<float>(std::max(
-        attention_scratch(chunk_.cache->shape(), query_rows), r.heads * kMaxSpans));
+    own.attention = cutter.cut<float>(
+        std::max(attention_scratch(chunk_.cache->shape(), query_rows), r.heads * kMaxSpans));
     own.unpacked = cutter.cut<std::uint8_t>(unpacked_bytes_);
     return own;
 }

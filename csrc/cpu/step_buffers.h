@@ -33,7 +33,7 @@ struct Buffers {
     FloatRows up;                   // (rows, up_width): the gate lies behind
     float *mixed, *peaks, *totals;  // of spans: (rows, kMaxSpans, query_width), (..., heads)
     std::uint8_t *hidden_forms, *attended_forms, *up_forms;
-    std::int64_t bytes;             // of all, the threads' own included
+    std::int64_t bytes;  // of all, the threads' own included
 
     // Measures only where base is null.
     Buffers(const Model& model, const Chunk& chunk, int threads, std::uint8_t* base);

@@ -14,7 +14,7 @@ void multiply(Worker& worker, const Product& product, std::uint8_t* forms, std::
 class FeedForward {
 public:
     FeedForward(Worker& worker, const Layer& layer, const RowSet& set);
-    void write_activated();  // reads hidden_forms
+    void write_activated();               // reads hidden_forms
     void write_down(const FloatRows& y);  // behind a barrier
 
 private:

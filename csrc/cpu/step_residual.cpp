@@ -9,7 +9,8 @@ void Residual::embed() {
         if (w_.rules.embedding_scale != 1.0f)
             w_.model.row_kernels.scale(x, w_.rules.embedding_scale, w_.rules.hidden);
     };
-    for (std::int64_t i = w_.kept ? 0 : w_.thread; i < w_.chunk.size(); i += w_.kept ? 1 : w_.threads)
+    for (std::int64_t i = w_.kept ? 0 : w_.thread; i < w_.chunk.size();
+         i += w_.kept ? 1 : w_.threads)
         embed_row(i);
     w_.mark(Part::embed);
     w_.barrier_unless_kept();

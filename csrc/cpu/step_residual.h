@@ -13,7 +13,8 @@ public:
     void embed();
     // From its next norm on, the stream of these rows has y added, after `post` where there is one,
     // and `y2` where that is not null.
-    void add(const RowSet& set, const Norm& post, const FloatRows& y, const FloatRows* y2 = nullptr);
+    void add(const RowSet& set, const Norm& post, const FloatRows& y,
+             const FloatRows* y2 = nullptr);
     // Writes the norm of the stream into hidden_forms.
     void write_norm(const RowSet& set, const Norm& norm, const Input& input);
 

@@ -13,9 +13,9 @@ struct Team {
     const Model& model;
     const Chunk& chunk;
     Buffers buffers;
-    int planned;    // threads that the buffers are for: fewer may come
+    int planned;  // threads that the buffers are for: fewer may come
     Queue* queues;
-    Times* times;   // null or the first thread's
+    Times* times;  // null or the first thread's
     Barrier barrier;
 
     Team(const Model& model, const Chunk& chunk, int threads, std::uint8_t* workspace)
@@ -40,9 +40,9 @@ public:
     const Buffers& shared;
     const ThreadBuffers own;
     const int thread, threads, planned;
-    const bool kept;                   // every thread has all rows for itself, in x to hidden_forms
-    const FloatRows x;                 // by the chunk's rows
-    const FloatRows qkv;               // by the set's, as is all else
+    const bool kept;      // every thread has all rows for itself, in x to hidden_forms
+    const FloatRows x;    // by the chunk's rows
+    const FloatRows qkv;  // by the set's, as is all else
     std::uint8_t* const hidden_forms;
 
     // The next of the step's queues: all threads ask for them in the same order.

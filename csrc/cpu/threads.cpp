@@ -64,7 +64,9 @@ void Signal::advance() {
     // new value before it sleeps.
     value_.fetch_add(1, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) == 0) return;
-    { std::lock_guard lock(mutex_); }
+    {
+        std::lock_guard lock(mutex_);
+    }
     moved_.notify_all();
 }
 

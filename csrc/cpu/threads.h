@@ -52,9 +52,12 @@ public:
     template <class Body>
     void run(int threads, Body&& body) {
         using Type = std::remove_reference_t<Body>;
-        run_erased(threads, [](void* context, int thread, int count) {
-            (*static_cast<Type*>(context))(thread, count);
-        }, const_cast<void*>(static_cast<const void*>(&body)));
+        run_erased(
+            threads,
+            [](void* context, int thread, int count) {
+                (*static_cast<Type*>(context))(thread, count);
+            },
+            const_cast<void*>(static_cast<const void*>(&body)));
     }
 
 private:

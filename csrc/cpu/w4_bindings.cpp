@@ -55,7 +55,7 @@ void rows(const TiledMatrix& w, std::int64_t start, std::int64_t stop, std::uint
 void bind_w4_matmul(py::module_& m) {
     using namespace shallow;
     using release = py::call_guard<py::gil_scoped_release>;
-    py::class_<TiledMatrix>(m, "W4Tiles", py::buffer_protocol(),
+    py::class_<TiledMatrix>(m, "TiledMatrix", py::buffer_protocol(),
                             "A matrix in the CPU kernels' layout; a buffer of its bytes.")
         .def(py::init<const w4::Matrix&, std::int64_t, int>(), release(), py::arg("packed"),
              py::arg("n"), py::arg("threads"), "Of n rows, the first of them packed.")
@@ -79,9 +79,8 @@ void bind_w4_matmul(py::module_& m) {
              "Writes the arrays that it was made from.")
         .def("rows", &rows, release(), py::arg("start"), py::arg("stop"), py::arg("out"),
              py::arg("threads"), "Writes rows start..stop-1, float32, at address out.")
-        .def_property_readonly("shape", [](const TiledMatrix& w) {
-            return std::pair(w.view().n, w.view().k);
-        })
+        .def_property_readonly(
+            "shape", [](const TiledMatrix& w) { return std::pair(w.view().n, w.view().k); })
         .def_property_readonly("permuted", [](const TiledMatrix& w) { return w.perm() != nullptr; })
         .def_property_readonly("nbytes", &TiledMatrix::nbytes);
     m.def("w4_matmul", &run, release(), py::arg("x"), py::arg("m"), py::arg("x_stride"),
@@ -99,6 +98,7 @@ void bind_w4_matmul(py::module_& m) {
         "Instruction sets that the kernels can use here, best first.");
     m.def("huge_pages_available", &huge_pages_available);
     m.def("pool_threads", [] { return Pool::instance().size(); });
-    m.def("resize_pool", [](int threads) { Pool::instance().resize(threads); }, release(),
-          py::arg("threads"), "Waits for running kernels.");
+    m.def(
+        "resize_pool", [](int threads) { Pool::instance().resize(threads); }, release(),
+        py::arg("threads"), "Waits for running kernels.");
 }

@@ -1,4 +1,4 @@
-// defines: engine._cpu.W4Matrix, w4_unpack, w4_pack
+// defines: engine._cpu.Packed, w4_unpack, w4_pack
 #include "w4.h"
 
 #include <stdexcept>
@@ -35,12 +35,18 @@ w4::Matrix matrix(std::uintptr_t codes, std::uintptr_t scales, std::uintptr_t ze
                   std::uintptr_t mins, std::uintptr_t supers, std::uintptr_t codebook,
                   std::uintptr_t perm, std::int64_t n, std::int64_t k, std::int32_t bits,
                   std::int32_t group, const std::string& scheme, const std::string& scale_dtype) {
-    return {pointer<std::uint8_t>(codes),   pointer<void>(scales),
-            pointer<std::uint8_t>(zeros),   pointer<void>(mins),
-            pointer<std::uint16_t>(supers), pointer<float>(codebook),
-            pointer<std::int32_t>(perm),    n,
-            k,                              bits,
-            group,                          parse_scheme(scheme),
+    return {pointer<std::uint8_t>(codes),
+            pointer<void>(scales),
+            pointer<std::uint8_t>(zeros),
+            pointer<void>(mins),
+            pointer<std::uint16_t>(supers),
+            pointer<float>(codebook),
+            pointer<std::int32_t>(perm),
+            n,
+            k,
+            bits,
+            group,
+            parse_scheme(scheme),
             parse_scale_type(scale_dtype)};
 }
 
@@ -62,7 +68,7 @@ void pack(std::uintptr_t codes, std::int64_t n, std::int64_t k, int bits, std::u
 
 void bind_w4_format(py::module_& m) {
     using release = py::call_guard<py::gil_scoped_release>;
-    py::class_<w4::Matrix>(m, "W4Matrix", "A packed matrix by address; the caller keeps it alive.")
+    py::class_<w4::Matrix>(m, "Packed", "A packed matrix by address; the caller keeps it alive.")
         .def(py::init(&matrix), py::kw_only(), py::arg("codes"), py::arg("scales"),
              py::arg("zeros") = 0, py::arg("mins") = 0, py::arg("supers") = 0,
              py::arg("codebook") = 0, py::arg("perm") = 0, py::arg("n"), py::arg("k"),

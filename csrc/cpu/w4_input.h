@@ -38,8 +38,7 @@ struct RowRounding {
           scales(to.scales + row), sums(to.sums + row) {}
 
     void run() const {
-        const int64_t groups =
-            to.group_blocks ? w4::ceil_div(blocks, to.group_blocks) : 2 * blocks;
+        const int64_t groups = to.group_blocks ? w4::ceil_div(blocks, to.group_blocks) : 2 * blocks;
         for (int64_t g = 0; g < groups; ++g) sums[g * to.panel] = 0;
         float squares = 0;
         each_block([&](int64_t b, float* sum) {

@@ -24,8 +24,9 @@ constexpr int kParts = kTileRows / V::lanes;  // vectors a tile's 16 rows take
 
 // The group's scale and min for the tile's rows from `lane` on: value = scale * code + min.
 template <class V, Codes C>
-SHALLOW_INLINE void load_params(const TileView& w, const uint8_t* record, const std::uint16_t* super,
-                        int lane, typename V::F& scale, typename V::F& min) {
+SHALLOW_INLINE void load_params(const TileView& w, const uint8_t* record,
+                                const std::uint16_t* super, int lane, typename V::F& scale,
+                                typename V::F& min) {
     using w4::Scheme;
     if constexpr (C == Codes::unpacked) {
         scale = V::load(record + lane * 4, ScaleType::float32);
@@ -98,10 +99,10 @@ struct Stream {
 
 // Where R rows of x meet one tile of W.
 struct Place {
-    int64_t tile;           // of the view
-    int64_t panel, first;   // rows of x: first.. of the panel
-    int64_t column, n;      // of y, and how many columns y has
-    int64_t apart = 0;      // where a second tile is to be met along with it, so many tiles on
+    int64_t tile;          // of the view
+    int64_t panel, first;  // rows of x: first.. of the panel
+    int64_t column, n;     // of y, and how many columns y has
+    int64_t apart = 0;     // where a second tile is to be met along with it, so many tiles on
     int64_t ahead = kAhead;
 };
 
@@ -143,8 +144,8 @@ struct Planes {
 
 // Adds the products of half-blocks First..Last-1 of a block with R rows of x.
 template <class V, Codes C, int R, int First, int Last>
-inline void add_block(const TileView& w, const uint8_t* block, const Planes& x,
-                      typename V::F scale, typename V::F (&total)[R]) {
+inline void add_block(const TileView& w, const uint8_t* block, const Planes& x, typename V::F scale,
+                      typename V::F (&total)[R]) {
     const auto codes = V::template codes<C, First, Last>(w, block);
     const auto add = [&](int i, const int8_t* q, const float* scales) {
         const typename V::F dot = V::dot(codes, q + i * kBlock + 16 * First);
@@ -176,8 +177,7 @@ struct TileSums {
         stream.next8(scale[half], min);
         for (int p = 0; p < kParts<V>; ++p)
 #pragma GCC unroll 16
-            for (int i = 0; i < R; ++i)
-                total[p][i] = V::fma(min[p], V::set(sums[i]), total[p][i]);
+            for (int i = 0; i < R; ++i) total[p][i] = V::fma(min[p], V::set(sums[i]), total[p][i]);
     }
     SHALLOW_INLINE void add(const TileView& w, const Planes& x) {
         const uint8_t* const block = stream.block();
@@ -258,8 +258,8 @@ void float_rows(const TileView& w, const FloatInput& x, const Output& y, const P
                     const F code = V::template code<C>(w, chunk, byte);
                     const F weight = V::fma(code, scale[s][p], min[s][p]);
                     for (int i = 0; i < R; ++i)
-                        total[p][i] = V::fma(weight, V::set(values[(k + byte) * x.panel + i]),
-                                             total[p][i]);
+                        total[p][i] =
+                            V::fma(weight, V::set(values[(k + byte) * x.panel + i]), total[p][i]);
                 }
             }
         }
@@ -375,8 +375,8 @@ TileView unpack_tile(const TileView& w, int64_t tile, uint8_t* scratch) {
             for (int half = 0; half < (w.group_blocks ? 1 : 2); ++half) {
                 typename V::F scale[kParts<V>], min[kParts<V>];
                 stream.next8(scale, min);
-                auto* const out = reinterpret_cast<float*>(
-                    const_cast<uint8_t*>(one.record(0, group + half)));
+                auto* const out =
+                    reinterpret_cast<float*>(const_cast<uint8_t*>(one.record(0, group + half)));
                 for (int p = 0; p < kParts<V>; ++p) {
                     V::store_all(out + p * V::lanes, scale[p]);
                     V::store_all(out + kTileRows + p * V::lanes, min[p]);
@@ -431,7 +431,8 @@ void float_tiles(const TileView& w, const FloatInput& x, const Output& y, int64_
                  int64_t end) {
     switch (w.kind) {
         case Codes::nibble: return float_tiles_of<V, Codes::nibble>(w, x, y, begin, end);
-        case Codes::nibble_table: return float_tiles_of<V, Codes::nibble_table>(w, x, y, begin, end);
+        case Codes::nibble_table:
+            return float_tiles_of<V, Codes::nibble_table>(w, x, y, begin, end);
         case Codes::byte: return float_tiles_of<V, Codes::byte>(w, x, y, begin, end);
         case Codes::float32: return float_tiles_of<V, Codes::float32>(w, x, y, begin, end);
         case Codes::float16: return float_tiles_of<V, Codes::float16>(w, x, y, begin, end);

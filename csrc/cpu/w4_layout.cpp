@@ -15,7 +15,7 @@ namespace {
 using std::int64_t;
 using std::uint8_t;
 
-constexpr int64_t kChunk = 64;  // bytes
+constexpr int64_t kChunk = 64;                        // bytes
 constexpr std::uint64_t kMagic = 0x34574c4c41485302;  // changes with the layout
 
 int64_t scale_bytes(const w4::Matrix& matrix) {
@@ -111,10 +111,8 @@ void copy_tiles(const w4::Matrix& packed, const TileView& tiled, int threads) {
         for (int64_t tile = begin; tile < end; ++tile) {
             copy_codes<way>(packed, tiled, tile);
             copy_params<way>(packed, tiled, packed.scales, element, 0, tile);
-            if (packed.zeros)
-                copy_params<way>(packed, tiled, packed.zeros, 1, second, tile);
-            if (packed.mins)
-                copy_params<way>(packed, tiled, packed.mins, element, second, tile);
+            if (packed.zeros) copy_params<way>(packed, tiled, packed.zeros, 1, second, tile);
+            if (packed.mins) copy_params<way>(packed, tiled, packed.mins, element, second, tile);
             if (tiled.supers) copy_supers<way>(packed, tiled, tile);
         }
     });
@@ -153,7 +151,8 @@ float value(const TileView& w, int64_t tile, int64_t group, int lane, int code) 
     const uint8_t* const record = w.record(tile, group);
     const auto c = static_cast<float>(code);
     if (w.scheme == w4::Scheme::kquant) {
-        const std::uint16_t* const super = w.supers + (tile * ((w.blocks + 7) / 8) + group / 8) * 32;
+        const std::uint16_t* const super =
+            w.supers + (tile * ((w.blocks + 7) / 8) + group / 8) * 32;
         const float step = w4::product(w4::half_to_float(super[lane]), record[lane]);
         const float low = w4::product(w4::half_to_float(super[16 + lane]), record[16 + lane]);
         return w4::product(step, c) - low;
@@ -193,8 +192,8 @@ std::size_t TiledMatrix::place(bool permuted) {
     const bool kquant = v.scheme == w4::Scheme::kquant;
     v.set_runs();
     v.data = cutter.cut<uint8_t>(v.tiles * v.tile_bytes);
-    v.supers = kquant ? cutter.cut<std::uint16_t>(v.tiles * w4::ceil_div(v.k, w4::kSuper) * 32)
-                      : nullptr;
+    v.supers =
+        kquant ? cutter.cut<std::uint16_t>(v.tiles * w4::ceil_div(v.k, w4::kSuper) * 32) : nullptr;
     perm_ = permuted ? cutter.cut<std::int32_t>(v.k) : nullptr;
     return static_cast<std::size_t>(cutter.used);
 }
@@ -274,8 +273,7 @@ bool TiledMatrix::of_kind(const w4::Matrix& m) const {
 
 void TiledMatrix::restore(const w4::Matrix& to, int threads) const {
     const TileView& v = view_;
-    if (!of_kind(to) || to.n != v.n)
-        throw std::invalid_argument("tiles of another shape or spec");
+    if (!of_kind(to) || to.n != v.n) throw std::invalid_argument("tiles of another shape or spec");
     copy_tiles<Way::restore>(to, v, threads);
     if (to.codebook) std::copy(v.values, v.values + 16, const_cast<float*>(to.codebook));
     if (to.perm) std::copy(perm_, perm_ + v.k, const_cast<std::int32_t*>(to.perm));
@@ -339,9 +337,8 @@ void read_row(const TiledMatrix& matrix, int64_t row, float* out) {
                 v = element(codes, (column / 2 * kTileRows + lane) * 2 + column % 2,
                             ScaleType::bfloat16);
             } else {
-                v = element(codes, column * kTileRows + lane, w.kind == Codes::float32
-                                                                  ? ScaleType::float32
-                                                                  : ScaleType::float16);
+                v = element(codes, column * kTileRows + lane,
+                            w.kind == Codes::float32 ? ScaleType::float32 : ScaleType::float16);
             }
             out[matrix.perm() ? matrix.perm()[k] : k] = v;
         }

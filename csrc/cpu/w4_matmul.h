@@ -13,11 +13,19 @@ namespace shallow {
 
 using w4::ScaleType;  // also the element types of x, y and 16-bit weights
 
-constexpr int kTileRows = 16;  // rows of W that a tile interleaves
-constexpr int kBlock = 32;     // columns of W under one activation scale
-constexpr int kPanelRows = 16; // rows of x that a panel interleaves
+constexpr int kTileRows = 16;   // rows of W that a tile interleaves
+constexpr int kBlock = 32;      // columns of W under one activation scale
+constexpr int kPanelRows = 16;  // rows of x that a panel interleaves
 
-enum class Codes : std::int32_t { nibble, nibble_table, byte, float32, float16, bfloat16, unpacked };
+enum class Codes : std::int32_t {
+    nibble,
+    nibble_table,
+    byte,
+    float32,
+    float16,
+    bfloat16,
+    unpacked
+};
 
 // A matrix as the kernels read it. Rows lie in tiles of 16, columns in blocks of 32, both padded
 // with zeros. A chunk is 64 bytes: 16 rows x 4 consecutive columns, one byte each.
@@ -32,20 +40,20 @@ enum class Codes : std::int32_t { nibble, nibble_table, byte, float32, float16, 
 // as fill whole cache lines, then the blocks of these groups. The last run may have fewer.
 // With group 16 the groups are padded to two a block.
 struct TileView {
-    const std::uint8_t* data;    // tiles, tile_bytes apart
-    const std::uint16_t* supers; // kquant: (tiles, ceil(blocks / 8), 2, 16) float16 d, dmin
-    float values[16];            // value of each nibble
-    std::uint8_t values8[16];    // nibble_table: value = values8_step * (byte - 128), nearly
-    float values8_step;          // 0 where no step comes near enough
+    const std::uint8_t* data;     // tiles, tile_bytes apart
+    const std::uint16_t* supers;  // kquant: (tiles, ceil(blocks / 8), 2, 16) float16 d, dmin
+    float values[16];             // value of each nibble
+    std::uint8_t values8[16];     // nibble_table: value = values8_step * (byte - 128), nearly
+    float values8_step;           // 0 where no step comes near enough
     std::int64_t n, k, tiles, blocks, groups;
-    std::int64_t group_blocks;   // blocks a group; 0 for group 16
+    std::int64_t group_blocks;  // blocks a group; 0 for group 16
     std::int64_t block_bytes, record_bytes, tile_bytes;
     std::int64_t run_groups, run_blocks;  // of a whole run
     std::int64_t head_bytes, run_bytes;   // of a run's records, and in all
     Codes kind;
     w4::Scheme scheme;
     ScaleType scale_type;
-    float center;                // symmetric: the code that means zero
+    float center;  // symmetric: the code that means zero
 
     const std::uint8_t* record(std::int64_t tile, std::int64_t group) const {
         return data + tile * tile_bytes + group / run_groups * run_bytes +
@@ -145,8 +153,8 @@ struct Kernels {
     // With scratch tiles are unpacked, for many rows. Forms and scratch are as plan.h measures them.
     void (*int8_tiles)(const TileView& w, const Int8Input& x, const Output& y, std::int64_t begin,
                        std::int64_t end, std::uint8_t* scratch);
-    void (*float_tiles)(const TileView& w, const FloatInput& x, const Output& y,
-                        std::int64_t begin, std::int64_t end);
+    void (*float_tiles)(const TileView& w, const FloatInput& x, const Output& y, std::int64_t begin,
+                        std::int64_t end);
     // For many rows where the processor multiplies tiles of bfloat16, else null.
     void (*write_bfloat)(const Rows& x, const BfloatInput& to);
     void (*bfloat_tiles)(const TileView& w, const BfloatInput& x, const Output& y,

@@ -12,8 +12,7 @@ namespace {
 
 // Blocks begin..end-1 of one tile as (blocks, 16 column pairs, 16 rows, 2) bfloat16.
 template <Codes C, bool Split>
-void unpack_codes(const TileView& w, int64_t tile, int64_t begin, int64_t end,
-                  std::uint16_t* out) {
+void unpack_codes(const TileView& w, int64_t tile, int64_t begin, int64_t end, std::uint16_t* out) {
     const int64_t group_blocks = Split ? 1 : w.group_blocks;
     Stream<Avx512, C> stream(w, tile, begin);
     __m512 scale[2] = {}, min[2] = {};
@@ -27,8 +26,7 @@ void unpack_codes(const TileView& w, int64_t tile, int64_t begin, int64_t end,
             const int s = Split ? j / 4 : 0;
             __m512 weights[4];
             for (int byte = 0; byte < 4; ++byte)
-                weights[byte] =
-                    _mm512_fmadd_ps(Avx512::code<C>(w, chunk, byte), scale[s], min[s]);
+                weights[byte] = _mm512_fmadd_ps(Avx512::code<C>(w, chunk, byte), scale[s], min[s]);
             _mm512_storeu_si512(out, pair(weights[0], weights[1]));
             _mm512_storeu_si512(out + 32, pair(weights[2], weights[3]));
             out += 64;
@@ -44,19 +42,16 @@ void unpack(const TileView& w, int64_t tile, int64_t begin, int64_t end, std::ui
         unpack_codes<C, true>(w, tile, begin, end, out);
 }
 
-void unpack_half(const TileView& w, int64_t tile, int64_t begin, int64_t end,
-                 std::uint16_t* out) {
+void unpack_half(const TileView& w, int64_t tile, int64_t begin, int64_t end, std::uint16_t* out) {
     const uint8_t* weights = w.block(tile, begin);
     for (int64_t k = begin * kBlock; k < end * kBlock; k += 2, weights += 64, out += 32)
-        _mm512_storeu_si512(
-            out, pair(Avx512::load_half(weights), Avx512::load_half(weights + 32)));
+        _mm512_storeu_si512(out, pair(Avx512::load_half(weights), Avx512::load_half(weights + 32)));
 }
 
 const std::uint16_t* bfloats(const TileView& w, int64_t tile, int64_t begin, int64_t end,
                              std::uint16_t* scratch) {
     switch (w.kind) {
-        case Codes::bfloat16:
-            return reinterpret_cast<const std::uint16_t*>(w.block(tile, begin));
+        case Codes::bfloat16: return reinterpret_cast<const std::uint16_t*>(w.block(tile, begin));
         case Codes::float16: unpack_half(w, tile, begin, end, scratch); break;
         case Codes::byte: unpack<Codes::byte>(w, tile, begin, end, scratch); break;
         case Codes::nibble_table: unpack<Codes::nibble_table>(w, tile, begin, end, scratch); break;
@@ -168,7 +163,8 @@ void bfloat_tiles(const TileView& w, const BfloatInput& x, const Output& y, int6
                 Target targets[2][2];
                 for (int p = 0; p < 2; ++p)
                     for (int t = 0; t < 2; ++t)
-                        targets[p][t] = last ? corner.target(p, t, spare) : Target{(*sum)[p][t], 64};
+                        targets[p][t] =
+                            last ? corner.target(p, t, spare) : Target{(*sum)[p][t], 64};
                 multiply({rows, panel + 1 < panels ? rows + x.stride : rows}, {first, second},
                          to - from, i ? sum : nullptr, targets);
                 if (last)

@@ -4,7 +4,6 @@
 
 #include "cpu/w4_kernel.h"
 
-
 namespace shallow {
 namespace {
 
@@ -22,8 +21,8 @@ std::uint16_t to_half(float v) {
     if (bits < 0x38800000u)  // subnormal: multiples of 2^-24
         return static_cast<std::uint16_t>(
             sign | static_cast<std::uint32_t>(std::lrint(std::fabs(v) * 16777216.0f)));
-    return static_cast<std::uint16_t>(
-        sign | ((bits - 0x38000000u + 0xfffu + (bits >> 13 & 1)) >> 13));
+    return static_cast<std::uint16_t>(sign |
+                                      ((bits - 0x38000000u + 0xfffu + (bits >> 13 & 1)) >> 13));
 }
 
 std::uint16_t to_bfloat(float v) {

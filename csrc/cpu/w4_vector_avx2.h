@@ -185,8 +185,8 @@ struct Avx2 {
         const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
         __m256i largest = _mm256_setzero_si256(), v[4];
         for (int j = 0; j < 4; ++j)
-            largest = _mm256_max_epi32(
-                largest, _mm256_and_si256(load_32_bytes(x + 8 * j), magnitude));
+            largest =
+                _mm256_max_epi32(largest, _mm256_and_si256(load_32_bytes(x + 8 * j), magnitude));
         const int bits = horizontal_max(largest);
         float peak;
         std::memcpy(&peak, &bits, sizeof peak);
@@ -197,8 +197,8 @@ struct Avx2 {
         sums[0] = horizontal_sum(_mm256_add_epi32(v[0], v[1]));
         sums[1] = horizontal_sum(_mm256_add_epi32(v[2], v[3]));
         // packs works in 128-bit halves: dwords come out as 0 4 1 5 2 6 3 7 would read
-        const __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]),
-                                                 _mm256_packs_epi32(v[2], v[3]));
+        const __m256i words =
+            _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
         const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(q),
                             _mm256_permutevar8x32_epi32(words, order));

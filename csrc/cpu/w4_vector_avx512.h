@@ -47,10 +47,9 @@ struct Avx512 {
     static void store(void* p, ScaleType type, F v, int count) {
         sanitizer_writes(p, count * (type == ScaleType::float32 ? 4 : 2));
         if (type == ScaleType::float32) return _mm512_mask_storeu_ps(p, mask(count), v);
-        const __m256i bits =
-            type == ScaleType::float16
-                ? _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
-                : to_bfloat(v);
+        const __m256i bits = type == ScaleType::float16
+                                 ? _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+                                 : to_bfloat(v);
         _mm256_mask_storeu_epi16(p, mask(count), bits);
     }
     static __m256i to_bfloat(F v) {
@@ -91,8 +90,8 @@ struct Avx512 {
                 if (half) chunk = _mm512_srli_epi16(chunk, 4);
                 chunk = _mm512_and_si512(chunk, low);
                 if constexpr (C == Codes::nibble_table) {
-                    const __m128i table = _mm_loadu_si128(
-                        reinterpret_cast<const __m128i*>(w.values8));
+                    const __m128i table =
+                        _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.values8));
                     chunk = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), chunk);
                 }
             }

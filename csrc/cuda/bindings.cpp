@@ -30,7 +30,8 @@ void w4_matmul(uintptr_t call, uintptr_t stream) {
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
-    m.doc() = "CUDA kernels on raw pointers and a stream (torch's `stream.cuda_stream`; 0: default).";
+    m.doc() =
+        "CUDA kernels on raw pointers and a stream (torch's `stream.cuda_stream`; 0: default).";
     m.def("device_count", shallow::device_count, "GPUs that the driver shows; 0 without a driver.");
     m.def("device_info", device_info, py::arg("device") = 0,
           "dict: name, capability (major, minor), multiprocessors, memory_bytes, l2_bytes.");

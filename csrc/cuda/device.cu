@@ -11,8 +11,12 @@ int device_count() {
 DeviceInfo device_info(int device) {
     cudaDeviceProp found;
     check(cudaGetDeviceProperties(&found, device), "device_info");
-    return {found.name, found.major, found.minor, found.multiProcessorCount,
-            static_cast<int64_t>(found.totalGlobalMem), found.l2CacheSize};
+    return {found.name,
+            found.major,
+            found.minor,
+            found.multiProcessorCount,
+            static_cast<int64_t>(found.totalGlobalMem),
+            found.l2CacheSize};
 }
 
 }  // namespace shallow

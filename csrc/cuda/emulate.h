@@ -202,7 +202,9 @@ inline void barrier(Site site) {
         const bool waits = missed && !missed->finished;
         fail("thread %d waits at %s, %s:%d, which not all threads reach: thread %d %s%s",
              waiting->number, gate.what, gate.site.file, gate.site.line, number,
-             waits ? "is at " : missed ? "has returned" : "does not exist",
+             waits    ? "is at "
+             : missed ? "has returned"
+                      : "does not exist",
              waits ? missed->waits_at->what : "");
     }
     fail("threads wait for each other");
@@ -213,8 +215,8 @@ inline void barrier(Site site) {
 inline const std::shared_ptr<Warpful> exchange(const char* what, Site site, unsigned mask,
                                                const Registers& mine) {
     Warp& warp = block.warps[self().number / kLanes];
-    if (!(mask >> lane() & 1)) fail("%s, %s:%d: mask %08x lacks this lane", what, site.file,
-                                    site.line, mask);
+    if (!(mask >> lane() & 1))
+        fail("%s, %s:%d: mask %08x lacks this lane", what, site.file, site.line, mask);
     if (warp.arrived == 0) {
         warp.mask = mask;
         warp.gate.what = what;
@@ -332,7 +334,9 @@ inline std::uint32_t __byte_perm(std::uint32_t x, std::uint32_t y, std::uint32_t
 }
 
 template <typename T>
-T min(T a, T b) { return b < a ? b : a; }
+T min(T a, T b) {
+    return b < a ? b : a;
+}
 
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 inline float __expf(float value) { return std::exp(value); }
@@ -376,15 +380,12 @@ inline float half_of(__half, std::uint32_t bits) {
     return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
-inline float half_of(__nv_bfloat16, std::uint32_t bits) {
-    return __uint_as_float(bits << 16);
-}
+inline float half_of(__nv_bfloat16, std::uint32_t bits) { return __uint_as_float(bits << 16); }
 
 template <typename T>
 void mma(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
          emulate::Site site = EMULATE_SITE) {
-    const auto lanes =
-        emulate::exchange("mma", site, ~0u, {a[0], a[1], a[2], a[3], b[0], b[1]});
+    const auto lanes = emulate::exchange("mma", site, ~0u, {a[0], a[1], a[2], a[3], b[0], b[1]});
     const int g = emulate::lane() / 4, t = emulate::lane() % 4;
     for (int i = 0; i < 4; ++i) {       // c[i]: row g + 8 (i / 2), column 2 t + i % 2
         for (int k = 0; k < 16; ++k) {  // held by lane k % 8 / 2 of a quad, register k / 8

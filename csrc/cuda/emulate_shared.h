@@ -24,8 +24,10 @@ public:
         if (shadow.writer == Shadow::kNone)
             fail("shared memory: element %d is read and was never written", i);
         if (shadow.writer != number && shadow.write_round == round)
-            fail("shared memory: element %d is read, and thread %d wrote it since the last "
-                 "barrier, a race", i, shadow.writer);
+            fail(
+                "shared memory: element %d is read, and thread %d wrote it since the last "
+                "barrier, a race",
+                i, shadow.writer);
         const bool others = shadow.reader != Shadow::kNone && shadow.reader != number;
         shadow.reader = others && shadow.read_round == round ? Shadow::kSeveral : number;
         shadow.read_round = round;
@@ -40,8 +42,10 @@ public:
             return other != Shadow::kNone && other != number && since == round;
         };
         if (races(shadow.writer, shadow.write_round) || races(shadow.reader, shadow.read_round))
-            fail("shared memory: element %d is written, and another thread touched it since the "
-                 "last barrier, a race", i);
+            fail(
+                "shared memory: element %d is written, and another thread touched it since the "
+                "last barrier, a race",
+                i);
         shadow.writer = number;
         shadow.write_round = round;
         values_[i] = value;

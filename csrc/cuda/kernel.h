@@ -73,14 +73,14 @@ __device__ inline uint4 load_stream(const void* address) {
 template <typename T>
 __device__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
-#define SHALLOW_MMA(T, name)                                                                   \
-    template <>                                                                                \
-    __device__ inline void mma<T>(float (&c)[4], const uint32_t (&a)[4],                       \
-                                  const uint32_t (&b)[2]) {                                    \
-        asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 "                     \
-            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                  \
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                   \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));               \
+#define SHALLOW_MMA(T, name)                                                                       \
+    template <>                                                                                    \
+    __device__ inline void mma<T>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
+        asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                 \
+            ".f32 "                                                                                \
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                      \
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                       \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                   \
     }
 SHALLOW_MMA(__half, "f16")
 SHALLOW_MMA(__nv_bfloat16, "bf16")

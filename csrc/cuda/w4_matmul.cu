@@ -132,8 +132,8 @@ __device__ void stage_x(const Params& p, SharedArray<uint2> x, Squares& squares,
             if (norm) {
                 const Four<T> weight = load4(p, norm, first + share(i));
                 for (int j = 0; j < 4; ++j)
-                    narrow(four.v[j], widen(four.v[j]) * inverse *
-                                          (widen(weight.v[j]) + p.call.norm_offset));
+                    narrow(four.v[j],
+                           widen(four.v[j]) * inverse * (widen(weight.v[j]) + p.call.norm_offset));
             }
             uint2 bits;
             memcpy(&bits, &four, 8);
@@ -419,9 +419,9 @@ void check_arguments(const W4Matmul& call) {
     require(call.m >= 0 && call.m <= kW4MaxRows,
             "x must have 0 to 8 rows, found " + std::to_string(call.m));
     require(w.n >= 1 && w.k >= 1, "the weight matrix is empty");
-    require(w.bits == 4 || (w.bits == 8 && w.scheme < Scheme::codebook),
-            "bits must be 4, or 8 without a codebook or super-scales, found " +
-                std::to_string(w.bits));
+    require(
+        w.bits == 4 || (w.bits == 8 && w.scheme < Scheme::codebook),
+        "bits must be 4, or 8 without a codebook or super-scales, found " + std::to_string(w.bits));
     require(w.group == 0 || w.group == 16 || w.group == 32 || w.group == 64 || w.group == 128,
             "group must be 0, 16, 32, 64 or 128, found " + std::to_string(w.group));
     require(w.k <= INT32_MAX / 2 && w.n <= INT32_MAX / w.groups(),
@@ -473,8 +473,8 @@ void w4_matmul(const W4Matmul& call, void* stream) {
     const auto chunks = static_cast<int>(w4::ceil_div(w.k, chunk_weights(w.bits)));
     const int warps = std::min(kMaxWarps, chunks);
     const Params p = derive(call, warps);
-    const std::int64_t blocks = call.gated ? w4::ceil_div(w.n / 2, kTile / 2)
-                                           : w4::ceil_div(w.n, kTile);
+    const std::int64_t blocks =
+        call.gated ? w4::ceil_div(w.n / 2, kTile / 2) : w4::ceil_div(w.n, kTile);
     Launch where{};
     where.grid = static_cast<unsigned>(blocks);
     where.block = static_cast<unsigned>(32 * warps);

@@ -15,18 +15,18 @@ constexpr int kW4MaxRows = 8;
 // With `gated`, W stacks a gate and an up projection, and y = silu(gate) * up has n / 2 columns.
 // With `norm`, x is first normalised: x / sqrt(mean(x^2) + norm_eps) * (norm + norm_offset).
 struct W4Matmul {
-    w4::Matrix weights;        // its codes in the order of kernels/w4/layout_gpu.py
-    const void* x;             // (m, k) x_type
-    const void* norm;          // null, or (k,) x_type
-    const void* bias;          // null, or (n,) x_type
-    void* y;                   // (m, n), or (m, n / 2) where gated; y_type
+    w4::Matrix weights;  // its codes in the order of kernels/w4/layout_gpu.py
+    const void* x;       // (m, k) x_type
+    const void* norm;    // null, or (k,) x_type
+    const void* bias;    // null, or (n,) x_type
+    void* y;             // (m, n), or (m, n / 2) where gated; y_type
     std::int64_t x_stride;
-    std::int32_t m;            // 1 to 8
-    w4::ScaleType x_type;      // float16 or bfloat16
-    w4::ScaleType y_type;      // x_type or float32
+    std::int32_t m;        // 1 to 8
+    w4::ScaleType x_type;  // float16 or bfloat16
+    w4::ScaleType y_type;  // x_type or float32
     float norm_eps, norm_offset;
     std::int32_t gated;
-    std::int32_t overlap;      // start before the previous kernel ends: compute capability >= 9.0
+    std::int32_t overlap;  // start before the previous kernel ends: compute capability >= 9.0
     std::int32_t reserved;
 };
 

@@ -98,11 +98,14 @@ class CpuRuntime:
         decoder = native.load("cpu").Decoder(rules(config, mode), isa or isas()[0], threads)
         angles = Angles(config)
         matrices, vectors, embedding = native_outer(checkpoint, config)
+        rows, columns = (0, 0) if embedding is None else embedding.shape
         decoder.set_outer(
-            matrices,
-            addresses(vectors),
-            0 if embedding is None else embedding.data_ptr(),
-            name_of(torch.float32 if embedding is None else embedding.dtype),
+            matrices=matrices,
+            vectors=addresses(vectors),
+            embedding=0 if embedding is None else embedding.data_ptr(),
+            rows=rows,
+            columns=columns,
+            dtype=name_of(torch.float32 if embedding is None else embedding.dtype),
         )
         for entry in config.layers:
             matrices, vectors = native_layer(checkpoint, config, entry.layer)

@@ -20,7 +20,7 @@ class CpuWeight:
 
     shape: tuple[int, int]
     isa: str  # instruction set the matmul uses: one of `isas()`
-    tiles: Any = field(repr=False)  # engine._cpu.W4Tiles
+    tiles: Any = field(repr=False)  # engine._cpu.TiledMatrix
     memory: torch.Tensor | None = field(default=None, repr=False)  # that the tiles borrow
 
     @classmethod
@@ -39,9 +39,9 @@ class CpuWeight:
             validate(part)
             if part.device.type != "cpu":
                 raise ValueError(f"packed weight must be on the CPU, found {part.device}")
-            matrix = cpu.W4Matrix(**part.native_fields())
+            matrix = cpu.Packed(**part.native_fields())
             if tiles is None:
-                tiles = cpu.W4Tiles(matrix, n, cpu.pool_threads())
+                tiles = cpu.TiledMatrix(matrix, n, cpu.pool_threads())
             else:
                 tiles.fill(matrix, first, cpu.pool_threads())
             first += part.shape[0]
@@ -61,7 +61,7 @@ class CpuWeight:
             )
         cpu, (n, k) = native.load("cpu"), weight.shape
         weight = weight.detach().contiguous()
-        tiles = cpu.W4Tiles(weight.data_ptr(), name_of(weight.dtype), n, k, cpu.pool_threads())
+        tiles = cpu.TiledMatrix(weight.data_ptr(), name_of(weight.dtype), n, k, cpu.pool_threads())
         return cls((n, k), _isa(isa), tiles)
 
     @classmethod
@@ -73,7 +73,7 @@ class CpuWeight:
                 "tiles must be one contiguous row of uint8 on the CPU, "
                 f"found {tuple(data.shape)} {data.dtype} on {data.device}"
             )
-        tiles = native.load("cpu").W4Tiles(bytes=data.data_ptr(), size=len(data))
+        tiles = native.load("cpu").TiledMatrix(bytes=data.data_ptr(), size=len(data))
         return cls(tiles.shape, _isa(isa), tiles, data)
 
     def to_bytes(self) -> torch.Tensor:
@@ -85,7 +85,7 @@ class CpuWeight:
         cpu, packed = native.load("cpu"), zeros(spec, self.shape, "cpu")
         if self.tiles.permuted:
             packed = replace(packed, perm=torch.zeros(self.shape[1], dtype=torch.int32))
-        self.tiles.restore(cpu.W4Matrix(**packed.native_fields()), cpu.pool_threads())
+        self.tiles.restore(cpu.Packed(**packed.native_fields()), cpu.pool_threads())
         return packed
 
     def rows(self, start: int, out: torch.Tensor) -> torch.Tensor:

@@ -121,7 +121,7 @@ class Packed:
         return replace(self, **moved)
 
     def native_fields(self) -> dict[str, int | str]:
-        """Keyword arguments of the native `W4Matrix`, which borrows these tensors' memory."""
+        """Keyword arguments of the native `Packed`, which borrows these tensors' memory."""
         addresses = {name: tensor.data_ptr() for name, tensor in self.tensors().items()}
         spec = self.spec.to_json()
         del spec["version"]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-SOURCES = ("tests/matmul_plan_check.cpp", "csrc/cpu/plan.cpp")
+ROOT = Path(__file__).parents[2]
+SOURCES = ("tests/support/matmul_plan_check.cpp", "csrc/cpu/plan.cpp")
 
 
 def test_paths_forms_and_claims(tmp_path):

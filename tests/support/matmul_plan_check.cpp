@@ -36,7 +36,8 @@ void paths() {
         assert(choose_path(w, kManyRows, Mode::int8, vectors) == Path::int8);
         assert(choose_path(w, kManyRows, Mode::exact, tiles) == Path::exact);
     }
-    for (const TileView& w : {coarse, view(Codes::float16, 64, 64), view(Codes::bfloat16, 64, 64)}) {
+    for (const TileView& w :
+         {coarse, view(Codes::float16, 64, 64), view(Codes::bfloat16, 64, 64)}) {
         assert(choose_path(w, 1, Mode::int8, tiles) == Path::exact);
         assert(choose_path(w, kManyRows, Mode::int8, tiles) == Path::bfloat);
     }
@@ -62,7 +63,8 @@ void forms() {
             hit(to.q + plane * kBlock, kBlock);
             hit(to.scales + plane, 4);
         }
-        for (int half = 0; half < (to.group_blocks ? 1 : 2); ++half) hit(to.sums + half * to.panel, 4);
+        for (int half = 0; half < (to.group_blocks ? 1 : 2); ++half)
+            hit(to.sums + half * to.panel, 4);
     };
     Rows x{};
     x.m = 1;
