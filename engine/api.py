@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, overload
 
 import torch
 
@@ -17,15 +17,31 @@ from engine.errors import InputError
 from engine.generation import Generation, Prompt
 from engine.kernels.dispatch import why_not
 from engine.kernels.dtypes import DTYPES, dtype_of, name_of
-from engine.options import Options
+from engine.options import Options, Slots, Stop
 from engine.pruning.budget import cost
-from engine.runtime import Runtime, Slots, check_backend
+from engine.runtime import Runtime, check_backend
 from engine.text import Text, load_text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
-Stop = str | int | Sequence[str | int]
+    from engine.reference.cache import KVCache
+    from engine.runtime.cpu import CpuCache
+
+
+class Asked(TypedDict, total=False):
+    """The options of `Model.generate`, for its overloads."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    stop: Stop
+    seed: int | None
+    ignore_eos: bool
+    slots: Slots | None
 
 
 class Model:
@@ -55,7 +71,7 @@ class Model:
         return load_text(self.path)
 
     @cached_property
-    def tokenizer(self) -> "PreTrainedTokenizerFast":
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
         """A transformers tokenizer, made on first use (its import takes a second or more)."""
         return self.text.to_transformers()
 
@@ -81,12 +97,13 @@ class Model:
         )
 
     @overload
-    def generate(self, prompt: Prompt, **options: Any) -> Generation: ...
+    def generate(self, prompt: Prompt, **options: Unpack[Asked]) -> Generation: ...
     @overload
-    def generate(self, prompt: Sequence[Prompt], **options: Any) -> list[Generation]: ...
+    def generate(
+        self, prompt: list[str] | list[list[int]] | list[list[dict]], **options: Unpack[Asked]
+    ) -> list[Generation]: ...
     @overload
-    def generate(self, prompt: Any, **options: Any) -> Generation | list[Generation]: ...
-
+    def generate(self, prompt: Any, **options: Unpack[Asked]) -> Generation | list[Generation]: ...
     def generate(
         self,
         prompt: Any,
@@ -236,7 +253,7 @@ def load(
         from engine.runtime.cpu import CpuRuntime
 
         exact = dtype is not None or not is_quantised(checkpoint)
-        runtime = CpuRuntime.load(
+        runtime: Runtime[CpuCache] = CpuRuntime.load(
             checkpoint,
             config,
             threads,
@@ -252,7 +269,8 @@ def load(
 
     from engine.runtime.reference import ReferenceRuntime
 
-    return Model(path, ReferenceRuntime.load(checkpoint, config, device, dtype, progress))
+    oracle: Runtime[KVCache] = ReferenceRuntime.load(checkpoint, config, device, dtype, progress)
+    return Model(path, oracle)
 
 
 def generate(
@@ -319,7 +337,7 @@ def as_prompts(prompt: Any) -> tuple[list[Prompt], bool]:
         mask = _listed(mask)
         single = not ids or isinstance(ids[0], int)
         rows = [(ids, mask)] if single else list(zip(ids, mask, strict=True))
-        kept = [[i for i, real in zip(*row, strict=True) if real] for row in rows]
+        kept: list[Prompt] = [[i for i, real in zip(*row, strict=True) if real] for row in rows]
         return kept, not single
     if isinstance(prompt, str):
         return [prompt], False

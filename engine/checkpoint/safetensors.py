@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from engine.architecture.hf_config import from_hf
 from engine.checkpoint.files import map_file, parse_json, read_json, view
@@ -214,7 +214,7 @@ def _entry(where: str, fields: object, start: int, size: int) -> Entry:
     return entry
 
 
-def _are_sizes(value: object) -> bool:
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(
         type(item) is int and 0 <= item < _MAX_SIZE for item in value
     )

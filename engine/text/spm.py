@@ -5,6 +5,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -12,6 +13,7 @@ from engine.errors import InputError
 
 # Token types, the same in sentencepiece's protobuf and in GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+_T = TypeVar("_T", int, bytes)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def _model(vocabulary: Vocabulary) -> models.Model:
 
 
 def _normalizer(vocabulary: Vocabulary) -> normalizers.Normalizer:
-    steps = []
+    steps: list[normalizers.Normalizer] = []
     if vocabulary.charsmap:
         steps.append(normalizers.Precompiled(vocabulary.charsmap))
     if vocabulary.squeeze:
@@ -83,7 +85,7 @@ def build(vocabulary: Vocabulary) -> Tokenizer:
     """Encodes as sentencepiece does; `add_special` has yet to be told of the special pieces."""
     tokenizer = Tokenizer(_model(vocabulary))
     tokenizer.normalizer = _normalizer(vocabulary)
-    cuts = []
+    cuts: list[pre_tokenizers.PreTokenizer] = []
     if vocabulary.prefix == "first":
         cuts.append(pre_tokenizers.Metaspace(prepend_scheme="first", split=False))
     whole = sorted(vocabulary.of_type(USER_DEFINED), key=len, reverse=True)
@@ -114,6 +116,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     while at < len(data):
         key, at = _varint(data, at)
         wire = key & 7
+        value: int | bytes
         if wire == 0:
             value, at = _varint(data, at)
         else:
@@ -124,36 +127,47 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         yield key >> 3, value
 
 
+def _typed(value: int | bytes, kind: type[_T]) -> _T:
+    if not isinstance(value, kind):
+        raise TypeError(f"a field holds {type(value).__name__}, not {kind.__name__}")
+    return value
+
+
 def read_model(path: Path) -> Vocabulary:
     """The vocabulary of a sentencepiece `tokenizer.model`, BPE or unigram.
 
     Field numbers are those of sentencepiece_model.proto.
     """
-    pieces, scores, types = [], [], []
-    trainer, normalizer = {}, {}
+    pieces: list[str] = []
+    scores: list[float] = []
+    types: list[int] = []
+    trainer: dict[int, int | bytes] = {}
+    normalizer: dict[int, int | bytes] = {}
     try:
         for number, value in _fields(path.read_bytes()):
             if number == 1:
-                piece = dict(_fields(value))
-                pieces.append(piece[1].decode())
-                scores.append(struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0)
-                types.append(piece.get(3, NORMAL))
+                piece = dict(_fields(_typed(value, bytes)))
+                pieces.append(_typed(piece[1], bytes).decode())
+                scores += struct.unpack("<f", _typed(piece.get(2, bytes(4)), bytes))
+                types.append(_typed(piece.get(3, NORMAL), int))
             elif number == 2:
-                trainer = dict(_fields(value))
+                trainer = dict(_fields(_typed(value, bytes)))
             elif number == 3:
-                normalizer = dict(_fields(value))
-    except (IndexError, KeyError, TypeError, AttributeError, ValueError, struct.error) as error:
+                normalizer = dict(_fields(_typed(value, bytes)))
+        kind = _typed(trainer.get(3, 1), int)
+        named = {"unk_token": (40, 0), "bos_token": (41, 1), "eos_token": (42, 2),
+                 "pad_token": (43, -1)}  # fmt: skip
+        ids = {name: _typed(trainer.get(*field), int) for name, field in named.items()}
+        charsmap = _typed(normalizer.get(2, b""), bytes)
+    except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
         raise InputError(
             f"{path}: expected a sentencepiece model, found otherwise ({error})"
         ) from error
-    kind = trainer.get(3, 1)
     if not pieces or kind not in (1, 2):
         raise InputError(
             f"{path}: expected a BPE or unigram sentencepiece model,"
             f" found {len(pieces)} pieces of model type {kind}"
         )
-    ids = {"unk_token": trainer.get(40, 0), "bos_token": trainer.get(41, 1),
-           "eos_token": trainer.get(42, 2), "pad_token": trainer.get(43, -1)}  # fmt: skip
     return Vocabulary(
         pieces,
         scores,
@@ -162,6 +176,6 @@ def read_model(path: Path) -> Vocabulary:
         isolated=True,
         unigram=kind == 1,
         squeeze=bool(normalizer.get(4, 1)),
-        charsmap=normalizer.get(2, b""),
+        charsmap=charsmap,
         special={name: pieces[i] for name, i in ids.items() if 0 <= i < len(pieces)},
     )
