@@ -34,9 +34,10 @@ sanitize-address sanitize-thread: .venv/test
 	    $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m slow tests/cpu/test_threads.py
 
-lint: $(BIN)/ruff
+lint: $(BIN)/ruff $(BIN)/mypy .venv/test  # mypy reads the types of what is imported
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 .venv/run: $(SOURCES) | $(BIN)/pip
 	$(BIN)/pip install -e .
@@ -46,8 +47,8 @@ lint: $(BIN)/ruff
 	$(BIN)/pip install -e '.[test]'
 	@touch $@ .venv/run
 
-$(BIN)/ruff: | $(BIN)/pip
-	$(BIN)/pip install ruff
+$(BIN)/ruff $(BIN)/mypy: | $(BIN)/pip
+	$(BIN)/pip install $(@F)
 
 $(BIN)/pip:
 	@need() { echo "Shallow needs $$1."; exit 1; }; \

@@ -10,7 +10,6 @@ goes on. Writes benchmarks/results/quality.md.
 import argparse
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from engine.runtime.reference import ReferenceRuntime
 from engine.text import Text, heldout_text, load_text
 from engine.text.samples import read_samples
 
+Samples = list[list[int]]
 RESULT = Path(__file__).parent / "results" / "quality.md"
 METHODS: dict[str, dict[str, Any]] = {
     "RTN": {"method": "rtn"},
@@ -117,9 +117,7 @@ def main() -> None:
     write(given, own, bits_of_layers(checkpoint), rows, samples)
 
 
-def packed(
-    checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sequence[int]], out: Path
-) -> float:
+def packed(checkpoint: Checkpoint, recipe: Recipe, samples: Samples, out: Path) -> float:
     """CPU seconds that the directory `out` took to write, now or in an earlier run."""
     seconds = out.with_suffix(".seconds")
     if not out.exists():
@@ -158,11 +156,7 @@ def bits_of_layers(checkpoint: Checkpoint) -> float:
 
 
 def write(
-    given: argparse.Namespace,
-    own: Evaluation,
-    own_bits: float,
-    rows: list[Row],
-    samples: Sequence[Sequence[int]],
+    given: argparse.Namespace, own: Evaluation, own_bits: float, rows: list[Row], samples: Samples
 ) -> None:
     """The table, with what it depends on."""
     lines = [

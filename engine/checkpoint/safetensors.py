@@ -5,6 +5,7 @@ data_offsets}}), then the data, which the tensors cover without gaps.
 """
 
 import math
+import mmap
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -176,7 +177,7 @@ def _open_shards(index: Path) -> dict[str, SafetensorsFile]:
     return {name: shards[shard] for name, shard in weight_map.items()}
 
 
-def _header(path: Path, mapped) -> tuple[dict, int]:
+def _header(path: Path, mapped: mmap.mmap) -> tuple[dict, int]:
     """The header's JSON, and the byte at which the data starts."""
     if len(mapped) < 8:
         raise InputError(f"{path}: {len(mapped)} bytes are too few for a safetensors file")

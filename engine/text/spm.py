@@ -138,22 +138,15 @@ def read_model(path: Path) -> Vocabulary:
 
     Field numbers are those of sentencepiece_model.proto.
     """
-    pieces: list[str] = []
-    scores: list[float] = []
-    types: list[int] = []
-    trainer: dict[int, int | bytes] = {}
-    normalizer: dict[int, int | bytes] = {}
+    parts: dict[int, list[dict[int, int | bytes]]] = {1: [], 2: [{}], 3: [{}]}
     try:
         for number, value in _fields(path.read_bytes()):
-            if number == 1:
-                piece = dict(_fields(_typed(value, bytes)))
-                pieces.append(_typed(piece[1], bytes).decode())
-                scores += struct.unpack("<f", _typed(piece.get(2, bytes(4)), bytes))
-                types.append(_typed(piece.get(3, NORMAL), int))
-            elif number == 2:
-                trainer = dict(_fields(_typed(value, bytes)))
-            elif number == 3:
-                normalizer = dict(_fields(_typed(value, bytes)))
+            if number in parts:
+                parts[number].append(dict(_fields(_typed(value, bytes))))
+        listed, trainer, normalizer = parts[1], parts[2][-1], parts[3][-1]
+        pieces = [_typed(piece[1], bytes).decode() for piece in listed]
+        scores = [struct.unpack("<f", _typed(piece.get(2, bytes(4)), bytes))[0] for piece in listed]
+        types = [_typed(piece.get(3, NORMAL), int) for piece in listed]
         kind = _typed(trainer.get(3, 1), int)
         named = {"unk_token": (40, 0), "bos_token": (41, 1), "eos_token": (42, 2),
                  "pad_token": (43, -1)}  # fmt: skip

@@ -106,7 +106,7 @@ class Peer:
     def __enter__(self) -> "Peer":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _ask(self, **request: Any) -> dict[str, Any]:
