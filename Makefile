@@ -34,10 +34,11 @@ sanitize-address sanitize-thread: .venv/test
 	    $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m slow tests/cpu/test_threads.py
 
-lint: $(BIN)/ruff $(BIN)/clang-format
+lint: $(BIN)/ruff $(BIN)/clang-format $(BIN)/mypy .venv/test  # mypy reads what is imported
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu')
+	$(BIN)/mypy
 
 .venv/run: $(SOURCES) | $(BIN)/pip
 	$(BIN)/pip install -e .
@@ -47,8 +48,8 @@ lint: $(BIN)/ruff $(BIN)/clang-format
 	$(BIN)/pip install -e '.[test]'
 	@touch $@ .venv/run
 
-$(BIN)/ruff $(BIN)/clang-format: | $(BIN)/pip
-	$(BIN)/pip install ruff 'clang-format==23.*'
+$(BIN)/ruff $(BIN)/clang-format $(BIN)/mypy: | $(BIN)/pip
+	$(BIN)/pip install ruff 'clang-format==23.*' mypy
 
 $(BIN)/pip:
 	@need() { echo "Shallow needs $$1."; exit 1; }; \

@@ -65,7 +65,8 @@ class Read:
     """Called, it reads a buffer of so many bytes eight times and keeps the best."""
 
     def __init__(self, nbytes: int, threads: int) -> None:
-        self.nbytes, self.threads, self.speeds = nbytes, threads, []
+        self.nbytes, self.threads = nbytes, threads
+        self.speeds: list[float] = []
 
     def __call__(self) -> None:
         self.speeds.append(native.load("cpu").read_bandwidth(self.nbytes, self.threads))
@@ -153,7 +154,8 @@ class Timed:
     """A native decoder whose greedy steps are timed."""
 
     def __init__(self, decoder) -> None:
-        self.decoder, self.ns = decoder, []
+        self.decoder = decoder
+        self.ns: list[int] = []
 
     def __getattr__(self, name: str):
         return getattr(self.decoder, name)

@@ -16,6 +16,7 @@ how many times Shallow's time the peers take.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle
 from statistics import median
 from time import sleep
@@ -132,7 +133,7 @@ def test_speed(benchmark, memory, case, m):
         sleep(PAUSE_SECONDS)
         case.x @ case.x.T  # wakes torch's threads
         for name in ("bfloat16", "int4"):
-            found[name] += times_ns(lambda call=calls[name]: repeat(call, case.calls), rounds=1)[0]
+            found[name] += times_ns(partial(repeat, calls[name], case.calls), rounds=1)[0]
         sleep(PAUSE_SECONDS)
         found["peak"].append(int8_gop_s(isa))
         found["read"].append(memory.read_gb_s())

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from gpu import FLUSH_BYTES, RESULTS, SHAPES, SPECS, random_weights, time_us
+from torch.nn.functional import linear
 from triton.runtime.errors import OutOfResources
 
 from engine.kernels.w4 import launch
@@ -72,9 +74,7 @@ def measure(name: str, label: str, m: int) -> list[dict]:
     weights = [to_gpu(packed) for _ in range(math.ceil(FLUSH_BYTES / packed.nbytes))]
     dense_cycle = [dense.clone() for _ in range(math.ceil(FLUSH_BYTES / dense.nbytes))]
     times = math.ceil(16 / len(weights))
-    dense_us = time_us([lambda w=w: torch.nn.functional.linear(x, w) for w in dense_cycle * times])[
-        0
-    ]
+    dense_us = time_us([partial(linear, x, w) for w in dense_cycle * times])[0]
     records = []
     for sizes in candidates(m, n, k, spec.bits, x.device):
         try:
@@ -85,9 +85,7 @@ def measure(name: str, label: str, m: int) -> list[dict]:
         ratio = float((y - expected).square().mean().sqrt() / expected.square().mean().sqrt())
         if not ratio <= 2e-3:
             raise AssertionError(f"{name}, {label}, M={m}, {sizes}: RMS ratio {ratio}")
-        us, low, high = time_us(
-            [lambda w=w, s=sizes: matmul(x, w, sizes=s) for w in weights * times]
-        )
+        us, low, high = time_us([partial(matmul, x, w, sizes=sizes) for w in weights * times])
         gb_s = (packed.nbytes + x.nbytes + 2 * m * n) / us / 1e3
         records.append({"shape": name, "n": n, "k": k, "m": m, "spec": label})
         records[-1] |= {"launch": asdict(sizes), "us": us, "us_p20": low, "us_p80": high}

@@ -4,8 +4,10 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from cases import MATRICES
@@ -47,7 +49,7 @@ LINE = (
 
 def random_weights(spec: Spec, n: int, k: int, device: str = "cuda") -> Packed:
     """(n, k), about unit RMS of w @ x for unit x; made on the device, since it may be large."""
-    groups, levels, gpu = spec.groups(k), 1 << spec.bits, {"device": device}
+    groups, levels, gpu = spec.groups(k), 1 << spec.bits, dict[str, Any](device=device)
     codes = torch.randint(0, 256, (n, spec.row_bytes(k)), dtype=torch.uint8, **gpu)
     step = (0.5 + torch.rand(n, groups, **gpu)) * 4 / levels * k**-0.5
     parts = {"scales": step.to(spec.scale_dtype)}
@@ -64,7 +66,7 @@ def random_weights(spec: Spec, n: int, k: int, device: str = "cuda") -> Packed:
     return Packed(spec, (n, k), codes, **parts)
 
 
-def time_us(calls: list[Callable[[], object]]) -> tuple[float, float, float]:
+def time_us(calls: Sequence[Callable[[], object]]) -> tuple[float, float, float]:
     """Median, 20th and 80th percentile of a call's microseconds, all of them in one CUDA graph."""
     for call in calls[:2]:
         call()
@@ -98,17 +100,17 @@ def measure(name: str, label: str, m: int, copy_gb_s: float, overlaps: bool) -> 
         raise AssertionError(f"{name}, {label}, M={m}: RMS ratio {ratio}")
     copies = math.ceil(FLUSH_BYTES / weights.nbytes)
     cycle = [to_gpu(packed) for _ in range(copies)] * math.ceil(16 / copies)
-    result = {"shape": name, "n": n, "k": k, "m": m, "spec": label, "rms_ratio": ratio}
+    result: dict[str, Any] = {"shape": name, "n": n, "k": k, "m": m, "spec": label}
+    result["rms_ratio"] = ratio
     for overlap in (False, True) if overlaps else (False,):
-        calls = [lambda w=w, o=overlap: matmul(x, w, overlap=o) for w in cycle]
-        us, low, high = time_us(calls)
+        us, low, high = time_us([partial(matmul, x, w, overlap=overlap) for w in cycle])
         gb_s = (weights.nbytes + x.nbytes + 2 * m * n) / us / 1e3
         prefix = "overlapped_" if overlap else ""
         result |= {f"{prefix}us": us, f"{prefix}us_p20": low, f"{prefix}us_p80": high}
         result |= {f"{prefix}gb_s": gb_s, f"{prefix}share_of_copy": gb_s / copy_gb_s}
     copies = math.ceil(FLUSH_BYTES / dense.nbytes)
     dense_cycle = [dense.clone() for _ in range(copies)] * math.ceil(16 / copies)
-    us = time_us([lambda w=w: torch.nn.functional.linear(x, w) for w in dense_cycle])[0]
+    us = time_us([partial(torch.nn.functional.linear, x, w) for w in dense_cycle])[0]
     return result | {"torch_float16_us": us, "speedup": us / result["us"]}
 
 

@@ -34,7 +34,7 @@ from engine.benchmark.peers.process import Peer, PeerMissing, work_of
 from engine.benchmark.speed import LEAST_AGREEMENT, agreement
 from engine.benchmark.tables import setting_name
 from engine.checkpoint.locate import locate
-from engine.commands.common import refuse
+from engine.commands.output import refuse
 from engine.errors import InputError
 from engine.evaluate import evaluate
 from engine.generation import Options, Timings, generate
@@ -63,10 +63,9 @@ class Contender:
 
     def tok_s(self, workload: str) -> float:
         """Median of the runs; of each run the prompt's rate or the median step's."""
-        return statistics.median(
-            run.prefill_tok_s if workload == "prefill" else run.decode_tok_s()
-            for run in self.runs[workload]
-        )
+        runs = self.runs[workload]
+        rates = [run.prefill_tok_s if workload == "prefill" else run.decode_tok_s() for run in runs]
+        return statistics.median(rate for rate in rates if rate is not None)
 
 
 def main() -> None:

@@ -2,10 +2,14 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from engine.benchmark import machine
+
+if TYPE_CHECKING:
+    from peers import Study
 
 HEAD = """# Ours beside the peers, on a CPU
 
@@ -23,7 +27,7 @@ processes of their own, stopped between their turns.
 """
 
 
-def write(path: Path, study) -> None:
+def write(path: Path, study: "Study") -> None:
     """The conditions, a row a contender, and the bounds of the best settings."""
     files = list(study.models)
     head = HEAD.format(
@@ -42,7 +46,7 @@ def write(path: Path, study) -> None:
     print(text)
 
 
-def speeds(study) -> list[str]:
+def speeds(study: "Study") -> list[str]:
     rows = [
         "| engine | file | setting | prefill 512, tok/s | | decode 128, tok/s | "
         "| decode at 1,024, tok/s | | agrees |",
@@ -62,7 +66,7 @@ def speeds(study) -> list[str]:
     return rows
 
 
-def ratios(study) -> list[str]:
+def ratios(study: "Study") -> list[str]:
     """Ours over the best setting of each peer, figure by figure."""
     peers = [name for name in study.asked if name not in study.missing]
     rows = [
@@ -74,7 +78,7 @@ def ratios(study) -> list[str]:
         ours, cells = best(study, "ours", workload, files), []
         for name in peers:
             theirs = best(study, name, workload, files)
-            cells.append(f"{ours / theirs:.2f}x" if theirs else "-")
+            cells.append(f"{ours / theirs:.2f}x" if ours and theirs else "-")
         rows.append(f"| {label} | {' | '.join(cells)} |")
 
     row("decode 128, Q4_1", "decode", ["Q4_1"])
@@ -83,6 +87,7 @@ def ratios(study) -> list[str]:
     row("prefill 512, Q4_1", "prefill", ["Q4_1"])
     row("decode at 1,024, Q4_1", "context", ["Q4_1"])
     decode, context = (best(study, "ours", w, ["Q4_1"]) for w in ("decode", "context"))
+    assert decode and context  # ours is measured, whoever else is
     gb_s = decode * study.models["Q4_1"].runtime.weight_bytes_per_token / 1e9
     share = gb_s / max(study.gb_s)
     return [
@@ -93,7 +98,7 @@ def ratios(study) -> list[str]:
     ]
 
 
-def best(study, name: str, workload: str, files: Iterable[str]) -> float | None:
+def best(study: "Study", name: str, workload: str, files: Iterable[str]) -> float | None:
     """Tokens a second of the fastest setting that gives this model's text."""
     speeds = [
         found.tok_s(workload)
@@ -103,7 +108,7 @@ def best(study, name: str, workload: str, files: Iterable[str]) -> float | None:
     return max(speeds, default=None)
 
 
-def notes(study) -> list[str]:
+def notes(study: "Study") -> list[str]:
     versions = {found.name: found.version for found in study.contenders}
     lines = [f"Versions: {', '.join(f'{name} {of}' for name, of in versions.items())}."]
     for found in study.contenders:

@@ -8,19 +8,22 @@ Writes benchmarks/results/plans.md, and prints a line for every plan as it is ju
 
 import argparse
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from engine.api import load
+from engine.api import choose_device
 from engine.architecture.layers import format_layers
 from engine.checkpoint import open_checkpoint
+from engine.checkpoint.locate import locate
 from engine.evaluate import evaluate
 from engine.pruning import plan as rules
 from engine.pruning.profile import describe, measure, merge
 from engine.pruning.score import PrefixScorer
+from engine.reference.decoder import load_decoder
 from engine.runtime.reference import ReferenceRuntime
-from engine.text import heldout_text, read_text_file
+from engine.text import heldout_text, load_text, read_text_file
 from engine.text.samples import read_samples
 
 COUNTS = (3, 5, 8)
@@ -43,22 +46,23 @@ def main() -> None:
 class Study:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.judge = load(options.model, backend="reference", dtype="float32")
-        self.text = self.judge.text
-        self.total = len(self.judge.config.layers)
+        path, device = locate(options.model), choose_device(None)
+        checkpoint = open_checkpoint(path)
+        config, self.text = checkpoint.config, load_text(path)
+        self.judge = ReferenceRuntime.load(checkpoint, config, device)
+        self.total = len(config.layers)
         self.protect = rules.default_protection(self.total)
         self.heldout = read_text_file(options.heldout) if options.heldout else heldout_text()
-        checkpoint = open_checkpoint(self.judge.path)
         samples, bos = read_samples(
             options.calibration, self.text, 256, count=options.samples, bos=False
         )
-        source = describe(options.model, checkpoint, self.judge.config, samples, bos=bos)
-        self.profile = merge([measure(self.judge.runtime.decoder, samples, source)])
+        source = describe(options.model, checkpoint, config, samples, bos=bos)
+        self.profile = merge([measure(self.judge.decoder, samples, source)])
         windows, _ = read_samples(
             options.calibration, self.text, 512, count=options.windows, bos=False
         )
         # Scores only rank sets of layers; bfloat16 is several times faster where it has hardware.
-        scored = load(options.model, backend="reference", dtype="bfloat16").runtime.decoder
+        scored = load_decoder(checkpoint, config, device, torch.bfloat16)
         self.scorer = PrefixScorer(scored, torch.tensor(windows), "kl")
         self.rows: list[str] = []
 
@@ -99,10 +103,9 @@ class Study:
     def without(self, drop: tuple[int, ...]) -> float:
         return self.perplexity([slot for slot in range(self.total) if slot not in drop])
 
-    def perplexity(self, slots) -> float:
-        runtime: ReferenceRuntime = self.judge.runtime
+    def perplexity(self, slots: Iterable[int]) -> float:
         found = evaluate(
-            runtime, self.text, self.heldout, count=self.options.judged, slots=list(slots)
+            self.judge, self.text, self.heldout, count=self.options.judged, slots=list(slots)
         )
         return found.perplexity
 

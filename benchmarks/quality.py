@@ -16,17 +16,22 @@ from typing import Any
 
 import torch
 
-from engine.api import load
+from engine.api import choose_device, parse_dtype
+from engine.artifacts import Evaluation
 from engine.benchmark.machine import device_name
-from engine.checkpoint import open_checkpoint
+from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoint.locate import locate
 from engine.commands.quantize import LENGTH, SAMPLES
 from engine.evaluate import evaluate
 from engine.quantize.packing import pack
 from engine.quantize.recipe import Recipe
-from engine.text import heldout_text, load_text
+from engine.reference.cache import KVCache
+from engine.reference.decoder import Decoder, load_decoder
+from engine.runtime.reference import ReferenceRuntime
+from engine.text import Text, heldout_text, load_text
 from engine.text.samples import read_samples
 
+Samples = list[list[int]]
 RESULT = Path(__file__).parent / "results" / "quality.md"
 METHODS: dict[str, dict[str, Any]] = {
     "RTN": {"method": "rtn"},
@@ -58,28 +63,25 @@ class Row:
     cpu_seconds: float  # of quantising, all threads together
 
 
-class Replayed:
+class Replayed(ReferenceRuntime):
     """The source's logits: its residual streams are kept, only the head is computed again."""
 
-    def __init__(self, runtime) -> None:
-        self.runtime, self.config, self.device = runtime, runtime.config, runtime.device
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__(decoder)
         self.streams: list[torch.Tensor] = []
         self.at = 0
-
-    def new_cache(self, batch: int, capacity: int):
-        return self.runtime.new_cache(batch, capacity)
 
     def rewind(self) -> "Replayed":
         self.at = 0
         return self
 
-    def forward(self, tokens: torch.Tensor, cache, slots=None, logits: str = "all"):
+    def forward(self, tokens: torch.Tensor, cache: KVCache, *_: Any, **__: Any) -> torch.Tensor:
         if self.at == len(self.streams):
             taken: dict[int, torch.Tensor] = {}
-            self.runtime.forward(tokens, cache, tap=taken.__setitem__)
+            super().forward(tokens, cache, tap=taken.__setitem__)
             self.streams.append(taken[len(self.config.layers)])
         self.at += 1
-        return self.runtime.decoder.head(self.streams[self.at - 1])
+        return self.decoder.head(self.streams[self.at - 1])
 
 
 def main() -> None:
@@ -94,27 +96,28 @@ def main() -> None:
     path = locate(given.model)
     text = load_text(path)
     samples, _ = read_samples(given.text, text, LENGTH, most=given.samples)
-    source = load(path, backend="reference", dtype=given.dtype).runtime
-    replayed = Replayed(source)
+    checkpoint, device = open_checkpoint(path), choose_device(None)
+    decoder = load_decoder(checkpoint, checkpoint.config, device, parse_dtype(given.dtype))
+    replayed = Replayed(decoder)
     own = evaluate(replayed, text, heldout_text())
-    checkpoint = open_checkpoint(path)
     rows = []
     for (group, scheme), names in SIZES.items():
         for name in names:
-            recipe = Recipe(**{"group": group, "scheme": scheme, "head": None} | METHODS[name])
+            chosen: dict[str, Any] = {"group": group, "scheme": scheme, "head": None}
+            recipe = Recipe(**chosen | METHODS[name])
             stem = f"{name} {group} {scheme}".lower().replace(",", "").replace(" ", "-")
             out = given.work / stem
             note = out.with_suffix(f".{given.dtype}.json")
             if not note.is_file():
                 seconds = packed(checkpoint, recipe, samples, out)
-                row = judged(name, recipe, out, seconds, source, replayed, text)
+                row = judged(name, recipe, out, seconds, replayed, text)
                 note.write_text(json.dumps(asdict(row)))
             rows.append(Row(**json.loads(note.read_text())))
             print(rows[-1], flush=True)
     write(given, own, bits_of_layers(checkpoint), rows, samples)
 
 
-def packed(checkpoint, recipe: Recipe, samples, out: Path) -> float:
+def packed(checkpoint: Checkpoint, recipe: Recipe, samples: Samples, out: Path) -> float:
     """CPU seconds that the directory `out` took to write, now or in an earlier run."""
     seconds = out.with_suffix(".seconds")
     if not out.exists():
@@ -124,15 +127,20 @@ def packed(checkpoint, recipe: Recipe, samples, out: Path) -> float:
     return float(seconds.read_text())
 
 
-def judged(name: str, recipe: Recipe, out: Path, seconds: float, source, replayed, text) -> Row:
-    opened = load(out, backend="reference", dtype=source.dtype).runtime
-    opened.decoder.outer = source.decoder.outer  # the same values
+def judged(
+    name: str, recipe: Recipe, out: Path, seconds: float, replayed: Replayed, text: Text
+) -> Row:
+    checkpoint = open_checkpoint(out)
+    decoder = load_decoder(checkpoint, checkpoint.config, replayed.device, replayed.dtype)
+    decoder.outer = replayed.decoder.outer  # the same values
+    opened = ReferenceRuntime(decoder)
     found = evaluate(opened, text, heldout_text(), second=replayed.rewind())
+    assert found.kl is not None and found.top1_agreement is not None  # there is a second
     return Row(
         name,
         recipe.group,
         recipe.scheme,
-        bits_of_layers(open_checkpoint(out)),
+        bits_of_layers(checkpoint),
         found.perplexity,
         found.kl,
         found.top1_agreement,
@@ -140,14 +148,16 @@ def judged(name: str, recipe: Recipe, out: Path, seconds: float, source, replaye
     )
 
 
-def bits_of_layers(checkpoint) -> float:
+def bits_of_layers(checkpoint: Checkpoint) -> float:
     """Bits a weight of the layers' matrices."""
     names = [n for n in checkpoint.names() if ".layers." in n and len(checkpoint.shape(n)) == 2]
     weights = sum(torch.Size(checkpoint.shape(name)).numel() for name in names)
     return 8 * sum(map(checkpoint.nbytes, names)) / weights
 
 
-def write(given: argparse.Namespace, own, own_bits: float, rows: list[Row], samples) -> None:
+def write(
+    given: argparse.Namespace, own: Evaluation, own_bits: float, rows: list[Row], samples: Samples
+) -> None:
     """The table, with what it depends on."""
     lines = [
         "# Quality of the quantisers",

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, overload
 
 import torch
 
@@ -17,15 +17,31 @@ from engine.errors import InputError
 from engine.generation import Generation, Prompt
 from engine.kernels.dispatch import why_not
 from engine.kernels.dtypes import DTYPES, dtype_of, name_of
-from engine.options import Options
+from engine.options import Options, Slots, Stop
 from engine.pruning.budget import cost
-from engine.runtime import Runtime, Slots, check_backend
+from engine.runtime import Runtime, check_backend
 from engine.text import Text, load_text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
-Stop = str | int | Sequence[str | int]
+    from engine.reference.cache import KVCache
+    from engine.runtime.cpu import CpuCache
+
+
+class Asked(TypedDict, total=False):
+    """The options of `Model.generate`, for its overloads."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    stop: Stop
+    seed: int | None
+    ignore_eos: bool
+    slots: Slots | None
 
 
 class Model:
@@ -55,7 +71,7 @@ class Model:
         return load_text(self.path)
 
     @cached_property
-    def tokenizer(self) -> "PreTrainedTokenizerFast":
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
         """A transformers tokenizer, made on first use (its import takes a second or more)."""
         return self.text.to_transformers()
 
@@ -81,12 +97,13 @@ class Model:
         )
 
     @overload
-    def generate(self, prompt: Prompt, **options: Any) -> Generation: ...
+    def generate(self, prompt: Prompt, **options: Unpack[Asked]) -> Generation: ...
     @overload
-    def generate(self, prompt: Sequence[Prompt], **options: Any) -> list[Generation]: ...
+    def generate(
+        self, prompt: list[str] | list[list[int]] | list[list[dict]], **options: Unpack[Asked]
+    ) -> list[Generation]: ...
     @overload
-    def generate(self, prompt: Any, **options: Any) -> Generation | list[Generation]: ...
-
+    def generate(self, prompt: Any, **options: Unpack[Asked]) -> Generation | list[Generation]: ...
     def generate(
         self,
         prompt: Any,
@@ -236,7 +253,7 @@ def load(
         from engine.runtime.cpu import CpuRuntime
 
         exact = dtype is not None or not is_quantised(checkpoint)
-        runtime = CpuRuntime.load(
+        runtime: Runtime[CpuCache] = CpuRuntime.load(
             checkpoint,
             config,
             threads,
@@ -252,7 +269,8 @@ def load(
 
     from engine.runtime.reference import ReferenceRuntime
 
-    return Model(path, ReferenceRuntime.load(checkpoint, config, device, dtype, progress))
+    oracle: Runtime[KVCache] = ReferenceRuntime.load(checkpoint, config, device, dtype, progress)
+    return Model(path, oracle)
 
 
 def generate(
@@ -317,10 +335,13 @@ def as_prompts(prompt: Any) -> tuple[list[Prompt], bool]:
         if mask is None:
             return as_prompts(ids)
         single = not ids or isinstance(ids[0], int)
-        rows = [(ids, _listed(mask))] if single else list(zip(ids, _listed(mask), strict=True))
-        if any(len(row) != len(real) for row, real in rows):
+        listed = [ids] if single else list(ids)
+        masks = [_listed(mask)] if single else list(_listed(mask))
+        if [len(row) for row in listed] != [len(real) for real in masks]:
             raise InputError("attention_mask: expected as many entries as there are input_ids")
-        return [[i for i, r in zip(*row, strict=True) if r] for row in rows], not single
+        pairs = [zip(*each, strict=True) for each in zip(listed, masks, strict=True)]
+        kept: list[Prompt] = [[i for i, real in pair if real] for pair in pairs]
+        return kept, not single
     if isinstance(prompt, str):
         return [prompt], False
     prompt = _listed(prompt)

@@ -2,13 +2,16 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
 from engine.architecture.layers import format_layers
 from engine.artifacts import Evaluation
 from engine.errors import InputError
+from engine.runtime import Runtime
+from engine.text import Text
 
 LOGITS_BYTES = 256 * 2**20  # of one call of the runtime; bounds memory whatever the vocabulary
 ROWS = 64  # positions whose softmax is taken at once; its temporaries are a few (ROWS, V)
@@ -16,8 +19,8 @@ LARGEST_EXPONENT = 700.0  # math.exp raises a little beyond
 
 
 def evaluate(
-    runtime,
-    text,
+    runtime: Runtime[Any],
+    text: Text,
     content: str,
     *,
     name: str = "",
@@ -25,8 +28,8 @@ def evaluate(
     window: int = 512,
     count: int | None = None,
     bos: bool = False,
-    second=None,
-    slots=None,
+    second: Runtime[Any] | None = None,
+    slots: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Perplexity of `content` under `runtime`, and agreement with the runtime `second` if given.
@@ -77,7 +80,7 @@ def evaluate(
 
 
 def cut_windows(
-    text, content: str, window: int, count: int | None, bos: bool, max_context: int
+    text: Text, content: str, window: int, count: int | None, bos: bool, max_context: int
 ) -> torch.Tensor:
     """The windows that `evaluate` runs: (windows, window) int64. Raises `InputError`."""
     if not 2 <= window <= max_context:
@@ -86,7 +89,8 @@ def cut_windows(
         )
     if count is not None and count < 1:
         raise InputError(f"count must be at least 1, not {count}")
-    if bos and text.bos_id is None:
+    bos_id = text.bos_id if bos else None
+    if bos and bos_id is None:
         raise InputError("the tokenizer has no BOS token to begin the windows with")
     ids = torch.tensor(text.encode(content, add_special=False), dtype=torch.int64)
     width = window - bos  # tokens of text a window
@@ -98,8 +102,8 @@ def cut_windows(
         )
     count = count or available
     windows = ids[: count * width].view(count, width)
-    if bos:
-        windows = torch.cat([torch.full((count, 1), text.bos_id), windows], dim=1)
+    if bos_id is not None:
+        windows = torch.cat([torch.full((count, 1), bos_id), windows], dim=1)
     return windows
 
 
@@ -107,7 +111,12 @@ def _positions_a_call(vocab_size: int) -> int:
     return max(1, LOGITS_BYTES // (4 * vocab_size))
 
 
-def _compare(runtime, second, windows: torch.Tensor, slots) -> Iterator[tuple[torch.Tensor, int]]:
+def _compare(
+    runtime: Runtime[Any],
+    second: Runtime[Any] | None,
+    windows: torch.Tensor,
+    slots: Sequence[int] | None,
+) -> Iterator[tuple[torch.Tensor, int]]:
     """Yields (`_sums`, positions) along windows (B, window), a bounded number of logits a time."""
     inputs, targets = windows[:, :-1], windows[:, 1:]
     cache = runtime.new_cache(*inputs.shape)

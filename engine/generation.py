@@ -1,18 +1,22 @@
 """The decode loop: prompts in, text out, over any runtime."""
 
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import index
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from engine.architecture.config import ModelConfig
 from engine.errors import InputError
 from engine.options import Options
-from engine.runtime import Greedy
+from engine.runtime import Cache, Greedy, Runtime
 from engine.sample import make_generators, one_thread, sample
+from engine.text import Text
+from engine.text.pieces import PieceStream
 
 DEFAULTS = Options()
 PREFILL_CHUNK = 512  # prompt tokens a call: activations stay small however long the prompt
@@ -59,17 +63,16 @@ class Generation:
 
 
 def generate(
-    runtime,
-    text,
+    runtime: Runtime[Any],
+    text: Text,
     prompts: Sequence[Prompt],
     options: Options = DEFAULTS,
     on_step: Callable[[Step], None] | None = None,
 ) -> list[Generation]:
     """Completes every prompt of a batch; a prompt's result does not depend on its neighbours.
 
-    `runtime` keeps the protocol of `engine.runtime`; `text` is the tokenizer. `on_step` sees
-    the text while it comes. Raises `InputError` for an empty prompt, an id outside the vocabulary,
-    or a prompt that with `max_new_tokens` exceeds the context.
+    `on_step` sees the text while it comes. Raises `InputError` for an empty prompt, an id outside
+    the vocabulary, or a prompt that with `max_new_tokens` exceeds the context.
     """
     if not prompts:
         return []
@@ -92,7 +95,9 @@ def generate(
     return [s.generation(timings) for s in sequences]
 
 
-def stream(runtime, text, prompt: Prompt, options: Options = DEFAULTS) -> Iterator[str]:
+def stream(
+    runtime: Runtime[Any], text: Text, prompt: Prompt, options: Options = DEFAULTS
+) -> Iterator[str]:
     """Yields the pieces of one prompt's completion; joined, they are `Generation.text`."""
     sequences = open_sequences(runtime, text, [prompt], options)
     return (s.pieces[0] for s in stream_steps(runtime, sequences, options) if s.pieces[0])
@@ -106,14 +111,17 @@ def rate_tok_s(tokens: Sequence[int], elapsed_ns: Sequence[int], quantile: float
     return rates.quantile(quantile).item()
 
 
-def stream_steps(runtime, sequences: Sequence["Decoding"], options: Options) -> Iterator[Step]:
+def stream_steps(
+    runtime: Runtime[Any], sequences: Sequence["Decoding"], options: Options
+) -> Iterator[Step]:
     """The loop: runs the prompts, then a token at a time until every sequence has finished.
 
     A finished sequence is fed -1, which the runtime neither runs nor caches. The caller's own time
     between two steps counts in neither.
     """
     generators = make_generators(options.seed, len(sequences))
-    greedy = options.is_greedy and options.slots is None and isinstance(runtime, Greedy)
+    plain = options.is_greedy and options.slots is None
+    greedy = runtime.greedy if plain and isinstance(runtime, Greedy) else None
     switch = runtime.config.rope_switch
     clock = time.perf_counter_ns()
     tokens = _left_padded([s.ids for s in sequences])
@@ -131,8 +139,8 @@ def stream_steps(runtime, sequences: Sequence["Decoding"], options: Options) -> 
             return
         clock = time.perf_counter_ns()
         anew = switch is not None and max(len(sequences[row].ids) for row in running) == switch + 1
-        if greedy and not anew:
-            ids = runtime.greedy(fed, cache)
+        if greedy is not None and not anew:
+            ids = greedy(fed, cache)
             continue
         if anew:  # LongRoPE turns to its long divisors
             cache.truncate(0)
@@ -140,7 +148,14 @@ def stream_steps(runtime, sequences: Sequence["Decoding"], options: Options) -> 
         ids = _run(runtime, _left_padded(rows), cache, sequences, options, generators)
 
 
-def _run(runtime, tokens, cache, sequences, options: Options, generators) -> list[int]:
+def _run(
+    runtime: Runtime[Any],
+    tokens: torch.Tensor,
+    cache: Cache,
+    sequences: Sequence["Decoding"],
+    options: Options,
+    generators: Sequence[random.Random],
+) -> list[int]:
     """Runs tokens (B, T); returns the next id of each sequence that has not finished."""
     chunk = tokens.shape[1] if runtime.config.whole_prefill else PREFILL_CHUNK
     for part in tokens.to(runtime.device).split(chunk, dim=1):
@@ -154,12 +169,14 @@ def _run(runtime, tokens, cache, sequences, options: Options, generators) -> lis
     return sample(last, options, history, [generators[row] for row in running]).tolist()
 
 
-def open_sequences(runtime, text, prompts: Sequence[Prompt], options: Options) -> list["Decoding"]:
+def open_sequences(
+    runtime: Runtime[Any], text: Text, prompts: Sequence[Prompt], options: Options
+) -> list["Decoding"]:
     """Encodes and checks every prompt; raises `InputError` before anything has run."""
-    stop_ids = {item for item in options.stop if isinstance(item, int)}
+    stop_ids = {item for item in options.stops if isinstance(item, int)}
     if not options.ignore_eos:
         stop_ids.update(text.eos_ids, runtime.config.eos_ids)
-    stops = [item for item in options.stop if isinstance(item, str)]
+    stops = [item for item in options.stops if isinstance(item, str)]
     sequences = []
     for prompt in prompts:
         ids = encode_prompt(text, prompt)
@@ -169,21 +186,25 @@ def open_sequences(runtime, text, prompts: Sequence[Prompt], options: Options) -
     return sequences
 
 
-def encode_prompt(text, prompt: Prompt) -> list[int]:
+def encode_prompt(text: Text, prompt: Prompt) -> list[int]:
     """Token ids of raw text (special tokens added), of chat messages, or of ids as they are."""
     if len(prompt) == 0:
         raise InputError("the prompt is empty")
     if isinstance(prompt, str):
         return text.encode(prompt)
-    if isinstance(prompt[0], dict):
-        return text.chat(list(prompt))
+    messages = [each for each in prompt if isinstance(each, dict)]
+    ids = [each for each in prompt if not isinstance(each, dict)]
+    if messages and ids:
+        raise InputError("the prompt mixes messages and token ids")
+    if messages:
+        return text.chat(messages)
     try:
-        return [index(token) for token in prompt]
+        return [index(token) for token in ids]
     except TypeError:
         raise InputError(f"prompt: token ids are whole numbers, found {prompt!r:.80}") from None
 
 
-def _check_prompt(ids: list[int], max_new_tokens: int, config) -> None:
+def _check_prompt(ids: list[int], max_new_tokens: int, config: ModelConfig) -> None:
     limit = config.max_context
     if not ids:
         raise InputError("the prompt is empty")
@@ -209,7 +230,14 @@ def _left_padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
 class Decoding:
     """One sequence on its way: its ids, its certain text, and why it ended."""
 
-    def __init__(self, prompt, pieces, stop_ids: set[int], stops: "StopStrings", max_new: int):
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        pieces: PieceStream,
+        stop_ids: set[int],
+        stops: "StopStrings",
+        max_new: int,
+    ) -> None:
         self.ids = list(prompt)
         self.prompt_tokens = len(prompt)
         self.finish_reason: str | None = None
@@ -239,6 +267,7 @@ class Decoding:
         return piece + self._stops.finish()
 
     def generation(self, timings: Timings) -> Generation:
+        assert self.finish_reason is not None  # the loop ends when every sequence has
         return Generation(
             text="".join(self._text),
             token_ids=tuple(self.ids[self.prompt_tokens :]),

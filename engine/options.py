@@ -1,11 +1,14 @@
 """What a generation can be asked for, checked before anything runs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import InputError
+
+Stop = str | int | Sequence[str | int]
+Slots = Sequence[int] | Sequence[Sequence[int]]  # ascending: one list for all, or one a sequence
 
 
 @dataclass(frozen=True)
@@ -53,24 +56,30 @@ class Options(Sampling):
     """Everything `generate` can be asked for: `Sampling` and when to stop."""
 
     max_new_tokens: int = 128
-    stop: str | int | Sequence[str | int] = ()  # stop strings, and token ids beside the model's own
+    stop: Stop = ()  # stop strings, and token ids beside the model's own
     ignore_eos: bool = False  # the model's own stop tokens do not end a sequence
-    slots: Any = None  # which layers run, passed through to the runtime; None = all
+    slots: Slots | None = None  # which layers run, passed through to the runtime; None = all
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        stop = (self.stop,) if isinstance(self.stop, str | int) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop", self.stops)
         if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int):
             raise InputError(f"max_new_tokens must be a whole number, not {self.max_new_tokens!r}")
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        for item in stop:
+        for item in self.stops:
             if isinstance(item, bool) or not isinstance(item, str | int) or item == "":
                 raise InputError(f"stop takes strings that are not empty and ids, not {item!r}")
 
+    @property
+    def stops(self) -> tuple[str | int, ...]:
+        """`stop`, one or several, as several."""
+        return (self.stop,) if isinstance(self.stop, str | int) else tuple(self.stop)
 
-def _check(name: str, value, expected: str, holds, kind: type = float) -> None:
+
+def _check(
+    name: str, value: Any, expected: str, holds: Callable[[Any], bool], kind: type = float
+) -> None:
     """Raises `InputError` unless `value` is a finite number of the kind and within the range."""
     numeric = isinstance(value, int if kind is int else (int, float)) and type(value) is not bool
     if not (numeric and math.isfinite(value) and holds(value)):

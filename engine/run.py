@@ -2,11 +2,12 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,6 +29,13 @@ from engine.commands.common import (
     planned,
 )
 from engine.errors import InputError
+
+if TYPE_CHECKING:
+    from engine.api import Model
+    from engine.benchmark.peers.process import Peer
+    from engine.generation import Prompt
+    from engine.options import Options
+    from engine.text import Text
 
 PROMPT = "Explain in a few sentences why the sky is blue and why sunsets are red."
 
@@ -122,15 +130,15 @@ def run(
     )
     if prompt_file is not None:
         prompt = read_text_file(prompt_file)
-    if plan is not None:
-        drop = planned(plan, drop, keep)
-    loading = {"drop": drop, "keep": keep, "backend": backend, "dtype": dtype}
+    layers = drop if plan is None else planned(plan, drop, keep)
+    loading = {"drop": layers, "keep": keep, "backend": backend, "dtype": dtype}
     if cache_dtype is not None:
         loading["cache_dtype"] = cache_dtype
     opened, load_ms = open_model(model, threads, **loading)
     from engine.benchmark.speed import benchmark
     from engine.benchmark.tables import remarks, tables
 
+    given: Prompt
     if prompt_tokens is not None:
         given = list(islice(cycle(opened.text.encode(PROMPT)), prompt_tokens))
     else:
@@ -161,14 +169,14 @@ def run(
     print(json.dumps(record.to_json()), flush=True)
 
 
-def as_options(**given: Any):
+def as_options(**given: Any) -> "Options":
     """`Options` with its own defaults where nothing is given."""
     from engine.options import Options
 
     return Options(**{name: value for name, value in given.items() if value is not None})
 
 
-def as_prompt(text, prompt: str, chat: bool | None) -> str | list[dict[str, str]]:
+def as_prompt(text: "Text", prompt: str, chat: bool | None) -> str | list[dict[str, str]]:
     """Raw text, or the user's message of a chat where asked for or where there is a template."""
     if not prompt:
         raise InputError("the prompt is empty")
@@ -178,7 +186,9 @@ def as_prompt(text, prompt: str, chat: bool | None) -> str | list[dict[str, str]
 
 
 @contextmanager
-def opened_peers(asked: dict[str, str | None], model, prompt: Any, options, batch: int):
+def opened_peers(
+    asked: dict[str, str | None], model: "Model", prompt: "Prompt", options: "Options", batch: int
+) -> Iterator[list["Peer"]]:
     """Yields the peers that are installed, on the same work, each in its fastest setting.
 
     What is not installed is said, unless its interpreter was named: then it is an InputError.

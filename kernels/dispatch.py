@@ -6,7 +6,7 @@ from engine.kernels import native
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # Op -> kind of device that its tensors are on -> backends, the first that can run is taken.
-OPS = {
+OPS: dict[str, dict[str, tuple[str, ...]]] = {
     "4-bit matmul, up to 8 rows": {
         "cpu": ("cpu", "reference"),
         "cuda": ("cuda", "triton", "reference"),

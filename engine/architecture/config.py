@@ -9,7 +9,7 @@ Shape letters, used in every docstring:
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -134,6 +134,6 @@ class ModelConfig:
         return replace(self, layers=tuple(by_number[layer] for layer in layers))
 
 
-def _ranges(numbers) -> str:
+def _ranges(numbers: Iterable[int]) -> str:
     numbers = sorted(numbers)
     return f"{numbers[0]}-{numbers[-1]}" if numbers else "none"

@@ -1,7 +1,7 @@
 """A Hugging Face `config.json` (or the same keys, rebuilt from GGUF metadata) -> ModelConfig."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.architecture.config import LayerConfig, ModelConfig, Rope
@@ -167,7 +167,7 @@ class _Reader:
 
     def layers(self, total: int, head_dim: int) -> tuple[LayerConfig, ...]:
         types = self.layer_types(total)
-        roped = self.per_layer("no_rope_layers", total) if self.key == "smollm3" else None
+        roped = self.roped(total) if self.key == "smollm3" else None
         ropes = {kind: self.rope(kind, head_dim) for kind in set(types)}
         window = self.window()
         return tuple(
@@ -190,8 +190,8 @@ class _Reader:
         if self.family.windows != "types":
             kind = "sliding" if self.family.windows == "all" else "full"
             return [f"{kind}_attention"] * total
-        types = self.per_layer("layer_types", total)
-        if types is not None:
+        if self.get("layer_types") is not None:
+            types = self.per_layer("layer_types", total)
             unknown = set(types) - {"sliding_attention", "full_attention"}
             if unknown:
                 raise self.wrong("layer_types", "sliding_attention or full_attention", unknown)
@@ -208,18 +208,22 @@ class _Reader:
             period = self.size("sliding_window_pattern", 6)
             return [(layer + 1) % period != 0 for layer in range(total)]
         if self.key == "smollm3":
-            return [not roped for roped in self.per_layer("no_rope_layers", total)]
+            return [not roped for roped in self.roped(total)]
         first = self.get("max_window_layers", 28)
         if not isinstance(first, int):
             raise self.wrong("max_window_layers", "a whole number", first)
         return [layer >= first for layer in range(total)]
 
-    def per_layer(self, name: str, total: int) -> list | None:
+    def roped(self, total: int) -> Sequence[Any]:
+        """Which layers of SmolLM3 have a position embedding."""
+        if self.get("no_rope_layers") is not None:
+            return self.per_layer("no_rope_layers", total)
+        interval = self.size("no_rope_layer_interval")
+        return [(layer + 1) % interval != 0 for layer in range(total)]
+
+    def per_layer(self, name: str, total: int) -> Sequence[Any]:
         values = self.get(name)
-        if values is None and name == "no_rope_layers":
-            interval = self.size("no_rope_layer_interval")
-            return [int((layer + 1) % interval != 0) for layer in range(total)]
-        if values is not None and (not isinstance(values, list | tuple) or len(values) < total):
+        if not isinstance(values, list | tuple) or len(values) < total:
             raise self.wrong(name, f"a list of {total} entries", values)
         return values
 
@@ -309,8 +313,8 @@ class _Reader:
         def magnitude(weight: float) -> float:
             return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-        both = values.get("mscale"), values.get("mscale_all_dim")
-        ratio = magnitude(both[0]) / magnitude(both[1]) if all(both) else magnitude(1.0)
+        over, under = values.get("mscale"), values.get("mscale_all_dim")
+        ratio = magnitude(over) / magnitude(under) if over and under else magnitude(1.0)
         return self.positive("attention_factor", ratio, values)
 
     def divisors(self, values: Mapping[str, Any], name: str, dim: int) -> tuple[float, ...]:

@@ -3,8 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from engine.api import Model
 from engine.errors import InputError
-from engine.generation import Options, Step, generate
+from engine.generation import Options, Prompt, Step, generate
 from engine.runtime import Timed
 
 LABELS = {  # as the decoder names its parts (csrc/cpu/decoder_bindings.cpp)
@@ -34,7 +35,9 @@ class Part:
     gb_s: float | None
 
 
-def breakdown(model, prompt, options: Options, batch: int = 1) -> list[dict[str, Any]]:
+def breakdown(
+    model: Model, prompt: Prompt, options: Options, batch: int = 1
+) -> list[dict[str, Any]]:
     """The decode steps of one run by part, slowest first, then what lies outside of them.
 
     The last two are "threads" (the native call without its parts: starting and joining the team)

@@ -82,7 +82,7 @@ def versions() -> dict[str, str]:
 
 def package_versions(*packages: str) -> dict[str, str | None]:
     """Of installed packages; None for those that are not."""
-    found = {}
+    found: dict[str, str | None] = {}
     for package in packages:
         try:
             found[package] = metadata.version(package)

@@ -7,18 +7,21 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from engine.api import Model
 from engine.architecture.layers import format_layers
 from engine.artifacts import Artifact
 from engine.benchmark import machine
 from engine.generation import (
     Generation,
     Options,
+    Prompt,
     Step,
     Timings,
     encode_prompt,
     generate,
     rate_tok_s,
 )
+from engine.runtime import Runtime
 
 WARMUP_TOKENS = 8  # of a warm-up run; its prompt runs in full
 LEAST_AGREEMENT = 0.5  # below it a peer runs another model, and its speed means nothing
@@ -124,8 +127,8 @@ class Runs:
 
 
 def benchmark(
-    model,
-    prompt,
+    model: Model,
+    prompt: Prompt,
     options: Options,
     *,
     name: str,
@@ -138,7 +141,7 @@ def benchmark(
 ) -> RunRecord:
     """Runs `batch` copies of the prompt `repeats` times and records the speed.
 
-    `model` offers `runtime` and `text`; `name` and `load_ms` are recorded as they are. `warmup`
+    `name` and `load_ms` are recorded as they are. `warmup`
     short runs come first. `on_step` sees the first measured run. Runs of ours and of the peers
     take turns, so that a slow spell of the machine meets all.
     """
@@ -170,8 +173,8 @@ def benchmark(
 
 
 def run_alternating(
-    model,
-    prompts: Sequence,
+    model: Model,
+    prompts: Sequence[Prompt],
     options: Options,
     repeats: int,
     warmup: int,
@@ -205,7 +208,7 @@ def run_alternating(
     return runs
 
 
-def _weights(runtime, runs: Sequence[Timings]) -> dict[str, Any]:
+def _weights(runtime: Runtime[Any], runs: Sequence[Timings]) -> dict[str, Any]:
     """Bytes of weights, and how fast a median decode step reads them beside a plain read of as
     many."""
     step_ns = [ns for run in runs for ns in run.step_ns]
@@ -221,7 +224,7 @@ def _weights(runtime, runs: Sequence[Timings]) -> dict[str, Any]:
     }
 
 
-def _surroundings(runtime, peers: Sequence[Peer]) -> dict[str, Any]:
+def _surroundings(runtime: Runtime[Any], peers: Sequence[Peer]) -> dict[str, Any]:
     return {
         "device": str(runtime.device),
         "device_name": machine.device_name(runtime.device),
@@ -232,7 +235,7 @@ def _surroundings(runtime, peers: Sequence[Peer]) -> dict[str, Any]:
     }
 
 
-def compared(runtime, runs: Runs, index: int, peer: Peer) -> dict[str, Any]:
+def compared(runtime: Runtime[Any], runs: Runs, index: int, peer: Peer) -> dict[str, Any]:
     """How a peer's output agrees with ours; and where it does, its speed and ours over it."""
     ours, theirs = runs.first[0].token_ids, runs.their_ids[index]
     pairs = zip(ours, theirs, strict=False)
@@ -246,15 +249,15 @@ def compared(runtime, runs: Runs, index: int, peer: Peer) -> dict[str, Any]:
     if found["agreement"] < LEAST_AGREEMENT:
         return found | {"wrong": "its text is not this model's, so its speed means nothing"}
     speed, peer_speed = Speed.of(runs.ours), Speed.of(runs.theirs[index])
-    decoded = speed.decode_tok_s and peer_speed.decode_tok_s
+    rate, peer_rate = speed.decode_tok_s, peer_speed.decode_tok_s
     return found | {
         **asdict(peer_speed),
-        "decode_ratio": speed.decode_tok_s / peer_speed.decode_tok_s if decoded else None,
+        "decode_ratio": rate / peer_rate if rate and peer_rate else None,
         "prefill_ratio": speed.prefill_tok_s / peer_speed.prefill_tok_s,
     }
 
 
-def agreement(runtime, prompt: Sequence[int], ids: Sequence[int]) -> float:
+def agreement(runtime: Runtime[Any], prompt: Sequence[int], ids: Sequence[int]) -> float:
     """The share of `ids` that `runtime` would choose greedily after the prompt and those before."""
     cache = runtime.new_cache(1, len(prompt) + len(ids))
     tokens = torch.tensor([[*prompt, *ids[:-1]]]).to(runtime.device)

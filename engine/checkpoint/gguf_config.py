@@ -141,7 +141,8 @@ def _layer_count(fields: "_Fields") -> int:
 
 
 def _end_tokens(fields: "_Fields") -> list[int]:
-    ids = {fields.token(name) for name in ("eos", "eot", "eom")} - {None}
+    named = (fields.token(name) for name in ("eos", "eot", "eom"))
+    ids = {index for index in named if index is not None}
     tokens = fields.file.metadata.get("tokenizer.ggml.tokens")
     kinds = fields.file.metadata.get("tokenizer.ggml.token_type")
     if isinstance(tokens, list) and isinstance(kinds, list):
@@ -214,7 +215,8 @@ def _by_divisors(divisors: list[float], theta: float, dim: int) -> dict[str, Any
 
     scaling = {"rope_type": "llama3", "factor": max(divisors), **_LLAMA3}
     if len(divisors) == dim // 2:
-        guess = Rope(theta, dim, "llama3", max(divisors), _LLAMA3_CONTEXT, **_LLAMA3)
+        low, high = _LLAMA3.values()
+        guess = Rope(theta, dim, "llama3", max(divisors), _LLAMA3_CONTEXT, 1.0, low, high)
         found = inverse_frequencies(Rope(theta, dim), 1) / inverse_frequencies(guess, 1)
         if torch.allclose(found, torch.tensor(divisors), rtol=1e-5, atol=0):
             return scaling | {"original_max_position_embeddings": _LLAMA3_CONTEXT}
@@ -244,7 +246,7 @@ class _Fields:
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key)
         value = default if value is None else value
-        if type(value) not in (int, float) or not abs(value) < 1e30:
+        if type(value) is bool or not isinstance(value, int | float) or not abs(value) < 1e30:
             raise self.wrong(key, "a number", value)
         return _decimal(value)
 

@@ -84,7 +84,9 @@ class Method(ABC):
 
     def read(self, module: str) -> torch.Tensor:
         """(N, K) float32, by the source's formula."""
-        return unpack(self.packed(module))
+        packed = self.packed(module)
+        assert packed is not None  # the one method that may have none reads by itself
+        return unpack(packed)
 
 
 class _Gptq(Method):
@@ -104,7 +106,7 @@ class _Gptq(Method):
         rows, n = self.tensors.shape(module, "qweight", 2)
         if self.tensors.read_if_present(module, "g_idx") is None:
             return n, rows * 32 // self.bits
-        return n, *self.tensors.shape(module, "g_idx", 1)
+        return n, self.tensors.shape(module, "g_idx", 1)[0]
 
     def packed(self, module: str) -> Packed:
         return from_hf.gptq(
@@ -305,7 +307,7 @@ def _is_finite(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-METHODS = {
+METHODS: dict[str, Callable[[Parts, dict[str, Any]], Method]] = {
     "gptq": _Gptq,
     "awq": _Awq,
     "compressed-tensors": _CompressedTensors,

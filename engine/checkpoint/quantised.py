@@ -62,7 +62,8 @@ class QuantisedCheckpoint:
         cannot follow the source's blocks (NF4 that straddles rows)."""
         module = self._modules.get(name)
         if module is None:
-            return self._stored.packed(name)
+            self._stored.packed(name)  # raises where there is no such tensor
+            return None
         return self._named(self._method.packed, module)
 
     def _named(self, load: Callable[[str], Any], module: str) -> Any:

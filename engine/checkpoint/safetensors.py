@@ -5,11 +5,12 @@ data_offsets}}), then the data, which the tensors cover without gaps.
 """
 
 import math
+import mmap
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from engine.architecture.hf_config import from_hf
 from engine.checkpoint.files import map_file, parse_json, read_json, view
@@ -186,7 +187,7 @@ def _open_shards(index: Path) -> dict[str, SafetensorsFile]:
     return {name: shards[shard] for name, shard in weight_map.items()}
 
 
-def _header(path: Path, mapped) -> tuple[dict, int]:
+def _header(path: Path, mapped: mmap.mmap) -> tuple[dict, int]:
     """The header's JSON, and the byte at which the data starts."""
     if len(mapped) < 8:
         raise InputError(f"{path}: {len(mapped)} bytes are too few for a safetensors file")
@@ -224,7 +225,7 @@ def _entry(where: str, fields: object, start: int, size: int) -> Entry:
     return entry
 
 
-def _are_sizes(value: object) -> bool:
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(
         type(item) is int and 0 <= item < _MAX_SIZE for item in value
     )

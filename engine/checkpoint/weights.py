@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
+from typing import overload
 
 import torch
 
@@ -87,6 +88,10 @@ def outer_weights(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[tuple
         yield role, _stored(checkpoint, name, shape)
 
 
+@overload
+def packed_form(stored: GgufBlocks | Packed, where: str) -> Packed: ...
+@overload
+def packed_form(stored: torch.Tensor, where: str) -> torch.Tensor: ...
 def packed_form(stored: Stored, where: str) -> Packed | torch.Tensor:
     """GGUF blocks in the packed format; InputError that begins with `where` for scales of NaN."""
     if not isinstance(stored, GgufBlocks):

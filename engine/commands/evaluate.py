@@ -46,7 +46,7 @@ def evaluate(
             opened.text,
             content,
             name=model,
-            rule=chosen and chosen.rule,
+            rule=None if chosen is None else chosen.rule,
             window=window,
             count=count,
             bos=bos,

@@ -130,7 +130,6 @@ def how_many(
             "plan: expected one of --count, --fraction, --target-memory and --max-distance"
         )
     total = len(found.layers)
-    count = fewest if fewest is not None else count
     if max_distance is not None:
         return largest_count(found, max_distance, protected)
     if fraction is not None:
@@ -139,6 +138,8 @@ def how_many(
             raise InputError(f"fraction: expected one like 25% or 0.25, found {fraction!r}")
         share = float(match[1]) / 100 if match[1] else float(match[2])
         count = round(share * total)
+    count = fewest if count is None else count
+    assert count is not None  # one of the four was given
     check_count(total, count, protected)
     return count
 

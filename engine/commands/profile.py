@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,8 @@ from engine.commands import common, output
 from engine.errors import InputError
 
 if TYPE_CHECKING:
-    from engine.artifacts import Artifact, Profile
+    from engine.artifacts import Evaluation, Profile
+    from engine.pruning.budget import Budget
     from engine.pruning.profile import ProfilePart
 
 LENGTH = 256  # tokens a sample
@@ -57,8 +59,11 @@ def profile(
     threads: common.Threads = None,
 ) -> None:
     """Measure how far every block of layers turns the residual stream (Gromov et al.)."""
+    from engine.artifacts import Profile
+
     common.check_writable(out)
     common.check_writable(report, ".html")
+    found: Sequence[Profile | Evaluation | Budget]
     if show:
         if merge or out is not None:
             raise InputError("profile: --show excludes --merge and --out")
@@ -80,7 +85,7 @@ def profile(
         part = run(paths[0], out, part_of, text, length, tokens, stream, threads, sampling, chosen)
         found = finish(part, out)
     for artefact in found:
-        if artefact.kind == "profile":
+        if isinstance(artefact, Profile):
             show_profile(artefact)
     if report is not None:
         from engine.report.page import save
@@ -88,7 +93,7 @@ def profile(
         save(found, report)
 
 
-def read_all(paths: list[str], any_kind: bool) -> "list[Artifact]":
+def read_all(paths: list[str], any_kind: bool) -> "list[Profile | Evaluation | Budget]":
     """Profiles, or with `any_kind` whatever a report can hold."""
     from engine.artifacts import Profile
     from engine.report.plot import read

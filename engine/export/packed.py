@@ -41,7 +41,8 @@ def write_shard(
     """One safetensors file; `sources` says what each tensor was."""
     from safetensors.torch import save_file
 
-    parts, metadata = {}, {"format": "pt"}
+    parts: dict[str, torch.Tensor] = {}
+    metadata = {"format": "pt"}
     for name, stored in tensors.items():
         metadata[name + _SOURCE] = sources[name]
         if isinstance(stored, Packed):
@@ -72,7 +73,7 @@ def summary(shards: Sequence[Path]) -> list[Entry]:
     for file in map(SafetensorsFile, shards):
         for name in _names(file):
             stored, source = _stored(file, name), file.metadata[name + _SOURCE]
-            kind = _KIND.search(name)[1]
+            kind = match[1] if (match := _KIND.search(name)) else name
             key = source, describe(stored)
             entry = found.get(key, Entry((), *key, 0, 0, 0))
             found[key] = replace(

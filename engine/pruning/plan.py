@@ -126,7 +126,7 @@ def largest_count(profile: Profile, max_distance: float, protect: frozenset[int]
             choice = similarity(profile, count, protect)
         except InputError:
             break  # no block of this size is free
-        if choice.score <= max_distance:
+        if profile.distance(choice.drop[0], count) <= max_distance:
             best = count
     if not best:
         raise InputError(f"max-distance: no free block lies within {max_distance}")

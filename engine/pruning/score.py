@@ -20,6 +20,9 @@ class PrefixScorer:
     are deterministic. Memory: one residual stream (W, T, D) a slot of the anchored set.
     """
 
+    _kept: tuple[int, ...] = ()
+    _streams: list[list[torch.Tensor]]  # of a batch, at every slot of `_kept` and behind
+
     def __init__(
         self, decoder: Decoder, windows: torch.Tensor, metric: str = "kl", batch: int = 4
     ) -> None:
@@ -42,8 +45,6 @@ class PrefixScorer:
                 own.append(self._run(slot, own[-1], tokens))
             streams.append(own)
         self._streams, self._kept = streams, kept
-
-    _kept: tuple[int, ...] = ()
 
     @torch.no_grad()
     def __call__(self, kept: tuple[int, ...]) -> float:

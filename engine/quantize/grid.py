@@ -122,7 +122,7 @@ def packed_grids(
     require_finite(shift, spec, name)
     packed = Packed(
         spec,
-        tuple(codes.shape),
+        (codes.shape[0], codes.shape[1]),
         pack_codes(codes.to(torch.uint8), spec.bits),
         scales.to(spec.scale_dtype),
         zeros=shift.to(torch.uint8) if spec.scheme == "zero" else None,

@@ -75,9 +75,9 @@ def nf4(weight: torch.Tensor, spec: Spec, name: str = "weight") -> Packed:
         ]
         scale = torch.cat(scales, 1)[..., 0]
         require_finite(scale, spec, name)
-        codes = pack_codes(torch.cat(codes, 1).to(torch.uint8), spec.bits)
-        shape, scale = tuple(part.shape), scale.to(spec.scale_dtype)
-        return validate(Packed(spec, shape, codes, scale, codebook=table), name)
+        packed = pack_codes(torch.cat(codes, 1).to(torch.uint8), spec.bits)
+        shape, scale = (part.shape[0], part.shape[1]), scale.to(spec.scale_dtype)
+        return validate(Packed(spec, shape, packed, scale, codebook=table), name)
 
     return by_rows(weight, rows, name)
 

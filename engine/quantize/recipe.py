@@ -82,7 +82,8 @@ def pack_layer(
 ) -> Packing:
     """One layer, by role in the checkpoint at `path`; `hessians` by role are for gptq."""
     parts, originals = (layer_parts(config, n) for n in (slot, config.layers[slot].layer))
-    packed, sources = {}, {}
+    packed: dict[str, Packed | torch.Tensor] = {}
+    sources: dict[str, str] = {}
     for role, matrix in stored.items():
         name, where = parts[role].name, f"{path}: {originals[role].name}"
         if len(matrix.shape) == 2 and recipe.method != "keep":
@@ -95,7 +96,8 @@ def pack_layer(
 
 def pack_outer(checkpoint: Checkpoint, config: ModelConfig, recipe: Recipe) -> Packing:
     """Embedding, final norm and head."""
-    packed, sources = {}, {}
+    packed: dict[str, Packed | torch.Tensor] = {}
+    sources: dict[str, str] = {}
     names = {role: name for role, (name, _) in outer_tensors(config).items()}
     for role, matrix in outer_weights(checkpoint, config):
         name, where = names[role], f"{checkpoint.path}: {names[role]}"
@@ -147,8 +149,10 @@ def _kept(matrix: Stored, where: str) -> Packed | torch.Tensor:
 
 def _half(matrix: Stored, where: str) -> torch.Tensor:
     """In its own 16-bit dtype, else in float16."""
-    plain = isinstance(matrix, torch.Tensor) and matrix.dtype.itemsize == 2
-    half = matrix if plain else values(matrix).half()
+    if isinstance(matrix, torch.Tensor) and matrix.dtype.itemsize == 2:
+        half = matrix
+    else:
+        half = values(matrix).half()
     if not half.isfinite().all():
         raise InputError(f"{where}: holds NaN, Inf or values beyond {half.dtype}")
     return half

@@ -11,11 +11,12 @@ from engine.architecture.rope import rotary
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.weights import Observed, Weights, load_layer, load_outer
 from engine.errors import InputError
+from engine.options import Slots
 from engine.reference.cache import KVCache, Lengths
 
 Tap = Callable[[int, torch.Tensor], None]  # (boundary, residual stream (B, T, D)) -> None
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
@@ -42,7 +43,7 @@ class Decoder:
         self,
         tokens: torch.Tensor,
         cache: KVCache,
-        slots: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        slots: Slots | None = None,
         logits: str = "last",
         tap: Tap | None = None,
     ) -> torch.Tensor:
@@ -74,7 +75,7 @@ class Decoder:
         return self.head(x if logits == "all" else x[:, -1:])
 
     def begin(
-        self, tokens: torch.Tensor, cache: KVCache, slots
+        self, tokens: torch.Tensor, cache: KVCache, slots: Slots | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Checks a call against the cache; embeddings (B, T, D), positions (B, T), slots (B, S)."""
         positions, chosen = check_call(self.config, tokens, cache, slots)
@@ -118,7 +119,7 @@ class Angles:
 
     def __init__(self, config: ModelConfig, positions: torch.Tensor) -> None:
         self.positions = positions  # (B, T) int64, -1 at padding
-        ropes = {layer.rope for layer in config.layers} - {None}
+        ropes = {layer.rope for layer in config.layers if layer.rope is not None}
         self.tables = {rope: rotary(rope, positions) for rope in ropes}
 
     def of(self, rows: torch.Tensor) -> "Angles":
@@ -130,7 +131,7 @@ class Angles:
 
 
 def check_call(
-    config: ModelConfig, tokens: torch.Tensor, cache: Lengths, slots
+    config: ModelConfig, tokens: torch.Tensor, cache: Lengths, slots: Slots | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions (B, T), -1 at padding, and who runs what (B, S) bool; InputError where a call of
     any runtime breaks a rule of the protocol."""
@@ -156,7 +157,7 @@ def check_call(
     return positions, choose_slots(config, cache, slots)
 
 
-def choose_slots(config: ModelConfig, cache: Lengths, slots) -> torch.Tensor:
+def choose_slots(config: ModelConfig, cache: Lengths, slots: Slots | None) -> torch.Tensor:
     """(B, S) bool: who runs what. InputError for a slot out of range or with a gap in its cache."""
     chosen = mask_slots(config, cache.batch, slots)
     for sequence, own in enumerate(chosen):
@@ -164,16 +165,14 @@ def choose_slots(config: ModelConfig, cache: Lengths, slots) -> torch.Tensor:
     return chosen
 
 
-def mask_slots(config: ModelConfig, batch: int, slots) -> torch.Tensor:
+def mask_slots(config: ModelConfig, batch: int, slots: Slots | None) -> torch.Tensor:
     """(B, S) bool: who is to run what. InputError for a slot out of range."""
     total = len(config.layers)
-    if slots is None:
-        lists = [range(total)] * batch
-    elif all(isinstance(slot, int) for slot in slots):
-        lists = [list(slots)] * batch
-    else:
-        lists = [list(own) for own in slots]
-    if len(lists) != batch:
+    slots = range(total) if slots is None else slots
+    shared = [slot for slot in slots if isinstance(slot, int)]
+    apart = [list(own) for own in slots if not isinstance(own, int)]
+    lists = apart or [shared] * batch
+    if len(lists) != batch or (apart and shared):
         raise InputError(f"slots: expected {batch} lists, found {len(lists)}")
     chosen = torch.zeros(batch, total, dtype=torch.bool)
     for sequence, own in enumerate(lists):

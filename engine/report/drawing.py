@@ -14,22 +14,6 @@ BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 SKY, AMBER, BLACK, GREY = "#56B4E9", "#E69F00", "#000000", "#999999"
 LINES = tuple(zip((BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, BLACK), "osD^vPX", strict=True))
 DASHES = ("-", "--", "-.", ":")
-_STYLE = {
-    "font.size": 9.0,
-    "axes.titlesize": 9.0,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "grid.color": "#d9d9d9",
-    "grid.linewidth": 0.5,
-    "axes.axisbelow": True,
-    "hatch.linewidth": 0.5,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-    "svg.hashsalt": "shallow",  # ids that do not change from run to run
-    "svg.fonttype": "path",  # the same in every viewer
-}
 
 
 @contextmanager
@@ -39,7 +23,24 @@ def style() -> Iterator[None]:
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
+        matplotlib.rcParams.update(
+            {
+                "font.size": 9.0,
+                "axes.titlesize": 9.0,
+                "axes.titlelocation": "left",
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+                "axes.linewidth": 0.6,
+                "grid.color": "#d9d9d9",
+                "grid.linewidth": 0.5,
+                "axes.axisbelow": True,
+                "hatch.linewidth": 0.5,
+                "legend.frameon": False,
+                "figure.constrained_layout.use": True,
+                "svg.hashsalt": "shallow",  # ids that do not change from run to run
+                "svg.fonttype": "path",  # the same in every viewer
+            }
+        )
         yield
 
 

@@ -80,6 +80,7 @@ def heat_map(profile: Profile) -> "Figure":
     bar = figure.colorbar(mesh, ax=axes, shrink=0.8, aspect=28, pad=0.02)
     bar.set_label("shifted rescaled angular distance")
     bar.outline.set_linewidth(0.6)
+    assert bar.solids is not None  # the bar of a mesh has them
     bar.solids.set_rasterized(False)
     axes.set_title(_conditions(profile))
     return figure
@@ -173,9 +174,9 @@ def bars(budget: Budget) -> "Figure":
     flops = [(side["flops_per_token"], side["attention_flops_per_token"]) for side in sides]
     done = [{"weights": total - over, "over": over} for total, over in flops]
     figure, (memory, work) = new_figure(4.2, rows=2)
-    _stack(memory, *held, "B")
+    _stack(memory, "B", *held)
     memory.set_title(f"{short(budget.model)}\nmemory with a cache of {budget.context:,} tokens")
-    _stack(work, *done, "FLOP")
+    _stack(work, "FLOP", *done)
     work.set_title("work of a token", pad=10)
     names = [f"{sides[0]['layers']} layers\n16 bits"]
     names.append(f"{sides[1]['layers']} layers\n{budget.storage['bits']} bits")
@@ -184,7 +185,7 @@ def bars(budget: Budget) -> "Figure":
     return figure
 
 
-def _stack(axes: "Axes", before: Mapping[str, int], after: Mapping[str, int], unit: str) -> None:
+def _stack(axes: "Axes", unit: str, before: Mapping[str, int], after: Mapping[str, int]) -> None:
     """Two stacked bars with their totals; a part that is nowhere is left out."""
     scale, prefix = (1e9, "G") if sum(before.values()) >= 1e9 else (1e6, "M")
     left = [0.0, 0.0]

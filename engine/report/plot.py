@@ -5,9 +5,9 @@ The same artefact gives the same file, byte for byte.
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import quoteattr
 
 from engine.artifacts import Artifact, Evaluation, Profile, read_raw, replacing
@@ -52,10 +52,12 @@ def draw(artefacts: Sequence[Artifact], kind: str | None = None) -> "Figure":
             f"kind: expected {' or '.join(fitting)} for a file of kind {given.kind}, found {kind!r}"
         )
     if kind == "quality":
-        return figures.quality(artefacts)
+        return figures.quality([each for each in artefacts if isinstance(each, Evaluation)])
     if len(artefacts) > 1:
         raise InputError(f"{kind}: expected one {given.kind}, found {len(artefacts)}")
-    draw_one = {"heatmap": figures.heat_map, "curves": figures.curves, "budget": figures.bars}
+    draw_one: dict[str, Callable[[Any], Figure]] = {
+        "heatmap": figures.heat_map, "curves": figures.curves, "budget": figures.bars
+    }  # fmt: skip
     return draw_one[kind](artefacts[0])
 
 

@@ -62,8 +62,8 @@ def budget_rows(found: Budget, bandwidth: float | None = None) -> Iterator[list[
     if bandwidth is not None:
         if not bandwidth > 0:
             raise InputError(f"bandwidth: expected more than 0 GB/s, found {bandwidth}")
-        speeds = [bandwidth * 1e9 / side["bytes_per_token"] for side in (before, after)]
-        last.append(row(f"tok/s at {bandwidth:g} GB/s", *speeds, "{:,.1f}".format))
+        old, new = (bandwidth * 1e9 / side["bytes_per_token"] for side in (before, after))
+        last.append(row(f"tok/s at {bandwidth:g} GB/s", old, new, "{:,.1f}".format))
     yield last
 
 

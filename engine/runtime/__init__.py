@@ -17,12 +17,12 @@ from engine.architecture.config import ModelConfig
 from engine.errors import InputError
 from engine.kernels.dispatch import require
 from engine.kernels.dtypes import DTYPES
+from engine.options import Slots
 
 if TYPE_CHECKING:
     import torch
 
 RUNTIMES = ("reference", "cpu")
-Slots = Sequence[int] | Sequence[Sequence[int]]  # ascending: one list for all, or one a sequence
 
 
 def check_backend(name: str | None, dtype: str | None) -> None:

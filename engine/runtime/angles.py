@@ -22,7 +22,7 @@ class Angles:
         self.ropes = list(dict.fromkeys(e.rope for e in config.layers if e.rope is not None))
         self.held = Tables(0, (), ())  # the latest
         self._limit = config.max_context
-        self._tables: dict[Rope, tuple[tuple, torch.Tensor]] = {}
+        self._tables: dict[Rope, tuple[int | None, torch.Tensor]] = {}
 
     def tables(self, length: int) -> Tables:
         """Of at least `length` positions, turned as in a sequence of that length."""
@@ -32,7 +32,7 @@ class Angles:
         return self.held
 
     def _table(self, rope: Rope, length: int) -> torch.Tensor:
-        kind = None
+        kind: int | None = None
         if rope.kind == "longrope":
             kind = length > rope.original_context
         elif rope.kind == "dynamic":

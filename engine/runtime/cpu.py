@@ -15,6 +15,7 @@ from engine.errors import InputError
 from engine.kernels import native
 from engine.kernels.dtypes import name_of
 from engine.kernels.w4.cpu import CpuWeight, isas
+from engine.options import Slots
 from engine.reference.cache import Lengths
 from engine.reference.decoder import check_call, mask_slots
 from engine.runtime import Times
@@ -137,7 +138,7 @@ class CpuRuntime:
         self,
         tokens: torch.Tensor,
         cache: CpuCache,
-        slots: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        slots: Slots | None = None,
         logits: str = "last",
     ) -> torch.Tensor:
         if logits not in ("last", "all"):

@@ -1,12 +1,13 @@
 """The reference runtime: the plain torch decoder behind the runtime protocol."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
 from engine.architecture.config import ModelConfig
 from engine.checkpoint import Checkpoint
 from engine.kernels.dtypes import name_of
+from engine.options import Slots
 from engine.reference.cache import KVCache
 from engine.reference.decoder import Decoder, Tap, load_decoder
 
@@ -68,7 +69,7 @@ class ReferenceRuntime:
         self,
         tokens: torch.Tensor,
         cache: KVCache,
-        slots: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        slots: Slots | None = None,
         logits: str = "last",
         tap: Tap | None = None,
     ) -> torch.Tensor:

@@ -85,10 +85,10 @@ class _Metadata:
 
     def __init__(self, metadata: Mapping[str, Any], where: str):
         self.metadata, self.where = metadata, where
-        self.tokens = self.array("tokens", str)
-        if self.tokens is None:
+        tokens = self.array("tokens", str)
+        if tokens is None:
             raise InputError(f"{where}: expected a tokenizer, found no tokenizer.ggml.tokens")
-        self.tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(self.tokens)]
+        self.tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
         if len(set(self.tokens)) != len(self.tokens):
             raise InputError(f"{where}: tokenizer.ggml.tokens has the same token twice")
         self.types = self.sized("token_type", int) or [spm.NORMAL] * len(self.tokens)
@@ -211,9 +211,10 @@ def text_from_gguf(metadata: Mapping[str, Any], where: str) -> Text:
     defaults = {"bos_token": 1, "eos_token": 2, "unk_token": 0} if data.is_sentencepiece else {}
     named = {name: data.token(key, defaults.get(name)) for name, key in _SPECIAL.items()}
     special = {name: token for name, token in named.items() if token is not None}
-    ends = {special.get("eos_token"), data.token("eot_token_id"), data.token("eom_token_id")}
-    data.mark_control({special.get("bos_token"), *ends} - {None})
-    stops = ends - {None} | _ENDS.intersection(data.of_type(spm.CONTROL))
+    found = special.get("eos_token"), data.token("eot_token_id"), data.token("eom_token_id")
+    ends = {token for token in found if token is not None}
+    data.mark_control(ends | {token for name, token in special.items() if name == "bos_token"})
+    stops = ends | _ENDS.intersection(data.of_type(spm.CONTROL))
 
     with naming(where):
         tokenizer, bos = _tokenizer(data)
@@ -225,7 +226,7 @@ def text_from_gguf(metadata: Mapping[str, Any], where: str) -> Text:
         tokenizer,
         where,
         special,
-        eos_ids=tuple(sorted(map(tokenizer.token_to_id, stops))),
+        eos_ids=tuple(sorted(map(data.tokens.index, stops))),
         chat_template=data.get("chat_template", str),
         max_length=metadata.get(f"{metadata.get('general.architecture')}.context_length"),
     )

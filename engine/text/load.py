@@ -170,12 +170,14 @@ def _from_directory(path: Path) -> Text:
         tokenizer, special = _from_model(path, config)
     else:
         raise InputError(f"{path}: expected tokenizer.json or tokenizer.model, found neither")
-    eos = {tokenizer.token_to_id(special["eos_token"])} if "eos_token" in special else set()
+    eos_ids = _eos_ids(path, model)
+    if "eos_token" in special and (eos := tokenizer.token_to_id(special["eos_token"])) is not None:
+        eos_ids.add(eos)
     return Text(
         tokenizer,
         str(path),
         special,
-        eos_ids=tuple(sorted(_eos_ids(path, model) | eos)),
+        eos_ids=tuple(sorted(eos_ids)),
         chat_template=_chat_template(path, config),
         max_length=_max_length(path, config, model),
         directory=path if native else None,

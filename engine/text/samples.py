@@ -58,10 +58,12 @@ def read_samples(
 
 
 def _prefix(text: Text, bos: bool | None) -> list[int]:
-    if bos and text.bos_id is None:
-        raise InputError("bos: the tokenizer has no BOS token")
-    habit = text.bos_id is not None and text.encode("a")[:1] == [text.bos_id]
-    return [text.bos_id] if (habit if bos is None else bos) else []
+    if text.bos_id is None:
+        if bos:
+            raise InputError("bos: the tokenizer has no BOS token")
+        return []
+    wanted = text.encode("a")[:1] == [text.bos_id] if bos is None else bos
+    return [text.bos_id] if wanted else []
 
 
 def _is_running_text(source: str | None) -> bool:

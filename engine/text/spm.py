@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -11,6 +12,7 @@ from engine.errors import InputError
 
 # Token types, the same in sentencepiece's protobuf and in GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+_T = TypeVar("_T", int, bytes)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def _model(vocabulary: Vocabulary) -> models.Model:
 
 
 def _normalizer(vocabulary: Vocabulary) -> normalizers.Normalizer:
-    steps = []
+    steps: list[normalizers.Normalizer] = []
     if vocabulary.charsmap:
         steps.append(normalizers.Precompiled(vocabulary.charsmap))
     if vocabulary.squeeze:
@@ -82,7 +84,7 @@ def build(vocabulary: Vocabulary) -> Tokenizer:
     """Encodes as sentencepiece does; `add_special` has yet to be told of the special pieces."""
     tokenizer = Tokenizer(_model(vocabulary))
     tokenizer.normalizer = _normalizer(vocabulary)
-    cuts = []
+    cuts: list[pre_tokenizers.PreTokenizer] = []
     if vocabulary.prefix == "first":
         cuts.append(pre_tokenizers.Metaspace(prepend_scheme="first", split=False))
     whole = sorted(vocabulary.of_type(USER_DEFINED), key=len, reverse=True)

@@ -12,7 +12,7 @@ from engine.errors import InputError
 from engine.text.pieces import Pieces, PieceStream
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,14 @@ class Text:
         text = render(self.chat_template, messages, self.special, self.where)
         return self.encode(text, add_special=False)
 
-    def to_transformers(self) -> "PreTrainedTokenizerFast":
+    def to_transformers(self) -> "PreTrainedTokenizerBase":
         """The tokenizer as transformers knows it, padding token set; takes a second or more."""
         if self.directory is not None:
             from transformers import AutoTokenizer
 
-            made = AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
+            made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.directory, local_files_only=True
+            )
         else:
             from transformers import PreTrainedTokenizerFast
 

@@ -66,7 +66,7 @@ def read_strips(
 ):  # fmt: skip
     """Features d .. d + BLOCK_D of a sample: strips (TILE, BLOCK_D) float64 of its boundaries."""
     columns = d + tl.arange(0, BLOCK_D)
-    strips = ()
+    strips: tl.tuple = ()
     for t in tl.static_range(TILES):
         rows = t * TILE + tl.arange(0, TILE)
         inside = (rows < R)[:, None] & (columns < D)[None, :]
@@ -81,12 +81,12 @@ def write_gram(
     TILE: tl.constexpr, TILES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The upper tiles of one sample's Gram matrix (TILES * TILE)^2 float64."""
-    grams = ()
+    grams: tl.tuple = ()
     for _ in tl.static_range(TILES * (TILES + 1) // 2):
         grams = grams + (tl.zeros((TILE, TILE), tl.float64),)
     for d in range(0, D, BLOCK_D):
         strips = read_strips(x_ptr, stride_r, d, R, D, TILE, TILES, BLOCK_D)
-        sums = ()
+        sums: tl.tuple = ()
         for i in tl.static_range(TILES):
             for j in tl.static_range(i, TILES):
                 gram = grams[i * TILES - i * (i - 1) // 2 + j - i]

@@ -1,7 +1,7 @@
 """Angular distances in float64 torch, pair by pair in the difference form: the oracle."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def angular_sums(
 ) -> Sums:
     """Sums over B samples of R tensors (B, D), weighted by `weights` (B,) float64."""
     R, (B, D), device = len(boundaries), boundaries[0].shape, boundaries[0].device
-    P, float64 = R * (R - 1) // 2, {"dtype": torch.float64, "device": device}
+    P, float64 = R * (R - 1) // 2, dict[str, Any](dtype=torch.float64, device=device)
     weights = torch.ones(B, **float64) if weights is None else weights
     sums, squares = torch.zeros(4, P, **float64), torch.ones(R, B, **float64)
     distances = torch.zeros(B, P, **float64) if values else None

@@ -133,7 +133,7 @@ def check(
     expected = {
         "y": (y, y.dtype, (len(x), n // 2 if gated else n)),
         "bias": (bias, x.dtype, (n,)),
-        "norm": (norm and norm.weight, x.dtype, (k,)),
+        "norm": (None if norm is None else norm.weight, x.dtype, (k,)),
         "codes": (weights.codes, torch.uint8, tuple(weights.codes.shape)),
     }
     for name, (tensor, dtype, shape) in expected.items():

@@ -93,7 +93,7 @@ def nibbles(word, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
     for 4 bits more, so that every second pair needs no shift, but counts 16 times.
     """
     MIDDLE: tl.constexpr = FORMAT.middle
-    codes = ()
+    codes: tl.tuple = ()
     for i in tl.static_range(4):
         if DTYPE == tl.float16:
             mask = 0x00F000F0 if i % 2 else 0x000F000F
@@ -118,7 +118,7 @@ def code_bytes(word, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
     Added to 1024 in float16; bfloat16 has no room for that: to 2^23 in float32, and rounded.
     """
     MIDDLE: tl.constexpr = FORMAT.middle
-    codes = ()
+    codes: tl.tuple = ()
     if DTYPE == tl.float16:
         for i in tl.static_range(2):
             raised = byte_perm(word, 0x64646464, 0x4140 + 0x202 * i, FORMAT)
@@ -135,8 +135,8 @@ def code_bytes(word, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
 @triton.jit
 def load_table(codebook_ptr, DTYPE: tl.constexpr):
     """The 16 entries in DTYPE as 8 int32: the low bytes of 4 entries each, then the high bytes."""
-    low = ()
-    high = ()
+    low: tl.tuple = ()
+    high: tl.tuple = ()
     for word in tl.static_range(4):
         low_bytes = 0
         high_bytes = 0

@@ -5,7 +5,7 @@ short. Everything a kernel reads is in one `Packed`; `unpack` says what it means
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch.nn.functional import pad
@@ -118,7 +118,7 @@ class Packed:
 
     def to(self, device: torch.device | str) -> "Packed":
         moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
-        return replace(self, **moved)
+        return Packed(self.spec, self.shape, **moved)
 
     def native_fields(self) -> dict[str, int | str]:
         """Keyword arguments of the native `Packed`, which borrows these tensors' memory."""
@@ -143,7 +143,7 @@ def expected_tensors(
     n, k = shape
     grouped = (n, spec.groups(k))
     scale_dtype = torch.uint8 if spec.scheme == "kquant" else spec.scale_dtype
-    expected = {
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "codes": ((n, spec.row_bytes(k)), torch.uint8),
         "scales": (grouped, scale_dtype),
     }
@@ -238,21 +238,21 @@ def unpack(packed: Packed) -> torch.Tensor:
     on every machine.
     """
     n, k = packed.shape
-    groups, scheme = packed.groups, packed.spec.scheme
+    groups, scheme, parts = packed.groups, packed.spec.scheme, packed.tensors()
     codes = pad(unpack_codes(packed), (0, groups * packed.group - k))
     codes = codes.view(n, groups, packed.group)
     scales = packed.scales.float()
     if scheme == "symmetric":
         values = codes.float().sub_(1 << (packed.spec.bits - 1)).mul_(scales[..., None])
     elif scheme == "zero":
-        values = codes.float().sub_(packed.zeros[..., None]).mul_(scales[..., None])
+        values = codes.float().sub_(parts["zeros"][..., None]).mul_(scales[..., None])
     elif scheme == "minimum":
-        values = codes.float().mul_(scales[..., None]).add_(packed.mins.float()[..., None])
+        values = codes.float().mul_(scales[..., None]).add_(parts["mins"].float()[..., None])
     elif scheme == "codebook":
-        values = packed.codebook[codes.int()].mul_(scales[..., None])
+        values = parts["codebook"][codes.int()].mul_(scales[..., None])
     else:
-        supers = packed.supers.float().repeat_interleave(SUPER // packed.group, 1)[:, :groups]
-        scales, mins = supers[..., 0] * scales, supers[..., 1] * packed.mins
+        supers = parts["supers"].float().repeat_interleave(SUPER // packed.group, 1)[:, :groups]
+        scales, mins = supers[..., 0] * scales, supers[..., 1] * parts["mins"]
         values = codes.float().mul_(scales[..., None]).sub_(mins[..., None])
     values = values.flatten(1)[:, :k]
     return values.contiguous() if packed.perm is None else values[:, packed.perm.argsort()]
@@ -282,7 +282,7 @@ def concatenate(parts: Sequence[Packed]) -> Packed:
         if name not in SHARED
     }
     rows = sum(part.shape[0] for part in parts)
-    return replace(first, shape=(rows, first.shape[1]), **stacked)
+    return Packed(first.spec, (rows, first.shape[1]), **first.tensors() | stacked)
 
 
 def rows_of(packed: Packed, start: int, stop: int) -> Packed:
@@ -293,4 +293,4 @@ def rows_of(packed: Packed, start: int, stop: int) -> Packed:
     part = {
         name: tensor[start:stop] for name, tensor in packed.tensors().items() if name not in SHARED
     }
-    return replace(packed, shape=(stop - start, k), **part)
+    return Packed(packed.spec, (stop - start, k), **packed.tensors() | part)

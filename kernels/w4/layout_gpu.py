@@ -30,11 +30,11 @@ class GpuMatrix:
     shape: tuple[int, int]  # (N, K)
     codes: torch.Tensor  # (N, CHUNK_BYTES * chunks) uint8, padded with zero codes
     scales: torch.Tensor
-    zeros: torch.Tensor | None
-    mins: torch.Tensor | None
-    supers: torch.Tensor | None
-    codebook: torch.Tensor | None
-    perm: torch.Tensor | None
+    zeros: torch.Tensor | None = None
+    mins: torch.Tensor | None = None
+    supers: torch.Tensor | None = None
+    codebook: torch.Tensor | None = None
+    perm: torch.Tensor | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors present, by field name."""

@@ -1,7 +1,7 @@
 """`W4Linear`, a drop-in for `nn.Linear` on packed weights, and the swap of a model's linears."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ class W4Linear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    layout: str
+    parts: tuple[str, ...]
 
     def __init__(
         self,
@@ -115,7 +117,9 @@ class W4Linear(nn.Module):
         def moved(tensor: Tensor) -> Tensor:
             return fn(tensor.view(torch.uint8)).view(tensor.dtype)  # bytes: moved, never cast
 
-        held = {part: self._buffers.pop(part) for part in self.parts}
+        held = self.prepared.tensors
+        for part in held:
+            del self._buffers[part]
         try:
             super()._apply(fn, recurse)
         finally:
@@ -128,7 +132,7 @@ class W4Linear(nn.Module):
         else:
             packed = self.packed
             tensors = {name: moved(tensor) for name, tensor in packed.tensors().items()}
-            self.hold(replace(packed, **tensors))
+            self.hold(Packed(packed.spec, packed.shape, **tensors))
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -208,8 +208,7 @@ def _tiles(matrix: Prepared) -> CpuWeight:
 
 
 def _gpu(matrix: Prepared) -> GpuMatrix:
-    parts = ("zeros", "mins", "supers", "codebook", "perm")
-    return GpuMatrix(matrix.spec, matrix.shape, **dict.fromkeys(parts) | matrix.tensors)
+    return GpuMatrix(matrix.spec, matrix.shape, **matrix.tensors)
 
 
 def _automatic(device: str) -> str:

@@ -28,7 +28,9 @@ class Engine:
         (prompt,) = prompts
         running, times = self._genai.StreamingStatus.RUNNING, []
 
-        class Clock(self._genai.StreamerBase):
+        streamer: Any = self._genai.StreamerBase
+
+        class Clock(streamer):
             def write(self, token):
                 times.append(perf_counter_ns())
                 return running

@@ -26,12 +26,13 @@ class Engine:
         torch.set_num_threads(threads)
         self.version, self._torch, self._device = transformers.__version__, torch, device
         path = Path(model)
-        place = {"pretrained_model_name_or_path": path}
+        place: dict[str, Any] = {"pretrained_model_name_or_path": path}
         if path.is_file():
             place = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
         dtype = getattr(torch, setting.get("dtype", dtype))
         load = transformers.AutoModelForCausalLM.from_pretrained
-        self._model = load(**place, dtype=dtype, local_files_only=True).to(device).eval()
+        loaded: Any = load(**place, dtype=dtype, local_files_only=True)
+        self._model = loaded.to(device).eval()
         keep_layers(self._model, layers)
         self._model.generation_config = transformers.GenerationConfig(
             do_sample=False, pad_token_id=0

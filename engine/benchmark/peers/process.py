@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from engine.api import Model
 from engine.benchmark.peers.known import KNOWN, Setting
 from engine.errors import InputError
 from engine.generation import Timings
@@ -62,6 +63,8 @@ class Peer:
             )
         except OSError as error:
             raise InputError(f"--peer-python {name}={python}: {error.strerror}") from error
+        assert self._process.stdin is not None and self._process.stdout is not None  # pipes
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
         try:
             self.version = self._ask(name=name, setting=self.setting, **work)["version"]
         except InputError:
@@ -91,28 +94,28 @@ class Peer:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGCONT)
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
+            self._stdin.close()
         try:
             process.wait(CLOSING_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        process.stdout.close()
+        self._stdout.close()
         self._errors.close()
 
     def __enter__(self) -> "Peer":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _ask(self, **request: Any) -> dict[str, Any]:
         line = b""
         self._process.send_signal(signal.SIGCONT)
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
+            self._stdin.write(json.dumps(request).encode() + b"\n")
+            self._stdin.flush()
+            line = self._stdout.readline()
         if not line:
             raise InputError(f"--compare {self.name}: its process ended: {self._last_words()}")
         self._process.send_signal(signal.SIGSTOP)
@@ -130,7 +133,7 @@ class Peer:
         return lines[-1] if lines else f"exit status {self._process.returncode}"
 
 
-def work_of(name: str, model, batch: int, context: int) -> dict[str, Any]:
+def work_of(name: str, model: Model, batch: int, context: int) -> dict[str, Any]:
     """What a `Peer` opens to do as `model` does with `batch` sequences of `context` tokens."""
     config, runtime = model.config, model.runtime
     layers = [entry.layer for entry in config.layers]
