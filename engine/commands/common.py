@@ -1,5 +1,6 @@
 """What the commands share: their common options, and how a refusal reaches the user."""
 
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -46,6 +47,9 @@ Column = Annotated[str, typer.Option(help="Of a .jsonl, .parquet or hub source."
 
 def execute(app: Callable[..., Any]) -> None:
     """Runs a typer app; what the user can mend becomes one line on stderr and exit code 2."""
+    # Before torch is imported. Its threads spin some 15 ms for the next operation, and where other
+    # programs have their core GPTQ takes 20 times its CPU seconds (benchmarks/results/quality.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     warnings.showwarning = lambda message, *_: print(f"engine: {message}", file=sys.stderr)
     try:
         sys.exit(app(standalone_mode=False))
