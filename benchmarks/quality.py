@@ -148,7 +148,7 @@ def bits_of_layers(checkpoint) -> float:
 
 
 def write(given: argparse.Namespace, own, own_bits: float, rows: list[Row], samples) -> None:
-    """The table, with what it depends on."""
+    """The table, with what it depends on; the section on time behind it stays."""
     lines = [
         "# Quality of the quantisers",
         "",
@@ -170,7 +170,8 @@ def write(given: argparse.Namespace, own, own_bits: float, rows: list[Row], samp
         for row in rows
     ]
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text("\n".join(lines) + "\n")
+    _, heading, kept = RESULT.read_text().partition("\n## Time\n") if RESULT.exists() else ("",) * 3
+    RESULT.write_text("\n".join(lines) + "\n" + heading + kept)
 
 
 if __name__ == "__main__":
