@@ -42,9 +42,10 @@ sanitize-address sanitize-thread: .venv/test
 	    $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m slow tests/cpu/test_threads.py
 
-lint: $(BIN)/ruff
+lint: $(BIN)/ruff $(BIN)/clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu')
 
 .venv/run: $(SOURCES) | $(BIN)/pip
 	$(call install,the engine and its dependencies,-e .)
@@ -54,8 +55,8 @@ lint: $(BIN)/ruff
 	$(call install,the engine and what its tests need,-e '.[test]')
 	@touch $@ .venv/run
 
-$(BIN)/ruff: | $(BIN)/pip
-	$(call install,the linter,ruff)
+$(BIN)/ruff $(BIN)/clang-format: | $(BIN)/pip
+	$(call install,the linters,ruff 'clang-format==23.*')
 
 $(BIN)/pip:
 	@need() { echo "Shallow needs $$1."; exit 1; }; \

@@ -131,7 +131,10 @@ headers = ["setup.py", *(str(path) for path in Path("csrc").rglob("*.*h"))]
 cuda = Extension("engine._cuda", sources("csrc/cuda"), depends=headers, optional=True)
 setup(
     packages=PACKAGES,
-    package_data={"engine": ["data/*"], "engine.kernels": ["*/*.json"]},
+    package_data={
+        "engine": ["data/*", "py.typed", "report/*.jinja"],
+        "engine.kernels": ["*/*.json"],
+    },
     include_package_data=False,
     cmdclass={"build_ext": BuildExt, "sdist": Sdist},
     ext_modules=[

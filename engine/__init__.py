@@ -2,28 +2,38 @@
 
     import engine
 
-    model = engine.load("smollm2-135m", drop="20-24")
-    print(model.generate("The capital of France is", max_new_tokens=16).text)
+    with engine.load("smollm2-135m", drop="20-24") as model:
+        print(model.generate("The capital of France is", max_new_tokens=16).text)
 
-Nothing heavy is imported before the first call.
+`load` opens a model, `generate` is one call from prompt to text; `Model`, `Generation` and
+`InputError` are what they give and raise. Nothing heavy is imported before one of them is used.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.api import Model
+    from engine.api import Model, generate, load
+    from engine.errors import InputError
+    from engine.generation import Generation
 
 __version__ = "0.1.0"
-__all__ = ["generate", "load"]
+__all__ = ["Generation", "InputError", "Model", "generate", "load"]
+
+_HOMES = {
+    "Generation": "engine.generation",
+    "InputError": "engine.errors",
+    "Model": "engine.api",
+    "generate": "engine.api",
+    "load": "engine.api",
+}
 
 
-def load(ref: str = "smollm2-135m", **options: Any) -> "Model":
-    """Opens a model; see `engine.api.load` for the options (drop, keep, backend, dtype ...)."""
-    from engine.api import load as open_model
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
 
-    return open_model(ref, **options)
 
-
-def generate(prompt: Any, ref: str = "smollm2-135m", **options: Any):
-    """One call from prompt to text: loads `ref` and completes `prompt`; see `Model.generate`."""
-    return load(ref).generate(prompt, **options)
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,38 +1,49 @@
 """`import engine` as a backend: a loaded model that generates, streams and gives logits."""
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import torch
 
 from engine import generation
 from engine.architecture.config import ModelConfig
-from engine.architecture.layers import kept_layers
 from engine.artifacts import Plan
-from engine.checkpoint import Checkpoint, open_checkpoint
+from engine.checkpoint import Checkpoint, choose_layers, open_checkpoint
 from engine.checkpoint.locate import locate
-from engine.checkpoint.weights import is_quantised, lineage_hash
+from engine.checkpoint.weights import is_quantised
 from engine.errors import InputError
-from engine.kernels.dispatch import require, why_not
-from engine.runtime import Runtime
+from engine.generation import Generation, Prompt
+from engine.kernels.dispatch import why_not
+from engine.kernels.dtypes import DTYPES, dtype_of, name_of
+from engine.options import Options
+from engine.pruning.budget import cost
+from engine.runtime import Runtime, Slots, check_backend
 from engine.text import Text, load_text
 
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-BACKENDS = ("reference", "cpu")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Stop = str | int | Sequence[str | int]
 
 
 class Model:
-    """A runtime and the text side of its checkpoint. Made by `load`."""
+    """A runtime and the text side of its checkpoint. Made by `load`; `close` gives the memory back.
 
-    def __init__(self, path: Path, runtime: Runtime) -> None:
-        self.path, self.runtime = path, runtime
+    `with engine.load(...) as model:` closes it at the end.
+    """
+
+    def __init__(self, path: Path, runtime: Runtime[Any]) -> None:
+        self.path = path
+        self._runtime: Runtime[Any] | None = runtime
+
+    @property
+    def runtime(self) -> Runtime[Any]:
+        """What runs it (engine/runtime); InputError once the model is closed."""
+        if self._runtime is None:
+            raise InputError(f"{self.path}: the model is closed")
+        return self._runtime
 
     @property
     def config(self) -> ModelConfig:
@@ -44,35 +55,142 @@ class Model:
         return load_text(self.path)
 
     @cached_property
-    def tokenizer(self):
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
         """A transformers tokenizer, made on first use (its import takes a second or more)."""
         return self.text.to_transformers()
 
-    def generate(self, prompt: Any, **options: Any):
+    def close(self) -> None:
+        """Drops the weights. Closing twice is no error; anything else afterwards is."""
+        self._runtime = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._runtime is None:
+            return f"<Model {self.path.name}, closed>"
+        runtime, config = self._runtime, self._runtime.config
+        bits = 8 * runtime.weight_bytes / cost(config).total_parameters
+        return (
+            f"<Model {self.path.name}: {len(config.layers)} of {config.total_layers} layers, "
+            f"{bits:.2f} bits a weight, {runtime.name} ({runtime.precision}) on {runtime.device}, "
+            f"{runtime.threads} threads>"
+        )
+
+    @overload
+    def generate(self, prompt: Prompt, **options: Any) -> Generation: ...
+    @overload
+    def generate(self, prompt: Sequence[Prompt], **options: Any) -> list[Generation]: ...
+    @overload
+    def generate(self, prompt: Any, **options: Any) -> Generation | list[Generation]: ...
+
+    def generate(
+        self,
+        prompt: Any,
+        *,
+        max_new_tokens: int = Options.max_new_tokens,
+        temperature: float = Options.temperature,
+        top_k: int = Options.top_k,
+        top_p: float = Options.top_p,
+        min_p: float = Options.min_p,
+        repetition_penalty: float = Options.repetition_penalty,
+        stop: Stop = Options.stop,
+        seed: int | None = Options.seed,
+        ignore_eos: bool = Options.ignore_eos,
+        slots: Slots | None = Options.slots,
+    ) -> Generation | list[Generation]:
         """Completes a prompt, or each of a list of prompts (a list in gives a list out).
 
-        A string is raw text, a list of `{"role", "content"}` messages goes through the chat
-        template. Options and defaults: max_new_tokens=128, temperature=0.0 (greedy), top_k=0,
-        top_p=1.0, min_p=0.0, repetition_penalty=1.0, stop=() (strings or token ids), seed=None,
-        ignore_eos=False, slots=None. Returns a `Generation`: text, token_ids, finish_reason,
-        prompt_tokens, timings.
+        Args:
+            prompt: raw text; chat messages, a list of `{"role": ..., "content": ...}`, through the
+                chat template; token ids, as a list, an array or a tensor (T,); or what a
+                transformers tokenizer returns, whose padding is left out. Several prompts: a list
+                of these, or ids (B, T).
+            max_new_tokens: at most so many tokens.
+            temperature: 0 takes the likeliest token (greedy).
+            top_k: draw from the k likeliest tokens alone; 0: off.
+            top_p: from the fewest tokens whose probabilities reach it; 1: off.
+            min_p: from tokens of at least this share of the likeliest one's probability; 0: off.
+            repetition_penalty: divides what favours tokens that were there already; 1: off.
+            stop: text, or ids of tokens, that end it beside the model's own stop tokens.
+            seed: for the same draws again; None: from the operating system.
+            ignore_eos: the model's own stop tokens do not end it.
+            slots: the layers to run, as positions in the loaded model, ascending: one list for
+                all prompts, or one each; None: all.
+
+        Returns:
+            A `Generation`: text, token_ids, finish_reason ("stop" or "length"), prompt_tokens,
+            timings.
+
+        Raises:
+            InputError: an option out of range, an empty prompt, ids outside the vocabulary, more
+                tokens than the context holds.
         """
-        batch = _is_batch(prompt)
-        prompts = list(prompt) if batch else [prompt]
-        results = generation.generate(self.runtime, self.text, prompts, _options(options))
+        options = Options(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop=stop,
+            seed=seed,
+            ignore_eos=ignore_eos,
+            slots=slots,
+        )
+        prompts, batch = as_prompts(prompt)
+        results = generation.generate(self.runtime, self.text, prompts, options)
         return results if batch else results[0]
 
-    def stream(self, prompt: Any, **options: Any) -> Iterator[str]:
-        """The same for one prompt, as an iterator over pieces of text as they become certain."""
-        if _is_batch(prompt):
+    def stream(
+        self,
+        prompt: Any,
+        *,
+        max_new_tokens: int = Options.max_new_tokens,
+        temperature: float = Options.temperature,
+        top_k: int = Options.top_k,
+        top_p: float = Options.top_p,
+        min_p: float = Options.min_p,
+        repetition_penalty: float = Options.repetition_penalty,
+        stop: Stop = Options.stop,
+        seed: int | None = Options.seed,
+        ignore_eos: bool = Options.ignore_eos,
+        slots: Slots | None = Options.slots,
+    ) -> Iterator[str]:
+        """The text of one prompt's completion, piece by piece as it becomes certain.
+
+        The pieces, joined, are `Generation.text`. Takes what `generate` takes, for one prompt, and
+        raises what it raises, before the first piece.
+        """
+        options = Options(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop=stop,
+            seed=seed,
+            ignore_eos=ignore_eos,
+            slots=slots,
+        )
+        prompts, batch = as_prompts(prompt)
+        if batch:
             raise InputError("stream: expected one prompt, found a list of them")
-        return generation.stream(self.runtime, self.text, prompt, _options(options))
+        return generation.stream(self.runtime, self.text, prompts[0], options)
 
     def __call__(self, input_ids: Any, attention_mask: Any = None) -> torch.Tensor:
         """Logits of every position, (B, T, V) float32, for ids (B, T) or (T,).
 
-        Where `attention_mask` is 0 (left padding only) the ids are not run.
+        `input_ids` are a list, an array, a tensor, or what a transformers tokenizer returns. Where
+        `attention_mask` is 0 (left padding only) the ids are not run.
         """
+        if isinstance(input_ids, Mapping):
+            attention_mask = input_ids.get("attention_mask", attention_mask)
+            input_ids = _input_ids(input_ids)
         tokens = torch.as_tensor(input_ids, dtype=torch.int64)
         tokens = tokens[None] if tokens.ndim == 1 else tokens
         if bool((tokens < 0).any()):
@@ -99,7 +217,7 @@ def load(
     """Opens a model: a directory, a .gguf file, a hub id, or the default by name.
 
     `drop` and `keep` are layers of the checkpoint ("20-24", "3,7,21-25", or numbers), `drop` also
-    a Plan; those not kept are never read. `backend` is one of BACKENDS: by default "cpu" on a CPU,
+    a Plan; those not kept are never read. `backend` is one of RUNTIMES: by default "cpu" on a CPU,
     "reference" on a GPU, for another dtype than float32, and where the extension is not built.
     `dtype` is a torch dtype or its name: by default the checkpoint's on a GPU, float32 on a CPU.
 
@@ -137,32 +255,98 @@ def load(
     return Model(path, ReferenceRuntime.load(checkpoint, config, device, dtype, progress))
 
 
-def choose_layers(
-    checkpoint: Checkpoint,
+def generate(
+    prompt: Any,
+    ref: str | Path = "smollm2-135m",
+    *,
     drop: str | Iterable[int] | Plan | None = None,
     keep: str | Iterable[int] | None = None,
-) -> ModelConfig:
-    """The checkpoint's config with the layers that stay.
+    backend: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    threads: int | None = None,
+    cache_dtype: str | None = None,
+    max_new_tokens: int = Options.max_new_tokens,
+    temperature: float = Options.temperature,
+    top_k: int = Options.top_k,
+    top_p: float = Options.top_p,
+    min_p: float = Options.min_p,
+    repetition_penalty: float = Options.repetition_penalty,
+    stop: Stop = Options.stop,
+    seed: int | None = Options.seed,
+    ignore_eos: bool = Options.ignore_eos,
+    slots: Slots | None = Options.slots,
+) -> Generation | list[Generation]:
+    """One call from prompt to text: opens `ref`, completes `prompt`, closes the model.
 
-    A Plan made on another architecture is an InputError; on other weights of the same one, a
-    warning. Bits do not matter: a plan made on 16-bit weights drives a 4-bit copy.
+    The options from `drop` to `cache_dtype` are those of `load`, the others of `Model.generate`.
     """
-    config = checkpoint.config
-    if not isinstance(drop, Plan):
-        return config.keep(kept_layers(config.total_layers, drop, keep))
-    if keep is not None:
-        raise InputError("a plan and keep exclude each other; give one of them")
-    if drop.architecture != config.architecture_hash:
+    opened = load(
+        ref,
+        drop=drop,
+        keep=keep,
+        backend=backend,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        cache_dtype=cache_dtype,
+    )
+    with opened as model:
+        return model.generate(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop=stop,
+            seed=seed,
+            ignore_eos=ignore_eos,
+            slots=slots,
+        )
+
+
+def as_prompts(prompt: Any) -> tuple[list[Prompt], bool]:
+    """(prompts as the loop takes them, were they given as several?); InputError for what is none.
+
+    Arrays and tensors become lists of ids; of what a tokenizer returns the padding is left out.
+    """
+    if isinstance(prompt, Mapping):
+        ids, mask = _input_ids(prompt), prompt.get("attention_mask")
+        if mask is None:
+            return as_prompts(ids)
+        single = not ids or isinstance(ids[0], int)
+        rows = [(ids, _listed(mask))] if single else list(zip(ids, _listed(mask), strict=True))
+        if any(len(row) != len(real) for row, real in rows):
+            raise InputError("attention_mask: expected as many entries as there are input_ids")
+        return [[i for i, r in zip(*row, strict=True) if r] for row in rows], not single
+    if isinstance(prompt, str):
+        return [prompt], False
+    prompt = _listed(prompt)
+    if not isinstance(prompt, Sequence):
         raise InputError(
-            f"the plan was made for {drop.model}, whose layers have other shapes than those of "
-            f"{checkpoint.path}"
+            "prompt: expected text, messages, token ids or what a tokenizer returns, found "
+            f"{type(prompt).__name__}"
         )
-    if drop.lineage != lineage_hash(checkpoint, config):
-        warnings.warn(
-            f"the plan was made on other weights ({drop.model}) than {checkpoint.path} holds",
-            stacklevel=2,
-        )
-    return config.keep(drop.keep)
+    if len(prompt) == 0 or not isinstance(prompt[0], dict | int | float):
+        return [each if isinstance(each, str) else _listed(each) for each in prompt], True
+    return [prompt], False
+
+
+def _input_ids(encoding: Mapping[str, Any]) -> list[Any]:
+    if "input_ids" not in encoding:
+        raise InputError(f"prompt: expected 'input_ids', found {', '.join(map(str, encoding))}")
+    return _listed(encoding["input_ids"])
+
+
+def _listed(values: Any) -> Any:
+    """Arrays and tensors as lists; a list of scalar ones as their numbers."""
+    if hasattr(values, "tolist"):
+        return values.tolist()
+    if isinstance(values, list | tuple) and values and hasattr(values[0], "item"):
+        return [value.item() if value.ndim == 0 else value.tolist() for value in values]
+    return values
 
 
 def choose_backend(
@@ -173,18 +357,13 @@ def choose_backend(
     InputError for a backend that is unknown, does not run on the device or has not the dtype;
     BackendUnavailable, with the reason, for one that cannot run here.
     """
+    wanted = None if dtype is None else parse_dtype(dtype)
+    check_backend(name, None if wanted is None else name_of(wanted))
     if name is None:
-        narrow = dtype is not None and parse_dtype(dtype) != torch.float32
-        native = device.type == "cpu" and not narrow and why_not("cpu") is None
-        return "cpu" if native else "reference"
-    if name not in BACKENDS:
-        raise InputError(f"backend: expected one of {', '.join(BACKENDS)}, found {name!r}")
-    if name == "cpu":
-        if device.type != "cpu":
-            raise InputError(f"backend: cpu does not run on {device}")
-        if dtype is not None and parse_dtype(dtype) != torch.float32:
-            raise InputError(f"dtype: the backend cpu has float32 alone, found {dtype}")
-        require(name)
+        exact = wanted in (None, torch.float32)
+        return "cpu" if device.type == "cpu" and exact and why_not("cpu") is None else "reference"
+    if name == "cpu" and device.type != "cpu":
+        raise InputError(f"backend: cpu does not run on {device}")
     return name
 
 
@@ -208,30 +387,13 @@ def choose_dtype(
     if dtype is None:
         source = checkpoint.config.source
         stored = str(source.get("dtype") or source.get("torch_dtype")).removeprefix("torch.")
-        return torch.float32 if device.type == "cpu" else DTYPES.get(stored, torch.float16)
+        known = stored if stored in DTYPES else "float16"
+        return torch.float32 if device.type == "cpu" else dtype_of(known)
     return parse_dtype(dtype)
 
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """A torch dtype or its name, one of DTYPES."""
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
-    return DTYPES[name]
-
-
-def _is_batch(prompt: Any) -> bool:
-    """A list of prompts, as opposed to one string, one list of messages or one list of ids."""
-    return (
-        isinstance(prompt, Sequence)
-        and not isinstance(prompt, str)
-        and (len(prompt) == 0 or not isinstance(prompt[0], dict | int))
-    )
-
-
-def _options(options: dict[str, Any]) -> generation.Options:
-    known = generation.Options.__dataclass_fields__
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise InputError(f"unknown option {unknown[0]!r}; known are {', '.join(known)}")
-    return generation.Options(**options)
+    name = dtype if isinstance(dtype, str) else name_of(dtype)
+    check_backend(None, name)
+    return dtype_of(name)

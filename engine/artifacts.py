@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
@@ -81,13 +81,14 @@ class Artifact:
                 f"{cls.version}, a newer one is needed"
             )
         hints, names = get_type_hints(cls), {field.name for field in fields(cls)}
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
         given = set(raw) - {"kind", "version"}
-        if given != names:
-            wrong = sorted(names - given) or sorted(given - names)
-            trouble = "is missing" if names - given else "is not known"
+        if needed - given or given - names:  # older files lack what has a default now
+            wrong = sorted(needed - given) or sorted(given - names)
+            trouble = "is missing" if needed - given else "is not known"
             raise InputError(f"{where}: {cls.kind}: {wrong[0]!r} {trouble}")
         try:
-            return cls(**{name: _typed(raw[name], hints[name], name) for name in names})
+            return cls(**{name: _typed(raw[name], hints[name], name) for name in given})
         except (TypeError, ValueError) as error:
             raise InputError(f"{where}: {cls.kind}: {error}") from error
 
@@ -225,3 +226,31 @@ class Plan(Artifact):
     def drop(self) -> tuple[int, ...]:
         kept = set(self.keep)
         return tuple(layer for layer in range(self.total_layers) if layer not in kept)
+
+
+@dataclass(frozen=True)
+class Evaluation(Artifact):
+    """How well a model predicts a text, with the model and protocol that it depends on."""
+
+    kind: ClassVar[str] = "evaluation"
+
+    model: str  # as it was asked for
+    layers: str  # run, as the checkpoint numbers them: "0-19,25-29"
+    layers_kept: int
+    layers_total: int
+    rule: str | None  # that chose the layers, as in Plan; None where no plan did
+    perplexity: float  # exp(nll)
+    nll: float  # mean negative log-likelihood of a predicted token, nats
+    tokens: int  # predicted tokens: windows * (window - 1)
+    windows: int
+    window: int  # tokens a window, the BOS included
+    bos: bool
+    text_hash: str  # of the token ids of all windows
+    kl: float | None = None  # mean KL(second model || this one), nats
+    top1_agreement: float | None = None  # share of positions where both have the same argmax
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.layers_kept <= self.layers_total:
+            raise ValueError(f"layers: {self.layers_kept} kept of {self.layers_total}")
+        if not self.perplexity > 0:
+            raise ValueError(f"perplexity: expected more than 0, found {self.perplexity}")

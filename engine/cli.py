@@ -1,12 +1,17 @@
 """The `engine` command."""
 
+from typing import Annotated
+
 import typer
 
+from engine import __version__
 from engine.commands.budget import budget
-from engine.commands.common import execute
+from engine.commands.chat import chat
+from engine.commands.common import Quiet, Verbose
 from engine.commands.doctor import doctor
 from engine.commands.evaluate import evaluate
 from engine.commands.fetch import fetch
+from engine.commands.output import execute
 from engine.commands.plan import plan
 from engine.commands.plot import plot
 from engine.commands.profile import profile
@@ -14,14 +19,27 @@ from engine.commands.prune import prune
 from engine.commands.quantize import quantize
 from engine.run import run
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Shallow: large language models with fewer layers and 4-bit weights.",
-)
-for command in (run, budget, profile, plan, prune, quantize, evaluate, plot, doctor, fetch):
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+for command in (run, chat, budget, profile, plan, prune, quantize, evaluate, plot, doctor, fetch):
     app.command("eval" if command is evaluate else command.__name__)(command)
+
+
+def show_version(asked: bool) -> None:
+    if asked:
+        print(f"shallow {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print it.", callback=show_version, is_eager=True),
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Shallow: large language models with fewer layers and 4-bit weights."""
 
 
 def main() -> None:

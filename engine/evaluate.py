@@ -3,46 +3,16 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from engine.architecture.layers import format_layers
-from engine.artifacts import Artifact
+from engine.artifacts import Evaluation
 from engine.errors import InputError
 
 LOGITS_BYTES = 256 * 2**20  # of one call of the runtime; bounds memory whatever the vocabulary
 ROWS = 64  # positions whose softmax is taken at once; its temporaries are a few (ROWS, V)
 LARGEST_EXPONENT = 700.0  # math.exp raises a little beyond
-
-
-@dataclass(frozen=True)
-class Evaluation(Artifact):
-    """The result, and the model and protocol that it depends on."""
-
-    kind: ClassVar[str] = "evaluation"
-
-    model: str  # as it was asked for
-    layers: str  # run, as the checkpoint numbers them: "0-19,25-29"
-    layers_kept: int
-    layers_total: int
-    rule: str | None  # that chose the layers, as in Plan; None where no plan did
-    perplexity: float  # exp(nll)
-    nll: float  # mean negative log-likelihood of a predicted token, nats
-    tokens: int  # predicted tokens: windows * (window - 1)
-    windows: int
-    window: int  # tokens a window, the BOS included
-    bos: bool
-    text_hash: str  # of the token ids of all windows
-    kl: float | None = None  # mean KL(second model || this one), nats
-    top1_agreement: float | None = None  # share of positions where both have the same argmax
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.layers_kept <= self.layers_total:
-            raise ValueError(f"layers: {self.layers_kept} kept of {self.layers_total}")
-        if not self.perplexity > 0:
-            raise ValueError(f"perplexity: expected more than 0, found {self.perplexity}")
 
 
 def evaluate(

@@ -3,39 +3,21 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from operator import index
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from engine.errors import InputError
-from engine.sample import Sampling, make_generators, one_thread, sample
+from engine.options import Options
+from engine.runtime import Greedy
+from engine.sample import make_generators, one_thread, sample
 
+DEFAULTS = Options()
 PREFILL_CHUNK = 512  # prompt tokens a call: activations stay small however long the prompt
 
 Prompt = str | Sequence[dict] | Sequence[int]  # raw text, chat messages, or token ids
-
-
-@dataclass(frozen=True)
-class Options(Sampling):
-    """Everything `generate` can be asked for: `Sampling` and when to stop."""
-
-    max_new_tokens: int = 128
-    stop: str | int | Sequence[str | int] = ()  # stop strings, and token ids beside the model's own
-    ignore_eos: bool = False  # the model's own stop tokens do not end a sequence
-    slots: Any = None  # which layers run, passed through to the runtime; None = all
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        stop = (self.stop,) if isinstance(self.stop, str | int) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int):
-            raise InputError(f"max_new_tokens must be a whole number, not {self.max_new_tokens!r}")
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        for item in stop:
-            if isinstance(item, bool) or not isinstance(item, str | int) or item == "":
-                raise InputError(f"stop takes strings that are not empty and ids, not {item!r}")
 
 
 class Step(NamedTuple):
@@ -80,7 +62,7 @@ def generate(
     runtime,
     text,
     prompts: Sequence[Prompt],
-    options: Options = Options(),
+    options: Options = DEFAULTS,
     on_step: Callable[[Step], None] | None = None,
 ) -> list[Generation]:
     """Completes every prompt of a batch; a prompt's result does not depend on its neighbours.
@@ -110,7 +92,7 @@ def generate(
     return [s.generation(timings) for s in sequences]
 
 
-def stream(runtime, text, prompt: Prompt, options: Options = Options()) -> Iterator[str]:
+def stream(runtime, text, prompt: Prompt, options: Options = DEFAULTS) -> Iterator[str]:
     """Yields the pieces of one prompt's completion; joined, they are `Generation.text`."""
     sequences = open_sequences(runtime, text, [prompt], options)
     return (s.pieces[0] for s in stream_steps(runtime, sequences, options) if s.pieces[0])
@@ -131,7 +113,7 @@ def stream_steps(runtime, sequences: Sequence["Decoding"], options: Options) -> 
     between two steps counts in neither.
     """
     generators = make_generators(options.seed, len(sequences))
-    greedy = options.is_greedy and options.slots is None and getattr(runtime, "greedy", None)
+    greedy = options.is_greedy and options.slots is None and isinstance(runtime, Greedy)
     switch = runtime.config.rope_switch
     clock = time.perf_counter_ns()
     tokens = _left_padded([s.ids for s in sequences])
@@ -150,7 +132,7 @@ def stream_steps(runtime, sequences: Sequence["Decoding"], options: Options) -> 
         clock = time.perf_counter_ns()
         anew = switch is not None and max(len(sequences[row].ids) for row in running) == switch + 1
         if greedy and not anew:
-            ids = greedy(fed, cache)
+            ids = runtime.greedy(fed, cache)
             continue
         if anew:  # LongRoPE turns to its long divisors
             cache.truncate(0)
@@ -195,7 +177,10 @@ def encode_prompt(text, prompt: Prompt) -> list[int]:
         return text.encode(prompt)
     if isinstance(prompt[0], dict):
         return text.chat(list(prompt))
-    return [int(token) for token in prompt]
+    try:
+        return [index(token) for token in prompt]
+    except TypeError:
+        raise InputError(f"prompt: token ids are whole numbers, found {prompt!r:.80}") from None
 
 
 def _check_prompt(ids: list[int], max_new_tokens: int, config) -> None:

@@ -1,5 +1,6 @@
 """python -m engine.run: generates text from a model and reports the speed."""
 
+import json
 import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from engine.benchmark.peers.known import chosen
+from engine.commands import output
 from engine.commands.common import (
     DEFAULT_MODEL,
     Backend,
@@ -18,9 +20,10 @@ from engine.commands.common import (
     JsonFile,
     Keep,
     PlanFile,
+    Quiet,
     Threads,
+    Verbose,
     check_writable,
-    execute,
     open_model,
     planned,
 )
@@ -95,6 +98,8 @@ def run(
         bool, typer.Option("--breakdown", rich_help_panel=_MEASURE, help="The step by part.")
     ] = False,
     json_file: JsonFile = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Generate text, then a table of the speed; the last line is the record as JSON."""
     check_writable(json_file)
@@ -102,8 +107,6 @@ def run(
     if sum(given is not None for given in (prompt, prompt_file, prompt_tokens)) > 1:
         raise InputError("--prompt, --prompt-file and --prompt-tokens exclude each other")
 
-    from engine.benchmark.speed import benchmark
-    from engine.benchmark.tables import report
     from engine.text import read_text_file
 
     options = as_options(
@@ -125,6 +128,9 @@ def run(
     if cache_dtype is not None:
         loading["cache_dtype"] = cache_dtype
     opened, load_ms = open_model(model, threads, **loading)
+    from engine.benchmark.speed import benchmark
+    from engine.benchmark.tables import remarks, tables
+
     if prompt_tokens is not None:
         given = list(islice(cycle(opened.text.encode(PROMPT)), prompt_tokens))
     else:
@@ -140,19 +146,24 @@ def run(
             repeats=repeats or (5 if asked else 1),
             warmup=warmup,
             peers=peers,
-            on_step=lambda step: print(step.pieces[0], end="", flush=True),
+            on_step=lambda step: output.say(step.pieces[0], end=""),
         )
-    print("\n")
+    output.say("\n")
     if breakdown:
         from engine.benchmark.breakdown import breakdown as by_part
 
         record = replace(record, breakdown=tuple(by_part(opened, given, options, batch)))
-    report(record, json_file)
+    output.show(*tables(record))
+    for remark in remarks(record):
+        output.say(remark)
+    if json_file is not None:
+        record.save(json_file)
+    print(json.dumps(record.to_json()), flush=True)
 
 
 def as_options(**given: Any):
     """`Options` with its own defaults where nothing is given."""
-    from engine.generation import Options
+    from engine.options import Options
 
     return Options(**{name: value for name, value in given.items() if value is not None})
 
@@ -197,7 +208,7 @@ def opened_peers(asked: dict[str, str | None], model, prompt: Any, options, batc
 def main() -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(run)
-    execute(app)
+    output.execute(app)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 from engine.kernels import native
 
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 # Op -> kind of device that its tensors are on -> backends, the first that can run is taken.
 OPS = {
     "4-bit matmul, up to 8 rows": {

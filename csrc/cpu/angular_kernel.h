@@ -132,7 +132,7 @@ private:
 
     int64_t pairs() const { return int64_t(R_) * (R_ - 1) / 2; }
     int tiles() const { return strips_ * (strips_ + 1) / 2; }
-    // Strips differ by at most one row: no thin tiles, whose sums would wait for one another.
+    // Strips differ by at most one row: no thin tiles, with fewer sums than an FMA's latency.
     int start(int strip) const { return strip * R_ / strips_; }
     double& gram(int i, int j) const { return static_cast<double*>(gram_.data)[i * R_ + j]; }
     bool& used(int i) const { return static_cast<bool*>(used_.data)[i]; }
@@ -246,11 +246,13 @@ private:
         const bool central = a < 0.5;
         const double z = central ? a * a : (1 - a) / 2;
         const double s = central ? a : std::sqrt(z);
+        // clang-format off
         const double p = z * (0.16666666666666666 + z * (-0.3255658186224009 +
             z * (0.20121253213486293 + z * (-0.04005553450067941 +
             z * (7.915349942898145e-4 + z * 3.479331075960212e-5)))));
         const double q = 1 + z * (-2.403394911734414 + z * (2.0209457602335057 +
             z * (-0.6882839716054533 + z * 0.07703815055590194)));
+        // clang-format on
         const double arcsine = s + s * (p / q);
         const double angle = (central ? kPi / 2 - arcsine : 2 * arcsine) / kPi;
         return cosine < 0 ? 1 - angle : angle;

@@ -3,6 +3,6 @@
 
 namespace shallow {
 
-const AttentionKernels kAttentionAvx2 = kAttention;
+const AttentionKernels kAttentionAvx2 = make_attention_kernels();
 
 }  // namespace shallow

@@ -3,6 +3,6 @@
 
 namespace shallow {
 
-const AttentionKernels kAttentionAvx512 = kAttention;
+const AttentionKernels kAttentionAvx512 = make_attention_kernels();
 
 }  // namespace shallow

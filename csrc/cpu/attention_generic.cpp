@@ -3,7 +3,7 @@
 
 namespace shallow {
 
-const AttentionKernels kAttentionGeneric = kAttention;
+const AttentionKernels kAttentionGeneric = make_attention_kernels();
 
 std::int64_t attention_scratch(const KvShape& shape, std::int64_t rows) {
     const std::int64_t padded = (rows + 31) / 32 * 32, page = kPage + shape.width;

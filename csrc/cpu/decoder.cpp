@@ -9,14 +9,12 @@
 namespace shallow {
 namespace {
 
-// Tokens that run through the layers together: the more, the less it costs to unpack weights, but
-// those of a wide model are not to take more than kChunkBytes.
+// Tokens that run through the layers together: those of a wide model take no more than kChunkBytes.
 std::size_t chunk_rows(const Rules& r) {
-    constexpr std::int64_t kChunkRows = 512, kLeastRows = 64, kChunkBytes = 40 << 20;
+    constexpr std::int64_t kChunkBytes = 40 << 20;
     const std::int64_t floats = 3 * r.hidden + r.qkv_width() + r.query_width() + r.up_stride() +
                                 r.hidden + r.query_width() + r.ffn;  // the last as inputs
-    const std::int64_t fitting = kChunkBytes / (4 * floats) / kPanelRows * kPanelRows;
-    return static_cast<std::size_t>(std::clamp(fitting, kLeastRows, kChunkRows));
+    return static_cast<std::size_t>(rows_within(kChunkBytes, 4 * floats));
 }
 
 std::string found(std::int64_t expected, std::int64_t got) {
@@ -43,12 +41,18 @@ public:
         if (size != n) throw std::invalid_argument(role + found(n, size));
         return at->second.data();
     }
-    Norm norm(const std::string& role, std::int64_t n, bool centred) const {
-        return {vector(role, n), vector(role + ".bias", n), rules_.norm_eps, centred};
+    Norm norm(const std::string& role, std::int64_t n) const {
+        Norm norm;
+        norm.weight = vector(role, n);
+        norm.bias = vector(role + ".bias", n);
+        norm.eps = rules_.norm_eps;
+        norm.centred = rules_.centred;
+        return norm;
     }
-    void add(Product& product, Input& input, const std::string& role, std::int64_t n,
-             std::int64_t k, std::int64_t column = 0, bool aside = false) const {
-        product.add(input, matrix(role, n, k), vector(role + ".bias", n), column, aside);
+    // `column` and `aside` as in Product::add.
+    void add(Product& product, const std::string& role, std::int64_t n, std::int64_t k,
+             std::int64_t column = 0, bool aside = false) const {
+        product.add(matrix(role, n, k), vector(role + ".bias", n), column, aside);
     }
 
 private:
@@ -68,8 +72,8 @@ void Decoder::set_outer(Weights weights, const void* embedding, ScaleType type) 
     weights_.push_back(std::make_unique<Weights>(std::move(weights)));
     const Rules& r = model_.rules;
     const Roles roles(*weights_.back(), r);
-    model_.final_norm = roles.norm("norm", r.hidden, r.centred);
-    roles.add(model_.head, model_.head_input, "head", r.vocab, r.hidden);
+    model_.final_norm = roles.norm("norm", r.hidden);
+    roles.add(model_.head, "head", r.vocab, r.hidden);
     model_.embedding_rows = embedding;
     model_.embedding_type = type;
     if (!embedding) model_.embedding = roles.matrix("embedding", r.vocab, r.hidden);
@@ -79,25 +83,29 @@ void Decoder::add_layer(Weights weights, std::int64_t window, int rope, std::int
     weights_.push_back(std::make_unique<Weights>(std::move(weights)));
     const Rules& r = model_.rules;
     const Roles roles(*weights_.back(), r);
-    // The outputs of norms have outliers, in much the same columns of every row: most of the error.
-    const Input normed(*model_.kernels, r.mode, true), plain(*model_.kernels, r.mode, false);
     const std::int64_t queries = r.query_width(), keys = r.key_width();
     const bool whole = r.qk_norm == QkNorm::all;
-    Layer layer{roles.norm("attn_norm", r.hidden, r.centred),
-                roles.norm("attn_post_norm", r.hidden, r.centred),
-                roles.norm("mlp_norm", r.hidden, r.centred),
-                roles.norm("mlp_post_norm", r.hidden, r.centred),
-                roles.norm("q_norm", whole ? queries : r.head_dim, r.centred),
-                roles.norm("k_norm", whole ? keys : r.head_dim, r.centred),
-                normed, plain, normed, plain, {}, {}, {}, {}, window, rope, rope_dim};
-    roles.add(layer.qkv, layer.qkv_input, "q", queries, r.hidden);
-    roles.add(layer.qkv, layer.qkv_input, "k", keys, r.hidden, queries);
-    roles.add(layer.qkv, layer.qkv_input, "v", keys, r.hidden, queries + keys);
-    roles.add(layer.o, layer.o_input, "o", r.hidden, queries);
-    Input& up_input = r.parallel ? layer.qkv_input : layer.up_input;
-    roles.add(layer.up, up_input, "up", r.ffn, r.hidden);
-    if (r.gated) roles.add(layer.up, up_input, "gate", r.ffn, r.hidden, r.ffn, true);
-    roles.add(layer.down, layer.down_input, "down", r.hidden, r.ffn);
+    Layer layer;
+    layer.window = window;
+    layer.rope = rope;
+    layer.rope_dim = rope_dim;
+    layer.attn_norm = roles.norm("attn_norm", r.hidden);
+    layer.attn_post = roles.norm("attn_post_norm", r.hidden);
+    layer.mlp_norm = roles.norm("mlp_norm", r.hidden);
+    layer.mlp_post = roles.norm("mlp_post_norm", r.hidden);
+    layer.q_norm = roles.norm("q_norm", whole ? queries : r.head_dim);
+    layer.k_norm = roles.norm("k_norm", whole ? keys : r.head_dim);
+    layer.qkv = model_.product(true);
+    layer.o = model_.product(false);
+    layer.up = r.parallel ? Product(layer.qkv.shared_input()) : model_.product(true);
+    layer.down = model_.product(false);
+    roles.add(layer.qkv, "q", queries, r.hidden);
+    roles.add(layer.qkv, "k", keys, r.hidden, queries);
+    roles.add(layer.qkv, "v", keys, r.hidden, queries + keys);
+    roles.add(layer.o, "o", r.hidden, queries);
+    roles.add(layer.up, "up", r.ffn, r.hidden);
+    if (r.gated) roles.add(layer.up, "gate", r.ffn, r.hidden, r.ffn, true);
+    roles.add(layer.down, "down", r.hidden, r.ffn);
     model_.layers.push_back(std::move(layer));
 }
 
@@ -152,7 +160,13 @@ std::int64_t Decoder::forward(Call& call, const std::function<void()>& pause) {
         std::int64_t position = *std::max_element(call.lengths + b * total, call.lengths + (b + 1) * total);
         for (std::int64_t t = 0; t < call.steps; ++t) {
             const std::int64_t token = call.tokens[b * call.steps + t];
-            if (token >= 0) rows_.push_back({token, b, position++, call.all || t + 1 == call.steps});
+            if (token < 0) continue;
+            Row row;
+            row.token = token;
+            row.sequence = b;
+            row.position = position++;
+            row.wanted = call.all || t + 1 == call.steps;
+            rows_.push_back(row);
         }
         for (std::int64_t s = 0; s < total; ++s)
             if (!call.chosen || call.chosen[b * total + s]) call.cache->reserve(b, s, position);
@@ -185,11 +199,11 @@ void Decoder::run_chunk(const Call& call, std::size_t begin, std::size_t end,
     const auto set_of = [&](const auto& runs) {
         if (chunk_.sets.size() == chunk_.used) chunk_.sets.emplace_back();
         RowSet& set = chunk_.sets[chunk_.used];
-        set.rows.clear();
+        set.members.clear();
         for (std::size_t i = 0; i < chunk_.rows.size(); ++i)
-            if (runs(chunk_.rows[i])) set.rows.push_back(static_cast<std::int32_t>(i));
+            if (runs(chunk_.rows[i])) set.members.push_back(static_cast<std::int32_t>(i));
         for (std::size_t s = 0; s < chunk_.used; ++s)
-            if (chunk_.sets[s].rows == set.rows) return s;
+            if (chunk_.sets[s].members == set.members) return s;
         set.add_items(chunk_.rows, model_);
         return chunk_.used++;
     };

@@ -1,5 +1,5 @@
 // A decoder over its kept layers: one call runs a prompt or a token through all of it.
-// defines: Rules Weights Layer Call Decoder
+// defines: Weights Call Decoder
 #pragma once
 
 #include <cstdint>
@@ -10,9 +10,6 @@
 #include <string>
 #include <vector>
 
-#include "cpu/attention.h"
-#include "cpu/product.h"
-#include "cpu/rows.h"
 #include "cpu/step.h"
 
 namespace shallow {
@@ -25,15 +22,15 @@ struct Weights {
 
 // One forward call. `lengths` is updated when the call succeeds.
 struct Call {
-    const std::int64_t* tokens;        // (batch, steps); negative ones, left, are padding
-    std::int64_t batch, steps;
-    std::int64_t* lengths;             // (batch, slots): filled positions of the cache
-    const std::uint8_t* chosen;        // null: all slots; or (batch, slots): which of them run
+    KvCache* cache = nullptr;
+    const std::int64_t* tokens = nullptr;  // (batch, steps); negative ones, left, are padding
+    std::int64_t batch = 0, steps = 1;
+    std::int64_t* lengths = nullptr;       // (batch, slots): filled positions of the cache
+    const std::uint8_t* chosen = nullptr;  // null: all slots; or (batch, slots): which of them run
     std::vector<const float*> angles;  // a table each rope: (positions, dim), cosines then sines
-    KvCache* cache;
-    bool all;                          // logits of every token; else of each sequence's last
-    float* logits;                     // null, or (tokens asked for, vocab), padding left out
-    std::int64_t* best;                // null, or (tokens asked for,): the lowest column of the
+    bool all = false;                  // logits of every token; else of each sequence's last
+    float* logits = nullptr;           // null, or (tokens asked for, vocab), padding left out
+    std::int64_t* best = nullptr;      // null, or (tokens asked for,): the lowest column of the
                                        // largest logit; -1: not finite, or one of the row is NaN
 };
 

@@ -87,16 +87,15 @@ std::int64_t run(Decoder& decoder, Call& call, const std::vector<std::uintptr_t>
 std::int64_t forward(Decoder& decoder, KvCache& cache, std::uintptr_t tokens, std::int64_t batch,
              std::int64_t steps, std::uintptr_t lengths, std::uintptr_t chosen,
              const std::vector<std::uintptr_t>& angles, bool all, std::uintptr_t logits) {
-    Call call{reinterpret_cast<const std::int64_t*>(tokens),
-              batch,
-              steps,
-              reinterpret_cast<std::int64_t*>(lengths),
-              reinterpret_cast<const std::uint8_t*>(chosen),
-              {},
-              &cache,
-              all,
-              reinterpret_cast<float*>(logits),
-              nullptr};
+    Call call;
+    call.cache = &cache;
+    call.tokens = reinterpret_cast<const std::int64_t*>(tokens);
+    call.batch = batch;
+    call.steps = steps;
+    call.lengths = reinterpret_cast<std::int64_t*>(lengths);
+    call.chosen = reinterpret_cast<const std::uint8_t*>(chosen);
+    call.all = all;
+    call.logits = reinterpret_cast<float*>(logits);
     return run(decoder, call, angles);
 }
 
@@ -104,16 +103,12 @@ std::vector<std::int64_t> greedy(Decoder& decoder, KvCache& cache,
                                  const std::vector<std::int64_t>& tokens, std::uintptr_t lengths,
                                  const std::vector<std::uintptr_t>& angles) {
     std::vector<std::int64_t> best(tokens.size());
-    Call call{tokens.data(),
-              static_cast<std::int64_t>(tokens.size()),
-              1,
-              reinterpret_cast<std::int64_t*>(lengths),
-              nullptr,
-              {},
-              &cache,
-              false,
-              nullptr,
-              best.data()};
+    Call call;
+    call.cache = &cache;
+    call.tokens = tokens.data();
+    call.batch = static_cast<std::int64_t>(tokens.size());
+    call.lengths = reinterpret_cast<std::int64_t*>(lengths);
+    call.best = best.data();
     best.resize(static_cast<std::size_t>(run(decoder, call, angles)));
     return best;
 }
@@ -186,7 +181,7 @@ void bind_decoder(py::module_& m) {
         .def("forward", &forward, py::arg("cache"), py::arg("tokens"), py::arg("batch"),
              py::arg("steps"), py::arg("lengths"), py::arg("chosen"), py::arg("angles"),
              py::arg("all"), py::arg("logits"), "Returns how many rows of logits it has written.")
-        .def("forward", &greedy, py::arg("cache"), py::arg("tokens"), py::arg("lengths"),
+        .def("greedy", &greedy, py::arg("cache"), py::arg("tokens"), py::arg("lengths"),
              py::arg("angles"),
              "One token of each sequence, -1 for none; returns the ids of the largest logits, -1\n"
              "where one is not a finite number.")

@@ -1,4 +1,4 @@
-// Keys and values in pages: growth copies nothing, and attention reads what lies together.
+// Keys and values in pages, so that growth copies nothing.
 // defines: KvType KvShape KvCache
 #pragma once
 
@@ -10,12 +10,13 @@
 namespace shallow {
 
 constexpr std::int64_t kPage = 128;   // positions of one sequence in one slot
-constexpr std::int64_t kStripe = 32;  // positions whose keys interleave: a cache line of float16
+constexpr std::int64_t kStripe = 32;  // positions whose keys interleave, a cache line of float16: see KvShape
 
 enum class KvType : int { float32, float16, int8 };
 
 // A page holds, one kv head after another:
-//   keys    (kPage / kStripe, head_dim, kStripe), so that a vector is one feature of many positions
+//   keys    (kPage / kStripe, head_dim, kStripe), so that a vector is one feature of many positions;
+//           with a page in one stripe attention at 1,024 tokens touched twice the lines
 //   values  (kPage, width)
 //   int8: scales of the keys, then of the values, (2, kPage) float32
 struct KvShape {

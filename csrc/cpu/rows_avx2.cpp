@@ -3,6 +3,6 @@
 
 namespace shallow {
 
-const RowKernels kRowsAvx2 = kRows;
+const RowKernels kRowsAvx2 = make_row_kernels();
 
 }  // namespace shallow

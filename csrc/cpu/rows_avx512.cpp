@@ -3,6 +3,6 @@
 
 namespace shallow {
 
-const RowKernels kRowsAvx512 = kRows;
+const RowKernels kRowsAvx512 = make_row_kernels();
 
 }  // namespace shallow

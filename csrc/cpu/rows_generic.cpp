@@ -3,7 +3,7 @@
 
 namespace shallow {
 
-const RowKernels kRowsGeneric = kRows;
+const RowKernels kRowsGeneric = make_row_kernels();
 
 const RowKernels& row_kernels(Isa isa) {
 #if defined(SHALLOW_X86)

@@ -126,7 +126,17 @@ int64_t largest(const float* x, int64_t n) {
     return std::find(x + at, x + n, best) - x;
 }
 
-constexpr RowKernels kRows = {normalise, add, scale, activate, rotate, softcap, largest};
+constexpr RowKernels make_row_kernels() {
+    RowKernels kernels{};
+    kernels.normalise = normalise;
+    kernels.add = add;
+    kernels.scale = scale;
+    kernels.activate = activate;
+    kernels.rotate = rotate;
+    kernels.softcap = softcap;
+    kernels.largest = largest;
+    return kernels;
+}
 
 }  // namespace
 }  // namespace shallow

@@ -1,5 +1,6 @@
 // One chunk of tokens through the layers, by a team of threads that meet at few barriers.
-// defines: Rules Model Layer Row RowSet Chunk Times run_step
+// defines: Row AttentionItem RowSet kMaxSpans Best Chunk Part Times queues_needed workspace_bytes
+//          run_step
 #pragma once
 
 #include <cmath>
@@ -7,58 +8,10 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/attention.h"
-#include "cpu/product.h"
-#include "cpu/rows.h"
+#include "cpu/model.h"
 #include "cpu/threads.h"
 
 namespace shallow {
-
-enum class QkNorm : int { none, head, all };
-
-// What the family and the sizes fix; names as in engine/config.py.
-struct Rules {
-    std::int64_t hidden, vocab, heads, kv_heads, head_dim, ffn, max_context;
-    float norm_eps, attention_scale, attention_softcap, logit_softcap, embedding_scale;
-    bool centred, gated, parallel;  // centred: LayerNorm
-    QkNorm qk_norm;
-    Activation activation;
-    Mode mode;
-
-    std::int64_t query_width() const { return heads * head_dim; }
-    std::int64_t key_width() const { return kv_heads * head_dim; }
-    std::int64_t up_width() const { return gated ? 2 * ffn : ffn; }
-    // An odd number of cache lines: rows a power of two apart would share few cache sets.
-    std::int64_t up_stride() const { return (up_width() + 15) / 16 * 16 | 16; }
-    std::int64_t qkv_width() const { return query_width() + 2 * key_width(); }
-};
-
-// Norms without weight are absent.
-struct Layer {
-    Norm attn_norm, attn_post, mlp_norm, mlp_post, q_norm, k_norm;
-    Input qkv_input, o_input, up_input, down_input;  // parallel: qkv_input is up's as well
-    Product qkv, o, up, down;                        // up: the gate runs aside
-    std::int64_t window;
-    int rope;
-    std::int64_t rope_dim;
-};
-
-struct Model {
-    Rules rules;
-    const Kernels* kernels;
-    const RowKernels* row_kernels;
-    const AttentionKernels* attention_kernels;
-    std::vector<Layer> layers;
-    Norm final_norm;
-    Input head_input;
-    Product head;
-    MatrixRef embedding;          // or
-    const void* embedding_rows;   // (vocab, hidden)
-    ScaleType embedding_type;
-
-    Model(const Rules& rules, Isa isa);
-    void embed(std::int64_t token, float* x) const;
-};
 
 struct Row {
     std::int64_t token, sequence, position;
@@ -67,23 +20,29 @@ struct Row {
 
 // Work of attention: queries of one sequence for one kv head over all positions or a span of them.
 struct AttentionItem {
-    std::int64_t first, count;  // rows of the set
-    std::int64_t sequence, position;
-    std::int64_t head, span, spans, begin, end;
+    std::int64_t first, count;        // rows of the set
+    std::int64_t sequence, position;  // of the first
+    std::int64_t head, span, spans;   // kv head; which of how many spans
+    std::int64_t begin, end;          // the span's positions
 };
 
 // The rows of a chunk that run through some layers, in order.
 struct RowSet {
-    std::vector<std::int32_t> rows;
-    std::vector<std::int32_t> spans;  // of each row's attention
+    std::vector<std::int32_t> members;  // indices of the chunk's rows
+    std::vector<std::int32_t> spans;    // of each row's attention
     std::vector<AttentionItem> items;
-    bool split = false;               // some row has more than one span
-    bool lone = false;                // each row is its sequence's only one
+    bool split = false;                 // some row has more than one span
+    bool lone = false;                  // each row is its sequence's only one
 
-    std::int64_t size() const { return static_cast<std::int64_t>(rows.size()); }
+    std::int64_t size() const { return static_cast<std::int64_t>(members.size()); }
+    const Row& row(const std::vector<Row>& chunk, std::int64_t i) const {
+        return chunk[static_cast<std::size_t>(members[static_cast<std::size_t>(i)])];
+    }
     void add_items(const std::vector<Row>& chunk, const Model& model);
 };
 
+// Of a row's attention. With 16 a decode at 1,024 tokens is 1.3 % slower, with 5 one at 1,500 1 %
+// (benchmarks/results/decoder.md).
 constexpr std::int64_t kMaxSpans = 8;
 
 // The largest of some logits of a row, at its lowest column; value NaN where one is.

@@ -21,7 +21,7 @@
 namespace shallow {
 namespace {
 
-// Covers the gap between two kernels called from Python; past it a core is worth more asleep.
+// Covers the gap between two kernels called from Python; a thread that waits longer leaves its core to others.
 constexpr auto kSpin = std::chrono::microseconds(100);
 constexpr int kPauses = 32;
 

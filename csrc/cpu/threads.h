@@ -1,7 +1,8 @@
 // The process's warm thread pool. Workers spin briefly for the next region, then sleep.
-// defines: Signal Barrier Pool parallel_for
+// defines: Signal Barrier Pool Queue parallel_for
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -73,19 +74,38 @@ private:
     Worker* idle_ = nullptr;                  // most recently used first: still spinning
 };
 
+// Hands out work to the threads of a region, claim by claim.
+class Queue {
+public:
+    void reset() { next_.store(0, std::memory_order_relaxed); }
+    // call(begin, end) until all of `count` are taken, `step` at a time.
+    template <class Call>
+    void take(int64_t count, int64_t step, const Call& call) {
+        for (int64_t i; (i = next_.fetch_add(step, std::memory_order_relaxed)) < count;)
+            call(i, std::min(i + step, count));
+    }
+    // The same, half of a fair share of what is left at a time, but two: threads end together.
+    template <class Call>
+    void take_shares(int64_t count, int threads, const Call& call) {
+        for (int64_t i = next_; i < count; i = next_) {
+            const int64_t end = i + std::max<int64_t>(2, (count - i) / (2 * threads));
+            if (next_.compare_exchange_strong(i, end)) call(i, std::min(end, count));
+        }
+    }
+
+private:
+    alignas(64) std::atomic<int64_t> next_{0};
+};
+
 // body(begin, end) over [0, count), in chunks that idle threads claim. The split depends on
 // timing, so body must compute each item independently of it.
 template <class Body>
 void parallel_for(int threads, int64_t count, int64_t chunk, Body&& body) {
     if (count <= 0) return;
     const int64_t chunks = (count + chunk - 1) / chunk;
-    std::atomic<int64_t> next{0};
-    Pool::instance().run(chunks < threads ? static_cast<int>(chunks) : threads, [&](int, int) {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
-            const int64_t begin = i * chunk;
-            body(begin, begin + chunk < count ? begin + chunk : count);
-        }
-    });
+    Queue queue;
+    Pool::instance().run(chunks < threads ? static_cast<int>(chunks) : threads,
+                         [&](int, int) { queue.take(count, chunk, body); });
 }
 
 }  // namespace shallow

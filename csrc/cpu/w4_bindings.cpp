@@ -2,7 +2,6 @@
 #include <string>
 
 #include "cpu/bindings.h"
-#include "cpu/product.h"
 #include "cpu/threads.h"
 #include "cpu/w4_matmul.h"
 
@@ -27,9 +26,17 @@ Mode mode_from_name(const std::string& name) {
 void run(std::uintptr_t x, std::int64_t m, std::int64_t x_stride, const std::string& x_type,
          const TiledMatrix& w, std::uintptr_t y, std::int64_t y_stride, const std::string& y_type,
          std::uintptr_t bias, const std::string& mode, const std::string& isa, int threads) {
-    const Rows rows{reinterpret_cast<const void*>(x), m, w.view().k, x_stride, float_type(x_type)};
-    const Output output{reinterpret_cast<void*>(y), y_stride, float_type(y_type),
-                        reinterpret_cast<const float*>(bias)};
+    Rows rows;
+    rows.data = reinterpret_cast<const void*>(x);
+    rows.m = m;
+    rows.k = w.view().k;
+    rows.stride = x_stride;
+    rows.type = float_type(x_type);
+    Output output;
+    output.data = reinterpret_cast<void*>(y);
+    output.stride = y_stride;
+    output.type = float_type(y_type);
+    output.bias = reinterpret_cast<const float*>(bias);
     matmul(rows, w, output, mode_from_name(mode), isa_from_name(isa), threads);
 }
 

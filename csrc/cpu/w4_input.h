@@ -12,7 +12,8 @@ using std::int64_t;
 using std::int8_t;
 using std::uint8_t;
 
-// Else a call and its vectors by way of memory for each group, which may be one block.
+// Without it each group, which may be one block, is a call with its vectors by way of memory: a block
+// takes 9.5 instead of 6.8 ns, both from L2 (benchmarks/results/decoder.md).
 #define SHALLOW_INLINE __attribute__((always_inline)) inline
 
 constexpr float kTiny = 1e-30f;  // below this 127 / peak could overflow: taken as zero
@@ -27,42 +28,45 @@ inline const uint8_t* element(const Rows& x, int64_t row, int64_t column) {
 template <class V>
 struct RowRounding {
     const Rows& x;
-    const TileView& w;
-    int64_t row, panel, plane;  // the last two as in Int8Input
-    bool fine;
+    const Int8Input to;
+    int64_t row, blocks;
     int8_t* q;  // of the row's first block, as are the scales and sums
     float *scales, *sums;
 
+    RowRounding(const Rows& x, const Int8Input& to, int64_t row)
+        : x(x), to(to), row(row), blocks(w4::ceil_div(x.k, kBlock)), q(to.q + row * kBlock),
+          scales(to.scales + row), sums(to.sums + row) {}
+
     void run() const {
         const int64_t groups =
-            w.group_blocks ? w4::ceil_div(w.blocks, w.group_blocks) : 2 * w.blocks;
-        for (int64_t g = 0; g < groups; ++g) sums[g * panel] = 0;
+            to.group_blocks ? w4::ceil_div(blocks, to.group_blocks) : 2 * blocks;
+        for (int64_t g = 0; g < groups; ++g) sums[g * to.panel] = 0;
         float squares = 0;
         each_block([&](int64_t b, float* sum) {
             alignas(64) float values[kBlock];
             load(b, values);
-            const float scale = round(values, b * panel, sum);
+            const float scale = round(values, b * to.panel, sum);
             squares += scale * scale;
         });
-        const float limit = fine ? squares / static_cast<float>(w.blocks) : INFINITY;
+        const float limit = to.fine ? squares / static_cast<float>(blocks) : INFINITY;
         each_block([&](int64_t b, float* sum) {
-            const int64_t at = b * panel;
-            scales[plane + at] = 0;
+            const int64_t at = b * to.panel;
+            scales[to.plane + at] = 0;
             if (scales[at] * scales[at] < limit) return;
             alignas(64) float values[kBlock];
             load(b, values);
             for (int j = 0; j < kBlock; ++j) values[j] -= scales[at] * q[at * kBlock + j];
-            round(values, plane + at, sum);
+            round(values, to.plane + at, sum);
         });
     }
     // call(block, its first group's sum)
     template <class Call>
     SHALLOW_INLINE void each_block(const Call& call) const {
         float* sum = sums;
-        for (int64_t b = 0, left = w.group_blocks; b < w.blocks; ++b) {
+        for (int64_t b = 0, left = to.group_blocks; b < blocks; ++b) {
             call(b, sum);
-            if (w.group_blocks == 0) sum += 2 * panel;
-            if (--left == 0) sum += panel, left = w.group_blocks;
+            if (to.group_blocks == 0) sum += 2 * to.panel;
+            if (--left == 0) sum += to.panel, left = to.group_blocks;
         }
     }
     SHALLOW_INLINE void load(int64_t b, float* values) const {
@@ -74,36 +78,29 @@ struct RowRounding {
         std::int32_t halves[2];
         const float scale = V::quantise(values, q + at * kBlock, halves);
         scales[at] = scale;
-        if (w.group_blocks) {
+        if (to.group_blocks) {
             *sum += scale * static_cast<float>(halves[0] + halves[1]);
         } else {
             sum[0] += scale * static_cast<float>(halves[0]);
-            sum[panel] += scale * static_cast<float>(halves[1]);
+            sum[to.panel] += scale * static_cast<float>(halves[1]);
         }
         return scale;
     }
 };
 
 template <class V>
-void quantise(const Rows& x, const TileView& w, const Int8Input& to, int64_t panel) {
-    const int64_t begin = panel * kPanelRows, blocks = panel * w.blocks * to.panel;
-    for (int64_t i = 0; i < to.panel && begin + i < x.m; ++i)
-        RowRounding<V>{x, w, begin + i, to.panel, to.plane, to.fine,
-                       to.q + (blocks + i) * kBlock, to.scales + blocks + i,
-                       to.sums + panel * w.groups * to.panel + i}
-            .run();
+void write_int8(const Rows& x, const Int8Input& to) {
+    for (int64_t row = 0; row < x.m; ++row) RowRounding<V>(x, to, row).run();
 }
 
 template <class V>
-void widen(const Rows& x, const TileView& w, const FloatInput& to, int64_t panel) {
-    const int64_t begin = panel * kPanelRows;
-    float* const out = to.values + panel * w.blocks * kBlock * to.panel;
-    for (int64_t i = 0; i < to.panel && begin + i < x.m; ++i)
-        for (int64_t b = 0; b < w.blocks; ++b) {
-            const int64_t count = x.k - b * kBlock < kBlock ? x.k - b * kBlock : kBlock;
+void write_float(const Rows& x, const FloatInput& to) {
+    for (int64_t row = 0; row < x.m; ++row)
+        for (int64_t at = 0; at < x.k; at += kBlock) {
             float values[kBlock];
-            V::widen(element(x, begin + i, b * kBlock), x.type, values, static_cast<int>(count));
-            for (int j = 0; j < kBlock; ++j) out[(b * kBlock + j) * to.panel + i] = values[j];
+            V::widen(element(x, row, at), x.type, values,
+                     static_cast<int>(x.k - at < kBlock ? x.k - at : kBlock));
+            for (int j = 0; j < kBlock; ++j) to.values[(at + j) * to.panel + row] = values[j];
         }
 }
 

@@ -13,8 +13,9 @@
 namespace shallow {
 namespace {
 
-// Bytes of weights prefetched, into L2. Memory serves one row of x best by the smaller, by which a
-// short stream would end before it pays.
+// Bytes of weights prefetched, into L2. With 8 KiB instead of 2 a model in L3 decodes at 493 tok/s
+// instead of 464; from memory 8 rows are 5 % faster, but one row 4-8 % slower, so that its long
+// streams take the smaller (benchmarks/results/decoder.md).
 constexpr int64_t kAhead = 8192, kAheadOfLong = 2048;
 constexpr int64_t kLong = 512 << 10;  // bytes of a stream
 
@@ -195,7 +196,9 @@ struct TileSums {
     }
 };
 
-// One tile, or two in turn: memory gives two streams more than one.
+// One tile, or for one row of x two in turn, which memory then reads as two streams: a matrix of an
+// 8B model took 73-90 % of the bandwidth of a plain read by two, 67-78 % by one; from L3 both take
+// 94 % (benchmarks/results/decoder.md).
 template <class V, Codes C, int R, bool Split>
 void int8_rows(const TileView& w, const Int8Input& x, const Output& y, const Place& at) {
     constexpr bool kPair = R == 1 && C != Codes::unpacked;
@@ -344,9 +347,14 @@ struct FloatRun {
 template <class V, template <class, Codes> class Run, Codes C, class Input>
 void panels(const TileView& w, const Input& x, const Output& y, int64_t tile, int64_t column,
             int64_t n, int64_t apart = 0, int64_t ahead = kAhead) {
-    for (int64_t panel = 0, left = x.m; left > 0; ++panel, left -= kPanelRows)
-        in_steps<V>(0, left < kPanelRows ? left : kPanelRows,
-                    Run<V, C>{w, x, y, {tile, panel, 0, column, n, apart, ahead}});
+    Place at{};
+    at.tile = tile;
+    at.column = column;
+    at.n = n;
+    at.apart = apart;
+    at.ahead = ahead;
+    for (int64_t left = x.m; left > 0; ++at.panel, left -= kPanelRows)
+        in_steps<V>(0, left < kPanelRows ? left : kPanelRows, Run<V, C>{w, x, y, at});
 }
 
 // Writes one tile as an unpacked matrix of its own.
@@ -433,7 +441,12 @@ void float_tiles(const TileView& w, const FloatInput& x, const Output& y, int64_
 
 template <class V>
 constexpr Kernels make_kernels() {
-    return {quantise<V>, widen<V>, int8_tiles<V>, float_tiles<V>, nullptr, nullptr};
+    Kernels kernels{};
+    kernels.write_int8 = write_int8<V>;
+    kernels.write_float = write_float<V>;
+    kernels.int8_tiles = int8_tiles<V>;
+    kernels.float_tiles = float_tiles<V>;
+    return kernels;
 }
 
 }  // namespace

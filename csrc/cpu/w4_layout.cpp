@@ -6,8 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/plan.h"
 #include "cpu/threads.h"
-#include "cpu/w4_matmul.h"
 
 namespace shallow {
 namespace {
@@ -142,6 +142,33 @@ std::pair<float, float> fit_step(const float* values) {
     return {static_cast<float>(best_step), static_cast<float>(std::sqrt(best / energy))};
 }
 
+float element(const void* array, int64_t i, ScaleType type) {
+    if (type == ScaleType::float32) return static_cast<const float*>(array)[i];
+    const std::uint16_t bits = static_cast<const std::uint16_t*>(array)[i];
+    return type == ScaleType::float16 ? w4::half_to_float(bits) : w4::bfloat_to_float(bits);
+}
+
+// The weight of code `code` in group `group` of a tile's row `lane`, as w4::Matrix gives it.
+float value(const TileView& w, int64_t tile, int64_t group, int lane, int code) {
+    const uint8_t* const record = w.record(tile, group);
+    const auto c = static_cast<float>(code);
+    if (w.scheme == w4::Scheme::kquant) {
+        const std::uint16_t* const super = w.supers + (tile * ((w.blocks + 7) / 8) + group / 8) * 32;
+        const float step = w4::product(w4::half_to_float(super[lane]), record[lane]);
+        const float low = w4::product(w4::half_to_float(super[16 + lane]), record[16 + lane]);
+        return w4::product(step, c) - low;
+    }
+    const float scale = element(record, lane, w.scale_type);
+    const uint8_t* const second = record + 16 * (w.scale_type == ScaleType::float32 ? 4 : 2);
+    switch (w.scheme) {
+        case w4::Scheme::minimum:
+            return w4::product(c, scale) + element(second, lane, w.scale_type);
+        case w4::Scheme::zero: return (c - second[lane]) * scale;
+        case w4::Scheme::codebook: return w.values[code] * scale;
+        default: return (c - w.center) * scale;
+    }
+}
+
 }  // namespace
 
 void TileView::set_runs() {
@@ -162,19 +189,14 @@ struct alignas(64) TiledMatrix::Header {
 
 std::size_t TiledMatrix::place(bool permuted) {
     TileView& v = view_;
-    std::size_t used = sizeof(Header);
-    const auto cut = [&](int64_t bytes) {
-        uint8_t* const part = bytes_ && bytes ? bytes_ + used : nullptr;
-        used += static_cast<std::size_t>((bytes + kChunk - 1) / kChunk * kChunk);
-        return part;
-    };
+    Cutter cutter{bytes_, sizeof(Header)};
     const bool kquant = v.scheme == w4::Scheme::kquant;
     v.set_runs();
-    v.data = cut(v.tiles * v.tile_bytes);
-    v.supers = reinterpret_cast<std::uint16_t*>(
-        cut(kquant ? v.tiles * w4::ceil_div(v.k, w4::kSuper) * 64 : 0));
-    perm_ = reinterpret_cast<std::int32_t*>(cut(permuted ? v.k * 4 : 0));
-    return used;
+    v.data = cutter.cut<uint8_t>(v.tiles * v.tile_bytes);
+    v.supers = kquant ? cutter.cut<std::uint16_t>(v.tiles * w4::ceil_div(v.k, w4::kSuper) * 32)
+                      : nullptr;
+    perm_ = permuted ? cutter.cut<std::int32_t>(v.k) : nullptr;
+    return static_cast<std::size_t>(cutter.used);
 }
 
 void TiledMatrix::allocate(bool permuted) {
@@ -288,6 +310,42 @@ TiledMatrix::TiledMatrix(const void* weights, ScaleType type, int64_t n, int64_t
             }
         }
     });
+}
+
+void read_row(const TiledMatrix& matrix, int64_t row, float* out) {
+    const TileView& w = matrix.view();
+    const int64_t tile = row / kTileRows;
+    const int lane = static_cast<int>(row % kTileRows);
+    const bool byte = w.kind == Codes::byte;
+    const bool nibble = w.kind == Codes::nibble || w.kind == Codes::nibble_table;
+    float values[16];  // of a group's nibbles
+    for (int64_t half = 0, known = -1; half * 16 < w.k; ++half) {
+        const int64_t block = half / 2, first = half % 2 * 16;
+        const int64_t group = w.group_blocks ? block / w.group_blocks : half;
+        const uint8_t* const codes = w.block(tile, block);
+        if (nibble && group != known)
+            for (int code = 0; code < 16; ++code) values[code] = value(w, tile, group, lane, code);
+        known = group;
+        const int64_t columns = std::min<int64_t>(16, w.k - half * 16);
+        for (int64_t i = 0; i < columns; ++i) {
+            const int64_t column = first + i, k = half * 16 + i;
+            float v;
+            if (nibble) {
+                const int pair = codes[i / 4 * 64 + lane * 4 + i % 4];
+                v = values[first ? pair >> 4 : pair & 15];
+            } else if (byte) {
+                v = value(w, tile, group, lane, codes[column / 4 * 64 + lane * 4 + column % 4]);
+            } else if (w.kind == Codes::bfloat16) {
+                v = element(codes, (column / 2 * kTileRows + lane) * 2 + column % 2,
+                            ScaleType::bfloat16);
+            } else {
+                v = element(codes, column * kTileRows + lane, w.kind == Codes::float32
+                                                                  ? ScaleType::float32
+                                                                  : ScaleType::float16);
+            }
+            out[matrix.perm() ? matrix.perm()[k] : k] = v;
+        }
+    }
 }
 
 }  // namespace shallow

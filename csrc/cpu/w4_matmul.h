@@ -27,8 +27,9 @@ enum class Codes : std::int32_t { nibble, nibble_table, byte, float32, float16, 
 //   float32, float16   block of 32 columns x 16 rows
 //   bfloat16  block of 16 column pairs x 16 rows x 2: what the tile registers multiply
 // The parameters of one group of one tile are a record: 16 scales, then 16 mins or zeros.
-// A tile is a line of runs, so that memory is read as one stream: the records of as many groups as
-// fill whole cache lines, then the blocks of these groups. The last run may have fewer.
+// A tile is a line of runs, so that memory is read as one stream (groups of 32 from memory: 3-6 %
+// faster than with the records apart, benchmarks/results/decoder.md): the records of as many groups
+// as fill whole cache lines, then the blocks of these groups. The last run may have fewer.
 // With group 16 the groups are padded to two a block.
 struct TileView {
     const std::uint8_t* data;    // tiles, tile_bytes apart
@@ -119,7 +120,8 @@ struct Int8Input {
     float* scales;  // (2, panels, blocks, panel)
     float* sums;    // (panels, groups, panel): sum over the group of scale * q, of both planes
     std::int64_t m, panel;
-    std::int64_t plane;  // scales in one
+    std::int64_t plane;         // scales in one
+    std::int64_t group_blocks;  // as in TileView
     bool fine;
 };
 
@@ -135,32 +137,23 @@ struct BfloatInput {
     std::int64_t m, stride;
 };
 
-// An odd number of KiB: panels a power of two apart would share few cache sets.
-constexpr std::int64_t bfloat_stride(std::int64_t blocks) {
-    return (blocks | 1) * kBlock * kPanelRows;
-}
-
 // One instruction set's kernels. Tiles and panels are independent: any split gives the same bits.
 struct Kernels {
-    void (*quantise)(const Rows& x, const TileView& w, const Int8Input& to, std::int64_t panel);
-    void (*widen)(const Rows& x, const TileView& w, const FloatInput& to, std::int64_t panel);
-    // with scratch for one unpacked tile, tiles are unpacked: for 32 rows or more
+    // Write x, a panel's first rows, whose columns are padded with zeros to whole blocks.
+    void (*write_int8)(const Rows& x, const Int8Input& to);
+    void (*write_float)(const Rows& x, const FloatInput& to);
+    // With scratch tiles are unpacked, for many rows. Forms and scratch are as plan.h measures them.
     void (*int8_tiles)(const TileView& w, const Int8Input& x, const Output& y, std::int64_t begin,
                        std::int64_t end, std::uint8_t* scratch);
     void (*float_tiles)(const TileView& w, const FloatInput& x, const Output& y,
                         std::int64_t begin, std::int64_t end);
-    // For many rows where the processor multiplies tiles of bfloat16, else null; scratch of
-    // bfloat_scratch_bytes().
-    void (*narrow)(const Rows& x, const TileView& w, const BfloatInput& to, std::int64_t panel);
+    // For many rows where the processor multiplies tiles of bfloat16, else null.
+    void (*write_bfloat)(const Rows& x, const BfloatInput& to);
     void (*bfloat_tiles)(const TileView& w, const BfloatInput& x, const Output& y,
                          std::int64_t begin, std::int64_t end, std::uint8_t* scratch);
 };
 
 constexpr int kSliceBlocks = 18;  // blocks of two tiles in bfloat16 that stay in 48 KiB of L1
-constexpr std::int64_t bfloat_scratch_bytes(std::int64_t rows, std::int64_t tiles) {
-    const std::int64_t pairs = (rows + 2 * kPanelRows - 1) / (2 * kPanelRows) * ((tiles + 1) / 2);
-    return 2 * kSliceBlocks * kBlock * kTileRows * 2 + pairs * 4 * kPanelRows * kTileRows * 4;
-}
 
 #if defined(SHALLOW_X86)
 extern const Kernels kKernelsAvx2, kKernelsAvxvnni, kKernelsAvx512, kKernelsAmx;
@@ -169,6 +162,9 @@ extern const Kernels kKernelsGeneric;
 const Kernels& kernels(Isa isa);  // throws std::invalid_argument where this machine lacks it
 
 enum class Mode { int8, exact };
+
+// Row `row` of a matrix, in its original column order; k floats.
+void read_row(const TiledMatrix& matrix, std::int64_t row, float* out);
 
 // exact: float32 activations and weights. int8: activations rounded to int8 a block of 32, twice
 // for the coarsest blocks, where that is fastest: many rows on amx are rounded to bfloat16 (a smaller

@@ -1,8 +1,9 @@
 // AVX-512 for a few rows of x; for many, weights are unpacked to bfloat16 and multiplied as tiles
 // of 16 x 32 that add in float32: no scale is left to apply to the sums.
 //
-// A tile product takes as long as the second-level cache needs for one operand. So a slice of two
-// weight tiles is unpacked into the first level, where all rows of x meet it; sums wait in memory.
+// A slice of two weight tiles is unpacked into the first-level cache, where all rows of x meet it;
+// sums wait in memory. Out of L2 a tile product takes as long as one operand needs to arrive: a
+// prefill of 512 tokens went from 1,869 to 3,570 tok/s (benchmarks/results/decoder.md).
 #include "cpu/amx_tiles.h"
 #include "cpu/w4_vector_avx512.h"
 
@@ -115,7 +116,8 @@ struct Corner {
     const Output& y;
     int64_t panel, tile, m, tiles;
 
-    // Sums of whole tiles go to y at once: its lines are fetched while the tiles are multiplied.
+    // Sums of whole tiles go to y at once. Its lines are fetched while the tiles are multiplied: a
+    // prefill is 4 % slower without (benchmarks/results/decoder.md).
     Target target(int p, int t, Sums& spare) const {
         const int64_t row = (panel + p) * kPanelRows, column = (tile + t) * kTileRows;
         if (!whole(p, t)) return {spare[p][t], 64};
@@ -126,8 +128,12 @@ struct Corner {
     void finish(int p, int t, const Sums& spare) const {
         const int64_t left = m - (panel + p) * kPanelRows;
         if (whole(p, t) || left <= 0 || tile + t >= tiles) return;
-        write<Avx512>(spare[p][t], static_cast<int>(left < kPanelRows ? left : kPanelRows), y,
-                      {tile + t, panel + p, 0, (tile + t) * kTileRows, w.n});
+        Place at{};
+        at.tile = tile + t;
+        at.panel = panel + p;
+        at.column = (tile + t) * kTileRows;
+        at.n = w.n;
+        write<Avx512>(spare[p][t], static_cast<int>(left < kPanelRows ? left : kPanelRows), y, at);
     }
 
 private:
@@ -175,7 +181,7 @@ void bfloat_tiles(const TileView& w, const BfloatInput& x, const Output& y, int6
 }
 
 // 32 elements -> bfloat16.
-inline __m512i narrow_block(const void* from, ScaleType type, int64_t count) {
+inline __m512i to_bfloat(const void* from, ScaleType type, int64_t count) {
     if (type == ScaleType::bfloat16) {
         sanitizer_reads(from, count * 2);
         return _mm512_maskz_loadu_epi16(count < 32 ? (1u << count) - 1 : ~0u, from);
@@ -185,24 +191,20 @@ inline __m512i narrow_block(const void* from, ScaleType type, int64_t count) {
     return in_order(_mm512_load_ps(values), _mm512_load_ps(values + 16));
 }
 
-void narrow(const Rows& x, const TileView& w, const BfloatInput& to, int64_t panel) {
+void write_bfloat(const Rows& x, const BfloatInput& to) {
     for (int64_t i = 0; i < kPanelRows; ++i) {
-        const int64_t row = panel * kPanelRows + i;
-        std::uint16_t* out = to.values + panel * to.stride + i * kBlock;
-        for (int64_t b = 0; b < w.blocks; ++b, out += kTile) {
-            const int64_t left = x.k - b * kBlock;
-            const __m512i values =
-                row < x.m ? narrow_block(element(x, row, b * kBlock), x.type,
-                                         left < kBlock ? left : kBlock)
-                          : _mm512_setzero_si512();
-            _mm512_store_si512(out, values);
+        std::uint16_t* out = to.values + i * kBlock;
+        for (int64_t at = 0; at < x.k; at += kBlock, out += kTile) {
+            const int64_t count = x.k - at < kBlock ? x.k - at : kBlock;
+            _mm512_store_si512(out, i < x.m ? to_bfloat(element(x, i, at), x.type, count)
+                                            : _mm512_setzero_si512());
         }
     }
 }
 
 constexpr Kernels with_tiles() {
     Kernels kernels = make_kernels<Avx512>();
-    kernels.narrow = narrow;
+    kernels.write_bfloat = write_bfloat;
     kernels.bfloat_tiles = bfloat_tiles;
     return kernels;
 }

@@ -230,7 +230,7 @@ public:
                 const std::uint32_t b[2] = {four.x, four.y};
                 mma<T>(part, {a[0][2 * i], a[1][2 * i], a[0][2 * i + 1], a[1][2 * i + 1]}, b);
                 if (VALUES == Values::plain) mma<T>(sums, {kOnes, kOnes, kOnes, kOnes}, b);
-                // After every word, not every group: cheaper than asking whether the group ends.
+                // After every word, not every group: no branch on where the group ends.
                 if (i + 1 == kSteps / 4 || p_.step_shift == 0)
                     scale_part(step >> p_.step_shift, scale, minimum, part, sums);
             }

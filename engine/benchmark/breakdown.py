@@ -5,6 +5,7 @@ from typing import Any
 
 from engine.errors import InputError
 from engine.generation import Options, Step, generate
+from engine.runtime import Timed
 
 LABELS = {  # as the decoder names its parts (csrc/cpu/decoder_bindings.cpp)
     "qkv": "q, k, v",
@@ -41,20 +42,20 @@ def breakdown(model, prompt, options: Options, batch: int = 1) -> list[dict[str,
     `InputError` for a backend that cannot tell, and where there is no decode step.
     """
     runtime = model.runtime
-    if runtime.name != "cpu":
-        raise InputError(f"--breakdown needs --backend cpu, not {runtime.name}")
     if options.max_new_tokens < 2:
         raise InputError("--breakdown needs --new-tokens of at least 2: the first has no step")
+    if not isinstance(runtime, Timed):
+        raise InputError(f"--breakdown needs --backend cpu, not {runtime.name}")
     step_ns: list[int] = []
 
     def after(step: Step) -> None:
         if not step_ns:
-            runtime.decoder.measure(True)  # clears what the prompt took
+            runtime.measure(True)  # clears what the prompt took
         step_ns.append(step.elapsed_ns)
 
     generation = generate(runtime, model.text, [prompt] * batch, options, after)[0]
-    times = runtime.decoder.times()
-    runtime.decoder.measure(False)
+    times = runtime.times()
+    runtime.measure(False)
     steps = len(step_ns) - 1
     if not steps:
         raise InputError("--breakdown: the text ended before the first decode step")
@@ -65,19 +66,10 @@ def breakdown(model, prompt, options: Options, batch: int = 1) -> list[dict[str,
         return Part(name, ms, ms / step_ms, nbytes, nbytes and ms and nbytes / ms / 1e6)
 
     context = generation.prompt_tokens + (steps + 1) / 2  # of a step, on average
-    nbytes = times["bytes"] | {"attention": round(batch * kv_bytes(runtime, context))}
-    seconds = times["seconds"]
+    nbytes = {**times.bytes, "attention": round(batch * runtime.kv_bytes(context))}
+    seconds = times.seconds
     parts = [part(LABELS[name], seconds[name], nbytes.get(name)) for name in LABELS]
     parts.sort(key=lambda found: -found.ms)
-    parts.append(part("threads", times["whole"] - sum(seconds.values())))
-    parts.append(part("Python", step_ms * steps / 1e3 - times["whole"]))
+    parts.append(part("threads", times.whole - sum(seconds.values())))
+    parts.append(part("Python", step_ms * steps / 1e3 - times.whole))
     return [asdict(found) for found in parts]
-
-
-def kv_bytes(runtime, context: float) -> float:
-    """Keys and values that a sequence's step reads; layers with a window read no more than it."""
-    from engine.runtime.cpu import PAGE
-
-    layers = runtime.config.layers
-    position_bytes = runtime.new_cache(1, PAGE).nbytes / PAGE / len(layers)
-    return position_bytes * sum(min(context, layer.window or context) for layer in layers)

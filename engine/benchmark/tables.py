@@ -1,33 +1,34 @@
 """What `engine run` prints of a record."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from engine.benchmark.machine import ceiling_missing
 from engine.benchmark.speed import RunRecord
 
 
-def report(record: RunRecord, json_file: Path | None) -> None:
-    """Prints the tables and the JSON line; writes the file where one is asked for."""
-    console = Console()
-    console.print(speeds(record))
+def tables(record: RunRecord) -> list[Table]:
+    """The speeds, then the peers and the parts of a step where they were asked for."""
+    found = [speeds(record)]
     if record.compare:
-        console.print(peers(record))
+        found.append(peers(record))
     if record.breakdown:
-        console.print(parts(record))
-    for peer in record.compare:
-        if "wrong" in peer:
-            print(f"{peer['name']}: {peer['wrong']} ({peer['agreement']:.0%} of its tokens agree)")
+        found.append(parts(record))
+    return found
+
+
+def remarks(record: RunRecord) -> list[str]:
+    """What the tables leave out, and why."""
+    found = [
+        f"{peer['name']}: {peer['wrong']} ({peer['agreement']:.0%} of its tokens agree)"
+        for peer in record.compare
+        if "wrong" in peer
+    ]
     if record.ceiling_gb_s is None:
-        print(f"no ceiling: {ceiling_missing(torch.device(record.device))}")
-    if json_file is not None:
-        record.save(json_file)
-    print(json.dumps(record.to_json()), flush=True)
+        found.append(f"no ceiling: {ceiling_missing(torch.device(record.device))}")
+    return found
 
 
 def speeds(record: RunRecord) -> Table:

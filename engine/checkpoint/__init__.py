@@ -1,9 +1,12 @@
 """Checkpoints: tensors under their Hugging Face names, whatever file they lie in."""
 
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from engine.architecture.layers import kept_layers
+from engine.artifacts import Plan
 from engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,11 +55,62 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        from engine.checkpoint.quantised import open_directory
+        from engine.checkpoint.safetensors import SafetensorsCheckpoint, quantization_config
 
-        return open_directory(path)
+        stored = SafetensorsCheckpoint(path)
+        quantization = quantization_config(path, stored.config.source)
+        if quantization is None:
+            return stored
+        from engine.checkpoint.quantised import QuantisedCheckpoint
+
+        return QuantisedCheckpoint(stored, quantization)
     if path.suffix == ".gguf" or not path.exists():
         from engine.checkpoint.gguf import GgufCheckpoint
 
         return GgufCheckpoint(path)
     raise InputError(f"{path}: expected a Hugging Face directory or a .gguf file")
+
+
+def stored_sizes(path: Path) -> "tuple[ModelConfig, dict[str, int]]":
+    """(config, bytes of every tensor on disk), from the headers alone and without torch.
+
+    The tensors of a directory have the names they are stored under, companions of quantised ones
+    too; those of a GGUF their Hugging Face names.
+    """
+    if path.is_dir():
+        from engine.checkpoint.safetensors import SafetensorsCheckpoint
+
+        opened: Checkpoint = SafetensorsCheckpoint(path)
+    else:
+        opened = open_checkpoint(path)
+    return opened.config, {name: opened.nbytes(name) for name in opened.names()}
+
+
+def choose_layers(
+    checkpoint: Checkpoint,
+    drop: str | Iterable[int] | Plan | None = None,
+    keep: str | Iterable[int] | None = None,
+) -> "ModelConfig":
+    """The checkpoint's config with the layers that stay.
+
+    A Plan made on another architecture is an InputError; on other weights of the same one, a
+    warning. Bits do not matter: a plan made on 16-bit weights drives a 4-bit copy.
+    """
+    config = checkpoint.config
+    if not isinstance(drop, Plan):
+        return config.keep(kept_layers(config.total_layers, drop, keep))
+    if keep is not None:
+        raise InputError("a plan and keep exclude each other; give one of them")
+    if drop.architecture != config.architecture_hash:
+        raise InputError(
+            f"the plan was made for {drop.model}, whose layers have other shapes than those of "
+            f"{checkpoint.path}"
+        )
+    from engine.checkpoint.weights import lineage_hash
+
+    if drop.lineage != lineage_hash(checkpoint, config):
+        warnings.warn(
+            f"the plan was made on other weights ({drop.model}) than {checkpoint.path} holds",
+            stacklevel=2,
+        )
+    return config.keep(drop.keep)

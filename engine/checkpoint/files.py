@@ -5,11 +5,12 @@ import math
 import mmap
 import sys
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 _MAP_NORESERVE = 0x4000  # Linux; the mmap module names it only since Python 3.13
 
@@ -37,8 +38,8 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def view(
-    data: torch.Tensor, offset: int, dtype: torch.dtype, shape: tuple[int, ...]
-) -> torch.Tensor:
+    data: "torch.Tensor", offset: int, dtype: "torch.dtype", shape: tuple[int, ...]
+) -> "torch.Tensor":
     """`shape` values of `dtype` at a byte offset of `data` (bytes,) uint8.
 
     A view, or a copy where the offset is not a multiple of the item size.

@@ -4,8 +4,7 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from engine.architecture.config import ModelConfig
 from engine.architecture.families import FAMILIES, role_shape
@@ -15,6 +14,10 @@ from engine.checkpoint.gguf_blocks import GgufBlocks, dequantise
 from engine.checkpoint.gguf_config import config_from_gguf, family_of
 from engine.checkpoint.gguf_file import GgufFile, GgufTensor
 from engine.errors import InputError
+from engine.kernels.dtypes import dtype_of
+
+if TYPE_CHECKING:
+    import torch
 
 _LAYER_TENSOR = re.compile(r"blk\.(\d{1,6})\.(\w+)\.(weight|bias)", re.ASCII)
 
@@ -65,14 +68,14 @@ class GgufCheckpoint:
         source = self._source(name)
         return source.rows * source.stride_bytes
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> "torch.Tensor":
         source = self._source(name)
         kind, data = source.tensor.type, self._data(source)
         if kind.dtype is None:
             matrix = (data.numel() // source.tensor.row_bytes, source.tensor.shape[-1])
             values = dequantise(GgufBlocks(kind.name, matrix, data))
         else:
-            values = data.view(kind.dtype)
+            values = data.view(dtype_of(kind.dtype))
         values = values.view(source.shape)
         return values.float() - source.offset if source.offset else values
 
@@ -87,7 +90,7 @@ class GgufCheckpoint:
             raise InputError(f"{self.path}: there is no tensor {name!r}")
         return self._sources[name]
 
-    def _data(self, source: _Source) -> torch.Tensor:
+    def _data(self, source: _Source) -> "torch.Tensor":
         """(rows, bytes) uint8 in Hugging Face's row order: a view, or a copy where permuted."""
         begin = source.tensor.offset + source.first * source.stride_bytes
         data = self.file.data[begin : begin + source.rows * source.stride_bytes]

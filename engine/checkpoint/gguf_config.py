@@ -8,11 +8,8 @@ import math
 from ctypes import c_float
 from typing import Any
 
-import torch
-
 from engine.architecture.config import Rope
 from engine.architecture.families import FAMILIES
-from engine.architecture.rope import inverse_frequencies
 from engine.checkpoint.gguf_file import GgufFile, GgufTensor
 from engine.checkpoint.gguf_names import (
     ARCHITECTURES,
@@ -88,7 +85,7 @@ def config_from_gguf(file: GgufFile, family: str) -> dict[str, Any]:
         "eos_token_id": _end_tokens(fields),
     }
     if embedding.type.dtype is not None:
-        config["torch_dtype"] = str(embedding.type.dtype).removeprefix("torch.")
+        config["torch_dtype"] = embedding.type.dtype
     return config | _rope(fields, head_dim) | _by_family(fields, family, config)
 
 
@@ -211,6 +208,10 @@ def _by_divisors(divisors: list[float], theta: float, dim: int) -> dict[str, Any
 
     Naming the scaling keeps the config one that transformers knows.
     """
+    import torch
+
+    from engine.architecture.rope import inverse_frequencies
+
     scaling = {"rope_type": "llama3", "factor": max(divisors), **_LLAMA3}
     if len(divisors) == dim // 2:
         guess = Rope(theta, dim, "llama3", max(divisors), _LLAMA3_CONTEXT, **_LLAMA3)
@@ -259,10 +260,10 @@ class _Fields:
     def values(self, name: str) -> list[float]:
         """The numbers of a float32 vector."""
         tensor = self.tensor(name)
-        if tensor.type.dtype is not torch.float32 or len(tensor.shape) != 1:
+        if tensor.type.dtype != "float32" or len(tensor.shape) != 1:
             raise InputError(f"{self.file.path}: tensor {name!r}: expected a vector of F32")
-        data = self.file.data[tensor.offset : tensor.offset + tensor.nbytes]
-        return [_decimal(value) for value in data.view(torch.float32).tolist()]
+        count = tensor.shape[0]
+        return [_decimal(value) for value in self.file.floats(tensor.offset, count)]
 
     def wrong(self, key: str, expected: str, found: Any) -> InputError:
         return InputError(

@@ -11,14 +11,16 @@ import mmap
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.files import map_file
-from engine.checkpoint.gguf_blocks import BLOCK_TYPES, UNREAD_TYPES, BlockType
+from engine.checkpoint.gguf_blocks import BLOCK_TYPES, BlockType, type_name
 from engine.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
@@ -107,7 +109,17 @@ class GgufFile:
         tensor_count = header.start()
         self.metadata = Metadata(path, mapped, header.pairs())
         self.tensors = header.tensors(tensor_count, _alignment(path, self.metadata))
-        self.data = torch.frombuffer(mapped, dtype=torch.uint8)
+        self._mapped = mapped
+
+    def floats(self, offset: int, count: int) -> tuple[float, ...]:
+        """So many float32 values from byte `offset` on."""
+        return struct.unpack_from(f"<{count}f", self._mapped, offset)
+
+    @cached_property
+    def data(self) -> "torch.Tensor":
+        import torch
+
+        return torch.frombuffer(self._mapped, dtype=torch.uint8)
 
 
 class _Header:
@@ -165,8 +177,7 @@ class _Header:
         if kind not in BLOCK_TYPES:
             known = ", ".join(block.name for block in BLOCK_TYPES.values())
             raise InputError(
-                f"{self._path}: {what}: type {UNREAD_TYPES.get(kind, kind)} is not supported; "
-                f"known are {known}"
+                f"{self._path}: {what}: type {type_name(kind)} is not supported; known are {known}"
             )
         block = BLOCK_TYPES[kind]
         if 0 in shape or shape[-1] % block.weights:

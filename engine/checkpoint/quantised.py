@@ -5,34 +5,14 @@ parts (`q_proj.qweight`, `q_proj.scales`, ...) appear as the one name `q_proj.we
 """
 
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine.checkpoint import Checkpoint
-from engine.checkpoint.files import read_json
 from engine.checkpoint.methods import METHODS, Parts
 from engine.checkpoint.safetensors import SafetensorsCheckpoint
 from engine.errors import InputError
 from engine.kernels.w4.format import Packed
-
-
-def open_directory(path: Path) -> Checkpoint:
-    """A Hugging Face directory, quantised or not; InputError where it cannot be read."""
-    stored = SafetensorsCheckpoint(path)
-    quantization = quantization_config(path, stored.config.source)
-    return stored if quantization is None else QuantisedCheckpoint(stored, quantization)
-
-
-def quantization_config(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """What config.json, or an older quantize_config.json, says of quantisation; else None."""
-    found = config.get("quantization_config")
-    if found is None and (path / "quantize_config.json").is_file():
-        found = {"quant_method": "gptq"} | read_json(path / "quantize_config.json")
-    if found is not None and not isinstance(found, dict):
-        raise InputError(f"{path}: quantization_config must be an object, found {found!r}")
-    return found
 
 
 class QuantisedCheckpoint:

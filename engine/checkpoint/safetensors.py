@@ -7,30 +7,35 @@ data_offsets}}), then the data, which the tensors cover without gaps.
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from engine.architecture.hf_config import from_hf
 from engine.checkpoint.files import map_file, parse_json, read_json, view
 from engine.errors import InputError
+from engine.kernels.dtypes import dtype_of
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+if TYPE_CHECKING:
+    import torch
+
+# As the header spells it -> torch's name, bytes a value.
+TYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U64": ("uint64", 8),
+    "U32": ("uint32", 4),
+    "U16": ("uint16", 2),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
 _MAX_DIMENSIONS = 8
 _MAX_SIZE = 2**63
@@ -42,13 +47,10 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 class Entry:
     """Where a tensor lies: `offset` counts bytes from the start of the file."""
 
-    dtype: torch.dtype
+    dtype: str  # torch's name
     shape: tuple[int, ...]
     offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+    nbytes: int
 
 
 class SafetensorsFile:
@@ -65,12 +67,18 @@ class SafetensorsFile:
             for name, fields in header.items()
         }
         _check_cover(path, self.entries, start, len(mapped))
-        self._data = torch.frombuffer(mapped, dtype=torch.uint8)
+        self._mapped = mapped
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> "torch.Tensor":
         """A view of the mapping in the stored dtype."""
         entry = self.entries[name]
-        return view(self._data, entry.offset, entry.dtype, entry.shape)
+        return view(self._data, entry.offset, dtype_of(entry.dtype), entry.shape)
+
+    @cached_property
+    def _data(self) -> "torch.Tensor":
+        import torch
+
+        return torch.frombuffer(self._mapped, dtype=torch.uint8)
 
 
 class SafetensorsCheckpoint:
@@ -100,7 +108,7 @@ class SafetensorsCheckpoint:
     def nbytes(self, name: str) -> int:
         return self._file(name).entries[name].nbytes
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> "torch.Tensor":
         return self._file(name).read(name)
 
     def packed(self, name: str) -> None:
@@ -110,6 +118,16 @@ class SafetensorsCheckpoint:
         if name not in self._files:
             raise InputError(f"{self.path}: there is no tensor {name!r}")
         return self._files[name]
+
+
+def quantization_config(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """What config.json, or an older quantize_config.json, says of quantisation; else None."""
+    found = config.get("quantization_config")
+    if found is None and (path / "quantize_config.json").is_file():
+        found = {"quant_method": "gptq"} | read_json(path / "quantize_config.json")
+    if found is not None and not isinstance(found, dict):
+        raise InputError(f"{path}: quantization_config must be an object, found {found!r}")
+    return found
 
 
 def _config(path: Path) -> dict:
@@ -185,10 +203,8 @@ def _entry(where: str, fields: object, start: int, size: int) -> Entry:
     if not isinstance(fields, dict):
         raise InputError(f"{where}: expected an object, found {type(fields).__name__}")
     dtype, shape, span = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise InputError(
-            f"{where}: dtype {dtype!r} is not supported; known are {', '.join(DTYPES)}"
-        )
+    if not isinstance(dtype, str) or dtype not in TYPES:
+        raise InputError(f"{where}: dtype {dtype!r} is not supported; known are {', '.join(TYPES)}")
     if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
         raise InputError(f"{where}: expected a shape of at most {_MAX_DIMENSIONS} sizes")
     if not _are_sizes(span) or len(span) != 2 or span[0] > span[1]:
@@ -198,7 +214,8 @@ def _entry(where: str, fields: object, start: int, size: int) -> Entry:
         raise InputError(
             f"{where}: its data ends at byte {start + end} of a {size}-byte file; it is truncated"
         )
-    entry = Entry(DTYPES[dtype], tuple(shape), start + begin)
+    name, itemsize = TYPES[dtype]
+    entry = Entry(name, tuple(shape), start + begin, math.prod(shape) * itemsize)
     if entry.nbytes != end - begin:
         raise InputError(
             f"{where}: {dtype} {shape} takes {entry.nbytes} bytes, but its offsets span "

@@ -10,6 +10,7 @@ from engine.architecture.families import layer_parts, layer_tensors, outer_tenso
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.gguf_blocks import GgufBlocks, dequantise
 from engine.errors import InputError
+from engine.kernels.dtypes import name_of
 from engine.kernels.w4.format import Packed, rows_of, unpack
 from engine.kernels.w4.from_gguf import from_blocks
 
@@ -106,7 +107,7 @@ def values(stored: Stored) -> torch.Tensor:
 def describe(stored: Stored) -> str:
     """In a few words: "float16", "Q4_1", "4 bits, group 64, symmetric"."""
     if isinstance(stored, torch.Tensor):
-        return str(stored.dtype).removeprefix("torch.")
+        return name_of(stored.dtype)
     if isinstance(stored, GgufBlocks):
         return stored.type
     spec = stored.spec

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engine.commands import common
+from engine.commands import common, output
 from engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,17 +42,18 @@ def budget(
     json_file: common.JsonFile = None,
 ) -> None:
     """Parameters, bytes and FLOPs of a model, before and after; needs no weights."""
-    from engine.pruning.budget import Storage
+    from engine.pruning.budget import Storage, file_bytes
     from engine.pruning.budget import budget as compute
 
     common.check_writable(json_file)
     if paper:
         model = "llama-2-70b"
         drop, plan, keep = "39-78", None, None  # half of 80 layers, all but the last of the end
-    config = read_config(model)
+    config, sizes = read_model(model)
     storage = Storage(bits, group, head, 32 if minimum else 16)
     kept = kept_config(config, plan, drop, keep)
-    found = compute(model, config, kept, storage, context)
+    file = None if sizes is None else file_bytes(config, sizes)
+    found = compute(model, config, kept, storage, context, file)
     show(found, bandwidth)
     if paper:
         show_paper(found)
@@ -75,23 +76,25 @@ def kept_config(
     return config.keep(made.keep)
 
 
-def read_config(ref: str) -> "ModelConfig":
-    """A built-in shape, a config.json, or the config of a checkpoint; no weights are read."""
+def read_model(ref: str) -> "tuple[ModelConfig, dict[str, int] | None]":
+    """(config, bytes of every tensor on disk) of a checkpoint, of which headers alone are read.
+
+    A built-in shape, a config.json and a directory without weights have no bytes: None.
+    """
     from engine.architecture.hf_config import from_hf
-    from engine.checkpoint import open_checkpoint
+    from engine.checkpoint import stored_sizes
     from engine.checkpoint.files import read_json
     from engine.checkpoint.locate import locate
     from engine.pruning.budget import built_in
 
-    found = built_in(ref)
-    if found is not None:
-        return found
+    if (found := built_in(ref)) is not None:
+        return found, None
     path = Path(ref).expanduser()
-    if path.is_dir() and (path / "config.json").is_file():
+    if path.is_dir() and not list(path.glob("*.safetensors")):
         path = path / "config.json"
     if path.suffix == ".json":
-        return from_hf(read_json(path), str(path))
-    return open_checkpoint(locate(ref)).config
+        return from_hf(read_json(path), str(path)), None
+    return stored_sizes(locate(ref))
 
 
 def parse_bytes(size: str) -> int:
@@ -104,7 +107,6 @@ def parse_bytes(size: str) -> int:
 
 def show(found: "Budget", bandwidth: float | None) -> None:
     """The itemised table; bytes in MB or GB (1e9)."""
-    from rich.console import Console
     from rich.table import Table
 
     from engine.report.tables import BUDGET_COLUMNS, budget_rows
@@ -116,7 +118,7 @@ def show(found: "Budget", bandwidth: float | None) -> None:
         for row in section:
             table.add_row(*row)
         table.add_section()
-    Console().print(table)
+    output.show(table)
 
 
 def show_paper(found: "Budget") -> None:
@@ -124,7 +126,7 @@ def show_paper(found: "Budget") -> None:
     before, after = found.before, found.after
     sixteen, four = 2 * 70e9 / 1e9, 2 * 70e9 / 4 / 2 / 1e9
     rule = 2 * before["total_parameters"]
-    print(
+    output.say(
         f"The paper (arXiv 2403.17887): {_PAPER['before_gb']:g} GB -> {_PAPER['after_gb']:g} GB, "
         f"{_PAPER['before_flops']:.1e} -> {_PAPER['after_flops']:.1e} FLOPs a token.\n"
         f"Its bytes are 70e9 parameters at 16 bits, {sixteen:g} GB, and a quarter of the bits of "

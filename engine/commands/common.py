@@ -1,20 +1,19 @@
-"""What the commands share: their common options, and how a refusal reaches the user."""
+"""What the commands share: their common options, and opening what they name."""
 
-import os
-import sys
-import warnings
-from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engine.commands import output
 from engine.errors import InputError
 
 if TYPE_CHECKING:
     from engine.api import Model
+    from engine.architecture.config import ModelConfig
     from engine.artifacts import Plan
+    from engine.checkpoint import Checkpoint
+    from engine.reference.decoder import Decoder
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -35,6 +34,25 @@ JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the record to a file too.")
 ]
 
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        help="Nothing but the record, and what went wrong.",
+        callback=output.set_quiet,
+        is_eager=True,
+    ),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        help="What is chosen and how long it takes, on stderr.",
+        callback=output.set_verbose,
+        is_eager=True,
+    ),
+]
+
 TextSource = Annotated[
     str | None,
     typer.Option(
@@ -43,37 +61,6 @@ TextSource = Annotated[
     ),
 ]
 Column = Annotated[str, typer.Option(help="Of a .jsonl, .parquet or hub source.")]
-
-
-def execute(app: Callable[..., Any]) -> None:
-    """Runs a typer app; what the user can mend becomes one line on stderr and exit code 2."""
-    # Before torch is imported. Its threads spin some 15 ms for the next operation, and where other
-    # programs have their core GPTQ takes 20 times its CPU seconds (benchmarks/results/quality.md).
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    warnings.showwarning = lambda message, *_: print(f"engine: {message}", file=sys.stderr)
-    try:
-        sys.exit(app(standalone_mode=False))
-    except InputError as error:
-        refuse(error)
-    except RuntimeError as error:
-        from engine.kernels.dispatch import BackendUnavailable
-
-        if not isinstance(error, BackendUnavailable):
-            raise
-        refuse(error)
-    except Exception as error:
-        if type(error).__name__ == "Abort":
-            sys.exit(130)  # Ctrl-C
-        if not hasattr(error, "format_message"):  # typer's word on an option it could not read
-            raise
-        if message := error.format_message():
-            refuse(message)
-        sys.exit(2)  # the help was all there is to say
-
-
-def refuse(error: Exception | str) -> NoReturn:
-    print(f"engine: {error}", file=sys.stderr)
-    sys.exit(2)
 
 
 def check_writable(path: Path | None, *suffixes: str) -> None:
@@ -93,33 +80,48 @@ def planned(path: Path, drop: str | None, keep: str | None) -> "Plan":
     return Plan.load(path)
 
 
+def open_checkpoint(ref: str) -> tuple[Path, "Checkpoint"]:
+    """(where a model lies, its checkpoint): what is wrong with them is said before torch, which
+    takes seconds to import, is asked for."""
+    from engine.checkpoint import open_checkpoint
+    from engine.checkpoint.locate import locate
+
+    path = locate(ref)
+    output.note(f"model: {path}")
+    return path, open_checkpoint(path)
+
+
 def open_model(ref: str, threads: int | None, **options: Any) -> tuple["Model", float]:
     """(model with its tokenizer, milliseconds that loading took, a download left out)."""
     import time
 
-    import torch
+    from engine.runtime import check_backend
 
-    from engine.api import choose_backend, choose_device, load
-    from engine.checkpoint.locate import locate
+    check_backend(options.get("backend"), options.get("dtype"))  # before any download
+    path, _ = open_checkpoint(ref)
+    from engine.api import load
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    device = choose_device(options.get("device"))
-    choose_backend(options.get("backend"), device, options.get("dtype"))  # before any download
-    path = locate(ref)
+    set_threads(threads)
     start = time.perf_counter()
     model = load(path, **options)
     _ = model.text
-    return model, (time.perf_counter() - start) * 1e3
+    load_ms = (time.perf_counter() - start) * 1e3
+    output.note(f"{model!r}, opened in {load_ms:.0f} ms")
+    return model, load_ms
 
 
-@contextmanager
-def progress(label: str):
-    """Yields report(done, total), which draws a bar on stderr where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
+def open_decoder(checkpoint: "Checkpoint", config: "ModelConfig") -> "Decoder":
+    """The oracle on the best device, for stages that look inside a model."""
+    from engine.api import choose_device, choose_dtype
+    from engine.reference.decoder import load_decoder
 
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    device = choose_device(None)
+    return load_decoder(checkpoint, config, device, choose_dtype(None, checkpoint, device))
+
+
+def set_threads(threads: int | None) -> None:
+    """torch's, which are the runtimes' too."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)

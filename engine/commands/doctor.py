@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from engine.commands import common
+from engine.commands import common, output
 
 PACKAGES = ("triton", "transformers", "tokenizers", "safetensors", "gguf", "numpy")
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
@@ -26,16 +26,14 @@ def examine(threads: int | None = None) -> dict[str, Any]:
 
     import torch
 
-    from engine.api import BACKENDS, choose_backend, choose_device
+    from engine.api import choose_backend, choose_device
     from engine.benchmark import machine
     from engine.kernels import dispatch, native
+    from engine.runtime import RUNTIMES
 
     threads = threads or torch.get_num_threads()
     cpu, gpus = torch.device("cpu"), machine.gpus()
     features = {} if native.error("cpu") else native.load("cpu").cpu_features()
-    backends = dict.fromkeys(
-        name for op in dispatch.OPS.values() for use in op.values() for name in use
-    )
     return {
         "cpu": machine.device_name(cpu),
         "cores": os.cpu_count(),
@@ -46,14 +44,14 @@ def examine(threads: int | None = None) -> dict[str, Any]:
         "read_gb_s": machine.ceiling_gb_s(cpu, threads),
         "gpus": gpus,
         "copy_gb_s": machine.ceiling_gb_s(torch.device("cuda"), threads) if gpus else None,
-        "backends": {name: dispatch.why_not(name) for name in backends},  # None: it runs
+        "backends": {name: dispatch.why_not(name) for name in dispatch.BACKENDS},  # None: it runs
         "ops": {
             op: {
                 device: dispatch.choose(op, device) for device in DEVICES if device == "cpu" or gpus
             }
             for op in dispatch.OPS
         },
-        "runtimes": list(BACKENDS),
+        "runtimes": list(RUNTIMES),
         "runtime": choose_backend(None, choose_device(None)),
         "versions": machine.versions() | machine.package_versions(*PACKAGES),
         "commit": machine.commit(),
@@ -62,10 +60,8 @@ def examine(threads: int | None = None) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     """As tables: the machine, the backends, the operations."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
     facts = Table(show_header=False, pad_edge=False)
     facts.add_row("CPU", f"{found['cpu']}, {found['cores']} cores")
     facts.add_row("instructions", " ".join(found["cpu_features"]) or "the generic ones")
@@ -85,18 +81,18 @@ def show(found: dict[str, Any]) -> None:
     versions = (f"{name} {version or '-'}" for name, version in found["versions"].items())
     facts.add_row("versions", ", ".join(versions))
     facts.add_row("commit", found["commit"] or "no checkout")
-    console.print(facts)
+    output.show(facts)
 
     backends = Table("backend", "runs here", pad_edge=False)
     for name, reason in found["backends"].items():
         backends.add_row(name, "yes" if reason is None else f"no: {reason}")
-    console.print(backends)
+    output.show(backends)
 
     ops = Table("operation", *(DEVICES[device] for device in DEVICES), pad_edge=False)
     for op, chosen in found["ops"].items():
         ops.add_row(op, *(chosen.get(device, "-") for device in DEVICES))
     ops.add_row("a whole model", found["runtime"], "-")
-    console.print(ops)
+    output.show(ops)
 
 
 def _gb_s(measured: float | None) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from engine.commands import common
+from engine.commands import common, output
 
 
 def evaluate(
@@ -30,7 +30,6 @@ def evaluate(
     """Perplexity of a text in consecutive windows; the last line is the record as JSON."""
     import json
 
-    from engine.evaluate import evaluate as measure
     from engine.text import heldout_text, read_text_file
 
     common.check_writable(json_file)
@@ -39,7 +38,9 @@ def evaluate(
     options = {"backend": backend, "dtype": dtype}
     opened, _ = common.open_model(model, threads, drop=chosen or drop, keep=keep, **options)
     second = common.open_model(against, threads, **options)[0].runtime if against else None
-    with common.progress("windows") as progress:
+    from engine.evaluate import evaluate as measure
+
+    with output.progress("windows") as progress:
         result = measure(
             opened.runtime,
             opened.text,
@@ -52,12 +53,12 @@ def evaluate(
             second=second,
             progress=progress,
         )
-    print(
+    output.say(
         f"perplexity {result.perplexity:.4f} (nll {result.nll:.5f}) over {result.windows} windows "
         f"of {result.window}, {'with' if result.bos else 'without'} BOS"
     )
     if result.kl is not None:
-        print(f"KL({against} || {model}) {result.kl:.5f}, top-1 {result.top1_agreement:.2%}")
+        output.say(f"KL({against} || {model}) {result.kl:.5f}, top-1 {result.top1_agreement:.2%}")
     if json_file is not None:
         result.save(json_file)
     print(json.dumps(result.to_json()))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engine.commands import common
+from engine.commands import common, output
 from engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -84,9 +84,9 @@ def plan(
     made = rules.plan_from(found, choice, rule, protected, text_hash)
     made.save(out)
     score = "" if choice.score is None else f", score {choice.score:.6f}"
-    print(f"drop {format_layers(made.drop)} of {made.total_layers}{score}")
+    output.say(f"drop {format_layers(made.drop)} of {made.total_layers}{score}")
     if choice.note:
-        print(choice.note)
+        output.say(choice.note)
 
 
 def protected_slots(found: "Profile", protect: str) -> frozenset[int]:
@@ -145,10 +145,10 @@ def how_many(
 
 def to_fit(found: "Profile", model: str, target: str, bits: int, group: int) -> int:
     """The fewest of the profiled layers to drop so that the weights fit."""
-    from engine.commands.budget import parse_bytes, read_config
+    from engine.commands.budget import parse_bytes, read_model
     from engine.pruning.budget import Storage, smallest_drop
 
-    config = read_config(model)
+    config, _ = read_model(model)
     check_same(found, config, model)
     count = smallest_drop(config.keep(found.layers), Storage(bits, group), parse_bytes(target))
     if not count:
@@ -175,30 +175,28 @@ def open_scorer(
     import hashlib
     import warnings
 
-    import torch
-
-    from engine.api import load
-    from engine.checkpoint import open_checkpoint
-    from engine.checkpoint.locate import locate
-    from engine.checkpoint.weights import lineage_hash
-    from engine.pruning.score import PrefixScorer
+    from engine.text import load_text
     from engine.text.samples import read_samples
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    path = locate(model)
-    checkpoint = open_checkpoint(path)
+    path, checkpoint = common.open_checkpoint(model)
     check_same(found, checkpoint.config, model)
-    if lineage_hash(checkpoint, checkpoint.config) != found.lineage:
-        warnings.warn(f"{model}: other weights than the profile's {found.model}", stacklevel=2)
-    opened = load(path, keep=found.layers, backend="reference")
+    config, tokenizer = checkpoint.config.keep(found.layers), load_text(path)
     size = min(WINDOW, checkpoint.config.max_context)
-    samples, _ = read_samples(text, opened.text, size, count=windows, column=column, bos=False)
+    samples, _ = read_samples(text, tokenizer, size, count=windows, column=column, bos=False)
     whole = [sample for sample in samples if len(sample) == size]
     if not whole:
         raise InputError(f"{text}: expected samples of {size} tokens, found shorter ones")
     digest = hashlib.sha256(repr(whole).encode()).hexdigest()
-    return PrefixScorer(opened.runtime.decoder, torch.tensor(whole), metric), digest
+    import torch
+
+    from engine.checkpoint.weights import lineage_hash
+    from engine.pruning.score import PrefixScorer
+
+    common.set_threads(threads)
+    if lineage_hash(checkpoint, checkpoint.config) != found.lineage:
+        warnings.warn(f"{model}: other weights than the profile's {found.model}", stacklevel=2)
+    decoder = common.open_decoder(checkpoint, config)
+    return PrefixScorer(decoder, torch.tensor(whole), metric), digest
 
 
 def scored(
@@ -214,7 +212,7 @@ def scored(
     """Greedy, and from there the search where that is the rule."""
     from engine.pruning.plan import greedy, search
 
-    with common.progress("layers dropped") as progress:
+    with output.progress("layers dropped") as progress:
         done = [0]
 
         def dropped(kept: tuple[int, ...], score: float) -> None:

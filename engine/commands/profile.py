@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engine.commands import common
+from engine.commands import common, output
 from engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -120,25 +120,19 @@ def run(
     """Runs the model over its samples; a killed run is found again beside `out`."""
     import shutil
 
-    import torch
-
-    from engine.api import load
     from engine.architecture.layers import kept_layers
-    from engine.benchmark.machine import peak_rss_bytes
-    from engine.checkpoint import open_checkpoint
-    from engine.checkpoint.locate import locate
-    from engine.pruning.profile import describe, measure, measure_streamed
     from engine.text import load_text
     from engine.text.samples import read_samples
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    path = locate(model)
-    checkpoint = open_checkpoint(path)
+    path, checkpoint = common.open_checkpoint(model)
     config = checkpoint.config.keep(kept_layers(checkpoint.config.total_layers, **layers))
     taken, has_bos = read_samples(text, load_text(path), length, **sampling)
+    from engine.benchmark.machine import peak_rss_bytes
+    from engine.pruning.profile import describe, measure, measure_streamed
+
+    common.set_threads(threads)
     source = describe(model, checkpoint, config, taken, tokens, has_bos, shard)
-    with common.progress("layers" if stream else "samples") as progress:
+    with output.progress("layers" if stream else "samples") as progress:
         if stream:
             work = out.with_name(out.name + ".work")
             work.mkdir(exist_ok=True)
@@ -147,9 +141,9 @@ def run(
             )
             shutil.rmtree(work)
         else:
-            decoder = load(path, **layers, backend="reference").runtime.decoder
+            decoder = common.open_decoder(checkpoint, config)
             part = measure(decoder, taken, source, resume=_resume(out), progress=progress)
-    print(f"peak memory {peak_rss_bytes() / 1e6:,.0f} MB, {part.tokens_used:,} tokens")
+    output.say(f"peak memory {peak_rss_bytes() / 1e6:,.0f} MB, {part.tokens_used:,} tokens")
     return part
 
 
@@ -159,7 +153,9 @@ def finish(part: "ProfilePart", out: Path) -> "list[Profile]":
 
     if part.source["shard"][1] > 1:
         part.save(out)
-        print(f"{out}: a part; join all of them with `engine profile --merge PARTS --out FILE`")
+        output.say(
+            f"{out}: a part; join all of them with `engine profile --merge PARTS --out FILE`"
+        )
         found = []
     else:
         found = [merge([part])]
@@ -189,7 +185,6 @@ def parse_shard(shard: str | None) -> tuple[int, int]:
 
 def show_profile(found: "Profile") -> None:
     """The best block of every size, and the table behind the heat map."""
-    from rich.console import Console
     from rich.table import Table
 
     from engine.report.tables import BEST_COLUMNS, best_blocks
@@ -197,9 +192,8 @@ def show_profile(found: "Profile") -> None:
     best = Table(*BEST_COLUMNS, title=found.model)
     for row in best_blocks(found):
         best.add_row(*row)
-    console = Console()
-    console.print(best)
-    console.print("shifted rescaled distance in percent; rows: layers dropped, columns: start")
+    output.show(best)
+    output.say("shifted rescaled distance in percent; rows: layers dropped, columns: start")
     for count in range(1, len(found.layers)):
         cells = (f"{100 * value:3.0f}" for value in found.rescaled(count))
-        console.print(f"{count:3d} {' '.join(cells)}", soft_wrap=True, highlight=False)
+        output.say(f"{count:3d} {' '.join(cells)}")

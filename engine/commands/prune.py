@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from engine.commands import common
+from engine.commands import common, output
 
 
 def prune(
@@ -19,21 +19,22 @@ def prune(
     ] = None,
 ) -> None:
     """Write the shallower model as an ordinary Hugging Face directory."""
-    from engine.api import choose_layers, parse_dtype
-    from engine.checkpoint import open_checkpoint
-    from engine.checkpoint.locate import locate
-    from engine.export.hf import prune as write
+    from engine.checkpoint import choose_layers
+    from engine.runtime import check_backend
 
-    path = locate(model)
-    checkpoint = open_checkpoint(path)
+    check_backend(None, dtype)
     chosen = drop if plan_path is None else common.planned(plan_path, drop, keep)
+    _, checkpoint = common.open_checkpoint(model)
     config = choose_layers(checkpoint, chosen, keep)
-    with common.progress("bytes") as progress:
+    from engine.export.hf import prune as write
+    from engine.kernels.dtypes import dtype_of
+
+    with output.progress("bytes") as progress:
         write(
             checkpoint,
             config,
             out,
-            dtype=parse_dtype(dtype) if dtype else None,
+            dtype=None if dtype is None else dtype_of(dtype),
             progress=progress,
         )
-    print(f"{out}: {len(config.layers)} of {config.total_layers} layers")
+    output.say(f"{out}: {len(config.layers)} of {config.total_layers} layers")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engine.commands import common
+from engine.commands import common, output
 from engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -79,23 +79,18 @@ def quantize(
     asked |= {"scale_dtype": scale_dtype, "act_order": act_order or None, "head": head}
     asked = {name: value for name, value in asked.items() if value is not None}
 
-    import torch
-
-    from engine.api import choose_layers
-    from engine.checkpoint import open_checkpoint
-    from engine.checkpoint.locate import locate
-    from engine.checkpoint.weights import is_quantised
-    from engine.quantize.packing import pack, plan_of
+    from engine.checkpoint import choose_layers
     from engine.text import load_text
     from engine.text.samples import read_samples
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    recipe = as_recipe(asked)  # refused before anything is downloaded
-    path = locate(model)
-    checkpoint = open_checkpoint(path)
     given = None if plan is None else common.planned(plan, drop, keep)
+    recipe = as_recipe(asked)  # refused before anything is downloaded
+    path, checkpoint = common.open_checkpoint(model)
     config = choose_layers(checkpoint, drop if given is None else given, keep)
+    from engine.checkpoint.weights import is_quantised
+    from engine.quantize.packing import pack, plan_of
+
+    common.set_threads(threads)
     if not asked and is_quantised(checkpoint):
         recipe = as_recipe({"method": "keep"})
     tokens: list[list[int]] = []
@@ -103,7 +98,7 @@ def quantize(
         tokens, _ = read_samples(
             text, load_text(path), length, count=samples, most=SAMPLES, column=column
         )
-    with common.progress("files") as progress:
+    with output.progress("files") as progress:
         entries = pack(
             checkpoint,
             config,
@@ -114,13 +109,11 @@ def quantize(
             progress=progress,
         )
     show(entries)
-    print(f"{out}: {len(config.layers)} of {config.total_layers} layers, {recipe.method}")
+    output.say(f"{out}: {len(config.layers)} of {config.total_layers} layers, {recipe.method}")
 
 
 def as_recipe(asked: dict[str, Any]) -> "Recipe":
     """A Recipe from the options that are given; the others depend on the method."""
-    from engine.quantize.recipe import Recipe
-
     asked = dict(asked)
     if asked.get("method") == "keep":
         extra = sorted(asked.keys() - {"method", "head"})
@@ -133,12 +126,13 @@ def as_recipe(asked: dict[str, Any]) -> "Recipe":
         if head not in ("4", "8", "16", "keep"):
             raise InputError(f"head: expected 4, 8, 16 or keep, found {head!r}")
         asked["head"] = None if head == "keep" else int(head)
+    from engine.quantize.recipe import Recipe
+
     return Recipe(**asked)
 
 
 def show(entries: list["Entry"]) -> None:
     """What became of every kind of tensor."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("tensors", "count", "from", "to", "bits a weight", "MB")
@@ -154,4 +148,4 @@ def show(entries: list["Entry"]) -> None:
     weights, nbytes = (sum(getattr(e, name) for e in entries) for name in ("weights", "nbytes"))
     table.add_section()
     table.add_row("all", "", "", "", f"{8 * nbytes / weights:.2f}", f"{nbytes / 1e6:,.1f}")
-    Console().print(table)
+    output.show(table)

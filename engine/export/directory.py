@@ -15,6 +15,7 @@ import torch
 from engine.architecture.config import ModelConfig
 from engine.artifacts import replacing
 from engine.errors import InputError
+from engine.kernels.dtypes import name_of
 from engine.text import load_text
 
 TOKENIZER_FILES = (
@@ -123,5 +124,5 @@ def sliced_config(config: ModelConfig, dtype: torch.dtype | None = None) -> dict
         raw["no_rope_layers"] = [int(entry.rope is not None) for entry in config.layers]
     if dtype is not None:
         raw.pop("torch_dtype", None)
-        raw["dtype"] = str(dtype).removeprefix("torch.")
+        raw["dtype"] = name_of(dtype)
     return raw

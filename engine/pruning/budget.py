@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from engine.architecture.config import ModelConfig
-from engine.architecture.families import layer_tensors, outer_tensors
+from engine.architecture.families import layer_parts, layer_tensors, outer_tensors
 from engine.architecture.hf_config import from_hf
 from engine.artifacts import Artifact
 from engine.errors import InputError
@@ -97,7 +97,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Budget(Artifact):
-    """Before (all layers, 16 bits) and after (kept layers, as stored)."""
+    """The file as it is, before (all layers, 16 bits) and after (kept layers, as stored)."""
 
     kind: ClassVar[str] = "budget"
 
@@ -107,6 +107,8 @@ class Budget(Artifact):
     after: Mapping[str, Any]
     storage: Mapping[str, int]
     keep: tuple[int, ...]
+    file: Mapping[str, int] | None = None  # bytes by part as they lie on disk, all layers; None:
+    # a config alone
 
     def __post_init__(self) -> None:
         counts = {field.name for field in fields(Cost)} | {"total_parameters", "total_weight_bytes"}
@@ -123,6 +125,10 @@ class Budget(Artifact):
                 raise ValueError(f"{name}: the totals are not the sums of the parts")
             if side["attention_flops_per_token"] > side["flops_per_token"]:
                 raise ValueError(f"{name}: attention takes more than all FLOPs")
+        if self.file is not None:
+            sizes = list(self.file.values())
+            if set(self.file) != set(PARTS) or not all(type(n) is int and n >= 0 for n in sizes):
+                raise ValueError(f"file: expected bytes of {', '.join(PARTS)}")
         if set(self.storage) != {field.name for field in fields(Storage)}:
             raise ValueError(f"storage: expected {', '.join(f.name for f in fields(Storage))}")
 
@@ -160,9 +166,7 @@ def cost(
     read += 0 if config.tied else 2 * config.hidden_size  # one row of the embedding
     for entry in config.layers:
         for role, (_, shape) in layer_tensors(config, entry.layer).items():
-            base = role.partition(".")[0]
-            part = "norms" if "norm" in base else "mlp" if base in _MLP else "attention"
-            count(part, shape, storage.bits)
+            count(_part(role), shape, storage.bits)
     seen = [min(context, entry.window or context) for entry in config.layers]
     row = 2 * config.kv_heads * config.head_dim * kv_bits // 8  # one layer's keys and values
     over_cache = sum(4 * config.heads * config.head_dim * positions for positions in seen)
@@ -178,10 +182,48 @@ def cost(
     )
 
 
+def file_bytes(config: ModelConfig, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Bytes by part of a checkpoint's tensors, `sizes` by the names they are stored under.
+
+    A quantised matrix lies in several tensors (q_proj.qweight, q_proj.scales, ...), and GGUF blocks
+    hold their scales: they count with their matrix. What a decoder does not read is left out.
+    """
+    found = dict.fromkeys(PARTS, 0)
+    parts = {}
+    for role, (name, _) in outer_tensors(config).items():
+        parts[name.rpartition(".")[0]] = _part(role)
+    for layer in range(config.total_layers):
+        for role, (name, _) in layer_tensors(config, layer).items():
+            parts[name.rpartition(".")[0]] = _part(role)
+        for role, part in layer_parts(config, layer).items():
+            parts[part.name.rpartition(".")[0]] = _part(role)
+    for name, nbytes in sizes.items():
+        module = name
+        while module and module not in parts:
+            module = module.rpartition(".")[0]
+        if module:
+            found[parts[module]] += nbytes
+    return found
+
+
+def _part(role: str) -> str:
+    """The one of PARTS that a role belongs to."""
+    base = role.partition(".")[0]
+    if base in ("embedding", "head"):
+        return base
+    return "norms" if "norm" in base else "mlp" if base in _MLP else "attention"
+
+
 def budget(
-    name: str, config: ModelConfig, keep: ModelConfig, storage: Storage, context: int
+    name: str,
+    config: ModelConfig,
+    keep: ModelConfig,
+    storage: Storage,
+    context: int,
+    file: Mapping[str, int] | None = None,
 ) -> Budget:
-    """Before and after: `config` with all its layers in 16 bits, `keep` as stored."""
+    """Before and after: `config` with all its layers in 16 bits, `keep` as stored; `file` is what
+    `file_bytes` finds on disk."""
     before, after = cost(config, Storage(), context), cost(keep, storage, context)
     return Budget(
         model=name,
@@ -190,6 +232,7 @@ def budget(
         after=vars(after) | _totals(after),
         storage=dict(vars(storage)),
         keep=tuple(entry.layer for entry in keep.layers),
+        file=None if file is None else dict(file),
     )
 
 

@@ -12,7 +12,8 @@ from engine.architecture.families import layer_parts, outer_tensors
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.weights import Stored, describe, outer_weights, packed_form, values
 from engine.errors import InputError
-from engine.kernels.w4.format import SCALE_DTYPES, VERSION, Packed, Spec
+from engine.kernels.dtypes import DTYPES, dtype_of
+from engine.kernels.w4.format import VERSION, Packed, Spec
 from engine.quantize import methods
 from engine.quantize.grid import UNIFORM
 
@@ -43,7 +44,7 @@ class Recipe:
         choices = {
             "method": METHODS,
             "scheme": ("codebook",) if self.method == "nf4" else UNIFORM,
-            "scale_dtype": tuple(SCALE_DTYPES),
+            "scale_dtype": DTYPES,
             "clip": ("minmax", "mse"),
             "head": (4, 8, 16, None),
         }
@@ -63,7 +64,7 @@ class Recipe:
     @property
     def spec(self) -> Spec:
         """Of the layers' matrices."""
-        return Spec(self.bits, self.group, self.scheme, SCALE_DTYPES[self.scale_dtype])
+        return Spec(self.bits, self.group, self.scheme, dtype_of(self.scale_dtype))
 
     def to_json(self) -> dict[str, Any]:
         """What a packed directory's `quantization_config` says."""
@@ -133,7 +134,7 @@ def _head(matrix: Stored, recipe: Recipe, where: str) -> Packed | torch.Tensor:
         return _half(matrix, where)
     if recipe.head == 4 and recipe.bits == 4 and recipe.method != "keep":
         return _quantised(matrix, recipe, where)
-    spec = Spec(recipe.head, recipe.group, "symmetric", SCALE_DTYPES[recipe.scale_dtype])
+    spec = Spec(recipe.head, recipe.group, "symmetric", dtype_of(recipe.scale_dtype))
     return methods.rtn(values(matrix), spec, name=where)
 
 

@@ -8,7 +8,8 @@ from torch.nn import functional
 
 from engine.architecture.config import LayerConfig, ModelConfig
 from engine.architecture.rope import rotary
-from engine.checkpoint.weights import Observed, Weights
+from engine.checkpoint import Checkpoint
+from engine.checkpoint.weights import Observed, Weights, load_layer, load_outer
 from engine.errors import InputError
 from engine.reference.cache import KVCache, Lengths
 
@@ -88,6 +89,28 @@ class Decoder:
         logits = functional.linear(x, self.outer["head"], self.outer.get("head.bias")).float()
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def load_decoder(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[int], None] | None = None,
+) -> Decoder:
+    """Reads only the layers that `config` keeps; `progress` is called after each of them."""
+
+    def placed(weights: Weights) -> Weights:
+        moved = {id(t): t.to(device=device, dtype=dtype) for t in weights.values()}
+        return {role: moved[id(tensor)] for role, tensor in weights.items()}
+
+    outer = placed(load_outer(checkpoint, config))
+    layers = []
+    for entry in config.layers:
+        layers.append(placed(load_layer(checkpoint, config, entry.layer)))
+        if progress is not None:
+            progress(entry.layer)
+    return Decoder(config, outer, layers)
 
 
 class Angles:

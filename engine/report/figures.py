@@ -6,9 +6,8 @@ matplotlib is used through its objects alone: no window, no global figure, no se
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from engine.artifacts import Profile
+from engine.artifacts import Evaluation, Profile
 from engine.errors import InputError
-from engine.evaluate import Evaluation
 from engine.pruning.budget import Budget
 from engine.report.drawing import (
     AMBER,

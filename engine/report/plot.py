@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import quoteattr
 
-from engine.artifacts import Artifact, Profile, read_raw, replacing
+from engine.artifacts import Artifact, Evaluation, Profile, read_raw, replacing
 from engine.errors import InputError
-from engine.evaluate import Evaluation
 from engine.pruning.budget import Budget
 from engine.report import figures
 from engine.report.drawing import style

@@ -8,7 +8,7 @@ from engine.errors import InputError
 from engine.pruning.budget import PARTS, Budget
 
 BEST_COLUMNS = ("layers", "best block", "distance", "standard error")
-BUDGET_COLUMNS = ("", "before", "after", "share")
+BUDGET_COLUMNS = ("", "file", "16 bits", "after", "share")
 
 
 def best_blocks(profile: Profile) -> Iterator[tuple[str, str, str, str]]:
@@ -24,17 +24,28 @@ def best_blocks(profile: Profile) -> Iterator[tuple[str, str, str, str]]:
 
 
 def budget_rows(found: Budget, bandwidth: float | None = None) -> Iterator[list[tuple[str, ...]]]:
-    """Sections in rows of BUDGET_COLUMNS: parameters, weights, and what a token asks."""
-    before, after = found.before, found.after
+    """Sections in rows of BUDGET_COLUMNS: parameters, weights, and what a token asks.
 
-    def row(name: str, old: float, new: float, form: Callable[[float], str]) -> tuple[str, ...]:
-        return name, form(old), form(new), f"{new / old:.1%}" if old else "-"
+    The file's column holds what lies on disk; the share is of it where it is known, else of 16
+    bits.
+    """
+    before, after, file = found.before, found.after, found.file
+
+    def row(
+        name: str, old: float, new: float, form: Callable[[float], str], disk: float | None = None
+    ) -> tuple[str, ...]:
+        base = old if disk is None else disk
+        shown = "" if disk is None else form(disk)
+        return name, shown, form(old), form(new), f"{new / base:.1%}" if base else "-"
 
     def parts(name: str, field: str, form: Callable[[float], str]) -> Iterator[tuple[str, ...]]:
+        disk = file if field == "weight_bytes" else None
         for part in PARTS:
             if field != "parameters" or part != "scales":  # scales are no parameters
-                yield row(f"  {part}", before[field][part], after[field][part], form)
-        yield row(name, before[f"total_{field}"], after[f"total_{field}"], form)
+                size = None if disk is None else disk[part]
+                yield row(f"  {part}", before[field][part], after[field][part], form, size)
+        total = None if disk is None else sum(disk.values())
+        yield row(name, before[f"total_{field}"], after[f"total_{field}"], form, total)
 
     count = "{:,}".format
     yield [

@@ -6,37 +6,82 @@ covers prefill, one step, and the verification of several tokens at once. Negati
 padding. The cache keeps a length for every (sequence, slot); a call at position p needs [0, p)
 filled in every slot that it runs, and raises otherwise.
 
-A runtime may offer besides, where it knows the likeliest token at less cost than its logits,
-
-    greedy(tokens, cache) -> list[int]
-
-which feeds one id to each sequence, -1 to those that have finished, and returns the others' next
-ids: what `forward` and `engine.sample.likeliest` would, with the same errors.
+What only some runtimes can do is a protocol of its own, for `isinstance`: `Greedy`, `Timed`.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
-
-import torch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from engine.architecture.config import ModelConfig
+from engine.errors import InputError
+from engine.kernels.dispatch import require
+from engine.kernels.dtypes import DTYPES
+
+if TYPE_CHECKING:
+    import torch
+
+RUNTIMES = ("reference", "cpu")
+Slots = Sequence[int] | Sequence[Sequence[int]]  # ascending: one list for all, or one a sequence
+
+
+def check_backend(name: str | None, dtype: str | None) -> None:
+    """InputError for a runtime that is unknown or lacks the dtype; None stands for a free choice.
+
+    BackendUnavailable, with the reason, for one that cannot run here.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+    if name is not None and name not in RUNTIMES:
+        raise InputError(f"backend: expected one of {', '.join(RUNTIMES)}, found {name!r}")
+    if name == "cpu":
+        if dtype not in (None, "float32"):
+            raise InputError(f"dtype: the backend cpu has float32 alone, found {dtype}")
+        require(name)
 
 
 class Cache(Protocol):
-    lengths: torch.Tensor  # (B, S) int64
+    @property
+    def lengths(self) -> "torch.Tensor":
+        """(B, S) int64: the filled positions of each slot of each sequence."""
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes held, filled or not."""
 
-    def truncate(self, lengths: int | Sequence[int] | torch.Tensor) -> None: ...
+    def truncate(self, lengths: "int | Sequence[int] | torch.Tensor") -> None:
+        """Takes every sequence back to `lengths`, (B,) or one for all."""
 
 
-class Runtime(Protocol):
-    name: str
-    config: ModelConfig
-    device: torch.device
-    dtype: torch.dtype  # of activations
-    precision: str  # the same for people, with what is rounded further
+C = TypeVar("C", bound=Cache)
+
+
+class Runtime(Protocol[C]):
+    """A model that runs; `C` is the kind of cache it makes and takes."""
+
+    @property
+    def name(self) -> str:
+        """One of RUNTIMES."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the layers that it holds."""
+
+    @property
+    def device(self) -> "torch.device":
+        """Where tokens and logits are."""
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """Of activations."""
+
+    @property
+    def precision(self) -> str:
+        """The dtype for people, with what is rounded further."""
+
+    @property
+    def threads(self) -> int:
+        """Of the CPU, that work on a step."""
 
     @property
     def weight_bytes(self) -> int:
@@ -46,12 +91,43 @@ class Runtime(Protocol):
     def weight_bytes_per_token(self) -> int:
         """Bytes of weights that one decoded token reads."""
 
-    def new_cache(self, batch: int, capacity: int | None = None) -> Cache: ...
+    def new_cache(self, batch: int, capacity: int | None = None) -> C:
+        """Empty, for so many sequences, with room for `capacity` positions to start with."""
 
     def forward(
-        self,
-        tokens: torch.Tensor,
-        cache: Cache,
-        slots: Sequence[int] | Sequence[Sequence[int]] | None = None,
-        logits: str = "last",
-    ) -> torch.Tensor: ...
+        self, tokens: "torch.Tensor", cache: C, slots: Slots | None = None, logits: str = "last"
+    ) -> "torch.Tensor":
+        """tokens (B, T) int64 -> (B, 1, V) for "last" or (B, T, V) for "all", float32."""
+
+
+@runtime_checkable
+class Greedy(Protocol):
+    """Knows the likeliest token at less cost than its logits."""
+
+    def greedy(self, tokens: Sequence[int], cache: Any) -> list[int]:
+        """Feeds one id to each sequence, -1 to those that have finished; the others' next ids.
+
+        What `forward` and `engine.sample.likeliest` would give, with the same errors.
+        """
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of the steps since they were last cleared."""
+
+    seconds: Mapping[str, float]  # part of a step -> of the thread that called
+    bytes: Mapping[str, int]  # part -> weights that a step reads
+    whole: float  # seconds of the native calls
+
+
+@runtime_checkable
+class Timed(Protocol):
+    """Can tell where the time of its steps goes."""
+
+    def measure(self, on: bool) -> None:
+        """From now on; clears what was measured."""
+
+    def times(self) -> Times: ...
+
+    def kv_bytes(self, context: float) -> float:
+        """Keys and values that a sequence's step reads at so many positions."""

@@ -13,9 +13,11 @@ from engine.checkpoint.gguf_blocks import GgufBlocks
 from engine.checkpoint.weights import Stored, layer_weights, outer_weights, packed_form
 from engine.errors import InputError
 from engine.kernels import native
+from engine.kernels.dtypes import name_of
 from engine.kernels.w4.cpu import CpuWeight, isas
 from engine.reference.cache import Lengths
 from engine.reference.decoder import check_call, mask_slots
+from engine.runtime import Times
 from engine.runtime.angles import Angles, Tables
 from engine.sample import NOT_FINITE
 
@@ -51,10 +53,12 @@ class CpuRuntime:
         embedding: torch.Tensor | None = None,
         cache_dtype: str = "float16",
         mode: str = "int8",
+        threads: int = 1,
     ) -> None:
         """`decoder` is an engine._cpu.Decoder with all its layers; `embedding` (V, D) is memory
         that it borrows, None where it reads a matrix of its own."""
         self.config, self.decoder, self.embedding = config, decoder, embedding
+        self.threads = threads
         self.cache_dtype = cache_dtype
         rounded = "float32" if mode == "exact" else "int8 activations"
         self.precision = f"{rounded}, {cache_dtype} cache"
@@ -98,7 +102,7 @@ class CpuRuntime:
             matrices,
             addresses(vectors),
             0 if embedding is None else embedding.data_ptr(),
-            dtype_name(torch.float32 if embedding is None else embedding.dtype),
+            name_of(torch.float32 if embedding is None else embedding.dtype),
         )
         for entry in config.layers:
             matrices, vectors = native_layer(checkpoint, config, entry.layer)
@@ -111,7 +115,7 @@ class CpuRuntime:
             )
             if progress is not None:
                 progress(entry.layer)
-        return cls(config, decoder, embedding, cache_dtype, mode)
+        return cls(config, decoder, embedding, cache_dtype, mode, threads)
 
     @property
     def weight_bytes(self) -> int:
@@ -172,13 +176,26 @@ class CpuRuntime:
         if self.config.whole_prefill or cache.reach > angles.reach:
             angles = self._tables(torch.tensor(tokens)[:, None], cache)
         try:
-            ids = self.decoder.forward(cache.pages, tokens, cache.address, angles.addresses)
+            ids = self.decoder.greedy(cache.pages, tokens, cache.address, angles.addresses)
         except ValueError:
             check_call(self.config, torch.tensor(tokens)[:, None], cache, None)
             raise
         if -1 in ids:
             raise ArithmeticError(NOT_FINITE)
         return ids
+
+    def measure(self, on: bool) -> None:
+        self.decoder.measure(on)
+
+    def times(self) -> Times:
+        found = self.decoder.times()
+        return Times(found["seconds"], found["bytes"], found["whole"])
+
+    def kv_bytes(self, context: float) -> float:
+        """Layers with a window read no more than it."""
+        layers = self.config.layers
+        position_bytes = self.new_cache(1, PAGE).nbytes / PAGE / len(layers)
+        return position_bytes * sum(min(context, layer.window or context) for layer in layers)
 
     def _tables(self, tokens: torch.Tensor, cache: CpuCache) -> Tables:
         """For the positions that the call reaches; an upper bound where that is all the same."""
@@ -255,10 +272,6 @@ def rules(config: ModelConfig, mode: str) -> dict[str, Any]:
 def addresses(vectors: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
     """Of float32 vectors."""
     return {role: (vector.data_ptr(), len(vector)) for role, vector in vectors.items()}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_choice(option: str, chosen: str, known: Sequence[str]) -> None:

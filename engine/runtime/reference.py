@@ -6,9 +6,9 @@ import torch
 
 from engine.architecture.config import ModelConfig
 from engine.checkpoint import Checkpoint
-from engine.checkpoint.weights import Weights, load_layer, load_outer
+from engine.kernels.dtypes import name_of
 from engine.reference.cache import KVCache
-from engine.reference.decoder import Decoder, Tap
+from engine.reference.decoder import Decoder, Tap, load_decoder
 
 
 class ReferenceRuntime:
@@ -28,18 +28,7 @@ class ReferenceRuntime:
         progress: Callable[[int], None] | None = None,
     ) -> "ReferenceRuntime":
         """Reads only the layers that `config` keeps; `progress` is called after each of them."""
-
-        def placed(weights: Weights) -> Weights:
-            moved = {id(t): t.to(device=device, dtype=dtype) for t in weights.values()}
-            return {role: moved[id(tensor)] for role, tensor in weights.items()}
-
-        outer = placed(load_outer(checkpoint, config))
-        layers = []
-        for entry in config.layers:
-            layers.append(placed(load_layer(checkpoint, config, entry.layer)))
-            if progress is not None:
-                progress(entry.layer)
-        return cls(Decoder(config, outer, layers))
+        return cls(load_decoder(checkpoint, config, device, dtype, progress))
 
     @property
     def device(self) -> torch.device:
@@ -51,7 +40,11 @@ class ReferenceRuntime:
 
     @property
     def precision(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        return name_of(self.dtype)
+
+    @property
+    def threads(self) -> int:
+        return torch.get_num_threads()
 
     @property
     def weight_bytes(self) -> int:

@@ -1,8 +1,7 @@
 """sentencepiece vocabularies, from a `tokenizer.model` or from GGUF metadata."""
 
 import re
-import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,70 +97,40 @@ def build(vocabulary: Vocabulary) -> Tokenizer:
     return tokenizer
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Number and value of every field of a protobuf message; IndexError where it is cut short."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        wire = key & 7
-        if wire == 0:
-            value, at = _varint(data, at)
-        else:
-            size, at = {1: (8, at), 5: (4, at)}.get(wire) or _varint(data, at)
-            value, at = data[at : at + size], at + size
-            if wire not in (1, 2, 5) or at > len(data):
-                raise IndexError("truncated or not a protobuf")
-        yield key >> 3, value
-
-
 def read_model(path: Path) -> Vocabulary:
-    """The vocabulary of a sentencepiece `tokenizer.model`, BPE or unigram.
-
-    Field numbers are those of sentencepiece_model.proto.
-    """
-    pieces, scores, types = [], [], []
-    trainer, normalizer = {}, {}
+    """The vocabulary of a sentencepiece `tokenizer.model`, BPE or unigram, by its own protobuf."""
     try:
-        for number, value in _fields(path.read_bytes()):
-            if number == 1:
-                piece = dict(_fields(value))
-                pieces.append(piece[1].decode())
-                scores.append(struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0)
-                types.append(piece.get(3, NORMAL))
-            elif number == 2:
-                trainer = dict(_fields(value))
-            elif number == 3:
-                normalizer = dict(_fields(value))
-    except (IndexError, KeyError, TypeError, AttributeError, ValueError, struct.error) as error:
+        from google.protobuf.message import DecodeError
+        from sentencepiece import sentencepiece_model_pb2 as protobuf
+    except ImportError:
+        raise InputError(
+            f"{path}: without a tokenizer.json it takes sentencepiece and protobuf: "
+            "pip install 'shallow[sentencepiece]'"
+        ) from None
+    model = protobuf.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+        pieces = [piece.piece for piece in model.pieces]
+    except (DecodeError, ValueError) as error:
         raise InputError(
             f"{path}: expected a sentencepiece model, found otherwise ({error})"
         ) from error
-    kind = trainer.get(3, 1)
-    if not pieces or kind not in (1, 2):
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    if not pieces or trainer.model_type not in (trainer.UNIGRAM, trainer.BPE):
         raise InputError(
             f"{path}: expected a BPE or unigram sentencepiece model,"
-            f" found {len(pieces)} pieces of model type {kind}"
+            f" found {len(pieces)} pieces of model type {trainer.model_type}"
         )
-    ids = {"unk_token": trainer.get(40, 0), "bos_token": trainer.get(41, 1),
-           "eos_token": trainer.get(42, 2), "pad_token": trainer.get(43, -1)}  # fmt: skip
+    ids = {"unk_token": trainer.unk_id, "bos_token": trainer.bos_id,
+           "eos_token": trainer.eos_id, "pad_token": trainer.pad_id}  # fmt: skip
     return Vocabulary(
         pieces,
-        scores,
-        types,
-        prefix="every" if normalizer.get(3, 1) else "never",
+        [piece.score for piece in model.pieces],
+        [piece.type for piece in model.pieces],
+        prefix="every" if normalizer.add_dummy_prefix else "never",
         isolated=True,
-        unigram=kind == 1,
-        squeeze=bool(normalizer.get(4, 1)),
-        charsmap=normalizer.get(2, b""),
+        unigram=trainer.model_type == trainer.UNIGRAM,
+        squeeze=normalizer.remove_extra_whitespaces,
+        charsmap=normalizer.precompiled_charsmap,
         special={name: pieces[i] for name, i in ids.items() if 0 <= i < len(pieces)},
     )

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from engine.kernels.angular.reference import Sums
 from engine.kernels.dispatch import require, why_not
+from engine.kernels.dtypes import DTYPES, name_of
 
-BACKENDS = {"reference": "reference", "cpu": "cpu", "triton": "fused"}
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+MODULES = {"reference": "reference", "cpu": "cpu", "triton": "fused"}  # backend -> module
+VECTORS = (*DTYPES, "float64")  # dtypes of boundaries
 SUMS = ("distance", "distance_square", "cosine", "magnitude")
 
 
@@ -59,8 +60,8 @@ class AngularAccumulator:
     """
 
     def __init__(self, backend: str | None = None) -> None:
-        if backend is not None and backend not in BACKENDS:
-            raise ValueError(f'backend "{backend}" is none of {", ".join(BACKENDS)}')
+        if backend is not None and backend not in MODULES:
+            raise ValueError(f'backend "{backend}" is none of {", ".join(MODULES)}')
         self.backend = backend
         self._totals: Totals | None = None
 
@@ -142,7 +143,7 @@ class AngularAccumulator:
             fastest = "triton" if device.type == "cuda" else "cpu"
             self.backend = "reference" if why_not(fastest) else fastest
         require(self.backend)
-        return import_module(f"engine.kernels.angular.{BACKENDS[self.backend]}").angular_sums
+        return import_module(f"engine.kernels.angular.{MODULES[self.backend]}").angular_sums
 
 
 def triangle(pairs: Tensor, boundaries: int) -> tuple[Tensor, ...]:
@@ -164,7 +165,7 @@ def _check_boundaries(boundaries: Tensor | Sequence[Tensor]) -> list[Tensor]:
                 f"boundary {index} is {tuple(row.shape)} {row.dtype} on {row.device}, "
                 f"boundary 0 is {tuple(first.shape)} {first.dtype} on {first.device}"
             )
-    if first.dtype not in DTYPES:
+    if name_of(first.dtype) not in VECTORS:
         raise TypeError(f"expected a float dtype of 16 to 64 bits, found {first.dtype}")
     return rows
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from engine.kernels import native
 from engine.kernels.angular.reference import Sums
+from engine.kernels.dtypes import name_of
 
 
 def angular_sums(
@@ -30,7 +31,7 @@ def angular_sums(
     native.load("cpu").angular(
         rows=[row.data_ptr() for row in rows],
         strides=[row.stride(0) for row in rows],
-        dtype=str(rows[0].dtype).removeprefix("torch."),
+        dtype=name_of(rows[0].dtype),
         B=B,
         D=D,
         weights=0 if weights is None else weights.data_ptr(),

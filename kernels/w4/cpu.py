@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from engine.kernels import native
+from engine.kernels.dtypes import DTYPES, name_of
 from engine.kernels.w4.format import Packed, Spec, validate, zeros
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODES = ("int8", "exact")
 BLOCK_WEIGHTS = 1 << 22  # unpacked at a time: 16 MiB
 
@@ -54,14 +54,14 @@ class CpuWeight:
         """(N, K) float32, float16 or bfloat16 weights, copied unquantised."""
         if weight.dim() != 2 or 0 in weight.shape:
             raise ValueError(f"weight must be (N, K), not empty, found {tuple(weight.shape)}")
-        if weight.dtype not in DTYPES or weight.device.type != "cpu":
+        if name_of(weight.dtype) not in DTYPES or weight.device.type != "cpu":
             raise TypeError(
                 f"weight must be one of {DTYPES} on the CPU, "
                 f"found {weight.dtype} on {weight.device}"
             )
         cpu, (n, k) = native.load("cpu"), weight.shape
         weight = weight.detach().contiguous()
-        tiles = cpu.W4Tiles(weight.data_ptr(), _name(weight.dtype), n, k, cpu.pool_threads())
+        tiles = cpu.W4Tiles(weight.data_ptr(), name_of(weight.dtype), n, k, cpu.pool_threads())
         return cls((n, k), _isa(isa), tiles)
 
     @classmethod
@@ -126,7 +126,7 @@ def matmul(
     returned. Raises ValueError, TypeError.
     """
     n, k = weight.shape
-    if x.dtype not in DTYPES or x.device.type != "cpu":
+    if name_of(x.dtype) not in DTYPES or x.device.type != "cpu":
         raise TypeError(f"x must be one of {DTYPES} on the CPU, found {x.dtype} on {x.device}")
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"x must be (..., {k}), found {tuple(x.shape)}")
@@ -151,11 +151,11 @@ def matmul(
             rows.data_ptr(),
             len(rows),
             rows.stride(0),
-            _name(x.dtype),
+            name_of(x.dtype),
             weight.tiles,
             y.data_ptr(),
             y.stride(0) if y.dim() == 2 else n,
-            _name(y.dtype),
+            name_of(y.dtype),
             0 if bias is None else bias.data_ptr(),
             mode,
             weight.isa,
@@ -171,7 +171,7 @@ def matmul_transposed(y: torch.Tensor, weight: CpuWeight) -> torch.Tensor:
     rows at a time. Raises ValueError, TypeError.
     """
     n, k = weight.shape
-    if y.dtype not in DTYPES or y.device.type != "cpu":
+    if name_of(y.dtype) not in DTYPES or y.device.type != "cpu":
         raise TypeError(f"y must be one of {DTYPES} on the CPU, found {y.dtype} on {y.device}")
     if y.dim() == 0 or y.shape[-1] != n:
         raise ValueError(f"y must be (..., {n}), found {tuple(y.shape)}")
@@ -203,7 +203,3 @@ def _isa(name: str | None) -> str:
     if name is not None and name not in found:
         raise ValueError(f"isa must be one of {found} on this machine, found {name!r}")
     return name or found[0]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -10,10 +10,11 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch.nn.functional import pad
 
+from engine.kernels.dtypes import DTYPES, dtype_of, name_of
+
 VERSION = 1
 GROUPS = (0, 16, 32, 64, 128)  # 0: the whole row
 SCHEMES = ("symmetric", "zero", "minimum", "codebook", "kquant")
-SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 ROW_ALIGN_BYTES = 16  # a row of codes is read in 16-byte loads
 SHARED = ("perm", "codebook")  # what all rows have in common
 SUPER = 256  # weights under one pair of kquant super-scales
@@ -39,10 +40,8 @@ class Spec:
             raise ValueError(f"group must be one of {GROUPS} (0: whole row), found {self.group!r}")
         if self.scheme not in SCHEMES:
             raise ValueError(f"scheme must be one of {SCHEMES}, found {self.scheme!r}")
-        if self.scale_dtype not in SCALE_DTYPES.values():
-            raise ValueError(
-                f"scale_dtype must be one of {tuple(SCALE_DTYPES)}, found {self.scale_dtype}"
-            )
+        if name_of(self.scale_dtype) not in DTYPES:
+            raise ValueError(f"scale_dtype must be one of {DTYPES}, found {self.scale_dtype}")
         if self.scheme == "codebook" and self.bits != 4:
             raise ValueError(f"scheme 'codebook' has 4 bits, found {self.bits}")
         kquant = (self.bits, self.group, self.scale_dtype)
@@ -65,7 +64,7 @@ class Spec:
             "bits": self.bits,
             "group": self.group,
             "scheme": self.scheme,
-            "scale_dtype": str(self.scale_dtype).removeprefix("torch."),
+            "scale_dtype": name_of(self.scale_dtype),
         }
 
     @classmethod
@@ -80,11 +79,9 @@ class Spec:
         names = {field.name for field in fields(cls)}
         if data.keys() != names:
             raise ValueError(f"quantisation spec needs {sorted(names)}, found {sorted(data)}")
-        if data["scale_dtype"] not in tuple(SCALE_DTYPES):
-            raise ValueError(
-                f"scale_dtype must be one of {tuple(SCALE_DTYPES)}, found {data['scale_dtype']!r}"
-            )
-        return cls(**data | {"scale_dtype": SCALE_DTYPES[data["scale_dtype"]]})
+        if data["scale_dtype"] not in DTYPES:
+            raise ValueError(f"scale_dtype must be one of {DTYPES}, found {data['scale_dtype']!r}")
+        return cls(**data | {"scale_dtype": dtype_of(data["scale_dtype"])})
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from engine.kernels.w4.dequantise import Format
 from engine.kernels.w4.launch import Launch
 from engine.kernels.w4.layout_gpu import GpuMatrix
 
-DTYPES = (torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
 ALIGN = 16  # elements and bytes; Triton compiles a kernel for multiples of 16, and one for the rest
 REDUCE_BLOCK = 512  # outputs of a program
 
@@ -102,7 +102,7 @@ def check_operand(name: str, x: Tensor, width: int, weight: GpuMatrix) -> None:
         dispatch.require("triton")
         if not knobs.runtime.interpret:
             raise ValueError(f"{name} must be on a GPU, found {x.device}")
-    if x.dtype not in DTYPES:
+    if x.dtype not in HALVES:
         raise TypeError(f"{name} must be float16 or bfloat16, found {x.dtype}")
     if x.dim() == 0 or x.shape[-1] != width:
         raise ValueError(f"{name} must be (..., {width}), found {tuple(x.shape)}")

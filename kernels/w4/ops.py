@@ -23,7 +23,6 @@ from engine.kernels.w4.cpu import CpuWeight
 from engine.kernels.w4.format import Packed, Spec, expected_tensors, validate
 from engine.kernels.w4.layout_gpu import CHUNK_BYTES, GpuMatrix, from_gpu, to_gpu
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
 MATRIX = (
     "Tensor[] weight, int n, int k, int bits, int group, str scheme, ScalarType scale_dtype, "
     "str backend"

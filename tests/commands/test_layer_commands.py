@@ -11,9 +11,8 @@ from support import tiny
 from support.commands import call, refused
 
 from engine.api import load
-from engine.artifacts import Plan, Profile
+from engine.artifacts import Evaluation, Plan, Profile
 from engine.checkpoint import open_checkpoint
-from engine.evaluate import Evaluation
 from engine.pruning.budget import Storage, cost
 from engine.pruning.plan import default_protection
 from engine.text.samples import read_samples

@@ -133,7 +133,7 @@ def test_a_plan_goes_into_the_directory(tmp_path):
         ({"scheme": "kquant"}, "scheme: expected one of symmetric, zero, minimum, found"),
         ({"method": "nf4", "scheme": "zero"}, "scheme: expected one of codebook, found 'zero'"),
         ({"method": "nf4", "bits": 8}, "scheme 'codebook' has 4 bits, found 8"),
-        ({"scale_dtype": "float64"}, "scale_dtype: expected one of float16, .*, found 'float64'"),
+        ({"scale_dtype": "float64"}, "scale_dtype: expected one of .*bfloat16, found 'float64'"),
         ({"clip": "max"}, "clip: expected one of minmax, mse, found 'max'"),
         ({"clip": "mse", "method": "hqq"}, "clip: belongs to rtn and gptq, not to hqq"),
         ({"act_order": True, "method": "rtn"}, "act-order: belongs to gptq, not to rtn"),

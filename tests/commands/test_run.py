@@ -10,12 +10,12 @@ import torch
 from support.fake import FakeRuntime, FakeText
 
 from engine import run
+from engine.artifacts import Evaluation
 from engine.benchmark.peers import process
 from engine.benchmark.speed import RunRecord, Speed, benchmark
 from engine.cli import app
-from engine.commands import common as command
+from engine.commands import common, output
 from engine.errors import InputError
-from engine.evaluate import Evaluation
 from engine.generation import Options, Timings, generate
 from engine.kernels.dispatch import BackendUnavailable
 
@@ -35,7 +35,7 @@ def model(rng, monkeypatch):
         return model, 12.5
 
     monkeypatch.setattr(run, "open_model", open_model)
-    monkeypatch.setattr(command, "open_model", open_model)
+    monkeypatch.setattr(common, "open_model", open_model)
     monkeypatch.setattr("engine.benchmark.machine.CEILING_BYTES", 2**22)
     return model
 
@@ -77,7 +77,7 @@ def test_options_reach_the_model_and_the_loop(model):
     )
     options = {"drop": "2-3", "keep": None, "backend": "reference", "dtype": "float32"}
     options |= {"cache_dtype": "int8"}
-    assert model.opened == [(command.DEFAULT_MODEL, 1, options)]
+    assert model.opened == [(common.DEFAULT_MODEL, 1, options)]
     shapes = [tuple(shape) for shape, _, _ in model.runtime.calls]
     assert shapes == 2 * [(3, len(run.PROMPT)), *[(3, 1)] * 3]
 
@@ -239,7 +239,7 @@ def test_what_the_user_can_mend_has_no_traceback(kind, capfd):
         raise kind("no such thing")
 
     with pytest.raises(SystemExit) as stopped:
-        command.execute(app)
+        output.execute(app)
     assert stopped.value.code == 2 and capfd.readouterr().err == "engine: no such thing\n"
 
 
@@ -248,7 +248,7 @@ def test_a_fault_of_the_engine_is_not_hidden(capfd):
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        command.execute(app)
+        output.execute(app)
 
 
 def test_help_imports_nothing_heavy():

@@ -10,6 +10,7 @@ from support.packed import every_spec, random_packed, spec_id
 
 from engine.kernels import dispatch
 from engine.kernels.dispatch import BackendUnavailable
+from engine.kernels.dtypes import DTYPES, dtype_of
 from engine.kernels.w4 import cpu
 from engine.kernels.w4.format import Spec, unpack, zeros
 from engine.kernels.w4.layout_gpu import from_gpu, to_gpu
@@ -23,7 +24,7 @@ from engine.kernels.w4.ops import (
 )
 
 every_spec_kind = pytest.mark.parametrize("spec", SPECS, ids=spec_id)
-every_dtype = pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+every_dtype = pytest.mark.parametrize("dtype", [*map(dtype_of, DTYPES)], ids=str)
 Q4_1 = Spec(4, 32, "minimum")
 
 

@@ -8,8 +8,8 @@ from support.fake import FakeRuntime, FakeText
 
 from engine.benchmark.breakdown import LABELS, breakdown
 from engine.errors import InputError
-from engine.generation import Options
 from engine.kernels import native
+from engine.options import Options
 
 OPTIONS = Options(max_new_tokens=24, ignore_eos=True)
 

@@ -8,16 +8,27 @@ from safetensors.torch import load_file
 from support import tiny
 
 from engine.checkpoint import open_checkpoint
-from engine.commands.budget import parse_bytes, read_config
+from engine.commands.budget import parse_bytes, read_model
 from engine.errors import InputError
 from engine.export.hf import prune
-from engine.pruning.budget import MODELS, Storage, budget, built_in, cost, smallest_drop
+from engine.pruning.budget import (
+    MODELS,
+    Budget,
+    Storage,
+    budget,
+    built_in,
+    cost,
+    file_bytes,
+    smallest_drop,
+)
+from engine.quantize.packing import pack
+from engine.quantize.recipe import Recipe
 
 
 @pytest.mark.parametrize("case", tiny.CASES)
 def test_counts_equal_transformers_and_the_file(case, tmp_path):
     model = tiny.write(case, tmp_path / "model", 1)
-    config = read_config(str(tmp_path / "model"))
+    config = read_model(str(tmp_path / "model"))[0]
     found = cost(config, context=8)
     assert found.total_parameters == model.num_parameters()
     kept = config.keep([0, 2, 3])
@@ -103,3 +114,29 @@ def test_sizes():
     for bad in ({"bits": 5}, {"head_bits": 3}, {"group": -1}):
         with pytest.raises(InputError):
             Storage(**bad)
+
+
+@pytest.mark.parametrize("case", ["llama", "phi3", "gemma3", "phi2", "qwen3"])
+def test_the_file_is_counted_as_it_lies_on_disk(case, tmp_path):
+    tiny.write(case, tmp_path / "model", 1)
+    config, sizes = read_model(str(tmp_path / "model"))
+    file = tmp_path / "model" / "model.safetensors"
+    data = file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little")
+    assert sum(file_bytes(config, sizes).values()) == data
+    assert file_bytes(config, sizes) == {
+        part: 2 * nbytes for part, nbytes in cost(config).weight_bytes.items()
+    }  # float32, where the cost is of 16 bits
+
+
+def test_a_packed_file_is_smaller_than_16_bits(tmp_path):
+    tiny.write("phi3", tmp_path / "model", 1)
+    checkpoint = open_checkpoint(tmp_path / "model")
+    pack(checkpoint, checkpoint.config, tmp_path / "packed", Recipe("rtn", 4, 16, head=16))
+    config, sizes = read_model(str(tmp_path / "packed"))
+    found = budget("packed", config, config, Storage(4, 16), 64, file_bytes(config, sizes))
+    assert sum(found.file.values()) == sum(sizes.values())
+    assert found.file["mlp"] < found.before["weight_bytes"]["mlp"] / 2
+    assert Budget.from_json(json.loads(json.dumps(found.to_json())), "here") == found
+    older = found.to_json()
+    del older["file"]
+    assert Budget.from_json(older, "here").file is None

@@ -17,8 +17,7 @@ import pytest
 from support.commands import call, refused
 from support.profiles import make_profile
 
-from engine.artifacts import Plan
-from engine.evaluate import Evaluation
+from engine.artifacts import Evaluation, Plan
 from engine.pruning import budget as costs
 from engine.pruning.budget import Storage, built_in
 from engine.report import figures, plot

@@ -7,7 +7,8 @@ from gguf import GGMLQuantizationType
 from gguf import quants as gguf_quants
 
 from engine.errors import InputError
-from engine.kernels.w4.format import GROUPS, NF4, SCALE_DTYPES, Spec, unpack, unpack_codes, validate
+from engine.kernels.dtypes import DTYPES, dtype_of
+from engine.kernels.w4.format import GROUPS, NF4, Spec, unpack, unpack_codes, validate
 from engine.quantize import grid, methods
 
 UNIFORM = [
@@ -73,7 +74,7 @@ def test_any_shape_and_dtype(spec, rng):
             assert (packed.perm is not None) == ordered
 
 
-@pytest.mark.parametrize("dtype", SCALE_DTYPES.values(), ids=str)
+@pytest.mark.parametrize("dtype", [*map(dtype_of, DTYPES)], ids=str)
 @pytest.mark.parametrize("spec", UNIFORM, ids=str)
 def test_round_to_nearest_is_half_a_step_away(spec, dtype, rng):
     spec = Spec(spec.bits, spec.group, spec.scheme, dtype)

@@ -1,12 +1,15 @@
 """GGUF files that are damaged, or sound but not what they must be: one sentence each."""
 
 import struct
+from functools import partial
 
 import pytest
 from support import llama_files
 
+import engine
 from engine.checkpoint import open_checkpoint
 from engine.errors import InputError
+from engine.runtime import RUNTIMES
 
 
 def at(data: bytes, name: str) -> int:
@@ -50,6 +53,9 @@ DAMAGES = {
     "cut in the data": (lambda d: d[:-200], "truncated"),
 }
 
+# Every way a file is opened.
+OPENED = (open_checkpoint, *(partial(engine.load, backend=backend) for backend in RUNTIMES))
+
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_one_sentence(damage, tmp_path):
@@ -57,10 +63,11 @@ def test_damage_is_one_sentence(damage, tmp_path):
     llama_files.write_tiny(path)
     change, words = DAMAGES[damage]
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(InputError, match=words) as caught:
-        open_checkpoint(path)
-    assert str(path) in str(caught.value)
-    assert len(str(caught.value)) < 400
+    for opened in OPENED:
+        with pytest.raises(InputError, match=words) as caught:
+            opened(path)
+        assert str(path) in str(caught.value)
+        assert len(str(caught.value)) < 400
 
 
 def test_a_file_cut_anywhere_in_its_header(tmp_path):
@@ -101,6 +108,7 @@ def test_what_does_not_fit_is_one_sentence(misfit, tmp_path):
     path = tmp_path / "model.gguf"
     change, words = MISFITS[misfit]
     llama_files.write_tiny(path, change)
-    with pytest.raises(InputError, match=words) as caught:
-        open_checkpoint(path)
-    assert str(path) in str(caught.value)
+    for opened in OPENED:
+        with pytest.raises(InputError, match=words) as caught:
+            opened(path)
+        assert str(path) in str(caught.value)

@@ -1,6 +1,7 @@
 """Quantised directories that cannot be read: one sentence that names file, tensor or option."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 from support.packed import random_packed
 from support.quantised import CASES, MODULE, compressed, nf4, write
 
+import engine
 from engine.checkpoint import open_checkpoint
 from engine.errors import InputError
 from engine.kernels.w4 import store
 from engine.kernels.w4.format import Spec
+from engine.runtime import RUNTIMES
 
 
 def refused(path: Path, words: str) -> None:
@@ -21,6 +24,9 @@ def refused(path: Path, words: str) -> None:
         for name in checkpoint.names():
             checkpoint.shape(name), checkpoint.packed(name), checkpoint.read(name)
     assert str(path) in str(caught.value)
+    for backend in RUNTIMES:
+        with pytest.raises(InputError, match=re.escape(str(path))):
+            engine.load(path, backend=backend)
 
 
 @pytest.mark.parametrize(

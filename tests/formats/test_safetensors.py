@@ -10,8 +10,9 @@ import torch
 from support import tiny
 
 from engine.checkpoint import open_checkpoint
-from engine.checkpoint.safetensors import DTYPES, SafetensorsFile
+from engine.checkpoint.safetensors import TYPES, SafetensorsFile
 from engine.errors import InputError
+from engine.kernels.dtypes import dtype_of
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 8, "num_attention_heads": 2}
 CONFIG |= {"num_hidden_layers": 1, "intermediate_size": 16, "vocab_size": 10}
@@ -43,13 +44,15 @@ def sharded(tmp_path):
 
 def test_every_dtype_is_a_view_of_the_file(tmp_path, rng):
     stored = {
-        name: torch.randint(0, 2, (3, 5), generator=rng).to(dtype) for name, dtype in DTYPES.items()
+        name: torch.randint(0, 2, (3, 5), generator=rng).to(dtype_of(dtype))
+        for name, (dtype, _) in TYPES.items()
     }
     stored |= {"scalar": torch.tensor(7.5), "none": torch.empty(0, 4)}
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(stored, path, metadata={"format": "pt"})
     file = SafetensorsFile(path)
     assert set(file.entries) == set(stored)
+    assert all(file.entries[name].nbytes == tensor.nbytes for name, tensor in stored.items())
     for name, tensor in stored.items():
         got = file.read(name)
         assert (got.dtype, got.shape) == (tensor.dtype, tensor.shape)

@@ -6,7 +6,7 @@ import io
 import pytest
 
 from engine.cli import app
-from engine.commands.common import execute
+from engine.commands.output import execute
 
 
 def call(*arguments) -> tuple[int, str, str]:

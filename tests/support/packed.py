@@ -2,7 +2,8 @@
 
 import torch
 
-from engine.kernels.w4.format import GROUPS, NF4, SCALE_DTYPES, Packed, Spec, pack_codes, validate
+from engine.kernels.dtypes import DTYPES, dtype_of
+from engine.kernels.w4.format import GROUPS, NF4, Packed, Spec, pack_codes, validate
 
 
 def every_spec() -> list[Spec]:
@@ -12,7 +13,7 @@ def every_spec() -> list[Spec]:
         for scheme in ("symmetric", "zero", "minimum", "codebook")
         for bits in ((4,) if scheme == "codebook" else (4, 8))
         for group in GROUPS
-        for dtype in SCALE_DTYPES.values()
+        for dtype in map(dtype_of, DTYPES)
     ]
     return [*specs, Spec(4, 32, "kquant", torch.float16)]
 

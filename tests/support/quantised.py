@@ -9,23 +9,26 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from engine.architecture.families import layer_tensors, outer_tensors
+from engine.architecture.hf_config import from_hf
 from engine.kernels.w4.format import NF4
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "hidden_size": 64,
+    "hidden_size": 100,
     "intermediate_size": 96,
     "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
+    "head_dim": 12,
     "vocab_size": 32,
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5,
 }
 MODULE = "model.layers.0.self_attn.q_proj"
 HEAD = "lm_head.weight"
-N, K = 48, 100  # K: no multiple of a group
+N, K = 48, 100  # of MODULE; K: no multiple of a group
 
 
 def write(
@@ -34,9 +37,13 @@ def write(
     quantization: dict | None,
     metadata: dict[str, str] | None = None,
 ) -> Path:
-    """A directory with the parts of MODULE and a plain head."""
+    """A directory with the parts of MODULE and everything else of the model unquantised."""
     tensors = {f"{MODULE}.{part}": tensor.contiguous() for part, tensor in parts.items()}
-    save_file(tensors | {HEAD: torch.eye(4).half()}, path / "model.safetensors", metadata)
+    config = from_hf(CONFIG, "CONFIG")
+    whole = dict(layer_tensors(config, 0).values()) | dict(outer_tensors(config).values())
+    plain = {name: torch.ones(shape).half() for name, shape in whole.items()}
+    del plain[f"{MODULE}.weight"]
+    save_file(plain | tensors, path / "model.safetensors", metadata)
     found = {} if quantization is None else {"quantization_config": quantization}
     (path / "config.json").write_text(json.dumps(CONFIG | found))
     return path

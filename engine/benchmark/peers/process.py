@@ -18,6 +18,7 @@ import torch
 from engine.benchmark.peers.known import KNOWN, Setting
 from engine.errors import InputError
 from engine.generation import Timings
+from engine.kernels.dtypes import name_of
 
 TRIAL_TOKENS = 24
 NO_SETTING: Setting = MappingProxyType({})
@@ -146,7 +147,7 @@ def work_of(name: str, model, batch: int, context: int) -> dict[str, Any]:
         "context": context,
         "layers": layers,
         "device": str(runtime.device),
-        "dtype": str(runtime.dtype).removeprefix("torch."),
+        "dtype": name_of(runtime.dtype),
     }
 
 

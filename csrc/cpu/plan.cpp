@@ -1,0 +1,155 @@
+#include "cpu/plan.h"
+
+#include <algorithm>
+
+namespace shallow {
+namespace {
+
+constexpr std::int64_t kThreadBytes = 32 << 10;  // of weights for each thread, by four rows of x
+constexpr std::int64_t kCacheBytes = 1 << 20;    // of L2 for the activations that all tiles meet
+constexpr std::int64_t kSumsBytes = 512 << 10;   // of L2 for sums that wait for the next columns
+constexpr std::int64_t kLeastRows = 64, kMostRows = 512;  // at once
+
+// An odd number of KiB: panels a power of two apart would share few cache sets.
+std::int64_t bfloat_stride(std::int64_t blocks) { return (blocks | 1) * kBlock * kPanelRows; }
+
+// A slice of two tiles, and the sums of pairs of panels and tiles.
+std::int64_t bfloat_scratch_bytes(std::int64_t rows, std::int64_t tiles) {
+    const std::int64_t pairs = w4::ceil_div(rows, 2 * kPanelRows) * w4::ceil_div(tiles, 2);
+    return 2 * kSliceBlocks * kBlock * kTileRows * 2 + pairs * 4 * kPanelRows * kTileRows * 4;
+}
+
+template <class T>
+void gather_as(const Rows& x, const std::int32_t* perm, T* to) {
+    const T* from = static_cast<const T*>(x.data);
+    for (std::int64_t row = 0; row < x.m; ++row, from += x.stride)
+        for (std::int64_t j = 0; j < x.k; ++j) *to++ = from[perm[j]];
+}
+
+}  // namespace
+
+Path choose_path(const TileView& w, std::int64_t m, Mode mode, const Kernels& kernels) {
+    if (mode == Mode::exact || w.kind == Codes::float32) return Path::exact;
+    if (kernels.bfloat_tiles && m >= kManyRows) return Path::bfloat;
+    const bool plain = w.kind == Codes::float16 || w.kind == Codes::bfloat16;
+    const bool coarse = w.kind == Codes::nibble_table && w.values8_step == 0;
+    return plain || coarse ? Path::exact : Path::int8;
+}
+
+Form::Form(const TileView& like, Path path, std::int64_t m, bool fine)
+    : path(path), fine(fine), m(m), panel(path == Path::bfloat ? kPanelRows : std::min<std::int64_t>(m, kPanelRows)),
+      rows(w4::ceil_div(m, panel) * panel), blocks(like.blocks), groups(like.groups),
+      group_blocks(like.group_blocks) {}
+
+std::int64_t Form::nbytes() const {
+    switch (path) {
+        case Path::exact: return line_up(rows * blocks * kBlock * 4);
+        case Path::bfloat: return rows / kPanelRows * bfloat_stride(blocks) * 2;
+        case Path::int8:
+            return line_up(2 * rows * blocks * kBlock) + line_up(2 * rows * blocks * 4) +
+                   line_up(rows * groups * 4);
+    }
+    return 0;
+}
+
+Int8Input Form::int8(std::uint8_t* base) const {
+    Cutter cutter{base};
+    Int8Input input;
+    input.m = m;
+    input.panel = panel;
+    input.plane = rows * blocks;
+    input.group_blocks = group_blocks;
+    input.fine = fine;
+    input.q = cutter.cut<std::int8_t>(2 * input.plane * kBlock);
+    input.scales = cutter.cut<float>(2 * input.plane);
+    input.sums = cutter.cut<float>(rows * groups);
+    return input;
+}
+
+FloatInput Form::wide(std::uint8_t* base) const {
+    return {reinterpret_cast<float*>(base), m, panel};
+}
+
+BfloatInput Form::bfloat(std::uint8_t* base) const {
+    return {reinterpret_cast<std::uint16_t*>(base), m, bfloat_stride(blocks)};
+}
+
+// The kernels write a panel's first rows: here the panel as seen from the row and the column on.
+void Form::write(const Kernels& kernels, const Rows& x, std::uint8_t* base, std::int64_t row,
+                 std::int64_t column) const {
+    const std::int64_t lane = row % panel, first = row - lane, block = column / kBlock;
+    const std::int64_t at = first * blocks + block * panel;
+    switch (path) {
+        case Path::exact: {
+            FloatInput to = wide(base);
+            to.values += at * kBlock + lane;
+            return kernels.write_float(x, to);
+        }
+        case Path::bfloat: {
+            BfloatInput to = bfloat(base);
+            to.values += first / kPanelRows * to.stride;
+            return kernels.write_bfloat(x, to);
+        }
+        case Path::int8: {
+            const std::int64_t group = group_blocks ? block / group_blocks : 2 * block;
+            Int8Input to = int8(base);
+            to.q += (at + lane) * kBlock;
+            to.scales += at + lane;
+            to.sums += first * groups + group * panel + lane;
+            return kernels.write_int8(x, to);
+        }
+    }
+}
+
+std::int64_t Form::claim(std::int64_t tiles, int threads, Start start) const {
+    if (path == Path::bfloat) {  // pairs of tiles
+        const std::int64_t fair = w4::ceil_div(tiles, threads * 4);
+        return std::clamp<std::int64_t>(kSumsBytes / (m * kTileRows * 4), 2, fair + fair % 2) / 2 * 2;
+    }
+    if (start == Start::scattered) return 0;
+    return w4::ceil_div(tiles, m < kManyRows ? threads : threads * 8);
+}
+
+std::int64_t Form::scratch_bytes(const TileView& w, std::int64_t claim) const {
+    if (path == Path::bfloat) return line_up(bfloat_scratch_bytes(m, claim));
+    if (path == Path::exact || m < kManyRows) return 0;
+    return line_up((w.blocks * kBlock + w.groups * 2 * 4) * kTileRows);  // an unpacked tile
+}
+
+void Form::multiply(const Kernels& kernels, const TileView& w, std::uint8_t* base, const Output& y,
+                    std::int64_t begin, std::int64_t end, std::uint8_t* scratch) const {
+    switch (path) {
+        case Path::exact: return kernels.float_tiles(w, wide(base), y, begin, end);
+        case Path::bfloat: return kernels.bfloat_tiles(w, bfloat(base), y, begin, end, scratch);
+        case Path::int8:
+            return kernels.int8_tiles(w, int8(base), y, begin, end,
+                                      m < kManyRows ? nullptr : scratch);
+    }
+}
+
+std::int64_t rows_within(std::int64_t bytes, std::int64_t row_bytes) {
+    return std::clamp(bytes / row_bytes / kPanelRows * kPanelRows, kLeastRows, kMostRows);
+}
+
+// Every tile meets all rows of int8, which should stay in the cache.
+std::int64_t rows_at_once(const TileView& w, Path path) {
+    return path == Path::int8 ? rows_within(kCacheBytes, w.blocks * kBlock) : kMostRows;
+}
+
+int useful_threads(const TileView& w, std::int64_t m, int threads) {
+    const std::int64_t work = w.tiles * w.tile_bytes * w4::ceil_div(m, 4);
+    return static_cast<int>(std::clamp<std::int64_t>(work / kThreadBytes, 1, threads));
+}
+
+Rows gather(const Rows& x, const std::int32_t* perm, void* to) {
+    if (element_bytes(x.type) == 4)
+        gather_as(x, perm, static_cast<std::uint32_t*>(to));
+    else
+        gather_as(x, perm, static_cast<std::uint16_t*>(to));
+    Rows gathered = x;
+    gathered.data = to;
+    gathered.stride = x.k;
+    return gathered;
+}
+
+}  // namespace shallow

@@ -1,0 +1,84 @@
+// The matmul planner: by which path a matrix multiplies rows of x, in what form it reads them, and
+// how memory and work are divided. The matmul of its own and the decoder's products follow it.
+// defines: kManyRows Path choose_path Form Start rows_within rows_at_once useful_threads gather
+//          element_bytes line_up Cutter
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/w4_matmul.h"
+
+namespace shallow {
+
+// From here on every tile is unpacked before the rows meet it, and rows go by panels. Measured with
+// tiles of bfloat16 from 16 rows on instead: 18-36 % slower at 16 to 24 rows, 10 % faster at 31
+// (benchmarks/results/decoder.md).
+constexpr std::int64_t kManyRows = 32;
+
+enum class Path { int8, exact, bfloat };  // the kernels of these names, see Kernels
+
+Path choose_path(const TileView& w, std::int64_t m, Mode mode, const Kernels& kernels);
+
+// How the threads of a product begin: together, out of a barrier, or as each wakes up.
+enum class Start { together, scattered };
+
+// m rows of activations as the kernels of a path read them for `like`, and for any matrix with its
+// columns and groups.
+struct Form {
+    Path path;
+    bool fine;                 // int8: the coarsest blocks in two planes, see Int8Input
+    std::int64_t m, panel;     // rows of x; rows of a panel
+    std::int64_t rows;         // m up to whole panels
+    std::int64_t blocks, groups, group_blocks;
+
+    Form(const TileView& like, Path path, std::int64_t m, bool fine);
+
+    std::int64_t nbytes() const;  // whole cache lines
+    // Writes x, which lies in one panel, as the rows from `row` and the columns from `column` on, the
+    // latter where a block and a group begin. bfloat: a whole panel. Threads may write different
+    // rows and columns at once.
+    void write(const Kernels& kernels, const Rows& x, std::uint8_t* base, std::int64_t row,
+               std::int64_t column) const;
+
+    // Tiles for a thread to claim at a time; 0: half of a fair share of what is left. A matmul of
+    // its own is 2-5 % faster by that than by equal claims, after which its threads end 0.1-0.25 ms
+    // of 1.9 apart; in a step one share a thread is as fast (benchmarks/results/decoder.md).
+    std::int64_t claim(std::int64_t tiles, int threads, Start start) const;
+    std::int64_t scratch_bytes(const TileView& w, std::int64_t claim) const;  // a thread
+    // Tiles begin..end-1 of y, a claim at most.
+    void multiply(const Kernels& kernels, const TileView& w, std::uint8_t* base, const Output& y,
+                  std::int64_t begin, std::int64_t end, std::uint8_t* scratch) const;
+
+private:
+    Int8Input int8(std::uint8_t* base) const;
+    FloatInput wide(std::uint8_t* base) const;
+    BfloatInput bfloat(std::uint8_t* base) const;
+};
+
+// Whole panels of rows that fit into `bytes`, but 64 to 512. All meet a tile that is unpacked once:
+// a prefill by 256 or 384 tokens is 2-4 % slower than by 512 (benchmarks/results/decoder.md).
+std::int64_t rows_within(std::int64_t bytes, std::int64_t row_bytes);
+std::int64_t rows_at_once(const TileView& w, Path path);  // of a matmul of its own
+int useful_threads(const TileView& w, std::int64_t m, int threads);
+
+// The columns of x in the order `perm`, written to `to`, rows x.k apart.
+Rows gather(const Rows& x, const std::int32_t* perm, void* to);
+
+constexpr std::int64_t element_bytes(ScaleType type) { return type == ScaleType::float32 ? 4 : 2; }
+
+constexpr std::int64_t line_up(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Parts of a buffer in whole cache lines, handed out in order; only counts where base is null.
+struct Cutter {
+    std::uint8_t* base;
+    std::int64_t used = 0;
+
+    template <class T>
+    T* cut(std::int64_t count) {
+        T* const part = base ? reinterpret_cast<T*>(base + used) : nullptr;
+        used += line_up(count * static_cast<std::int64_t>(sizeof(T)));
+        return part;
+    }
+};
+
+}  // namespace shallow

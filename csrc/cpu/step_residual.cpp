@@ -1,0 +1,64 @@
+#include "cpu/step_residual.h"
+
+namespace shallow {
+
+void Residual::embed() {
+    const auto embed_row = [&](std::int64_t i) {
+        float* const x = w_.x.row(i);
+        w_.model.embed(w_.chunk.rows[static_cast<std::size_t>(i)].token, x);
+        if (w_.rules.embedding_scale != 1.0f)
+            w_.model.row_kernels.scale(x, w_.rules.embedding_scale, w_.rules.hidden);
+    };
+    for (std::int64_t i = w_.kept ? 0 : w_.thread; i < w_.chunk.size(); i += w_.kept ? 1 : w_.threads)
+        embed_row(i);
+    w_.mark(Part::embed);
+    w_.barrier_unless_kept();
+}
+
+void Residual::add(const RowSet& set, const Norm& post, const FloatRows& y, const FloatRows* y2) {
+    pending_.set = &set;
+    pending_.post = post.weight ? &post : nullptr;
+    pending_.y = &y;
+    pending_.y2 = y2;
+}
+
+void Residual::write_norm(const RowSet& set, const Norm& norm, const Input& input) {
+    const std::int64_t hidden = w_.rules.hidden;
+    if (pending_.set && pending_.set != &set) {
+        w_.each_share_or_kept(pending_.set->size(), [&](std::int64_t i, std::int64_t count) {
+            for (std::int64_t r = i; r < i + count; ++r) add_pending(r);
+        });
+        w_.barrier_unless_kept();
+        pending_.set = nullptr;
+    }
+    const FloatRows staged{w_.own.staged, hidden};
+    w_.each_share_or_kept(set.size(), [&](std::int64_t i, std::int64_t count) {
+        for (std::int64_t r = 0; r < count; ++r) {
+            if (pending_.set) add_pending(i + r);
+            const float* const x = w_.x.row(set.members[static_cast<std::size_t>(i + r)]);
+            if (norm.weight)
+                w_.model.row_kernels.normalise(norm, x, staged.row(r), hidden);
+            else
+                std::copy(x, x + hidden, staged.row(r));
+        }
+        input.write(staged.part(0, count, 0, hidden), w_.hidden_forms, set.size(), i, w_.own.spare);
+    });
+    pending_.set = nullptr;
+    w_.mark(Part::norm);
+    w_.barrier_unless_kept();
+}
+
+void Residual::add_pending(std::int64_t row) {
+    const std::int64_t hidden = w_.rules.hidden;
+    const RowKernels& kernels = w_.model.row_kernels;
+    float* const x = w_.x.row(pending_.set->members[static_cast<std::size_t>(row)]);
+    const float* y = pending_.y->row(row);
+    if (pending_.post) {
+        kernels.normalise(*pending_.post, y, w_.own.spare, hidden);
+        y = w_.own.spare;
+    }
+    kernels.add(x, y, hidden);
+    if (pending_.y2) kernels.add(x, pending_.y2->row(row), hidden);
+}
+
+}  // namespace shallow

@@ -1,0 +1,137 @@
+"""`engine chat`: a conversation, streamed."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from engine.commands import common, output
+from engine.errors import InputError
+
+if TYPE_CHECKING:
+    from engine.api import Model
+
+HELP = """/reset      forget the conversation
+/system X   begin anew with the instruction X
+/undo       take back the last question and its answer
+/help       this
+/exit       the end; Ctrl-D too. Ctrl-C stops an answer."""
+Message = dict[str, str]
+
+
+def chat(
+    model: Annotated[
+        str, typer.Argument(help="Directory, .gguf file or hub id.")
+    ] = common.DEFAULT_MODEL,
+    system: Annotated[str | None, typer.Option(help="An instruction that comes first.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="At most so many an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token always.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Of the nucleus; 1: off.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1: off.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="For the same draws again.")] = None,
+    plan: common.PlanFile = None,
+    drop: common.Drop = None,
+    keep: common.Keep = None,
+    backend: common.Backend = None,
+    dtype: common.Dtype = None,
+    threads: common.Threads = None,
+) -> None:
+    """Talk with a model: its answers stream, what was said is kept. /help lists the commands."""
+    from engine.options import Options
+
+    asked: dict[str, Any] = {
+        "max_new_tokens": new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    Options(**asked)  # refused before anything is opened
+    chosen = drop if plan is None else common.planned(plan, drop, keep)
+    opened, _ = common.open_model(
+        model, threads, drop=chosen, keep=keep, backend=backend, dtype=dtype
+    )
+    if opened.text.chat_template is None:
+        raise InputError(f"{model}: has no chat template; `engine run --raw` completes plain text")
+    talk(opened, asked, system)
+
+
+def talk(model: "Model", options: dict[str, Any], system: str | None) -> None:
+    """Questions from stdin, answers to stdout, until it ends."""
+    first = [] if system is None else [{"role": "system", "content": system}]
+    said = list(first)
+    for line in lines():
+        word, _, rest = line.partition(" ")
+        if word == "/exit":
+            break
+        if word == "/help":
+            output.say(HELP)
+        elif word == "/reset":
+            said = list(first)
+        elif word == "/system":
+            first = [{"role": "system", "content": rest}] if rest else []
+            said = list(first)
+        elif word == "/undo":
+            said = said[: max(len(first), len(said) - 2)]
+        elif line.startswith("/"):
+            output.say(f"{word}: there is no such command; /help lists them")
+        else:
+            said = answered(model, options, [*said, {"role": "user", "content": line}])
+
+
+def answered(model: "Model", options: dict[str, Any], said: list[Message]) -> list[Message]:
+    """The conversation with the model's answer, printed as it comes; as it was before the question
+    where there can be none."""
+    pieces = []
+    try:
+        for piece in model.stream(said, **options):
+            print(piece, end="", flush=True)
+            pieces.append(piece)
+    except InputError as error:  # the conversation outgrew the context
+        print(f"engine: {error}; /reset begins anew", file=sys.stderr)
+        return said[:-1]
+    except KeyboardInterrupt:
+        pass
+    print()
+    return [*said, {"role": "assistant", "content": "".join(pieces)}]
+
+
+def lines() -> Iterator[str]:
+    """What is typed, a line each, blank ones left out; with a history where there is a terminal."""
+    terminal = sys.stdin.isatty()
+    history = _open_history() if terminal else None
+    try:
+        while True:
+            try:
+                line = input("> " if terminal else "").strip()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                print()
+                continue
+            if line:
+                yield line
+    finally:
+        if history is not None:
+            import readline
+
+            readline.write_history_file(history)
+
+
+def _open_history() -> Path | None:
+    """The file that readline keeps; None where Python lacks readline or the file cannot be."""
+    from engine.checkpoint.fetch import cache_directory
+
+    try:
+        import readline
+
+        file = cache_directory() / "chat_history"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            readline.read_history_file(file)
+        readline.set_history_length(1000)
+    except (ImportError, OSError):
+        return None
+    return file

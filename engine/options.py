@@ -1,0 +1,77 @@
+"""What a generation can be asked for, checked before anything runs."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; the filters run in the order of the fields below.
+
+    Every combination leaves at least the most likely token. Values out of range raise `InputError`.
+    """
+
+    repetition_penalty: float = 1.0  # 0.001..1000; 1 = off; over prompt and generated ids
+    temperature: float = 0.0  # 0 = greedy, or 1e-6..1e6
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0  # 0..1; 1 = off
+    min_p: float = 0.0  # 0..1, of the most likely token's probability; 0 = off
+    seed: int | None = None  # None = drawn from the operating system
+
+    def __post_init__(self) -> None:
+        # Both ranges keep float32 logits finite and are wider than any use.
+        _check(
+            "repetition_penalty",
+            self.repetition_penalty,
+            "a number from 0.001 to 1000",
+            lambda v: 1e-3 <= v <= 1e3,
+        )
+        _check(
+            "temperature",
+            self.temperature,
+            "0 (greedy) or a number from 1e-6 to 1e6",
+            lambda v: v == 0 or 1e-6 <= v <= 1e6,
+        )
+        _check("top_k", self.top_k, "a whole number of at least 0", lambda v: v >= 0, int)
+        _check("top_p", self.top_p, "a number from 0 to 1", lambda v: 0 <= v <= 1)
+        _check("min_p", self.min_p, "a number from 0 to 1", lambda v: 0 <= v <= 1)
+        if self.seed is not None:
+            _check("seed", self.seed, "a whole number", lambda v: True, int)
+
+    @property
+    def is_greedy(self) -> bool:
+        """The likeliest token is taken, whatever came before."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
+
+@dataclass(frozen=True)
+class Options(Sampling):
+    """Everything `generate` can be asked for: `Sampling` and when to stop."""
+
+    max_new_tokens: int = 128
+    stop: str | int | Sequence[str | int] = ()  # stop strings, and token ids beside the model's own
+    ignore_eos: bool = False  # the model's own stop tokens do not end a sequence
+    slots: Any = None  # which layers run, passed through to the runtime; None = all
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        stop = (self.stop,) if isinstance(self.stop, str | int) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int):
+            raise InputError(f"max_new_tokens must be a whole number, not {self.max_new_tokens!r}")
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        for item in stop:
+            if isinstance(item, bool) or not isinstance(item, str | int) or item == "":
+                raise InputError(f"stop takes strings that are not empty and ids, not {item!r}")
+
+
+def _check(name: str, value, expected: str, holds, kind: type = float) -> None:
+    """Raises `InputError` unless `value` is a finite number of the kind and within the range."""
+    numeric = isinstance(value, int if kind is int else (int, float)) and type(value) is not bool
+    if not (numeric and math.isfinite(value) and holds(value)):
+        raise InputError(f"{name} must be {expected}, not {value!r}")

@@ -1,0 +1,76 @@
+"""`engine chat`: the conversation grows, its commands, what cannot be answered."""
+
+import io
+
+import pytest
+from support.commands import call
+from support.fake import FakeRuntime, FakeText
+
+from engine.api import Model
+from engine.commands import chat, common
+
+LETTERS = [chr(ord("a") + i % 26) for i in range(64)]
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """A model whose tokenizer notes the conversations it is given."""
+    made = Model(tmp_path, FakeRuntime(1))
+    made.__dict__["text"] = text = FakeText(LETTERS, chat_template="x")
+    text.asked = []
+    plain = text.chat
+    text.chat = lambda messages: text.asked.append(messages) or plain(messages)
+    monkeypatch.setattr(common, "open_model", lambda *_, **__: (made, 1.0))
+    return made
+
+
+def talk(monkeypatch, *lines: str, options=()) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    return call("chat", "any", "--new-tokens", 5, *options)
+
+
+def roles(conversation) -> str:
+    return "".join(message["role"][0] for message in conversation)
+
+
+def test_what_was_said_is_kept(model, monkeypatch):
+    code, out, err = talk(monkeypatch, "a", "", "bc", options=["--system", "be brief"])
+    assert (code, err) == (0, "")
+    answers = out.splitlines()
+    assert [len(answer) for answer in answers] == [5, 5]
+    first, second = model.text.asked
+    assert (roles(first), roles(second)) == ("su", "suau")
+    assert second[2] == {"role": "assistant", "content": answers[0]}
+
+
+def test_commands(model, monkeypatch):
+    said = ("a", "/reset", "b", "c", "/undo", "d", "/system e", "f", "/system", "g", "/exit", "h")
+    code, _, err = talk(monkeypatch, *said)
+    assert (code, err) == (0, "")
+    assert [roles(each) for each in model.text.asked] == ["u", "u", "uau", "uau", "su", "u"]
+    assert model.text.asked[3][-1]["content"] == "d"
+
+
+def test_help_and_unknown_commands(model, monkeypatch):
+    _, out, _ = talk(monkeypatch, "/help", "/what")
+    assert chat.HELP in out and "/what: there is no such command" in out
+    assert not model.text.asked
+
+
+def test_a_full_context_is_said_and_the_conversation_goes_on(model, monkeypatch):
+    code, out, err = talk(monkeypatch, "a", "b" * 300, "c")
+    assert code == 0 and len(out.splitlines()) == 2
+    assert "context" in err and "/reset" in err and err.count("\n") == 1
+    assert roles(model.text.asked[2]) == "uau"
+
+
+def test_no_template(model, monkeypatch):
+    model.text.chat_template = None
+    code, _, err = talk(monkeypatch, "a")
+    assert code == 2 and "any: has no chat template" in err
+
+
+def test_options_are_refused_before_the_model_opens(monkeypatch):
+    monkeypatch.setattr(common, "open_model", lambda *_, **__: pytest.fail("opened"))
+    code, _, err = talk(monkeypatch, "a", options=["--temperature", "-1"])
+    assert code == 2 and "temperature must be" in err

@@ -1,0 +1,123 @@
+"""How commands speak: --version, --quiet, --verbose, progress without a terminal, start-up."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import tiny
+from support.commands import call
+
+import engine
+from engine.commands import output
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny.write("llama", path, 1)
+    tiny.save_tokenizer(path)
+    numbers = torch.randint(3, tiny.VOCAB, (200,), generator=torch.Generator().manual_seed(1))
+    path.joinpath("text.txt").write_text(" ".join(map(str, numbers.tolist())))
+    return path
+
+
+def test_version():
+    assert call("--version") == (0, f"shallow {engine.__version__}\n", "")
+
+
+def test_quiet_leaves_the_record_alone(model):
+    asked = ("eval", model, "--text", model / "text.txt", "--window", "32")
+    code, out, err = call("--quiet", *asked)
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    record = json.loads(out)
+    assert record["kind"] == "evaluation"
+    _, out, _ = call(*asked)
+    assert out.count("\n") > 1 and json.loads(out.splitlines()[-1]) == record
+
+
+def test_quiet_runs(model):
+    code, out, err = call(
+        "--quiet", "run", "--model", model, "--prompt-tokens", 4, "--new-tokens", 4
+    )
+    assert (code, err) == (0, "")
+    assert json.loads(out)["new_tokens"] == 4
+
+
+def test_quiet_still_refuses(model):
+    code, out, err = call("--quiet", "eval", model / "absent")
+    assert (code, out) == (2, "") and "no such file" in err
+
+
+def test_verbose_says_what_is_chosen(model):
+    code, _, err = call("--verbose", "eval", model, "--text", model / "text.txt", "--window", "32")
+    assert code == 0
+    assert f"engine: model: {model}" in err and "4 of 4 layers" in err
+
+
+def test_quiet_and_verbose_exclude_each_other(model):
+    code, _, err = call("--quiet", "--verbose", "budget")
+    assert code == 2 and "exclude each other" in err
+
+
+def test_a_line_every_few_seconds_without_a_terminal(monkeypatch, capfd):
+    now = [0.0]
+    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
+    with output.progress("layers") as report:
+        for done in range(1, 11):
+            now[0] += 2
+            report(done, 10)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == [
+        "layers: 3 of 10, 14 s left", "layers: 6 of 10, 8 s left", "layers: 9 of 10, 2 s left"
+    ]  # fmt: skip
+
+
+# What needs neither torch nor transformers; MODEL is a directory, GGUF the default model's file.
+LIGHT = [
+    ("--help",), ("--version",), ("run", "--help"), ("quantize", "--help"), ("budget",),
+    ("budget", "MODEL", "--drop", "1"), ("budget", "/nowhere"), ("fetch", "/nowhere"),
+    ("run", "--model", "/nowhere"), ("run", "--backend", "abacus"), ("run", "--dtype", "int3"),
+    ("run", "--temperature", "-1"), ("run", "--json", "/nowhere/file"), ("eval", "/nowhere"),
+    ("eval", "MODEL", "--text", "/nowhere"), ("prune", "/nowhere", "/tmp/nowhere"),
+    ("prune", "MODEL", "/tmp/nowhere", "--drop", "99"), ("plan", "/nowhere", "--out", "/tmp/x"),
+    ("profile", "/nowhere", "--out", "/tmp/x"), ("plot", "/nowhere", "--out", "/tmp/x.svg"),
+]  # fmt: skip
+IMPORTED = """
+import sys
+from engine.cli import main
+try:
+    main()
+except SystemExit as stopped:
+    print(stopped.code or 0, *{"torch", "transformers", "matplotlib", "numpy"} & set(sys.modules))
+"""
+
+
+@pytest.mark.parametrize("arguments", LIGHT, ids=" ".join)
+def test_nothing_heavy_is_imported_in_vain(arguments, model):
+    given = [str(model) if each == "MODEL" else each for each in arguments]
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED, *given], capture_output=True, text=True, timeout=60
+    )
+    refused = any(word in " ".join(arguments) for word in ("nowhere", "abacus", "int3", "-1", "99"))
+    assert done.stdout.splitlines()[-1] == ("2" if refused else "0"), done.stderr
+
+
+def test_a_budget_of_a_gguf_reads_its_header_alone(default_model):
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED, "--quiet", "budget", str(default_model)],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    record, last = done.stdout.splitlines()
+    assert last == "0" and sum(json.loads(record)["file"].values()) > 90e6
+
+
+def test_plotting_needs_no_torch(model, tmp_path):
+    record = tmp_path / "budget.json"
+    assert call("budget", model, "--drop", "1", "--json", record)[0] == 0
+    arguments = ["plot", str(record), "--out", str(tmp_path / "budget.svg")]
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED, *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert set(done.stdout.split()) == {"0", "matplotlib", "numpy"}, done.stderr

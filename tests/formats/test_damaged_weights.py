@@ -1,0 +1,114 @@
+"""Weights that are absent, misshapen or asked for in vain: one sentence, on every runtime."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import tiny
+
+import engine
+from engine.errors import InputError
+from engine.runtime import RUNTIMES
+
+every_backend = pytest.mark.parametrize("backend", RUNTIMES)
+LAYER = "model.layers.1."
+QKV, GATE_UP = LAYER + "self_attn.qkv_proj.weight", LAYER + "mlp.gate_up_proj.weight"
+Q, NORM = LAYER + "self_attn.q_proj.weight", LAYER + "input_layernorm.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def grown(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.cat((tensor, tensor[:rows]))
+
+
+# family, what edits a sound model's tensors -> words of the error
+DAMAGES = {
+    "q with extra rows": ("llama", lambda t: t.update({Q: grown(t[Q], 8)}), f"{Q}: expected shape"),
+    "q with fewer rows": ("llama", lambda t: t.update({Q: t[Q][:-8]}), f"{Q}: expected shape"),
+    "q with extra columns": (
+        "llama",
+        lambda t: t.update({Q: grown(t[Q].T, 8).T.contiguous()}),
+        f"{Q}: expected shape",
+    ),
+    "a matrix for a norm": ("llama", lambda t: t.update({NORM: t[Q]}), f"{NORM}: expected shape"),
+    "a short norm": ("llama", lambda t: t.update({NORM: t[NORM][:-1]}), f"{NORM}: expected shape"),
+    "a small embedding": (
+        "llama",
+        lambda t: t.update({EMBEDDING: t[EMBEDDING][:-1]}),
+        f"{EMBEDDING}: expected shape",
+    ),
+    "a narrow embedding": (
+        "llama",
+        lambda t: t.update({EMBEDDING: t[EMBEDDING][:, :-1].contiguous()}),
+        f"{EMBEDDING}: expected shape",
+    ),
+    "a small tied embedding": (
+        "qwen3",
+        lambda t: t.update({EMBEDDING: t[EMBEDDING][:-1]}),
+        f"{EMBEDDING}: expected shape",
+    ),
+    "a small head": ("llama", lambda t: t.update({HEAD: t[HEAD][:-1]}), f"{HEAD}: expected shape"),
+    "fused, too many rows": (
+        "phi3",
+        lambda t: t.update({QKV: t[GATE_UP]}),
+        "qkv_proj.weight: expected shape",
+    ),
+    "no layer": ("llama", lambda t: t.pop(Q), f"no tensor '{Q}'"),
+    "no fused tensor": (
+        "phi3",
+        lambda t: t.pop(GATE_UP),
+        "no tensor .*gate_up_proj",
+    ),
+    "no embedding": ("llama", lambda t: t.pop(EMBEDDING), f"no tensor '{EMBEDDING}'"),
+    "no head": ("llama", lambda t: t.pop(HEAD), f"no tensor '{HEAD}'"),
+    "no norm of q": (
+        "qwen3",
+        lambda t: t.pop(LAYER + "self_attn.q_norm.weight"),
+        "no tensor .*q_norm",
+    ),
+    "no bias": (
+        "qwen2",
+        lambda t: t.pop(LAYER + "self_attn.v_proj.bias"),
+        "no tensor .*v_proj.bias",
+    ),
+}
+# family, what is added to its config.json -> words of the error
+RULES = {
+    "a size": ("llama", {"intermediate_size": 96}, "gate_proj.weight: expected shape"),
+    "the vocabulary": ("llama", {"vocab_size": 170}, "embed_tokens.weight: expected shape"),
+    "biases": ("llama", {"attention_bias": True}, "no tensor .*q_proj.bias"),
+    "biases of fused parts": (
+        "phi3",
+        {"attention_bias": True},
+        "attention_bias: .*no q of its",
+    ),
+    "norms of q and k": ("llama", {"qk_layernorm": True}, "qk_layernorm: .*no q_norm of its own"),
+    "no norms of q and k": ("phi2", {"qk_layernorm": True}, "no tensor .*q_layernorm"),
+}
+
+
+@every_backend
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_tensors(damage, backend, tmp_path):
+    family, change, words = DAMAGES[damage]
+    tiny.write(family, tmp_path, 1)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, file, {"format": "pt"})
+    with pytest.raises(InputError, match=words) as caught:
+        engine.load(tmp_path, backend=backend)
+    assert str(tmp_path) in str(caught.value)
+
+
+@every_backend
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_without_their_weights(rule, backend, tmp_path):
+    family, change, words = RULES[rule]
+    tiny.write(family, tmp_path, 1)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=words) as caught:
+        engine.load(tmp_path, backend=backend)
+    assert str(tmp_path) in str(caught.value)

@@ -1,0 +1,109 @@
+// What the matmul planner promises, as assertions; test_matmul_plan.py compiles and runs it.
+#undef NDEBUG
+#include "cpu/plan.h"
+
+#include <cassert>
+#include <vector>
+
+using namespace shallow;
+
+namespace {
+
+constexpr std::int64_t kRowCounts[] = {1, 8, 15, 16, 17, 31, 32, 33, 512};
+
+TileView view(Codes kind, std::int64_t k, std::int64_t group) {
+    TileView w{};
+    w.kind = kind;
+    w.values8_step = 1;
+    w.k = k;
+    w.blocks = w4::ceil_div(k, kBlock);
+    w.group_blocks = group / kBlock;
+    w.groups = w.group_blocks ? w4::ceil_div(w.blocks, w.group_blocks) : 2 * w.blocks;
+    return w;
+}
+
+void paths() {
+    Kernels vectors{}, tiles{};
+    tiles.bfloat_tiles = [](const TileView&, const BfloatInput&, const Output&, std::int64_t,
+                            std::int64_t, std::uint8_t*) {};
+    TileView coarse = view(Codes::nibble_table, 64, 32);
+    coarse.values8_step = 0;
+    for (const Codes kind : {Codes::nibble, Codes::nibble_table, Codes::byte}) {
+        const TileView w = view(kind, 64, 32);
+        assert(choose_path(w, 1, Mode::int8, tiles) == Path::int8);
+        assert(choose_path(w, kManyRows - 1, Mode::int8, tiles) == Path::int8);
+        assert(choose_path(w, kManyRows, Mode::int8, tiles) == Path::bfloat);
+        assert(choose_path(w, kManyRows, Mode::int8, vectors) == Path::int8);
+        assert(choose_path(w, kManyRows, Mode::exact, tiles) == Path::exact);
+    }
+    for (const TileView& w : {coarse, view(Codes::float16, 64, 64), view(Codes::bfloat16, 64, 64)}) {
+        assert(choose_path(w, 1, Mode::int8, tiles) == Path::exact);
+        assert(choose_path(w, kManyRows, Mode::int8, tiles) == Path::bfloat);
+    }
+    assert(choose_path(view(Codes::float32, 64, 64), 512, Mode::int8, tiles) == Path::exact);
+}
+
+alignas(64) std::uint8_t memory[1 << 20];
+std::vector<int> hits;  // of the bytes of a form
+
+void hit(const void* at, std::int64_t bytes) {
+    const auto first = static_cast<std::size_t>(static_cast<const std::uint8_t*>(at) - memory);
+    for (std::size_t i = 0; i < static_cast<std::size_t>(bytes); ++i) ++hits.at(first + i);
+}
+
+// Every row and block that is written lies in the form, where nothing else is written.
+void forms() {
+    Kernels kernels{};
+    kernels.write_float = [](const Rows&, const FloatInput& to) {
+        for (int j = 0; j < kBlock; ++j) hit(to.values + j * to.panel, 4);
+    };
+    kernels.write_int8 = [](const Rows&, const Int8Input& to) {
+        for (const std::int64_t plane : {std::int64_t{0}, to.plane}) {
+            hit(to.q + plane * kBlock, kBlock);
+            hit(to.scales + plane, 4);
+        }
+        for (int half = 0; half < (to.group_blocks ? 1 : 2); ++half) hit(to.sums + half * to.panel, 4);
+    };
+    Rows x{};
+    x.m = 1;
+    x.k = kBlock;
+    for (const Path path : {Path::exact, Path::int8})
+        for (const std::int64_t group : {16, 32})
+            for (const std::int64_t m : kRowCounts) {
+                const TileView w = view(Codes::nibble, 90, group);
+                const Form form(w, path, m, true);
+                assert(form.nbytes() <= static_cast<std::int64_t>(sizeof memory));
+                hits.assign(static_cast<std::size_t>(form.nbytes()), 0);
+                for (std::int64_t row = 0; row < m; ++row)
+                    for (std::int64_t b = 0; b < w.blocks; ++b)
+                        form.write(kernels, x, memory, row, b * kBlock);
+                for (const int count : hits) assert(count <= 1);
+            }
+}
+
+void claims() {
+    const TileView w = view(Codes::nibble, 576, 32);
+    for (std::int64_t m : kRowCounts)
+        for (const std::int64_t tiles : {1, 2, 5, 36, 3072})
+            for (const int threads : {1, 2, 7}) {
+                const Form tile(w, Path::bfloat, m, true), row(w, Path::int8, m, true);
+                const std::int64_t pairs = tile.claim(tiles, threads, Start::together);
+                assert(pairs >= 2 && pairs % 2 == 0);
+                assert(pairs == tile.claim(tiles, threads, Start::scattered));
+                assert(tile.scratch_bytes(w, pairs) > 0);
+                assert(row.claim(tiles, threads, Start::scattered) == 0);
+                const std::int64_t share = row.claim(tiles, threads, Start::together);
+                assert(share >= 1 && (m >= kManyRows || share * threads >= tiles));
+                assert((row.scratch_bytes(w, share) > 0) == (m >= kManyRows));
+            }
+    assert(rows_within(1, 1 << 20) == 64 && rows_within(1 << 30, 1) == 512);
+    assert(rows_within(100 * 4096, 4096) == 96);
+}
+
+}  // namespace
+
+int main() {
+    paths();
+    forms();
+    claims();
+}
