@@ -5,15 +5,23 @@ PYTHON ?= python3
 BIN := .venv/bin
 FIND_HEADERS := import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+PYTEST := $(BIN)/python -m pytest -n auto --dist=worksteal
+LOG := .venv/install.log
+# $(call install,WHAT,PACKAGES): a line instead of pip's hundreds, which go to a file
+define install
+@echo "Installing $(1) (log: $(LOG)) ..."
+@$(BIN)/pip install $(2) >$(LOG) 2>&1 || \
+    { tail -n 25 $(LOG); echo "Installing $(1) failed; the whole log is $(LOG)."; exit 1; }
+endef
 
 run: .venv/run
 	$(BIN)/python -m engine.run
 
 test: .venv/test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: .venv/test
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 # The CPU extension under AddressSanitizer and UBSan, or under ThreadSanitizer, in a build of its own.
 # First come bugs that it must report, then the tests; PYTEST_ARGS chooses among these.
@@ -41,15 +49,15 @@ lint: $(BIN)/ruff $(BIN)/clang-format $(BIN)/mypy .venv/test  # mypy reads what 
 	$(BIN)/mypy
 
 .venv/run: $(SOURCES) | $(BIN)/pip
-	$(BIN)/pip install -e .
+	$(call install,the engine and its dependencies,-e .)
 	@touch $@
 
 .venv/test: $(SOURCES) | $(BIN)/pip
-	$(BIN)/pip install -e '.[test]'
+	$(call install,the engine and what its tests need,-e '.[test]')
 	@touch $@ .venv/run
 
 $(BIN)/ruff $(BIN)/clang-format $(BIN)/mypy: | $(BIN)/pip
-	$(BIN)/pip install ruff 'clang-format==23.*' mypy
+	$(call install,the linters,ruff 'clang-format==23.*' mypy)
 
 $(BIN)/pip:
 	@need() { echo "Shallow needs $$1."; exit 1; }; \

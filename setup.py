@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -79,6 +80,11 @@ class BuildExt(build_ext):
             raise SystemExit("Shallow needs the Python headers: no Python.h (Debian: python3-dev).")
         if not NVCC:
             print("engine._cuda is left out: nvcc is neither in CUDA_HOME nor on PATH.")
+        if self.editable_mode:  # pip's own folder is gone after the run, and all would be compiled
+            tag = f"{self.plat_name}-{sys.implementation.cache_tag}"
+            self.build_temp = str(Path("build", f"temp.{tag}"))
+        # Objects of two versions of pybind11 do not go together.
+        self.build_temp = str(Path(self.build_temp, f"pybind11-{pybind11.__version__}"))
         super().build_extensions()
 
     def build_extension(self, ext):

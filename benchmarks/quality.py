@@ -158,7 +158,7 @@ def bits_of_layers(checkpoint: Checkpoint) -> float:
 def write(
     given: argparse.Namespace, own: Evaluation, own_bits: float, rows: list[Row], samples: Samples
 ) -> None:
-    """The table, with what it depends on."""
+    """The table, with what it depends on; the section on time behind it stays."""
     lines = [
         "# Quality of the quantisers",
         "",
@@ -180,7 +180,8 @@ def write(
         for row in rows
     ]
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text("\n".join(lines) + "\n")
+    _, heading, kept = RESULT.read_text().partition("\n## Time\n") if RESULT.exists() else ("",) * 3
+    RESULT.write_text("\n".join(lines) + "\n" + heading + kept)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """How the commands speak: tables and sentences, progress, refusals; quietly or at length."""
 
+import os
 import sys
 import time
 import warnings
@@ -92,6 +93,9 @@ def _lines(label: str) -> Report:
 def execute(app: Callable[..., Any]) -> None:
     """Runs a typer app; what the user can mend becomes one line on stderr and exit code 2."""
     global _level
+    # Before torch is imported. Its threads spin some 15 ms for the next operation, and where other
+    # programs have their core GPTQ takes 20 times its CPU seconds (benchmarks/results/quality.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     warnings.showwarning = lambda message, *_: print(f"engine: {message}", file=sys.stderr)
     try:
         sys.exit(app(standalone_mode=False))

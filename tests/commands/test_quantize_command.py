@@ -1,6 +1,8 @@
 """engine quantize: what its options do, what it prints, what it refuses in one sentence."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -184,6 +186,16 @@ def test_one_line_and_exit_code_2(model, tmp_path):
     done = subprocess.run([*command, "--bits", "5"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr == "engine: bits must be 4 or 8, found 5\n"
+
+
+def test_torch_waits_without_spinning():
+    """What OpenMP says of itself when torch loads it: set later, the policy would not count."""
+    command = [sys.executable, "-m", "engine.cli", "quantize", "model", "out", "--bits", "5"]
+    kept = {name: value for name, value in os.environ.items() if name[:4] not in ("OMP_", "GOMP")}
+    done = subprocess.run(
+        command, env=kept | {"OMP_DISPLAY_ENV": "true"}, capture_output=True, text=True, cwd=ROOT
+    )
+    assert re.search(r"OMP_WAIT_POLICY *= *'PASSIVE'", done.stderr), done.stderr
 
 
 def test_a_damaged_directory(model, tmp_path, rng):

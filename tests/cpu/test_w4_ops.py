@@ -117,8 +117,12 @@ def test_every_device_has_its_implementation():
             assert torch._C._dispatch_has_kernel_for_dispatch_key(op, key), (op, key)
 
 
-def test_triton_interpreted():
-    run_interpreted("ops")
+HALF = "opcheck and torch.float16"  # of the time; two workers share the whole
+
+
+@pytest.mark.parametrize("names", [HALF, f"not ({HALF})"])
+def test_triton_interpreted(names):
+    run_interpreted("ops", names=names)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU backends can run here")

@@ -9,6 +9,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 SOURCE = "csrc/cuda/w4_matmul.cu"
@@ -44,15 +45,16 @@ def compiled(request) -> tuple[Path, str]:
         digest.update(path.read_bytes())
     cubin = ROOT / "build" / "cubin" / f"w4-{digest.hexdigest()[:16]}.cubin"
     report = cubin.with_suffix(".txt")
-    if not report.exists():
-        cubin.parent.mkdir(parents=True, exist_ok=True)
-        ran = subprocess.run(
-            [nvcc, *flags, SOURCE, "-o", str(cubin)],
-            cwd=ROOT, capture_output=True, text=True, timeout=900,
-        )  # fmt: skip
-        assert ran.returncode == 0, ran.stderr
-        assert "warning" not in ran.stderr.lower(), ran.stderr
-        report.write_text(ran.stderr)
+    cubin.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(cubin.with_suffix(".lock")):  # of several test workers one compiles
+        if not report.exists():
+            ran = subprocess.run(
+                [nvcc, *flags, SOURCE, "-o", str(cubin)],
+                cwd=ROOT, capture_output=True, text=True, timeout=900,
+            )  # fmt: skip
+            assert ran.returncode == 0, ran.stderr
+            assert "warning" not in ran.stderr.lower(), ran.stderr
+            report.write_text(ran.stderr)
     return cubin, report.read_text()
 
 

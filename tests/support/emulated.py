@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from support.w4_calls import Matmul
 
 from engine.kernels.w4.cuda import Call, Matrix
@@ -56,15 +57,16 @@ def build(name: str, *sources: str) -> Path:
     for path in read:
         digest.update((ROOT / path).read_bytes())
     target = ROOT / "build" / "emulated" / f"{name}-{digest.hexdigest()[:16]}"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}")
-        compiled = subprocess.run(
-            [*command, "-x", "c++", *sources, "-o", str(partial)],
-            cwd=ROOT, capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
-        assert compiled.returncode == 0, compiled.stderr
-        partial.rename(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_suffix(".lock")):  # of several test workers one compiles
+        if not target.exists():
+            partial = target.with_suffix(".partial")
+            compiled = subprocess.run(
+                [*command, "-x", "c++", *sources, "-o", str(partial)],
+                cwd=ROOT, capture_output=True, text=True, timeout=600,
+            )  # fmt: skip
+            assert compiled.returncode == 0, compiled.stderr
+            partial.rename(target)
     return target
 
 

@@ -12,10 +12,13 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
-def run_interpreted(topic: str, timeout_s: float = 600, marks: str = "not slow") -> None:
-    """Fails with the child's report unless `interpreted_<topic>.py` passes, its `marks` alone."""
+def run_interpreted(
+    topic: str, timeout_s: float = 600, marks: str = "not slow", names: str = ""
+) -> None:
+    """Fails with the child's report unless `interpreted_<topic>.py` passes: its `marks` alone, and
+    of these what the expression `names` (pytest's -k) selects."""
     file = HERE / f"interpreted_{topic}.py"
-    options = ["-q", "-p", "no:cacheprovider", "-m", marks]
+    options = ["-q", "-p", "no:cacheprovider", "-m", marks, "-k", names]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(file)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
