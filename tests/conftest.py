@@ -5,8 +5,11 @@ import secrets
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: as the commands do
+
+import torch
 
 from engine.errors import InputError
 
