@@ -18,8 +18,8 @@ namespace {
 struct Leaf {
     uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
     Leaf(uint32_t leaf, uint32_t subleaf) {
-        __get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx,
-                          &edx);  // zeros where there is no such leaf
+        // zeros where there is no such leaf
+        __get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx, &edx);
     }
 };
 

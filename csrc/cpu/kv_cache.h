@@ -9,9 +9,8 @@
 
 namespace shallow {
 
-constexpr std::int64_t kPage = 128;  // positions of one sequence in one slot
-constexpr std::int64_t kStripe =
-    32;  // positions whose keys interleave, a cache line of float16: see KvShape
+constexpr std::int64_t kPage = 128;   // positions of one sequence in one slot
+constexpr std::int64_t kStripe = 32;  // positions whose keys interleave: a cache line of float16
 
 enum class KvType : int { float32, float16, int8 };
 

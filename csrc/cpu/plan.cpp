@@ -105,8 +105,8 @@ void Form::write(const Kernels& kernels, const Rows& x, std::uint8_t* base, std:
 std::int64_t Form::claim(std::int64_t tiles, int threads, Start start) const {
     if (path == Path::bfloat) {  // pairs of tiles
         const std::int64_t fair = w4::ceil_div(tiles, threads * 4);
-        return std::clamp<std::int64_t>(kSumsBytes / (m * kTileRows * 4), 2, fair + fair % 2) / 2 *
-               2;
+        const std::int64_t fitting = kSumsBytes / (m * kTileRows * 4);
+        return std::clamp<std::int64_t>(fitting, 2, fair + fair % 2) / 2 * 2;
     }
     if (start == Start::scattered) return 0;
     return w4::ceil_div(tiles, m < kManyRows ? threads : threads * 8);

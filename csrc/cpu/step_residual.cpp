@@ -3,15 +3,13 @@
 namespace shallow {
 
 void Residual::embed() {
-    const auto embed_row = [&](std::int64_t i) {
+    const float scale = w_.rules.embedding_scale;
+    const std::int64_t step = w_.kept ? 1 : w_.threads;
+    for (std::int64_t i = w_.kept ? 0 : w_.thread; i < w_.chunk.size(); i += step) {
         float* const x = w_.x.row(i);
         w_.model.embed(w_.chunk.rows[static_cast<std::size_t>(i)].token, x);
-        if (w_.rules.embedding_scale != 1.0f)
-            w_.model.row_kernels.scale(x, w_.rules.embedding_scale, w_.rules.hidden);
-    };
-    for (std::int64_t i = w_.kept ? 0 : w_.thread; i < w_.chunk.size();
-         i += w_.kept ? 1 : w_.threads)
-        embed_row(i);
+        if (scale != 1.0f) w_.model.row_kernels.scale(x, scale, w_.rules.hidden);
+    }
     w_.mark(Part::embed);
     w_.barrier_unless_kept();
 }

@@ -35,19 +35,21 @@ w4::Matrix matrix(std::uintptr_t codes, std::uintptr_t scales, std::uintptr_t ze
                   std::uintptr_t mins, std::uintptr_t supers, std::uintptr_t codebook,
                   std::uintptr_t perm, std::int64_t n, std::int64_t k, std::int32_t bits,
                   std::int32_t group, const std::string& scheme, const std::string& scale_dtype) {
-    return {pointer<std::uint8_t>(codes),
-            pointer<void>(scales),
-            pointer<std::uint8_t>(zeros),
-            pointer<void>(mins),
-            pointer<std::uint16_t>(supers),
-            pointer<float>(codebook),
-            pointer<std::int32_t>(perm),
-            n,
-            k,
-            bits,
-            group,
-            parse_scheme(scheme),
-            parse_scale_type(scale_dtype)};
+    w4::Matrix matrix;
+    matrix.codes = pointer<std::uint8_t>(codes);
+    matrix.scales = pointer<void>(scales);
+    matrix.zeros = pointer<std::uint8_t>(zeros);
+    matrix.mins = pointer<void>(mins);
+    matrix.supers = pointer<std::uint16_t>(supers);
+    matrix.codebook = pointer<float>(codebook);
+    matrix.perm = pointer<std::int32_t>(perm);
+    matrix.n = n;
+    matrix.k = k;
+    matrix.bits = bits;
+    matrix.group = group;
+    matrix.scheme = parse_scheme(scheme);
+    matrix.scale_type = parse_scale_type(scale_dtype);
+    return matrix;
 }
 
 void unpack(const w4::Matrix& packed, std::uintptr_t out) {

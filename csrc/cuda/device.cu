@@ -11,12 +11,14 @@ int device_count() {
 DeviceInfo device_info(int device) {
     cudaDeviceProp found;
     check(cudaGetDeviceProperties(&found, device), "device_info");
-    return {found.name,
-            found.major,
-            found.minor,
-            found.multiProcessorCount,
-            static_cast<int64_t>(found.totalGlobalMem),
-            found.l2CacheSize};
+    DeviceInfo info;
+    info.name = found.name;
+    info.major = found.major;
+    info.minor = found.minor;
+    info.multiprocessors = found.multiProcessorCount;
+    info.memory_bytes = static_cast<int64_t>(found.totalGlobalMem);
+    info.l2_bytes = found.l2CacheSize;
+    return info;
 }
 
 }  // namespace shallow
