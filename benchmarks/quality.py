@@ -1,8 +1,8 @@
-"""What each quantiser loses: perplexity and divergence of the default model, by method and group.
+"""What each quantizer loses: perplexity and divergence of the default model, by method and group.
 
     python benchmarks/quality.py WORK [--model M] [--text SOURCE] [--samples N]
 
-The layers' matrices of the source, in float32, are quantised anew; embedding, head and norms stay
+The layers' matrices of the source, in float32, are quantized anew; embedding, head and norms stay
 the source's own. Packed directories and finished rows are kept in WORK, where a run that was killed
 goes on. Writes benchmarks/results/quality.md.
 """
@@ -60,7 +60,7 @@ class Row:
     perplexity: float
     kl: float  # mean KL(source || this), nats
     top1_agreement: float
-    cpu_seconds: float  # of quantising, all threads together
+    cpu_seconds: float  # of quantizing, all threads together
 
 
 class Replayed(ReferenceRuntime):
@@ -160,9 +160,9 @@ def write(
 ) -> None:
     """The table, with what it depends on; the section on time behind it stays."""
     lines = [
-        "# Quality of the quantisers",
+        "# Quality of the quantizers",
         "",
-        f"`{given.model}` with the matrices of its layers in float32 quantised anew; embedding, "
+        f"`{given.model}` with the matrices of its layers in float32 quantized anew; embedding, "
         f"head and norms are the source's. Perplexity and KL to the source, in nats, on "
         f"`engine/data/heldout.txt`: {own.windows} windows of {own.window} tokens without BOS, "
         f"{given.dtype}. GPTQ is calibrated on {len(samples)} samples of {len(samples[0])} "

@@ -1,4 +1,4 @@
-// The packed group format of quantised weights (drawn in kernels/w4/README.md) for C++ and CUDA.
+// The packed group format of quantized weights (drawn in kernels/w4/README.md) for C++ and CUDA.
 // defines: w4::Scheme, w4::ScaleType, w4::Matrix, w4::pack_row, w4::half_to_float,
 //          w4::bfloat_to_float
 #pragma once

@@ -12,7 +12,7 @@ from engine.architecture.config import ModelConfig
 from engine.artifacts import Plan
 from engine.checkpoint import Checkpoint, choose_layers, open_checkpoint
 from engine.checkpoint.locate import locate
-from engine.checkpoint.weights import is_quantised
+from engine.checkpoint.weights import is_quantized
 from engine.errors import InputError
 from engine.generation import Generation, Prompt
 from engine.kernels.dispatch import why_not
@@ -238,7 +238,7 @@ def load(
     "reference" on a GPU, for another dtype than float32, and where the extension is not built.
     `dtype` is a torch dtype or its name: by default the checkpoint's on a GPU, float32 on a CPU.
 
-    The backend "cpu" takes weights as they are stored. What it multiplies by quantised ones it
+    The backend "cpu" takes weights as they are stored. What it multiplies by quantized ones it
     rounds to 8 bits, and keys and values to 16, unless dtype is float32. `cache_dtype` ("float32",
     "float16", "int8") and `threads` (torch's number by default) are for it alone.
 
@@ -252,7 +252,7 @@ def load(
     if backend == "cpu":
         from engine.runtime.cpu import CpuRuntime
 
-        exact = dtype is not None or not is_quantised(checkpoint)
+        exact = dtype is not None or not is_quantized(checkpoint)
         runtime: Runtime[CpuCache] = CpuRuntime.load(
             checkpoint,
             config,

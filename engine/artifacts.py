@@ -1,7 +1,7 @@
 """What one stage hands to the next: frozen values that go to and from JSON files.
 
 Each names what it came from by hash: `architecture` (the shapes of the model, the same for every
-copy whatever its bits) and `lineage` (its norm weights, which quantisation leaves alone).
+copy whatever its bits) and `lineage` (its norm weights, which quantization leaves alone).
 """
 
 import hashlib

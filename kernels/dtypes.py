@@ -1,4 +1,4 @@
-"""The dtypes of activations, unquantised weights and scales by name: those all backends have."""
+"""The dtypes of activations, unquantized weights and scales by name: those all backends have."""
 
 from typing import TYPE_CHECKING
 

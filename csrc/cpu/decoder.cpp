@@ -141,7 +141,7 @@ void Decoder::measure(bool on) {
     times_ = {};
 }
 
-// The rules of engine/model.py, which says what is wrong with a call that breaks them.
+// The rules of engine/reference/decoder.py, which says what is wrong with a call that breaks them.
 void Decoder::check(const Call& call) const {
     const auto require = [](bool holds, const char* what) {
         if (!holds) throw std::invalid_argument(what);

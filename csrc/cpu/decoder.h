@@ -14,7 +14,7 @@
 
 namespace shallow {
 
-// Weights by role ("q", "up", "attn_norm", "q.bias"), as engine/families.py names them.
+// Weights by role ("q", "up", "attn_norm", "q.bias"), as engine/architecture/families.py names them.
 struct Weights {
     std::map<std::string, std::shared_ptr<const TiledMatrix>> matrices;
     std::map<std::string, std::vector<float>> vectors;

@@ -13,7 +13,7 @@ namespace shallow {
 
 enum class QkNorm : int { none, head, all };
 
-// What the family and the sizes fix; names as in engine/config.py.
+// What the family and the sizes fix; names as in engine/architecture/config.py.
 struct Rules {
     std::int64_t hidden, vocab, heads, kv_heads, head_dim, ffn, max_context;
     float norm_eps, attention_scale, attention_softcap, logit_softcap, embedding_scale;

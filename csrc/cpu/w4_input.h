@@ -75,7 +75,7 @@ struct RowRounding {
     }
     SHALLOW_INLINE float round(const float* values, int64_t at, float* sum) const {
         std::int32_t halves[2];
-        const float scale = V::quantise(values, q + at * kBlock, halves);
+        const float scale = V::quantize(values, q + at * kBlock, halves);
         scales[at] = scale;
         if (to.group_blocks) {
             *sum += scale * static_cast<float>(halves[0] + halves[1]);

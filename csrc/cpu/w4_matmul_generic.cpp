@@ -140,7 +140,7 @@ struct Generic {
             to[j] = j < count ? to_float(static_cast<const uint8_t*>(from) + j * size, type) : 0.0f;
     }
 
-    static float quantise(const float* x, int8_t* q, std::int32_t* sums) {
+    static float quantize(const float* x, int8_t* q, std::int32_t* sums) {
         // As integers, so that NaN counts as larger than infinity and spoils the scale.
         std::uint32_t largest = 0;
         for (int j = 0; j < kBlock; ++j) {

@@ -180,7 +180,7 @@ struct Avx2 {
     }
 
     // 32 floats -> int8, the scale, and the sums of both halves.
-    static float quantise(const float* x, int8_t* q, std::int32_t* sums) {
+    static float quantize(const float* x, int8_t* q, std::int32_t* sums) {
         // As integers, so that NaN counts as larger than infinity and spoils the scale.
         const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
         __m256i largest = _mm256_setzero_si256(), v[4];

@@ -158,7 +158,7 @@ struct Avx512 {
     }
 
     // 32 floats -> int8, the scale, and the sums of both halves.
-    static float quantise(const float* x, int8_t* q, std::int32_t* sums) {
+    static float quantize(const float* x, int8_t* q, std::int32_t* sums) {
         const F a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
         // As integers, so that NaN counts as larger than infinity and spoils the scale.
         const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);

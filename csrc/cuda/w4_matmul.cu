@@ -1,4 +1,4 @@
-// The decode matmul: every weight is read once, dequantised in registers, and multiplied on tensor
+// The decode matmul: every weight is read once, dequantized in registers, and multiplied on tensor
 // cores, whose 8 columns are the rows of x.
 //
 // A block owns 16 rows of W; its warps take turns along K, 64 bytes of each row at a time, and add

@@ -35,15 +35,15 @@ class Checkpoint(Protocol):
         """Bytes on disk."""
 
     def read(self, name: str) -> "torch.Tensor":
-        """The stored dtype, or float32 where the source is quantised.
+        """The stored dtype, or float32 where the source is quantized.
 
         A view of the mapped file where the layout permits: not to be written to.
         """
 
     def packed(self, name: str) -> "GgufBlocks | Packed | None":
-        """A quantised matrix as stored: GGUF blocks, or what a Hugging Face directory holds.
+        """A quantized matrix as stored: GGUF blocks, or what a Hugging Face directory holds.
 
-        None where it is not quantised, or stored in a way that no packed form follows.
+        None where it is not quantized, or stored in a way that no packed form follows.
         """
 
 
@@ -61,9 +61,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         quantization = quantization_config(path, stored.config.source)
         if quantization is None:
             return stored
-        from engine.checkpoint.quantised import QuantisedCheckpoint
+        from engine.checkpoint.quantized import QuantizedCheckpoint
 
-        return QuantisedCheckpoint(stored, quantization)
+        return QuantizedCheckpoint(stored, quantization)
     if path.suffix == ".gguf" or not path.exists():
         from engine.checkpoint.gguf import GgufCheckpoint
 
@@ -74,7 +74,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def stored_sizes(path: Path) -> "tuple[ModelConfig, dict[str, int]]":
     """(config, bytes of every tensor on disk), from the headers alone and without torch.
 
-    The tensors of a directory have the names they are stored under, companions of quantised ones
+    The tensors of a directory have the names they are stored under, companions of quantized ones
     too; those of a GGUF their Hugging Face names.
     """
     if path.is_dir():

@@ -10,7 +10,7 @@ from engine.architecture.config import ModelConfig
 from engine.architecture.families import FAMILIES, role_shape
 from engine.architecture.hf_config import from_hf
 from engine.checkpoint import gguf_names as stored
-from engine.checkpoint.gguf_blocks import GgufBlocks, dequantise
+from engine.checkpoint.gguf_blocks import GgufBlocks, dequantize
 from engine.checkpoint.gguf_config import config_from_gguf, family_of
 from engine.checkpoint.gguf_file import GgufFile, GgufTensor
 from engine.errors import InputError
@@ -73,7 +73,7 @@ class GgufCheckpoint:
         kind, data = source.tensor.type, self._data(source)
         if kind.dtype is None:
             matrix = (data.numel() // source.tensor.row_bytes, source.tensor.shape[-1])
-            values = dequantise(GgufBlocks(kind.name, matrix, data))
+            values = dequantize(GgufBlocks(kind.name, matrix, data))
         else:
             values = data.view(dtype_of(kind.dtype))
         values = values.view(source.shape)
@@ -112,7 +112,7 @@ def _sources(file: GgufFile, config: ModelConfig) -> Iterator[tuple[str, _Source
     for name, tensor in file.tensors.items():
         where = f"{file.path}: tensor {name!r}"
         if len(tensor.shape) == 1 and tensor.type.dtype is None:
-            raise InputError(f"{where}: a vector quantised as {tensor.type.name} is not supported")
+            raise InputError(f"{where}: a vector quantized as {tensor.type.name} is not supported")
         stem, _, kind = name.rpartition(".")
         match = _LAYER_TENSOR.fullmatch(name)
         layer, leaf = (int(match[1]), match[2]) if match else (0, "")

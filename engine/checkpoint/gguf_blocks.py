@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-_CHUNK_WEIGHTS = 1 << 14  # dequantised at a time: what numpy allocates for them is used again
+_CHUNK_WEIGHTS = 1 << 14  # dequantized at a time: what numpy allocates for them is used again
 
 
 @dataclass(frozen=True)
 class BlockType:
-    """`dtype` is set for plain numbers, None for quantised blocks."""
+    """`dtype` is set for plain numbers, None for quantized blocks."""
 
     name: str
     weights: int
@@ -24,7 +24,7 @@ class BlockType:
 
 @dataclass(frozen=True)
 class GgufBlocks:
-    """A quantised matrix as stored: `data` is (N, bytes a row) uint8, `shape` is (N, K)."""
+    """A quantized matrix as stored: `data` is (N, bytes a row) uint8, `shape` is (N, K)."""
 
     type: str
     shape: tuple[int, int]
@@ -54,7 +54,7 @@ def type_name(number: int) -> str:
     return known.get(number, str(number))
 
 
-def dequantise(blocks: GgufBlocks) -> "torch.Tensor":
+def dequantize(blocks: GgufBlocks) -> "torch.Tensor":
     """(N, K) float32, by the gguf package, which defines the formats."""
     import numpy as np
     import torch

@@ -1,4 +1,4 @@
-"""How a module's quantised weight is stored: GPTQ, AWQ, compressed-tensors, bitsandbytes NF4,
+"""How a module's quantized weight is stored: GPTQ, AWQ, compressed-tensors, bitsandbytes NF4,
 and this project's own packed directories. A class a method: it reads its configuration once, then
 any module.
 """
@@ -66,7 +66,7 @@ class Parts:
 
 
 class Method(ABC):
-    """`marker` is the part that every quantised module has and no other."""
+    """`marker` is the part that every quantized module has and no other."""
 
     marker: str
     parts: tuple[str, ...]

@@ -83,7 +83,7 @@ class SafetensorsFile:
 
 
 class SafetensorsCheckpoint:
-    """A Hugging Face directory's tensors as stored; a `Checkpoint` where none is quantised."""
+    """A Hugging Face directory's tensors as stored; a `Checkpoint` where none is quantized."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -122,7 +122,7 @@ class SafetensorsCheckpoint:
 
 
 def quantization_config(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """What config.json, or an older quantize_config.json, says of quantisation; else None."""
+    """What config.json, or an older quantize_config.json, says of quantization; else None."""
     found = config.get("quantization_config")
     if found is None and (path / "quantize_config.json").is_file():
         found = {"quant_method": "gptq"} | read_json(path / "quantize_config.json")

@@ -9,7 +9,7 @@ import torch
 from engine.architecture.config import ModelConfig
 from engine.architecture.families import layer_parts, layer_tensors, outer_tensors
 from engine.checkpoint import Checkpoint
-from engine.checkpoint.gguf_blocks import GgufBlocks, dequantise
+from engine.checkpoint.gguf_blocks import GgufBlocks, dequantize
 from engine.errors import InputError
 from engine.kernels.dtypes import name_of
 from engine.kernels.w4.format import Packed, rows_of, unpack
@@ -49,7 +49,7 @@ def layer_weights(
 
 
 def load_layer(checkpoint: Checkpoint, config: ModelConfig, layer: int) -> Weights:
-    """The same as tensors: the stored dtype, or float32 where the source is quantised."""
+    """The same as tensors: the stored dtype, or float32 where the source is quantized."""
     found = {}
     for role, stored in layer_weights(checkpoint, config, layer):
         found[role] = stored if isinstance(stored, torch.Tensor) else values(stored)
@@ -106,7 +106,7 @@ def values(stored: Stored) -> torch.Tensor:
     """float32, whatever it is stored as."""
     if isinstance(stored, torch.Tensor):
         return stored.float()
-    return dequantise(stored) if isinstance(stored, GgufBlocks) else unpack(stored)
+    return dequantize(stored) if isinstance(stored, GgufBlocks) else unpack(stored)
 
 
 def describe(stored: Stored) -> str:
@@ -124,7 +124,7 @@ def describe(stored: Stored) -> str:
     return ", ".join(words)
 
 
-def is_quantised(checkpoint: Checkpoint) -> bool:
+def is_quantized(checkpoint: Checkpoint) -> bool:
     """Whether matrices of its first layer are stored in 4 or 8 bits."""
     first = layer_weights(checkpoint, checkpoint.config, checkpoint.config.layers[0].layer)
     return any(not isinstance(stored, torch.Tensor) for _, stored in first)

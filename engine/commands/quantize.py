@@ -25,8 +25,8 @@ def quantize(
     method: Annotated[
         str | None,
         typer.Option(
-            help="gptq, hqq, rtn, nf4; or keep, the bits that a quantised source has. Default: "
-            "gptq; keep for a quantised source where no other option asks for a change."
+            help="gptq, hqq, rtn, nf4; or keep, the bits that a quantized source has. Default: "
+            "gptq; keep for a quantized source where no other option asks for a change."
         ),
     ] = None,
     bits: Annotated[int | None, typer.Option(help="4 or 8.  [default: 4]")] = None,
@@ -74,7 +74,7 @@ def quantize(
     ] = LENGTH,
     threads: common.Threads = None,
 ) -> None:
-    """Quantise a model a layer at a time; a killed run goes on where it was."""
+    """Quantize a model a layer at a time; a killed run goes on where it was."""
     asked = {"method": method, "bits": bits, "group": group, "scheme": scheme, "clip": clip}
     asked |= {"scale_dtype": scale_dtype, "act_order": act_order or None, "head": head}
     asked = {name: value for name, value in asked.items() if value is not None}
@@ -87,11 +87,11 @@ def quantize(
     recipe = as_recipe(asked)  # refused before anything is downloaded
     path, checkpoint = common.open_checkpoint(model)
     config = choose_layers(checkpoint, drop if given is None else given, keep)
-    from engine.checkpoint.weights import is_quantised
+    from engine.checkpoint.weights import is_quantized
     from engine.quantize.packing import pack, plan_of
 
     common.set_threads(threads)
-    if not asked and is_quantised(checkpoint):
+    if not asked and is_quantized(checkpoint):
         recipe = as_recipe({"method": "keep"})
     tokens: list[list[int]] = []
     if recipe.method == "gptq":

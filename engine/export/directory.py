@@ -101,7 +101,7 @@ def sliced_config(config: ModelConfig, dtype: torch.dtype | None = None) -> dict
 
     Lists of the source with one entry a layer are sliced; what a rule implied (Gemma's window
     pattern, Qwen's first windowed layer, SmolLM3's NoPE interval) is written out layer by layer.
-    How the source was quantised is left out.
+    How the source was quantized is left out.
     """
     kept = [entry.layer for entry in config.layers]
     if config.source.get("num_kv_shared_layers"):

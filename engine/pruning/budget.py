@@ -185,7 +185,7 @@ def cost(
 def file_bytes(config: ModelConfig, sizes: Mapping[str, int]) -> dict[str, int]:
     """Bytes by part of a checkpoint's tensors, `sizes` by the names they are stored under.
 
-    A quantised matrix lies in several tensors (q_proj.qweight, q_proj.scales, ...), and GGUF blocks
+    A quantized matrix lies in several tensors (q_proj.qweight, q_proj.scales, ...), and GGUF blocks
     hold their scales: they count with their matrix. What a decoder does not read is left out.
     """
     found = dict.fromkeys(PARTS, 0)

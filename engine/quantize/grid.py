@@ -1,4 +1,4 @@
-"""Grids of codes, the arithmetic that every quantiser shares.
+"""Grids of codes, the arithmetic that every quantizer shares.
 
 A weight W is (N, K) of any float dtype. Groups of g lie along K; inside, a group is an axis:
 (N, G, g). Scales are rounded to the stored dtype before codes are chosen, so that the codes
@@ -104,11 +104,11 @@ def by_group(
     return by_rows(weight, rows, name)
 
 
-def by_rows(weight: torch.Tensor, quantise: Callable[[torch.Tensor], Packed], name: str) -> Packed:
-    """A matrix quantised a few rows at a time, on bounded memory."""
+def by_rows(weight: torch.Tensor, quantize: Callable[[torch.Tensor], Packed], name: str) -> Packed:
+    """A matrix quantized a few rows at a time, on bounded memory."""
     weight = checked(weight, name)
     rows = max(1, _CHUNK_WEIGHTS // weight.shape[1])
-    return concatenate([quantise(part) for part in weight.split(rows)])
+    return concatenate([quantize(part) for part in weight.split(rows)])
 
 
 def packed_grids(

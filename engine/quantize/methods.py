@@ -34,7 +34,7 @@ def rtn(weight: torch.Tensor, spec: Spec, clip: str = "minmax", name: str = "wei
 
 
 def hqq(weight: torch.Tensor, spec: Spec, name: str = "weight") -> Packed:
-    """Half-quadratic quantisation (Badri and Shaji, 2023): least |error|**0.7, no data needed.
+    """Half-quadratic quantization (Badri and Shaji, 2023): least |error|**0.7, no data needed.
 
     Alternates between the outliers E, a shrinkage of the error, and the offset that fits W - E, as
     the paper does, but from the clipped range. It is made for scheme "minimum": where no offset is

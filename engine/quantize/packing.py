@@ -1,6 +1,6 @@
 """From a checkpoint to a packed directory, a layer in memory at a time.
 
-GPTQ carries hidden states along: what the quantised layers give is what the next one is calibrated
+GPTQ carries hidden states along: what the quantized layers give is what the next one is calibrated
 on. A finished layer is a file; a run that was killed goes on behind the last one.
 """
 
@@ -49,7 +49,7 @@ def pack(
 
     `samples` are token ids that gptq is calibrated on. `plan` is stored beside. Norms and biases
     stay as they are; so does an embedding of its own, in 16 bits where it was wider. `progress` is
-    called with files done and in all. InputError names what cannot be quantised.
+    called with files done and in all. InputError names what cannot be quantized.
     """
     out = Path(out)
     quantization = recipe.to_json()
@@ -171,7 +171,7 @@ def _advance(
     states: HiddenStates,
     batches: Sequence[torch.Tensor],
 ) -> None:
-    """Takes the hidden states through the layer as it was quantised."""
+    """Takes the hidden states through the layer as it was quantized."""
     parts = layer_parts(config, slot)
     weights = {role: values(packed[part.name]) for role, part in parts.items()}
     for index, tokens in enumerate(batches):

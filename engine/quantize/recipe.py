@@ -1,4 +1,4 @@
-"""What becomes of each tensor of a model when it is quantised."""
+"""What becomes of each tensor of a model when it is quantized."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -25,7 +25,7 @@ Packing = tuple[dict[str, Packed | torch.Tensor], dict[str, str]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is quantised; InputError for what cannot be.
+    """How a model is quantized; InputError for what cannot be.
 
     "keep" leaves every matrix in the bits that it has, the head aside. `head` is of the head, and
     of the embedding where that is tied; None leaves it as it is. `clip` is for rtn and gptq.
@@ -87,7 +87,7 @@ def pack_layer(
     for role, matrix in stored.items():
         name, where = parts[role].name, f"{path}: {originals[role].name}"
         if len(matrix.shape) == 2 and recipe.method != "keep":
-            packed[name] = _quantised(matrix, recipe, where, hessians.get(role))
+            packed[name] = _quantized(matrix, recipe, where, hessians.get(role))
         else:
             packed[name] = _kept(matrix, where)
         sources[name] = describe(matrix)
@@ -111,7 +111,7 @@ def pack_outer(checkpoint: Checkpoint, config: ModelConfig, recipe: Recipe) -> P
     return packed, sources
 
 
-def _quantised(
+def _quantized(
     matrix: Stored, recipe: Recipe, where: str, hessian: torch.Tensor | None = None
 ) -> Packed:
     """By the recipe's method; gptq becomes rtn, clipped, where there is no Hessian."""
@@ -135,7 +135,7 @@ def _head(matrix: Stored, recipe: Recipe, where: str) -> Packed | torch.Tensor:
     if recipe.head == 16:
         return _half(matrix, where)
     if recipe.head == 4 and recipe.bits == 4 and recipe.method != "keep":
-        return _quantised(matrix, recipe, where)
+        return _quantized(matrix, recipe, where)
     spec = Spec(recipe.head, recipe.group, "symmetric", dtype_of(recipe.scale_dtype))
     return methods.rtn(values(matrix), spec, name=where)
 

@@ -1,7 +1,7 @@
 """A checkpoint one layer at a time: hidden states are carried along, weights come and go.
 
 What a model needs in memory is then one layer and the hidden states of all samples, and those
-live in files when they exceed a limit: a 70B model is profiled or quantised on a laptop. With a
+live in files when they exceed a limit: a 70B model is profiled or quantized on a laptop. With a
 working directory a run that was killed is taken up at the layer it had reached.
 """
 

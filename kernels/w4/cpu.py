@@ -51,7 +51,7 @@ class CpuWeight:
 
     @classmethod
     def from_tensor(cls, weight: torch.Tensor, isa: str | None = None) -> "CpuWeight":
-        """(N, K) float32, float16 or bfloat16 weights, copied unquantised."""
+        """(N, K) float32, float16 or bfloat16 weights, copied unquantized."""
         if weight.dim() != 2 or 0 in weight.shape:
             raise ValueError(f"weight must be (N, K), not empty, found {tuple(weight.shape)}")
         if name_of(weight.dtype) not in DTYPES or weight.device.type != "cpu":

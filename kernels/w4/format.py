@@ -1,4 +1,4 @@
-"""The group format of quantised weights: 4 or 8 bits, scales along K. Drawn in README.md.
+"""The group format of quantized weights: 4 or 8 bits, scales along K. Drawn in README.md.
 
 A matrix W is (N, K). Codes lie in groups of `g` along K, G = ceil(K / g), the last group may be
 short. Everything a kernel reads is in one `Packed`; `unpack` says what it means.
@@ -26,7 +26,7 @@ NF4 = (
 
 @dataclass(frozen=True)
 class Spec:
-    """How one matrix is quantised. Raises ValueError for a combination the format lacks."""
+    """How one matrix is quantized. Raises ValueError for a combination the format lacks."""
 
     bits: int  # 4 or 8
     group: int  # codes per scale along K: 16, 32, 64, 128; 0 is the whole row
@@ -74,11 +74,11 @@ class Spec:
         version = data.pop("version", None)
         if version != VERSION:
             raise ValueError(
-                f"quantisation spec of version {version!r}, this version reads {VERSION}"
+                f"quantization spec of version {version!r}, this version reads {VERSION}"
             )
         names = {field.name for field in fields(cls)}
         if data.keys() != names:
-            raise ValueError(f"quantisation spec needs {sorted(names)}, found {sorted(data)}")
+            raise ValueError(f"quantization spec needs {sorted(names)}, found {sorted(data)}")
         if data["scale_dtype"] not in DTYPES:
             raise ValueError(f"scale_dtype must be one of {DTYPES}, found {data['scale_dtype']!r}")
         return cls(**data | {"scale_dtype": dtype_of(data["scale_dtype"])})
@@ -86,7 +86,7 @@ class Spec:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """One quantised matrix. Tensors share a device and are contiguous; see `validate`."""
+    """One quantized matrix. Tensors share a device and are contiguous; see `validate`."""
 
     spec: Spec
     shape: tuple[int, int]  # (N, K)

@@ -163,7 +163,7 @@ def nf4_absmax(
     nested_offset: float,
     name: str = "weight",
 ) -> torch.Tensor:
-    """Doubly quantised absmax (blocks,) uint8 -> float32, each step rounded once.
+    """Doubly quantized absmax (blocks,) uint8 -> float32, each step rounded once.
 
     nested_quant_map (256,), nested_absmax (ceil(blocks / nested_blocksize),), both float32.
     """

@@ -10,7 +10,7 @@ from triton import knobs
 
 from engine.kernels import dispatch
 from engine.kernels.w4 import gemm, gemv, launch
-from engine.kernels.w4.dequantise import Format
+from engine.kernels.w4.dequantize import Format
 from engine.kernels.w4.launch import Launch
 from engine.kernels.w4.layout_gpu import GpuMatrix
 
@@ -51,7 +51,7 @@ def matmul(
 def matmul_transposed(y: Tensor, weight: GpuMatrix) -> Tensor:
     """y (..., N) float16 or bfloat16 -> y @ W, (..., K) as y: the gradient of `matmul` in x.
 
-    W is dequantised to the dtype of y. Raises what `matmul` does.
+    W is dequantized to the dtype of y. Raises what `matmul` does.
     """
     n, k = weight.shape
     check_operand("y", y, n, weight)

@@ -1,10 +1,10 @@
-"""Many rows of x times a packed matrix: y.T = W @ x.T, so that dequantised weights go to the tensor
+"""Many rows of x times a packed matrix: y.T = W @ x.T, so that dequantized weights go to the tensor
 core from registers, and x from shared memory."""
 
 import triton
 import triton.language as tl
 
-from engine.kernels.w4.dequantise import LIFT, dequantise, load_table
+from engine.kernels.w4.dequantize import LIFT, dequantize, load_table
 from engine.kernels.w4.tiles import (
     add_product,
     by_warp,
@@ -52,7 +52,7 @@ def gemm_kernel(
             x = tl.load(x_ptr + chunk * CHUNK)
         else:
             x = tl.load(x_ptr + chunk * CHUNK, mask=chunk * CHUNK + k < K, other=0)
-        w = by_warp(dequantise(words, groups, table, DTYPE, FORMAT), WARPS)
+        w = by_warp(dequantize(words, groups, table, DTYPE, FORMAT), WARPS)
         following = same + tl.minimum(chunk + 1, chunks - 1)
         groups = load_groups(scales_ptr, offsets_ptr, supers_ptr, rows, following, K, FORMAT)
         acc = add_product(acc, tl.reshape(w, (ROWS, CHUNK)), x, FORMAT)
@@ -106,7 +106,7 @@ def dense_kernel(
     table = load_table(codebook_ptr, DTYPE) if codebook_ptr is not None else ()
     words = load_words(codes_ptr, first + rows, chunk, K, FORMAT, "")
     groups = load_groups(scales_ptr, offsets_ptr, supers_ptr, first + rows, chunk, K, FORMAT)
-    w = dequantise(words, groups, table, DTYPE, FORMAT) / LIFT
+    w = dequantize(words, groups, table, DTYPE, FORMAT) / LIFT
     k = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)[None, :]
     at = w_ptr + rows.to(tl.int64)[:, None] * K + k
     tl.store(at, w.to(DTYPE), mask=k < K)

@@ -4,7 +4,7 @@ K, and add up at the end. 16 rows a program keep the whole GPU reading, small ma
 import triton
 import triton.language as tl
 
-from engine.kernels.w4.dequantise import dequantise, load_table
+from engine.kernels.w4.dequantize import dequantize, load_table
 from engine.kernels.w4.tiles import (
     add_product,
     by_warp,
@@ -44,7 +44,7 @@ def gemv_kernel(
         words = load_words(codes_ptr, rows, chunk, K, FORMAT, "evict_first")  # read once
         inside = m < M if FORMAT.even else (m < M) & (first * CHUNK + k < K)
         x = tl.load(x_ptr + first * CHUNK, mask=inside, other=0)
-        w = dequantise(words, groups, table, DTYPE, FORMAT)
+        w = dequantize(words, groups, table, DTYPE, FORMAT)
         # A step ahead, because Triton's pipeline leaves loads of less than 4 bytes where they are.
         chunk = tl.minimum(first + WARPS + warp, last)
         groups = load_groups(scales_ptr, offsets_ptr, supers_ptr, rows, chunk, K, FORMAT)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Launch:
-    kernel: str  # "gemv", "gemm", or "dense": dequantise, then torch.matmul
+    kernel: str  # "gemv", "gemm", or "dense": dequantize, then torch.matmul
     BLOCK_M: int  # rows of x of a program
     WARPS: int  # gemv: chunks of K a step, 16 rows of W; gemm: 16 rows of W each
     num_stages: int  # of Triton's pipeline
@@ -36,8 +36,8 @@ TABLE = (
     (1023, Launch("gemm", BLOCK_M=128, WARPS=8, num_stages=3)),
 )
 DENSE = Launch("dense", BLOCK_M=0, WARPS=4, num_stages=1)
-DENSE_ROWS = 1024  # from here on dequantising once costs less than again for every 128 rows of x
-DENSE_WEIGHTS = 1 << 26  # dequantised at a time: 128 MiB
+DENSE_ROWS = 1024  # from here on dequantizing once costs less than again for every 128 rows of x
+DENSE_WEIGHTS = 1 << 26  # dequantized at a time: 128 MiB
 SPLIT_CHUNKS = 8  # the fewest worth a program of their own
 PROGRAMS_PER_CORE = 2  # that a gemv's registers and a gemm's splits aim at
 REGISTERS = 65536  # of a multiprocessor

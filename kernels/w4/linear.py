@@ -189,7 +189,7 @@ def replace_linears(
 ) -> Replacement:
     """Puts a `W4Linear` in the place of every `nn.Linear` in `model`; says what was left alone.
 
-    `pack` is called with a module's name and its weight (N, K): it quantises, or gives weights that
+    `pack` is called with a module's name and its weight (N, K): it quantizes, or gives weights that
     were packed before, or None to leave the module alone. `skip` names modules, by any part of
     their dotted name: models that look at a linear's `weight` (T5 at that of `wo`) need it there.
     A weight that several modules share (tied heads) stays as it is, for they would part; so do

@@ -115,7 +115,7 @@ def w4_matmul(x, weight, n, k, bits, group, scheme, scale_dtype, backend, bias, 
     schema=f"(Tensor y, {MATRIX}) -> Tensor",
 )
 def w4_matmul_transposed(y, weight, n, k, bits, group, scheme, scale_dtype, backend):
-    """y (..., N) -> y @ W, (..., K) as y; on a GPU Triton dequantises W and torch multiplies."""
+    """y (..., N) -> y @ W, (..., K) as y; on a GPU Triton dequantizes W and torch multiplies."""
     matrix = _matrix(weight, n, k, bits, group, scheme, scale_dtype, backend)
     _fitting("y", y, n)
     if backend == "cpu":

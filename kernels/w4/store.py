@@ -33,7 +33,7 @@ def parse_metadata(name: str, described: str) -> tuple[Spec, tuple[int, int], bo
         shape, perm = fields.pop("shape"), fields.pop("perm")
         spec = Spec.from_json(fields)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(f"{name}: unusable quantisation metadata: {error}") from None
+        raise ValueError(f"{name}: unusable quantization metadata: {error}") from None
     sizes = isinstance(shape, list) and len(shape) == 2
     if not sizes or not all(type(size) is int and size > 0 for size in shape):
         raise ValueError(f"{name}: shape must be two positive integers, found {shape!r}")

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from engine.kernels.w4.dequantise import LIFT
+from engine.kernels.w4.dequantize import LIFT
 
 
 @triton.jit

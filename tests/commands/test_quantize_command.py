@@ -84,7 +84,7 @@ def test_options_reach_the_directory(model, tmp_path):
     assert stored(tmp_path / "row")[UP].spec == Spec(4, 0, "symmetric")
 
 
-def test_a_quantised_source_is_kept_unless_asked_otherwise(model, tmp_path):
+def test_a_quantized_source_is_kept_unless_asked_otherwise(model, tmp_path):
     quantize(model, tmp_path / "first", "--method", "nf4", "--head", "4")
     assert "keep" in quantize(tmp_path / "first", tmp_path / "same").splitlines()[-1]
     assert_same_tensors(tmp_path / "first", tmp_path / "same")

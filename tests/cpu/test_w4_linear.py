@@ -60,7 +60,7 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
 
 @pytest.mark.parametrize("config", MODELS)
 def test_logits_of_models(rng, config):
-    """Against the same model with dequantised weights; heads stay in 16 or 32 bits."""
+    """Against the same model with dequantized weights; heads stay in 16 or 32 bits."""
     model = build(rng, config)
     dense, tokens = copy.deepcopy(model), torch.randint(160, (2, 23), generator=rng)
     linears = {name for name, module in model.named_modules() if type(module) is nn.Linear}

@@ -1,4 +1,4 @@
-"""Quantisers: what each promises of its error, on any shape, and exactly where that is possible."""
+"""Quantizers: what each promises of its error, on any shape, and exactly where that is possible."""
 
 import numpy as np
 import pytest
@@ -170,7 +170,7 @@ def test_gptq_of_unrelated_inputs_is_rounding(spec, rng):
     assert torch.equal(packed.codes, plain.codes) and torch.equal(packed.scales, plain.scales)
 
 
-def optimal_brain_quantiser(weight, hessian, spec, damp) -> torch.Tensor:
+def optimal_brain_quantizer(weight, hessian, spec, damp) -> torch.Tensor:
     """The published update one column at a time, with the inverse shrunk by elimination."""
     k = weight.shape[1]
     weight = weight.double().clone()
@@ -193,7 +193,7 @@ def test_gptq_is_the_published_update(scheme, block, rng):
     """Whatever the block, but for a column that rounds the other way on a tie of float32."""
     n, k, spec = 16, 80, Spec(4, 32, scheme)
     weight, hessian = spread(rng, n, k), correlated(rng, k)
-    expected = optimal_brain_quantiser(weight, hessian, spec, 0.05)
+    expected = optimal_brain_quantizer(weight, hessian, spec, 0.05)
     got = unpack(methods.gptq(weight, hessian, spec, damp=0.05, block=block, descending=False))
     same = (got - expected).abs() <= 1e-6 * expected.abs().max()
     assert same.all(1).float().mean() >= 0.75, "rows that went another way"
@@ -231,7 +231,7 @@ def test_nf4_of_bitsandbytes(rng):
     assert torch.equal(unpack(packed), functional.dequantize_4bit(codes, state))
 
 
-def test_rows_are_quantised_alike_in_any_chunks(rng, monkeypatch):
+def test_rows_are_quantized_alike_in_any_chunks(rng, monkeypatch):
     weight = spread(rng, 7, 100)
     specs = Spec(4, 32, "minimum"), Spec(4, 64, "codebook")
     whole = methods.hqq(weight, specs[0]), methods.nf4(weight, specs[1])

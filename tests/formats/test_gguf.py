@@ -11,7 +11,7 @@ from support import llama_files, tiny
 
 from engine.architecture.rope import inverse_frequencies
 from engine.checkpoint import gguf_blocks, open_checkpoint
-from engine.checkpoint.gguf_blocks import BLOCK_TYPES, GgufBlocks, dequantise
+from engine.checkpoint.gguf_blocks import BLOCK_TYPES, GgufBlocks, dequantize
 from engine.checkpoint.gguf_file import GgufFile
 from engine.errors import InputError
 
@@ -36,15 +36,15 @@ def test_values_of_random_blocks(number, rows, rng, monkeypatch):
     data = torch.randint(0, 256, (rows, 3 * kind.nbytes), generator=rng, dtype=torch.uint8)
     with np.errstate(all="ignore"):
         reference = gguf.quants.dequantize(data.numpy(), gguf.GGMLQuantizationType(number))
-    assert_same_bits(reference, dequantise(GgufBlocks(kind.name, shape, data)))
+    assert_same_bits(reference, dequantize(GgufBlocks(kind.name, shape, data)))
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-def test_values_of_quantised_weights(name, rng):
+def test_values_of_quantized_weights(name, rng):
     weights = torch.randn(9, 64, generator=rng)
     kind = gguf.GGMLQuantizationType[name]
     data = gguf.quants.quantize(weights.numpy(), kind)
-    got = dequantise(GgufBlocks(name, (9, 64), torch.from_numpy(data)))
+    got = dequantize(GgufBlocks(name, (9, 64), torch.from_numpy(data)))
     assert_same_bits(gguf.quants.dequantize(data, kind), got)
     assert (got - weights).abs().max() < 1
 
@@ -78,7 +78,7 @@ def test_model_as_converted(case, tmp_path):
 def test_packed_blocks_have_their_rows_in_order(tmp_path):
     originals = {}  # Hugging Face name -> blocks of the unpermuted matrix
 
-    def quantise(fields, tensors):
+    def quantize(fields, tensors):
         for stored, name, heads, kind in (
             ("blk.0.attn_q.weight", Q_NAME, 2, "Q4_1"),
             ("blk.0.attn_k.weight", Q_NAME.replace("q_proj", "k_proj"), 1, "Q8_0"),
@@ -90,7 +90,7 @@ def test_packed_blocks_have_their_rows_in_order(tmp_path):
             tensors[stored] = gguf.quants.quantize(rows.numpy(), kind), kind
 
     path = tmp_path / "model.gguf"
-    llama_files.write_tiny(path, quantise)
+    llama_files.write_tiny(path, quantize)
     checkpoint = open_checkpoint(path)
     for name, (data, kind) in originals.items():
         packed = checkpoint.packed(name)

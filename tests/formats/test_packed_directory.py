@@ -14,7 +14,7 @@ from engine.api import load
 from engine.architecture.families import layer_parts, outer_tensors
 from engine.artifacts import Plan
 from engine.checkpoint import open_checkpoint
-from engine.checkpoint.gguf_blocks import GgufBlocks, dequantise
+from engine.checkpoint.gguf_blocks import GgufBlocks, dequantize
 from engine.checkpoint.weights import layer_weights, lineage_hash, load_layer
 from engine.errors import InputError
 from engine.kernels.w4.format import Packed, Spec, unpack
@@ -119,7 +119,7 @@ class Blocks:
 
     def read(self, name: str) -> torch.Tensor:
         blocks = self.packed(name)
-        return self.plain.read(name) if blocks is None else dequantise(blocks)
+        return self.plain.read(name) if blocks is None else dequantize(blocks)
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
@@ -144,7 +144,7 @@ def test_gguf_blocks_are_kept_without_loss(case, kind, source, tmp_path):
 
 
 def test_a_packed_directory_is_kept_or_packed_anew(source, tmp_path, rng):
-    """Kept, every part is the same; requantised, it is by its values; numbers go on in the plan."""
+    """Kept, every part is the same; requantized, it is by its values; numbers go on in the plan."""
     checkpoint = source("phi3")
     samples = torch.randint(3, tiny.VOCAB, (4, 24), generator=rng).tolist()
     recipe = Recipe("gptq", group=16, act_order=True)
@@ -176,8 +176,8 @@ def test_layers_keep_their_numbers_in_the_plan(source, tmp_path):
 
 @pytest.mark.parametrize("case", ["llama", "phi2", "gemma2"])
 @torch.no_grad()
-def test_hessians_are_those_of_the_quantised_prefix(case, source, tmp_path, rng, monkeypatch):
-    """Against inputs hooked in transformers, whose earlier layers hold the quantised values."""
+def test_hessians_are_those_of_the_quantized_prefix(case, source, tmp_path, rng, monkeypatch):
+    """Against inputs hooked in transformers, whose earlier layers hold the quantized values."""
     import transformers
 
     checkpoint, seen = source(case), []
@@ -200,7 +200,7 @@ def test_hessians_are_those_of_the_quantised_prefix(case, source, tmp_path, rng,
                 else None
             )
         )
-    quantised = stored(tmp_path / "out")
+    quantized = stored(tmp_path / "out")
     for slot in range(config.total_layers):
         inputs.clear()
         for sample in samples:
@@ -210,7 +210,7 @@ def test_hessians_are_those_of_the_quantised_prefix(case, source, tmp_path, rng,
             x = torch.cat(inputs[name])
             assert len(x) == 42
             assert_close(f"{slot} {role}", x.T @ x, total, 1e-4)
-            model.get_submodule(name).weight.copy_(unpack(quantised[f"{name}.weight"]))
+            model.get_submodule(name).weight.copy_(unpack(quantized[f"{name}.weight"]))
         assert seen[slot].keys() >= {"q", "k", "v", "o", "up", "down"}
 
 

@@ -1,4 +1,4 @@
-"""GGUF blocks, held without loss: unpacking is what the gguf package dequantises."""
+"""GGUF blocks, held without loss: unpacking is what the gguf package dequantizes."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_gguf_random_blocks(name, n, blocks, rng):
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-def test_gguf_quantised_gaussian(name, rng):
+def test_gguf_quantized_gaussian(name, rng):
     weight = torch.randn(7, 160, generator=rng).numpy()
     data = gguf_quants.quantize(weight, GGMLQuantizationType[name])
     packed = from_blocks(name, weight.shape, torch.from_numpy(data))

@@ -13,7 +13,7 @@ from support.w4_calls import make
 
 from engine.kernels import dispatch
 from engine.kernels.w4 import fused, gemm, gemv, launch
-from engine.kernels.w4.dequantise import Format
+from engine.kernels.w4.dequantize import Format
 from engine.kernels.w4.format import Spec
 from engine.kernels.w4.launch import DENSE, Launch, choose
 from engine.kernels.w4.layout_gpu import to_gpu
@@ -144,7 +144,7 @@ def test_reduction_compiles(gated, arch):
 
 @pytest.mark.parametrize("arch", sm_90_first)
 @pytest.mark.parametrize("scheme", ("symmetric g128", "kquant"))
-def test_dequantisation_compiles(scheme, arch):
+def test_dequantization_compiles(scheme, arch):
     types, constexprs = weight_types(SCHEMES[scheme])
     signature = types | {"w_ptr": "*bf16", "first": "i32", "N": "i32", "K": "i32"}
     constexprs |= {"FORMAT": SCHEMES[scheme], "WARPS": DENSE.WARPS}

@@ -152,7 +152,7 @@ def write_tiny(path: Path, change=None) -> None:
     """A Llama of one layer, without transformers: D 32, H 2, G 1, E 16, F 64, V 8.
 
     `change(fields, tensors)` may edit what is written: metadata, and name -> array or (uint8
-    blocks, quantisation type).
+    blocks, quantization type).
     """
     sizes = {
         "token_embd": (8, 32), "output_norm": (32,), "blk.0.attn_norm": (32,),

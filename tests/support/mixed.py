@@ -50,11 +50,11 @@ class MixedCheckpoint:
         if not isinstance(kind, Spec):
             return None
         if name not in self._packed:
-            self._packed[name] = quantise(self._stored.read(name), kind, self._permuted)
+            self._packed[name] = quantize(self._stored.read(name), kind, self._permuted)
         return self._packed[name]
 
 
-def quantise(weight: torch.Tensor, spec: Spec, permuted: bool = False) -> Packed:
+def quantize(weight: torch.Tensor, spec: Spec, permuted: bool = False) -> Packed:
     """(N, K) rounded to the nearest code of its group."""
     n, k = weight.shape
     perm = torch.randperm(k).int() if permuted else None

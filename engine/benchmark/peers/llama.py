@@ -71,7 +71,7 @@ class Engine:
             total += float(peak + np.log(np.exp(logits - peak).sum()) - logits[following])
         return {"nll": total}
 
-    def quantise(self, path: str, kind: str) -> dict[str, Any]:
+    def quantize(self, path: str, kind: str) -> dict[str, Any]:
         """Writes the model anew with its matrices as `kind`, whatever they were."""
         api = self._api
         options = api.llama_model_quantize_default_params()

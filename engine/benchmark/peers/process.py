@@ -85,9 +85,9 @@ class Peer:
         """Negative log-likelihood of ids[1:] given those before them, nats, summed."""
         return self._ask(do="nll", ids=list(ids))["nll"]
 
-    def quantise(self, path: Path, kind: str) -> None:
+    def quantize(self, path: Path, kind: str) -> None:
         """Writes the opened model anew in GGUF type `kind`, "Q4_0" say."""
-        self._ask(do="quantise", path=str(path), kind=kind)
+        self._ask(do="quantize", path=str(path), kind=kind)
 
     def close(self) -> None:
         process = self._process

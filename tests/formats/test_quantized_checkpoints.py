@@ -1,4 +1,4 @@
-"""Hugging Face directories quantised by others, and our own packed ones, read as plain names."""
+"""Hugging Face directories quantized by others, and our own packed ones, read as plain names."""
 
 import json
 import secrets
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import tiny
 from support.packed import every_spec, random_packed, spec_id
-from support.quantised import CASES, HEAD, MODULE, gptq, write
+from support.quantized import CASES, HEAD, MODULE, gptq, write
 
 from engine.checkpoint import open_checkpoint
 from engine.kernels.w4 import store

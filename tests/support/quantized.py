@@ -1,4 +1,4 @@
-"""Hugging Face directories quantised by other projects' rules: `CASES` draws one of every kind.
+"""Hugging Face directories quantized by other projects' rules: `CASES` draws one of every kind.
 
 A case is (the module's tensors, its `quantization_config`, the weight that they stand for).
 """
@@ -37,7 +37,7 @@ def write(
     quantization: dict | None,
     metadata: dict[str, str] | None = None,
 ) -> Path:
-    """A directory with the parts of MODULE and everything else of the model unquantised."""
+    """A directory with the parts of MODULE and everything else of the model unquantized."""
     tensors = {f"{MODULE}.{part}": tensor.contiguous() for part, tensor in parts.items()}
     config = from_hf(CONFIG, "CONFIG")
     whole = dict(layer_tensors(config, 0).values()) | dict(outer_tensors(config).values())

@@ -199,7 +199,7 @@ def join_four(a, b, c, d, scale, offset, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def dequantise(words, groups, table, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
+def dequantize(words, groups, table, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
     """(R, 16) words with the groups of their halves -> (R, CHUNK) weights times LIFT, in DTYPE."""
     R: tl.constexpr = words.shape[0]
     COMPUTE: tl.constexpr = DTYPE if FORMAT.asm else tl.float32

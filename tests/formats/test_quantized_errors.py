@@ -1,4 +1,4 @@
-"""Quantised directories that cannot be read: one sentence that names file, tensor or option."""
+"""Quantized directories that cannot be read: one sentence that names file, tensor or option."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.packed import random_packed
-from support.quantised import CASES, MODULE, compressed, nf4, write
+from support.quantized import CASES, MODULE, compressed, nf4, write
 
 import engine
 from engine.checkpoint import open_checkpoint
@@ -165,7 +165,7 @@ def our_own(rng, path: Path, change: dict | None = None, drop: str | None = None
         ({"shape": [5, 0]}, "shape must be two positive integers"),
         ({"shape": 5}, "shape must be two positive integers"),
         ({"perm": 1}, "perm must be true or false, found 1"),
-        ({"extra": 1}, "unusable quantisation metadata"),
+        ({"extra": 1}, "unusable quantization metadata"),
         ({"scale_dtype": "float32"}, "scales must be torch.float32, found torch.float16"),
     ],
 )
@@ -179,7 +179,7 @@ def test_our_own_without_a_part_or_metadata(rng, tmp_path):
     parts, quantization = store.to_tensors("weight", packed), {"quant_method": "shallow"}
     refused(write(tmp_path, parts, quantization), "its metadata is missing")
     metadata = {f"{MODULE}.weight": "[" * 100000}
-    refused(write(tmp_path, parts, quantization, metadata), "unusable quantisation metadata")
+    refused(write(tmp_path, parts, quantization, metadata), "unusable quantization metadata")
 
 
 def test_our_own_damaged_file(rng, tmp_path):

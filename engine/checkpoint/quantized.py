@@ -1,6 +1,6 @@
-"""Hugging Face directories with quantised matrices, each under its plain name.
+"""Hugging Face directories with quantized matrices, each under its plain name.
 
-The tensors present say which modules are quantised, `quantization_config` says how: a module's
+The tensors present say which modules are quantized, `quantization_config` says how: a module's
 parts (`q_proj.qweight`, `q_proj.scales`, ...) appear as the one name `q_proj.weight`.
 """
 
@@ -15,7 +15,7 @@ from engine.errors import InputError
 from engine.kernels.w4.format import Packed
 
 
-class QuantisedCheckpoint:
+class QuantizedCheckpoint:
     """A `Checkpoint` over the tensors of another.
 
     Raises InputError for a method, format or bit width that cannot be read.
@@ -58,7 +58,7 @@ class QuantisedCheckpoint:
         return self._named(self._method.read, module)
 
     def packed(self, name: str) -> Packed | None:
-        """The codes and scales as stored; None where not quantised or where the packed format
+        """The codes and scales as stored; None where not quantized or where the packed format
         cannot follow the source's blocks (NF4 that straddles rows)."""
         module = self._modules.get(name)
         if module is None:
