@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import InputError
-from engine.options import Sampling, filter_logits, make_generators, penalise, sample
+from engine.options import Sampling
+from engine.sample import filter_logits, make_generators, penalise, sample
 
 finite = st.floats(-20, 20, width=32)
 
