@@ -20,7 +20,7 @@ from triton.runtime.errors import OutOfResources
 
 from engine.kernels.w4 import launch
 from engine.kernels.w4.format import unpack
-from engine.kernels.w4.fused import cores, matmul
+from engine.kernels.w4.fused import limits, matmul
 from engine.kernels.w4.launch import DENSE, Launch
 from engine.kernels.w4.layout_gpu import to_gpu
 
@@ -54,7 +54,7 @@ print(time.perf_counter() - start)
 
 def candidates(m: int, n: int, k: int, bits: int, device: torch.device) -> list[Launch]:
     """What the table says, first, and what it might say instead."""
-    found = [launch.choose(m, n, k, bits, cores(device))]
+    found = [launch.choose(m, n, k, bits, *limits(device))]
     for _, sizes in launch.TABLE:
         if sizes.kernel == "gemv" and m <= sizes.BLOCK_M:
             found += [replace(sizes, num_stages=stages) for stages in (3, 4, 6)]

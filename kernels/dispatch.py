@@ -29,7 +29,7 @@ def why_not(backend: str) -> str | None:
     if backend == "cuda":
         if (missing := native.error("cuda")) is not None:
             return missing
-        return None if native.load("cuda").device_count() else "the driver shows no GPU"
+        return native.load("cuda").device_error() or None
     if backend != "triton":
         return f'there is no backend "{backend}"'
     if find_spec("triton") is None:

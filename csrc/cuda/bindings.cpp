@@ -33,6 +33,9 @@ PYBIND11_MODULE(_cuda, m) {
     m.doc() =
         "CUDA kernels on raw pointers and a stream (torch's `stream.cuda_stream`; 0: default).";
     m.def("device_count", shallow::device_count, "GPUs that the driver shows; 0 without a driver.");
+    m.def("device_error", shallow::device_error, "Why there is no GPU to use; empty for one.");
+    m.def("explain", shallow::explain, py::arg("status"), py::arg("driver"), py::arg("runtime"),
+          "What a CUDA status means where devices were counted, beside these versions.");
     m.def("device_info", device_info, py::arg("device") = 0,
           "dict: name, capability (major, minor), multiprocessors, memory_bytes, l2_bytes.");
     m.def("copy_bandwidth", copy_bandwidth, py::arg("bytes"), py::arg("passes") = 8,
@@ -42,5 +45,7 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("w4_matmul", w4_matmul, py::arg("call"), py::arg("stream") = 0,
           "Launches the decode matmul on the current device; `call` is the address of a W4Matmul\n"
           "(csrc/cuda/w4_matmul.h, kernels/w4/cuda.py).");
+    m.def("prepare_w4_matmul", shallow::prepare_w4_matmul, release_gil(),
+          "Loads every variant of the decode matmul on the current device, before a capture.");
     m.attr("W4_MATMUL_BYTES") = sizeof(shallow::W4Matmul);
 }

@@ -14,7 +14,10 @@ struct DeviceInfo {
     int64_t memory_bytes, l2_bytes;
 };
 
-int device_count();  // 0 without a GPU or a driver
+int device_count();          // 0 without a GPU or a driver
+std::string device_error();  // why there is none, in words; empty where there is one
+// What a status of cudaGetDeviceCount means beside these versions (1000 major + 10 minor).
+std::string explain(int status, int driver, int runtime);
 DeviceInfo device_info(int device);
 double copy_bandwidth(int64_t bytes, int passes, void* stream);
 

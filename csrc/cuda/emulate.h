@@ -400,6 +400,8 @@ void mma(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]
 inline void wait_for_previous_kernel() {}
 inline void allow_next_kernel() {}
 
+inline void prepare(const void*, std::size_t) {}  // nothing to load
+
 template <typename... Parameters>
 void launch(const Launch& where, void (*kernel)(Parameters...), Parameters... arguments) {
     if (where.shared_bytes > where.max_shared_bytes)

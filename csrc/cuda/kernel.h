@@ -1,7 +1,7 @@
 // All that kernels use of the machine beyond plain CUDA C++. nvcc compiles them for a GPU; the C++
 // compiler compiles the same .cu files for a CPU, where emulate.h provides what is in here.
 // defines: shallow::Shared, SharedArray, dynamic_shared, and_or, load_stream, mma,
-//          wait_for_previous_kernel, allow_next_kernel, Launch, launch
+//          wait_for_previous_kernel, allow_next_kernel, Launch, prepare, launch
 #pragma once
 
 #include <cuda_bf16.h>
@@ -25,6 +25,10 @@ struct Launch {
 #ifndef __CUDACC__
 #include "cuda/emulate.h"
 #else
+
+#include <mutex>
+#include <set>
+#include <utility>
 
 #include "cuda/check.h"
 
@@ -101,12 +105,25 @@ __device__ inline void allow_next_kernel() {
 #endif
 }
 
+// Lets a kernel have so much dynamic shared memory on the current device, and loads it: once, so
+// that a launch costs one call, and none that a stream capture forbids. Throws as `launch` does.
+inline void prepare(const void* kernel, std::size_t max_shared_bytes) {
+    static std::mutex mutex;
+    static std::set<std::pair<int, const void*> > prepared;
+    int device = 0;
+    check(cudaGetDevice(&device), "kernel launch");
+    const std::lock_guard lock(mutex);
+    if (!prepared.insert({device, kernel}).second) return;
+    const cudaError_t status = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(max_shared_bytes));
+    if (status != cudaSuccess) prepared.erase({device, kernel});
+    check(status, "kernel launch");
+}
+
 // Throws std::runtime_error with CUDA's message.
 template <typename... Parameters>
 void launch(const Launch& where, void (*kernel)(Parameters...), Parameters... arguments) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(where.max_shared_bytes)),
-          "kernel launch");
+    prepare(reinterpret_cast<const void*>(kernel), where.max_shared_bytes);
     cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;

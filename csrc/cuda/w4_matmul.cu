@@ -466,6 +466,18 @@ Params derive(const W4Matmul& call, int warps) {
 
 }  // namespace
 
+void prepare_w4_matmul() {
+    w4::Matrix w{};
+    for (const int bits : {4, 8})
+        for (const Scheme scheme : {Scheme::symmetric, Scheme::minimum, Scheme::codebook}) {
+            if (bits == 8 && scheme == Scheme::codebook) continue;
+            w.bits = bits;
+            w.scheme = scheme;
+            prepare(reinterpret_cast<const void*>(kernel_for<__half>(w)), kMaxSharedBytes);
+            prepare(reinterpret_cast<const void*>(kernel_for<__nv_bfloat16>(w)), kMaxSharedBytes);
+        }
+}
+
 void w4_matmul(const W4Matmul& call, void* stream) {
     check_arguments(call);
     if (call.m == 0) return;

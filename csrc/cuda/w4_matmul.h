@@ -37,4 +37,8 @@ static_assert(sizeof(W4Matmul) == sizeof(w4::Matrix) + 5 * 8 + 8 * 4, "no paddin
 // std::invalid_argument for arguments it cannot take, std::runtime_error with CUDA's own message.
 void w4_matmul(const W4Matmul& call, void* stream);
 
+// Loads every variant of the kernel on the current device: before a stream capture, which forbids
+// it. Throws std::runtime_error with CUDA's own message.
+void prepare_w4_matmul();
+
 }  // namespace shallow

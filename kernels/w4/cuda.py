@@ -134,8 +134,9 @@ def check(
         "y": (y, y.dtype, (len(x), n // 2 if gated else n)),
         "bias": (bias, x.dtype, (n,)),
         "norm": (None if norm is None else norm.weight, x.dtype, (k,)),
-        "codes": (weights.codes, torch.uint8, tuple(weights.codes.shape)),
     }
+    if weights.codes.device != x.device:
+        raise ValueError(f"weight is on {weights.codes.device}, x is on {x.device}")
     for name, (tensor, dtype, shape) in expected.items():
         if tensor is None:
             continue

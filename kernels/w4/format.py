@@ -4,7 +4,7 @@ A matrix W is (N, K). Codes lie in groups of `g` along K, G = ceil(K / g), the l
 short. Everything a kernel reads is in one `Packed`; `unpack` says what it means.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -176,25 +176,32 @@ def validate(packed: Packed, name: str = "packed weight") -> Packed:
     expected = expected_tensors(packed.spec, packed.shape)
     if packed.perm is not None:
         expected["perm"] = ((k,), torch.int32)
-    found = packed.tensors()
+    check_tensors(packed.tensors(), expected, packed.device, name)
+    if packed.perm is not None and not packed.perm.is_meta and not is_permutation(packed.perm):
+        raise ValueError(f"{name}: perm must hold each of 0..{k - 1} once")
+    return packed
+
+
+def check_tensors(
+    found: Mapping[str, torch.Tensor],
+    expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    device: torch.device,
+    name: str,
+) -> None:
+    """Raises ValueError or TypeError, one sentence, unless these tensors are there, contiguous and
+    on one device."""
     if found.keys() != expected.keys():
-        raise ValueError(
-            f"{name}: scheme {packed.spec.scheme!r} stores {sorted(expected)}, "
-            f"found {sorted(found)}"
-        )
+        raise ValueError(f"{name}: its scheme stores {sorted(expected)}, found {sorted(found)}")
     for part, (shape, dtype) in expected.items():
         tensor = found[part]
         if tensor.dtype != dtype:
             raise TypeError(f"{name}: {part} must be {dtype}, found {tensor.dtype}")
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: {part} must be {shape}, found {tuple(tensor.shape)}")
-        if tensor.device != packed.device:
-            raise ValueError(f"{name}: {part} is on {tensor.device}, codes are on {packed.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: {part} is on {tensor.device}, codes are on {device}")
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: {part} must be contiguous, found stride {tensor.stride()}")
-    if packed.perm is not None and not packed.perm.is_meta and not is_permutation(packed.perm):
-        raise ValueError(f"{name}: perm must hold each of 0..{k - 1} once")
-    return packed
 
 
 def is_permutation(perm: torch.Tensor) -> bool:

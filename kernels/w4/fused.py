@@ -42,7 +42,7 @@ def matmul(
         if weight.perm is not None:
             rows = rows.index_select(1, weight.perm)
         if sizes is None:
-            sizes = launch.choose(len(rows), n, k, weight.spec.bits, cores(x.device))
+            sizes = launch.choose(len(rows), n, k, weight.spec.bits, *limits(x.device))
         with torch.cuda.device_of(x):
             RUN[sizes.kernel](aligned(rows), weight, bias, y, gated, sizes)
     return y.view(*x.shape[:-1], outputs)
@@ -194,7 +194,9 @@ def format_of(weight: GpuMatrix, k: int, step_chunks: int) -> Format:
 
 
 @cache
-def cores(device: torch.device) -> int:
+def limits(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and the most shared memory of a block, in bytes."""
     if device.type != "cuda":
-        return 1  # interpreted
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return 1, launch.WIDE_BYTES  # interpreted
+    facts = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return facts["multiprocessor_count"], facts["max_shared_mem"]

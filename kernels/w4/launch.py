@@ -35,6 +35,10 @@ TABLE = (
     (64, Launch("gemm", BLOCK_M=64, WARPS=4, num_stages=4)),
     (1023, Launch("gemm", BLOCK_M=128, WARPS=8, num_stages=3)),
 )
+# Two stages where a block has no room for three (114,688 bytes, 147,472 on sm_100): 99 KiB on
+# sm_86, 89 and 120.
+NARROW_TABLE = (*TABLE[:-1], (1023, replace(TABLE[-1][1], num_stages=2)))
+WIDE_BYTES = 160 << 10  # of shared memory a block, that TABLE asks for
 DENSE = Launch("dense", BLOCK_M=0, WARPS=4, num_stages=1)
 DENSE_ROWS = 1024  # from here on dequantizing once costs less than again for every 128 rows of x
 DENSE_WEIGHTS = 1 << 26  # dequantized at a time: 128 MiB
@@ -43,11 +47,17 @@ PROGRAMS_PER_CORE = 2  # that a gemv's registers and a gemm's splits aim at
 REGISTERS = 65536  # of a multiprocessor
 
 
-def choose(m: int, n: int, k: int, bits: int, cores: int) -> Launch:
-    """The launch for x (m, k) and W (n, k), on a GPU of so many multiprocessors."""
+def table(shared_bytes: int) -> tuple[tuple[int, Launch], ...]:
+    """The table for a device whose blocks have so much shared memory at most."""
+    return TABLE if shared_bytes >= WIDE_BYTES else NARROW_TABLE
+
+
+def choose(m: int, n: int, k: int, bits: int, cores: int, shared_bytes: int) -> Launch:
+    """The launch for x (m, k) and W (n, k), on a GPU of so many multiprocessors, whose blocks have
+    so much shared memory at most."""
     if m >= DENSE_ROWS:
         return DENSE
-    launch = next(launch for most, launch in TABLE if m <= most)
+    launch = next(launch for most, launch in table(shared_bytes) if m <= most)
     chunks = -(-k * bits // 512)
     if launch.kernel == "gemv":
         return replace(launch, WARPS=min(launch.WARPS, 1 << chunks.bit_length() - 1))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch.nn.functional import pad
 
-from engine.kernels.w4.format import Packed, Spec
+from engine.kernels.w4.format import Packed, Spec, check_tensors, expected_tensors
 
 CHUNK_BYTES = 64
 NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # from the lowest
@@ -24,7 +24,11 @@ NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # from the lowest
 
 @dataclass(frozen=True, eq=False)
 class GpuMatrix:
-    """A packed matrix (N, K) with its codes in GPU order; the other tensors as in `Packed`."""
+    """A packed matrix (N, K) with its codes in GPU order; the other tensors as in `Packed`.
+
+    Kernels read these addresses by the shape alone: raises ValueError or TypeError where a tensor
+    is absent, of another shape or dtype, not contiguous, or on another device than the codes.
+    """
 
     spec: Spec
     shape: tuple[int, int]  # (N, K)
@@ -35,6 +39,14 @@ class GpuMatrix:
     supers: torch.Tensor | None = None
     codebook: torch.Tensor | None = None
     perm: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        expected = expected_tensors(self.spec, self.shape)
+        row_bytes = -(-self.spec.row_bytes(self.shape[1]) // CHUNK_BYTES) * CHUNK_BYTES
+        expected["codes"] = ((self.shape[0], row_bytes), torch.uint8)
+        if self.perm is not None:
+            expected["perm"] = ((self.shape[1],), torch.int32)
+        check_tensors(self.tensors(), expected, self.codes.device, "GPU matrix")
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors present, by field name."""

@@ -18,7 +18,7 @@ def test_interpreted():
     run_interpreted("angular")
 
 
-@pytest.mark.parametrize("arch", aot.ARCHS)
+@pytest.mark.parametrize("arch", aot.FLOAT64_ARCHS)
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("most", fused.LAUNCHES)
 def test_compiles_without_spills(arch, dtype, most):

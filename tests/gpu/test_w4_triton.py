@@ -29,6 +29,8 @@ SCHEMES = {  # each with the group whose scales need most registers
     "minimum 8 bits g16": Format("minimum", 8, 16, even=True, asm=True),
 }
 REGISTERS = 65536  # of a multiprocessor
+WIDE = aot.SHARED_LIMIT_BYTES[90]
+WIDE_ARCHS = [arch for arch in aot.ARCHS if aot.SHARED_LIMIT_BYTES[arch] >= launch.WIDE_BYTES]
 RESERVED = 1024  # bytes of shared memory that CUDA takes a program
 sm_90_first = [
     pytest.param(arch, marks=() if arch == 90 else pytest.mark.slow) for arch in aot.ARCHS
@@ -82,6 +84,20 @@ def hold(compiled: aot.Compiled, sizes: Launch, arch: int, programs: int) -> Non
     assert programs * (compiled.shared_bytes + RESERVED) <= aot.SHARED_LIMIT_BYTES[arch] + RESERVED
 
 
+def table_of(arch: int) -> tuple[tuple[int, Launch], ...]:
+    return launch.table(aot.SHARED_LIMIT_BYTES[arch])
+
+
+@pytest.mark.parametrize("arch", [arch for arch in aot.ARCHS if arch not in WIDE_ARCHS])
+def test_the_widest_rows_fit_a_narrow_device(arch):
+    """99 KiB a block, where three stages of 128 rows of x would take 112."""
+    most, sizes = table_of(arch)[-1]
+    wide = build(launch.TABLE[-1][1], SCHEMES["symmetric g128"], "fp16", arch)
+    assert wide.shared_bytes > aot.SHARED_LIMIT_BYTES[arch]
+    hold(build(sizes, SCHEMES["symmetric g128"], "fp16", arch), sizes, arch, programs=1)
+    assert choose(most, 4096, 4096, 4, 128, aot.SHARED_LIMIT_BYTES[arch]).num_stages == 2
+
+
 def test_interpreted():
     run_interpreted("w4")
 
@@ -92,10 +108,11 @@ def test_interpreted_at_length():
 
 
 @pytest.mark.parametrize("arch", sm_90_first)
-@pytest.mark.parametrize("most, sizes", launch.TABLE)
-def test_table_compiles(most, sizes, arch):
+@pytest.mark.parametrize("row", range(len(launch.TABLE)))
+def test_table_compiles(row, arch):
+    most, sizes = table_of(arch)[row]
     compiled = build(sizes, SCHEMES["symmetric g128"], "fp16", arch)
-    hold(compiled, sizes, arch, programs=2 if most <= 64 else 1)
+    hold(compiled, sizes, arch, programs=2 if most <= 64 and arch in WIDE_ARCHS else 1)
     if arch == 90 and sizes.kernel == "gemm":
         from_registers = r"wgmma\.mma_async[^;]*\}, \{%r\d+,%r\d+,%r\d+,%r\d+\}"
         assert re.search(from_registers, compiled.ptx), "weights go through shared memory"
@@ -105,16 +122,18 @@ def test_table_compiles(most, sizes, arch):
 @pytest.mark.parametrize("dtype", ("fp16", "bf16"))
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_gemv_of_every_scheme_compiles(scheme, dtype, arch):
-    sizes = launch.TABLE[0][1]
-    hold(build(sizes, SCHEMES[scheme], dtype, arch), sizes, arch, programs=2)
+    sizes = table_of(arch)[0][1]
+    programs = 2 if arch in WIDE_ARCHS else 1
+    hold(build(sizes, SCHEMES[scheme], dtype, arch), sizes, arch, programs)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", aot.ARCHS)
 @pytest.mark.parametrize("dtype", ("fp16", "bf16"))
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("most, sizes", launch.TABLE[1:])
-def test_table_compiles_with_every_scheme(most, sizes, scheme, dtype, arch):
+@pytest.mark.parametrize("row", range(1, len(launch.TABLE)))
+def test_table_compiles_with_every_scheme(row, scheme, dtype, arch):
+    sizes = table_of(arch)[row][1]
     hold(build(sizes, SCHEMES[scheme], dtype, arch), sizes, arch, programs=1)
 
 
@@ -123,7 +142,7 @@ def test_table_compiles_with_every_scheme(most, sizes, scheme, dtype, arch):
     "row, gated, splits", ((0, True, 1), (3, True, 1), (2, False, 4), (4, True, 2))
 )
 def test_gates_and_splits_compile(row, gated, splits, arch):
-    sizes = replace(launch.TABLE[row][1], SPLITS=splits)
+    sizes = replace(table_of(arch)[row][1], SPLITS=splits)
     hold(build(sizes, SCHEMES["zero g16"], "bf16", arch, gated), sizes, arch, programs=1)
 
 
@@ -158,15 +177,15 @@ def test_dequantization_compiles(scheme, arch):
 def test_choice(n, k, bits):
     chunks = -(-k * bits // 512)
     for m in (*range(1, 130), 255, 256, 1023, 1024, 5000):
-        sizes = choose(m, n, k, bits, cores=132)
+        sizes = choose(m, n, k, bits, 132, WIDE)
         if sizes.kernel == "gemv":
             assert sizes.BLOCK_M >= m and sizes.WARPS <= chunks
             assert sizes.SPLITS == 1 and sizes.WARPS.bit_count() == 1
         elif sizes.SPLITS > 1:
             assert chunks // sizes.SPLITS >= launch.SPLIT_CHUNKS
             assert 2 * 4 * sizes.SPLITS * m * n <= n * k * bits / 8 / 4  # bytes
-    assert choose(launch.DENSE_ROWS - 1, n, k, bits, 132).kernel == "gemm"
-    assert choose(launch.DENSE_ROWS, n, k, bits, 132) == DENSE
+    assert choose(launch.DENSE_ROWS - 1, n, k, bits, 132, WIDE).kernel == "gemm"
+    assert choose(launch.DENSE_ROWS, n, k, bits, 132, WIDE) == DENSE
 
 
 def test_needs_a_gpu(rng, monkeypatch):

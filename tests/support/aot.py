@@ -15,8 +15,11 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as triton_compile
 from triton.runtime.jit import JITFunction
 
-ARCHS = (80, 90, 100)
-SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # a block's, opted in
+ARCHS = (80, 86, 89, 90, 100, 120)
+FLOAT64_ARCHS = (80, 90, 100)  # with float64 in their tensor cores
+SHARED_LIMIT_BYTES = {  # a block's, opted in
+    80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
