@@ -16,11 +16,11 @@ SOURCE = "csrc/cuda/w4_matmul.cu"
 KERNELS = 10  # 2 dtypes x (4 bits: centred, plain, table; 8 bits: centred, plain)
 MAX_REGISTERS = 65536 // (2 * 256)  # two blocks of 256 threads to a multiprocessor
 X_BYTES = (64 << 10) + 960  # the most that a block holds of x
-SHARED_BYTES = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # of a multiprocessor
+SHARED_BYTES = {  # of a multiprocessor
+    80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 10,
+}  # fmt: skip
 TARGETS = [
-    pytest.param(90),
-    pytest.param(80, marks=pytest.mark.slow),
-    pytest.param(100, marks=pytest.mark.slow),
+    pytest.param(target, marks=() if target == 90 else pytest.mark.slow) for target in SHARED_BYTES
 ]
 
 
@@ -69,7 +69,7 @@ def each_target(test):
 
 
 @each_target
-def test_nothing_spills_and_two_blocks_fit(compiled, request):
+def test_nothing_spills_and_blocks_fit(compiled, request):
     report = compiled[1]
     for what in ("bytes stack frame", "bytes spill stores", "bytes spill loads"):
         assert set(numbers(rf"(\d+) {what}", report)) == {0}, what
@@ -77,7 +77,8 @@ def test_nothing_spills_and_two_blocks_fit(compiled, request):
     static = max(numbers(r"(\d+) bytes smem", report))
     reserved = 1024  # by CUDA, a block
     limit = SHARED_BYTES[request.node.callspec.params["compiled"]]
-    assert 2 * (static + X_BYTES + reserved) <= limit
+    blocks = 2 if limit > 128 << 10 else 1  # of the longest rows; shorter ones leave room for two
+    assert blocks * (static + X_BYTES + reserved) <= limit
 
 
 @each_target
