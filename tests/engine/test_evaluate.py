@@ -7,9 +7,9 @@ import pytest
 import torch
 from support.fake import FakeRuntime, FakeText
 
-from engine import evaluate as module
 from engine.errors import InputError
 from engine.evaluate import cut_windows, evaluate
+from engine.evaluate import perplexity as module
 
 VOCABULARY = [chr(i) for i in range(64)]
 
