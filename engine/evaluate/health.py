@@ -6,6 +6,7 @@ from itertools import takewhile
 from typing import Any
 
 from engine.errors import InputError
+from engine.evaluate.perplexity import check_vocabularies
 from engine.generation import Generation, generate
 from engine.judgement import Health
 from engine.options import Options
@@ -57,6 +58,8 @@ def judge_health(
     """
     if new_tokens < LAST:
         raise InputError(f"new-tokens: expected at least {LAST}, found {new_tokens}")
+    if second is not None:
+        check_vocabularies(runtime, second)
     prefix = bos_prefix(text, bos)
     rows = [prefix + text.encode(prompt, add_special=False) for prompt in prompts(count)]
     models = [runtime] if second is None else [runtime, second]
