@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 from engine.artifacts import Artifact, Evaluation
 from engine.errors import InputError
 
+BUILT_IN = "the built-in text"  # its name among texts
 LARGEST_EXPONENT = 700.0  # math.exp raises a little beyond
 Z = 1.959964  # standard errors to either side of a 95 % interval
 

@@ -38,8 +38,7 @@ def compare(
 def read(path: Path) -> "Judgement":
     """The record in a file; an evaluation of one text as the judgement that it is all of."""
     from engine.artifacts import Evaluation, read_raw
-    from engine.commands.evaluate import BUILT_IN
-    from engine.judgement import Judgement
+    from engine.judgement import BUILT_IN, Judgement
 
     raw = read_raw(path)
     if isinstance(raw, dict) and raw.get("kind") == Evaluation.kind:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,13 +10,8 @@ from engine.commands import common, output
 from engine.errors import InputError
 
 if TYPE_CHECKING:
-    from engine.api import Model
-    from engine.artifacts import Evaluation
-    from engine.judgement import Choices, Judgement
-    from engine.runtime import Runtime
-    from engine.text.questions import Question
+    from engine.judgement import Judgement
 
-BUILT_IN = "the built-in text"
 _TEXT, _CHOICES, _HEALTH = "Texts", "Multiple choice", "Generation"
 
 
@@ -56,10 +51,13 @@ def evaluate(
             rich_help_panel=_HEALTH,
         ),
     ] = False,
-    prompts: Annotated[int, typer.Option(help="So many.", rich_help_panel=_HEALTH)] = 200,
+    prompts: Annotated[
+        int | None, typer.Option(help="200 if not given.", rich_help_panel=_HEALTH)
+    ] = None,
     new_tokens: Annotated[
-        int, typer.Option(help="At most so many.", rich_help_panel=_HEALTH)
-    ] = 256,
+        int | None,
+        typer.Option(help="At most so many a prompt; 256 if not given.", rich_help_panel=_HEALTH),
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="The whole model: also what is left of it."),
@@ -77,31 +75,37 @@ def evaluate(
     One text alone gives an evaluation, anything more a judgement that holds an evaluation a text.
     """
     common.check_writable(json_file)
+    if not health and (prompts is not None or new_tokens is not None):
+        raise InputError("--prompts and --new-tokens are of --health, which is not asked for")
     contents = read_texts(text or [])
     chosen = None if plan is None else common.planned(plan, drop, keep)
     from engine.text.questions import read_questions
 
-    questions = None if choices is None else read_questions(choices)
+    questions = () if choices is None else tuple(read_questions(choices))
     options = {"backend": backend, "dtype": dtype}
     opened, _ = common.open_model(model, threads, drop=chosen or drop, keep=keep, **options)
     second = common.open_model(against, threads, **options)[0].runtime if against else None
-    from engine.evaluate import judge_health
-    from engine.judgement import Judgement
+    from engine.evaluate import Asked, judge
+    from engine.evaluate import health as generation
 
-    named = {"name": model, "rule": None if chosen is None else chosen.rule}
-    texts = judge_texts(opened, second, contents, named, window=window, count=count, bos=bos)
-    answered = None if questions is None else answer(opened, second, questions, str(choices), bos)
-    generated = None
-    if health:
-        with output.progress("prompts") as progress:
-            generated = judge_health(
-                opened.runtime, opened.text, count=prompts, new_tokens=new_tokens, bos=bos,
-                second=second, progress=progress,
-            )  # fmt: skip
-    judged = Judgement.of(texts, against, answered, generated)
-    alone = len(texts) == 1 and questions is None and not health
-    result = next(iter(texts.values())) if alone else judged
+    asked = Asked(
+        contents, window, count, bos, questions, str(choices),
+        prompts=(prompts if prompts is not None else generation.PROMPTS) if health else None,
+        new_tokens=new_tokens if new_tokens is not None else generation.NEW_TOKENS,
+    )  # fmt: skip
+    judged = judge(
+        opened.runtime,
+        opened.text,
+        asked,
+        name=model,
+        rule=None if chosen is None else chosen.rule,
+        second=second,
+        against=against,
+        progress=output.progress,
+    )
     show(judged)
+    alone = len(contents) == 1 and judged.choices is judged.health is None
+    result = next(iter(judged.texts.values())) if alone else judged
     if json_file is not None:
         result.save(json_file)
     print(json.dumps(result.to_json()))
@@ -115,56 +119,6 @@ def read_texts(paths: list[Path]) -> dict[str | None, str]:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"{twice[0]}: the text is given twice")
     return {name: read_text_file(name) for name in names} or {None: heldout_text()}
-
-
-def judge_texts(
-    opened: "Model",
-    second: "Runtime[Any] | None",
-    contents: dict[str | None, str],
-    named: dict[str, Any],
-    **options: Any,
-) -> "dict[str, Evaluation]":
-    from engine.evaluate import evaluate as measure
-
-    found = {}
-    for source, content in contents.items():
-        with output.progress(f"positions of {source or BUILT_IN}") as progress:
-            found[source or BUILT_IN] = measure(
-                opened.runtime,
-                opened.text,
-                content,
-                source=source,
-                second=second,
-                progress=progress,
-                **named,
-                **options,
-            )
-    return found
-
-
-def answer(
-    opened: "Model",
-    second: "Runtime[Any] | None",
-    questions: "list[Question]",
-    source: str,
-    bos: bool | None,
-) -> "Choices":
-    """With what is left of the lead of `second`, where it is given."""
-    from dataclasses import replace
-
-    from engine.evaluate import judge_choices
-
-    found = []
-    for runtime in (opened.runtime, second):
-        if runtime is not None:
-            with output.progress("questions") as progress:
-                found.append(
-                    judge_choices(
-                        runtime, opened.text, questions, source=source, bos=bos, progress=progress
-                    )
-                )
-    own, *whole = found
-    return replace(own, against=own.beside(whole[0])) if whole else own
 
 
 def show(judged: "Judgement") -> None:

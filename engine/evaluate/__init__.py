@@ -6,6 +6,7 @@ In: a runtime, its tokenizer, and a text, questions or nothing. Out: frozen reco
 
 from engine.evaluate.choices import judge_choices
 from engine.evaluate.health import judge_health
+from engine.evaluate.judge import Asked, judge
 from engine.evaluate.perplexity import cut_windows, evaluate
 
-__all__ = ["cut_windows", "evaluate", "judge_choices", "judge_health"]
+__all__ = ["Asked", "cut_windows", "evaluate", "judge", "judge_choices", "judge_health"]

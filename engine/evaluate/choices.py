@@ -49,9 +49,7 @@ def judge_choices(
     is recorded. `progress` is called with questions done and in total. Raises `InputError` for a
     question that exceeds the model's context.
     """
-    encoded = [encode(text, question, bos) for question in questions]
-    for question, each in zip(questions, encoded, strict=True):
-        _check_length(each, runtime.config.max_context, question.where)
+    encoded = encode_questions(text, questions, bos, runtime.config.max_context)
     correct, probabilities = [], []
     for question, each, sums in zip(
         questions, encoded, log_likelihoods(runtime, encoded), strict=True
@@ -73,6 +71,22 @@ def judge_choices(
     )
 
 
+def encode_questions(
+    text: Text, questions: Sequence[Question], bos: bool | None, max_context: int
+) -> list[Encoded]:
+    """InputError for a question that exceeds the context with one of its choices."""
+    found = []
+    for question in questions:
+        each = encode(text, question, bos)
+        length = len(each.context) + max(map(len, each.choices))
+        if length > max_context:
+            raise InputError(
+                f"{question.where}: has {length} tokens; the model's context holds {max_context}"
+            )
+        found.append(each)
+    return found
+
+
 def encode(text: Text, question: Question, bos: bool | None = None) -> Encoded:
     """InputError for a choice that adds no token to its question."""
     prefix, context = bos_prefix(text, bos), CONTEXT.format(question.question)
@@ -84,12 +98,6 @@ def encode(text: Text, question: Question, bos: bool | None = None) -> Encoded:
             raise InputError(f"{question.where}: {choice!r:.80} adds no token to its question")
         choices.append(whole[len(alone) :])
     return Encoded(prefix + alone, choices)
-
-
-def _check_length(encoded: Encoded, limit: int, where: str) -> None:
-    length = len(encoded.context) + max(map(len, encoded.choices))
-    if length > limit:
-        raise InputError(f"{where}: has {length} tokens; the model's context holds {limit}")
 
 
 def log_likelihoods(runtime: Runtime[Any], questions: Sequence[Encoded]) -> Iterator[torch.Tensor]:

@@ -40,6 +40,23 @@ def _beginnings(text: str) -> list[str]:
     return [" ".join(words[:WORDS]) for words in paragraphs if len(words) >= PARAGRAPH]
 
 
+def encode_prompts(
+    text: Text, count: int, new_tokens: int, bos: bool | None, max_context: int
+) -> list[list[int]]:
+    """InputError for fewer new tokens than a loop takes, or more than the context holds."""
+    if new_tokens < LAST:
+        raise InputError(f"new-tokens: expected at least {LAST}, found {new_tokens}")
+    prefix = bos_prefix(text, bos)
+    rows = [prefix + text.encode(prompt, add_special=False) for prompt in prompts(count)]
+    longest = max(map(len, rows)) + new_tokens
+    if longest > max_context:
+        raise InputError(
+            f"new-tokens: a prompt and {new_tokens} new tokens are {longest}; the model's context "
+            f"holds {max_context}"
+        )
+    return rows
+
+
 def judge_health(
     runtime: Runtime[Any],
     text: Text,
@@ -54,14 +71,11 @@ def judge_health(
 
     With `second`, the whole model, also the mean share of tokens before the first that differs
     from its text. `bos` is as for perplexity. `progress` is called with prompts done and in
-    total. Raises `InputError` for fewer tokens than a loop takes.
+    total. Raises `InputError` as `encode_prompts` does.
     """
-    if new_tokens < LAST:
-        raise InputError(f"new-tokens: expected at least {LAST}, found {new_tokens}")
     if second is not None:
         check_vocabularies(runtime, second)
-    prefix = bos_prefix(text, bos)
-    rows = [prefix + text.encode(prompt, add_special=False) for prompt in prompts(count)]
+    rows = encode_prompts(text, count, new_tokens, bos, runtime.config.max_context)
     models = [runtime] if second is None else [runtime, second]
     found: list[list[Generation]] = [[] for _ in models]
     options = Options(max_new_tokens=new_tokens)
@@ -80,7 +94,7 @@ def judge_health(
         prompts=count,
         prompts_hash=hashlib.sha256(repr(rows).encode()).hexdigest(),
         new_tokens=new_tokens,
-        bos=bool(prefix),
+        bos=bool(bos_prefix(text, bos)),
         mean_tokens=sum(map(len, own)) / count,
         looping=sum(map(loops, own)) / count,
         ended=sum(each.finish_reason == "stop" for each in found[0]) / count,

@@ -1,6 +1,6 @@
 """What a model was judged by, under names for people; one record, or several side by side."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from engine.artifacts import Evaluation
@@ -19,9 +19,10 @@ def measures(
     }
     if record.against is not None:
         rows["whole model"] = record.against
-    for name, text in record.texts.items():
-        whole = None if first is None else first.texts.get(name)
-        rows |= {f"{Path(name).name}: {key}": cell for key, cell in _text(text, whole)}
+    others = {} if first is None else {each.text_hash: each for each in first.texts.values()}
+    for name, text in zip(_short(record.texts), record.texts.values(), strict=True):
+        cells = _text(text, others.get(text.text_hash))
+        rows |= {f"{name}: {key}": cell for key, cell in cells}
     if len(record.texts) > 1:
         rows["perplexity, geometric mean"] = f"{record.perplexity:,.4f}"
     if record.choices:
@@ -41,9 +42,15 @@ def side_by_side(found: Comparison) -> Iterator[tuple[str, list[str]]]:
         yield name, [column.get(name, "-") for column in columns]
 
 
+def _short(names: Iterable[str]) -> list[str]:
+    """Without their folders, where that still tells one from the other."""
+    long = list(names)
+    short = [Path(name).name for name in long]
+    return short if len(set(short)) == len(long) else long
+
+
 def _text(text: Evaluation, whole: Evaluation | None) -> Iterator[tuple[str, str]]:
-    same = whole is not None and whole.text_hash == text.text_hash
-    times = f" ({text.perplexity / whole.perplexity:.3f}x)" if whole is not None and same else ""
+    times = "" if whole is None else f" ({text.perplexity / whole.perplexity:.3f}x)"
     yield "perplexity", f"{text.perplexity:,.4f}{times}"
     if text.bits_per_byte is not None:
         yield "bits a byte", f"{text.bits_per_byte:.4f}"

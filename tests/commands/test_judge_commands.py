@@ -10,6 +10,7 @@ from support.commands import call, refused
 
 from engine.artifacts import Evaluation
 from engine.judgement import Comparison, Judgement
+from engine.report.records import measures, side_by_side
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +111,6 @@ def test_records_side_by_side(records, tree, evaluated, tmp_path):
 
 
 def test_multiples_are_of_the_same_windows(records, tree, tmp_path):
-    from engine.report.records import side_by_side
-
     whole, pruned, _, _ = records
     rows = dict(side_by_side(Comparison.of((whole, pruned))))
     for name, text in pruned.texts.items():
@@ -121,6 +120,12 @@ def test_multiples_are_of_the_same_windows(records, tree, tmp_path):
         assert rows[f"{short}: KL from the whole model"][0] == "-"
     assert rows["layers"] == ["4 of 4: 0-3", "3 of 4: 0-1,3"]
     assert rows["accuracy, less the whole model's"][0] == "-"
+
+
+def test_texts_of_the_same_name_are_told_apart(records):
+    text = next(iter(records[0].texts.values()))
+    both = measures(Judgement.of({"x/a.txt": text, "y/a.txt": text}))
+    assert {"x/a.txt: perplexity", "y/a.txt: perplexity"} <= set(both)
 
 
 @pytest.mark.parametrize(
@@ -134,12 +139,20 @@ def test_multiples_are_of_the_same_windows(records, tree, tmp_path):
         (["--text", "{a}", "--bos"], "the tokenizer has no BOS token"),
         (["--health", "--new-tokens", 63], "new-tokens: expected at least 64, found 63"),
         (["--health", "--prompts", 0], "prompts: expected 1 to"),
+        (["--health", "--new-tokens", 500], "the model's context holds 512"),
+        (["--prompts", 5], "--prompts and --new-tokens are of --health"),
+        (["--text", "{a}", "--text", "{short}"], "the text has 2 tokens; 1 windows of 32 need 32"),
+        (["--choices", "{long}"], "long.jsonl: line 1: has 606 tokens; the model's context holds"),
     ],
 )
 def test_eval_refuses_in_one_line(options, says, tree):
     tree.joinpath("empty.txt").write_text(" \n")
-    names = {"{a}": "a.txt", "{empty}": "empty.txt", "{other}": "other"}
-    given = [tree / names[each] if each in names else each for each in options]
+    tree.joinpath("short.txt").write_text("3 4")
+    long = {"question": "5 " * 600, "choices": ["6 7", "8"], "answer": 0}
+    tree.joinpath("long.jsonl").write_text(json.dumps(long))
+    names = ("a.txt", "empty.txt", "short.txt", "long.jsonl", "other")
+    files = {f"{{{name.partition('.')[0]}}}": tree / name for name in names}
+    given = [files.get(each, each) for each in options]
     if "--text" not in options:
         given += ["--text", tree / "a.txt"]
     refused(says, "eval", tree / "model", "--window", 32, *given)
