@@ -17,6 +17,7 @@ from engine.evaluate.perplexity import LOGITS_BYTES
 from engine.generation import left_padded
 from engine.judgement import Choices
 from engine.runtime import Runtime
+from engine.sample import NOT_FINITE
 from engine.text import Text
 from engine.text.questions import Question
 from engine.text.samples import bos_prefix
@@ -54,6 +55,8 @@ def judge_choices(
     for question, each, sums in zip(
         questions, encoded, log_likelihoods(runtime, encoded), strict=True
     ):
+        if not sums.isfinite().all():
+            raise ArithmeticError(NOT_FINITE)
         lengths = torch.tensor([len(ids) for ids in each.choices])
         shares = (sums / lengths).softmax(-1)  # (choices,) float64
         correct.append(int(shares.argmax()) == question.answer)

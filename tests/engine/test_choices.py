@@ -117,6 +117,15 @@ def test_a_question_too_long_for_the_context():
         judge_choices(FakeRuntime(1), FakeText(VOCABULARY), asked, source="file")
 
 
+def test_logits_that_are_no_numbers():
+    runtime = FakeRuntime(1)
+    runtime.table[:, 5] = float("nan")
+    with pytest.raises(ArithmeticError, match="not finite"):
+        judge_choices(
+            runtime, FakeText(VOCABULARY), [Question("a?", ("x", "y"), 0, "here")], source="q"
+        )
+
+
 def test_a_choice_without_a_token():
     class Forgetful(FakeText):
         def encode(self, text, add_special=True):
