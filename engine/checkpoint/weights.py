@@ -11,7 +11,7 @@ from engine.architecture.families import layer_parts, layer_tensors, outer_tenso
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.gguf_blocks import GgufBlocks, dequantize
 from engine.errors import InputError
-from engine.kernels.dtypes import name_of
+from engine.kernels.dtypes import DTYPES, name_of
 from engine.kernels.w4.format import Packed, rows_of, unpack
 from engine.kernels.w4.from_gguf import from_blocks
 
@@ -158,15 +158,25 @@ def _rows(matrix: Stored, start: int, stop: int) -> Stored:
 def _stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Stored:
     _check_shape(checkpoint, name, shape)
     found = checkpoint.packed(name)
-    return checkpoint.read(name) if found is None else found
+    return _floats(checkpoint, name) if found is None else found
 
 
 def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     _check_shape(checkpoint, name, shape)
-    return checkpoint.read(name)
+    return _floats(checkpoint, name)
 
 
 def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
     found = tuple(checkpoint.shape(name))  # raises for an absent tensor
     if found != shape:
         raise InputError(f"{checkpoint.path}: {name}: expected shape {shape}, found {found}")
+
+
+def _floats(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """In the stored dtype where every backend has it, else in float32."""
+    tensor = checkpoint.read(name)
+    if not tensor.is_floating_point():
+        raise InputError(
+            f"{checkpoint.path}: {name}: expected floats, found {name_of(tensor.dtype)}"
+        )
+    return tensor if name_of(tensor.dtype) in DTYPES else tensor.float()

@@ -95,15 +95,23 @@ def open_model(ref: str, threads: int | None, **options: Any) -> tuple["Model", 
     """(model with its tokenizer, milliseconds that loading took, a download left out)."""
     import time
 
+    from engine.artifacts import Plan
+    from engine.checkpoint import choose_layers
     from engine.runtime import check_backend
 
     check_backend(options.get("backend"), options.get("dtype"))  # before any download
-    path, _ = open_checkpoint(ref)
+    path, checkpoint = open_checkpoint(ref)
+    kept = checkpoint.config
+    if not isinstance(options.get("drop"), Plan):  # load() warns of a plan for other weights
+        kept = choose_layers(checkpoint, options.get("drop"), options.get("keep"))
     from engine.api import load
 
     set_threads(threads)
     start = time.perf_counter()
-    model = load(path, **options)
+    with output.progress("layers") as report:
+        numbers = {entry.layer: slot for slot, entry in enumerate(kept.layers, 1)}
+        options["progress"] = lambda layer: report(numbers[layer], len(numbers))
+        model = load(path, **options)
     _ = model.text
     load_ms = (time.perf_counter() - start) * 1e3
     output.note(f"{model!r}, opened in {load_ms:.0f} ms")

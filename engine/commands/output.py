@@ -2,17 +2,14 @@
 
 import os
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NoReturn
 
+from engine import progress as how_far
 from engine.errors import InputError
 
-PROGRESS_S = 5.0  # between two lines of progress where there is no terminal
-
-Report = Callable[[int, int], None]  # (done, in all)
+progress = how_far.progress
 _level = 0  # -1: quiet, 1: verbose
 
 
@@ -34,7 +31,7 @@ def _set_level(level: int) -> None:
     global _level
     if _level not in (0, level):
         raise InputError("--quiet and --verbose exclude each other")
-    _level = level
+    _level, how_far.silent = level, level < 0
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -57,37 +54,6 @@ def note(text: str) -> None:
     """What only --verbose says, on stderr."""
     if _level > 0:
         print(f"engine: {text}", file=sys.stderr)
-
-
-@contextmanager
-def progress(label: str) -> Iterator[Report]:
-    """Yields report(done, total): a bar on stderr where that is a terminal, else a line every
-    few seconds."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    if not console.is_terminal or _level < 0:
-        yield _lines(label)
-        return
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _lines(label: str) -> Report:
-    start = last = time.monotonic()
-
-    def report(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if _level < 0 or now - last < PROGRESS_S:
-            return
-        last = now
-        left = f", {(now - start) / done * (total - done):.0f} s left" if done else ""
-        print(f"{label}: {done:,} of {total:,}{left}", file=sys.stderr, flush=True)
-
-    return report
 
 
 def execute(app: Callable[..., Any]) -> None:
@@ -116,7 +82,7 @@ def execute(app: Callable[..., Any]) -> None:
             refuse(message)
         sys.exit(2)  # the help was all there is to say
     finally:
-        _level = 0
+        _level, how_far.silent = 0, False
 
 
 def refuse(error: Exception | str) -> NoReturn:

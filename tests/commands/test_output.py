@@ -10,6 +10,7 @@ from support import tiny
 from support.commands import call
 
 import engine
+from engine import progress
 from engine.commands import output
 
 
@@ -63,7 +64,7 @@ def test_quiet_and_verbose_exclude_each_other(model):
 
 def test_a_line_every_few_seconds_without_a_terminal(monkeypatch, capfd):
     now = [0.0]
-    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with output.progress("layers") as report:
         for done in range(1, 11):
             now[0] += 2

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Folders and modules of one line, the stages above all, do not import each other.
 ORDER = """
-errors kernels
+errors kernels progress
 artifacts options
 judgement sample
 architecture

@@ -54,6 +54,21 @@ DAMAGES = {
         lambda t: t.update({QKV: t[GATE_UP]}),
         "qkv_proj.weight: expected shape",
     ),
+    "whole numbers": (
+        "llama",
+        lambda t: t.update({Q: t[Q].int()}),
+        f"{Q}: expected floats, .* int32",
+    ),
+    "truths for a norm": (
+        "llama",
+        lambda t: t.update({NORM: t[NORM] > 0}),
+        f"{NORM}: expected floats, found bool",
+    ),
+    "a byte an embedding": (
+        "llama",
+        lambda t: t.update({EMBEDDING: t[EMBEDDING].byte()}),
+        f"{EMBEDDING}: expected floats, found uint8",
+    ),
     "no layer": ("llama", lambda t: t.pop(Q), f"no tensor '{Q}'"),
     "no fused tensor": (
         "phi3",
@@ -112,3 +127,16 @@ def test_rules_without_their_weights(rule, backend, tmp_path):
     with pytest.raises(InputError, match=words) as caught:
         engine.load(tmp_path, backend=backend)
     assert str(tmp_path) in str(caught.value)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn], ids=str)
+def test_floats_that_no_kernel_has(dtype, backend, tmp_path):
+    """They become float32, whatever runs them."""
+    tiny.write("llama", tmp_path, 1)
+    file = tmp_path / "model.safetensors"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    save_file({name: tensor.float() for name, tensor in tensors.items()}, file, {"format": "pt"})
+    expected = engine.load(tmp_path, backend=backend)([3, 1, 4])
+    save_file(tensors, file, {"format": "pt"})
+    assert torch.equal(engine.load(tmp_path, backend=backend)([3, 1, 4]), expected)

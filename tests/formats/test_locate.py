@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 import zipfile
+from contextlib import contextmanager
 
 import pytest
 
@@ -243,14 +244,11 @@ def test_three_at_once_fetch_once(model):
 def test_progress_reports_both_stages(model, monkeypatch):
     seen = []
 
-    class Bar:
-        def __enter__(self):
-            return lambda stage, done, total: seen.append((stage, done, total))
+    @contextmanager
+    def progress(label, nbytes):
+        yield lambda done, total: seen.append((label.split()[0], done, total))
 
-        def __exit__(self, *error):
-            return None
-
-    monkeypatch.setattr(fetching, "_progress", Bar)
+    monkeypatch.setattr(fetching, "progress", progress)
     fetch(model)
     assert [stage for stage, *_ in seen][0] == "download"
     assert seen[-1] == ("extract", len(CONTENT), len(CONTENT))
