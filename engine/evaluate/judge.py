@@ -9,12 +9,12 @@ from engine.evaluate.choices import encode_questions, judge_choices
 from engine.evaluate.health import NEW_TOKENS, encode_prompts, judge_health
 from engine.evaluate.perplexity import check_vocabularies, cut_windows, evaluate
 from engine.judgement import BUILT_IN, Choices, Judgement
+from engine.progress import Report
 from engine.runtime import Runtime
 from engine.text import Text
 from engine.text.questions import Question
 from engine.text.samples import bos_prefix
 
-Report = Callable[[int, int], None]  # (done, in all)
 Progress = Callable[[str], AbstractContextManager[Report]]  # of what is counted
 
 
