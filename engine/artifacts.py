@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
@@ -80,17 +80,12 @@ class Artifact:
                 f"{where}: {_a(cls.kind)} of version {version}; this Shallow reads up to "
                 f"{cls.version}, a newer one is needed"
             )
-        hints, names = get_type_hints(cls), {field.name for field in fields(cls)}
-        needed = {field.name for field in fields(cls) if field.default is MISSING}
-        given = set(raw) - {"kind", "version"}
-        if needed - given or given - names:  # older files lack what has a default now
-            wrong = sorted(needed - given) or sorted(given - names)
-            trouble = "is missing" if needed - given else "is not known"
-            raise InputError(f"{where}: {cls.kind}: {wrong[0]!r} {trouble}")
+        given = {name: value for name, value in raw.items() if name not in ("kind", "version")}
         try:
-            return cls(**{name: _typed(raw[name], hints[name], name) for name in given})
+            built: Self = _built(cls, given, cls.kind)
         except (TypeError, ValueError) as error:
-            raise InputError(f"{where}: {cls.kind}: {error}") from error
+            raise InputError(f"{where}: {error}") from error
+        return built
 
 
 def read_raw(path: Path) -> Any:
@@ -107,6 +102,21 @@ def _a(kind: str) -> str:
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
+def _built(cls: type[Any], raw: Mapping[str, Any], name: str) -> Any:
+    """The dataclass from its fields as JSON holds them; else ValueError."""
+    hints, known = get_type_hints(cls), {field.name: field for field in fields(cls)}
+    needed = {each for each, field in known.items() if field.default is MISSING}
+    given = set(raw)
+    if needed - given or given - set(known):  # older files lack what has a default now
+        wrong = sorted(needed - given) or sorted(given - set(known))
+        trouble = "is missing" if needed - given else "is not known"
+        raise ValueError(f"{name}: {wrong[0]!r} {trouble}")
+    try:
+        return cls(**{each: _typed(raw[each], hints[each], each) for each in given})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def _typed(value: Any, hint: Any, name: str) -> Any:
     """A value from JSON as a field of type `hint` holds it, tuples for lists; else ValueError."""
     outer, inner = get_origin(hint), get_args(hint)
@@ -116,6 +126,8 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         return tuple(_typed(item, inner[0], name) for item in value)
     if outer in (dict, Mapping) and isinstance(value, dict):
         return {key: _typed(item, inner[1], name) for key, item in value.items()}
+    if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
+        return _built(hint, value, name)
     if hint is Any or type(value) is hint or (hint is float and type(value) is int):
         return value
     expected = getattr(outer or hint, "__name__", hint)
@@ -248,6 +260,8 @@ class Evaluation(Artifact):
     text_hash: str  # of the token ids of all windows
     kl: float | None = None  # mean KL(second model || this one), nats
     top1_agreement: float | None = None  # share of positions where both have the same argmax
+    text: str | None = None  # file, None where it is the built-in one
+    bits_per_byte: float | None = None  # nll in bits * tokens of the windows / their UTF-8 bytes
 
     def __post_init__(self) -> None:
         if not 1 <= self.layers_kept <= self.layers_total:

@@ -8,6 +8,7 @@ from engine import __version__
 from engine.commands.budget import budget
 from engine.commands.chat import chat
 from engine.commands.common import Quiet, Verbose
+from engine.commands.compare import compare
 from engine.commands.doctor import doctor
 from engine.commands.evaluate import evaluate
 from engine.commands.fetch import fetch
@@ -20,7 +21,10 @@ from engine.commands.quantize import quantize
 from engine.run import run
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-for command in (run, chat, budget, profile, plan, prune, quantize, evaluate, plot, doctor, fetch):
+COMMANDS = (
+    run, chat, budget, profile, plan, prune, quantize, evaluate, compare, plot, doctor, fetch,
+)  # fmt: skip
+for command in COMMANDS:
     app.command("eval" if command is evaluate else command.__name__)(command)
 
 

@@ -124,7 +124,7 @@ def stream_steps(
     greedy = runtime.greedy if plain and isinstance(runtime, Greedy) else None
     switch = runtime.config.rope_switch
     clock = time.perf_counter_ns()
-    tokens = _left_padded([s.ids for s in sequences])
+    tokens = left_padded([s.ids for s in sequences])
     cache = runtime.new_cache(len(sequences), tokens.shape[1] + options.max_new_tokens)
     running, fed = list(range(len(sequences))), [-1] * len(sequences)
     ids = _run(runtime, tokens, cache, sequences, options, generators)
@@ -145,7 +145,7 @@ def stream_steps(
         if anew:  # LongRoPE turns to its long divisors
             cache.truncate(0)
         rows = [[] if s.finish_reason else s.ids[0 if anew else -1 :] for s in sequences]
-        ids = _run(runtime, _left_padded(rows), cache, sequences, options, generators)
+        ids = _run(runtime, left_padded(rows), cache, sequences, options, generators)
 
 
 def _run(
@@ -220,7 +220,7 @@ def _check_prompt(ids: list[int], max_new_tokens: int, config: ModelConfig) -> N
         )
 
 
-def _left_padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+def left_padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
     """(B, longest) int64, short rows filled with -1 on the left."""
     width = max(map(len, rows))
     padded = [[-1] * (width - len(row)) + list(row) for row in rows]

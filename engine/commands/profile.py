@@ -12,9 +12,9 @@ from engine.commands import common, output
 from engine.errors import InputError
 
 if TYPE_CHECKING:
-    from engine.artifacts import Evaluation, Profile
-    from engine.pruning.budget import Budget
+    from engine.artifacts import Profile
     from engine.pruning.profile import ProfilePart
+    from engine.report.page import Shown
 
 LENGTH = 256  # tokens a sample
 
@@ -63,7 +63,7 @@ def profile(
 
     common.check_writable(out)
     common.check_writable(report, ".html")
-    found: Sequence[Profile | Evaluation | Budget]
+    found: Sequence[Shown]
     if show:
         if merge or out is not None:
             raise InputError("profile: --show excludes --merge and --out")
@@ -93,7 +93,7 @@ def profile(
         save(found, report)
 
 
-def read_all(paths: list[str], any_kind: bool) -> "list[Profile | Evaluation | Budget]":
+def read_all(paths: list[str], any_kind: bool) -> "list[Shown]":
     """Profiles, or with `any_kind` whatever a report can hold."""
     from engine.artifacts import Profile
     from engine.report.plot import read

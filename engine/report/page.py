@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from engine.artifacts import Evaluation, Profile, replacing
+from engine.judgement import Comparison, Judgement
 from engine.pruning.budget import Budget
 from engine.report import figures
 from engine.report.drawing import base_name
 from engine.report.plot import inline_svg
+from engine.report.records import side_by_side
 from engine.report.tables import BEST_COLUMNS, BUDGET_COLUMNS, best_blocks, budget_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure
+
+
+Shown = Profile | Evaluation | Judgement | Budget
 
 
 @dataclass(frozen=True)
@@ -45,21 +50,24 @@ class Section:
     tables: Sequence[Table]
 
 
-def save(artefacts: Sequence[Profile | Evaluation | Budget], path: Path) -> None:
+def save(artefacts: Sequence[Shown], path: Path) -> None:
     """The page, written beside and renamed."""
     content = page(artefacts)
     with replacing(path) as beside:
         beside.write_text(content, encoding="utf-8")
 
 
-def page(artefacts: Sequence[Profile | Evaluation | Budget]) -> str:
-    """Every profile, then the evaluations together, then every budget."""
+def page(artefacts: Sequence[Shown]) -> str:
+    """Every profile, the evaluations together, so the judgements, then every budget."""
     models = dict.fromkeys(base_name(artefact.model) for artefact in artefacts)
     numbered = list(enumerate(artefacts))
     sections = [_profile(a, f"profile{i}") for i, a in numbered if isinstance(a, Profile)]
     evaluations = [artefact for artefact in artefacts if isinstance(artefact, Evaluation)]
     if evaluations:
         sections.append(_quality(evaluations))
+    judgements = [artefact for artefact in artefacts if isinstance(artefact, Judgement)]
+    if judgements:
+        sections.append(_judged(judgements))
     sections += [_budget(a, f"budget{i}") for i, a in numbered if isinstance(a, Budget)]
     environment = Environment(
         loader=PackageLoader("engine.report", ""), autoescape=True, trim_blocks=True,
@@ -130,14 +138,23 @@ def _quality(evaluations: Sequence[Evaluation]) -> Section:
             f"{e.layers_kept} of {e.layers_total}",
             f"{e.perplexity:,.4f}" if e.perplexity < 1e6 else f"{e.perplexity:.3e}",
             "-" if e.kl is None else f"{e.kl:.5f}",
+            "-" if e.bits_per_byte is None else f"{e.bits_per_byte:.4f}",
             f"{e.windows} x {e.window}{' with BOS' if e.bos else ''}",
             e.layers,
             base_name(e.model),
         )
         for e in ordered
     )
-    columns = ("rule", "layers", "perplexity", "KL", "tokens", "kept", "model")
+    columns = ("rule", "layers", "perplexity", "KL", "bits a byte", "tokens", "kept", "model")
     return Section("Quality", drawn, [Table(columns, [cells], "Evaluations")])
+
+
+def _judged(judgements: Sequence[Judgement]) -> Section:
+    """Compared with the first."""
+    rows = side_by_side(Comparison.of(tuple(judgements)))
+    columns = ("", *(base_name(each.model) for each in judgements))
+    cells = ((name, *row) for name, row in rows)
+    return Section("Judgement", [], [Table(columns, [cells], "Beside the first")])
 
 
 def _budget(budget: Budget, name: str) -> Section:

@@ -12,6 +12,7 @@ from xml.sax.saxutils import quoteattr
 
 from engine.artifacts import Artifact, Evaluation, Profile, read_raw, replacing
 from engine.errors import InputError
+from engine.judgement import Judgement
 from engine.pruning.budget import Budget
 from engine.report import figures
 from engine.report.drawing import style
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 300
-KINDS = {kind.kind: kind for kind in (Profile, Evaluation, Budget)}
+KINDS = {kind.kind: kind for kind in (Profile, Evaluation, Judgement, Budget)}
 FIGURES = {  # the first one of a kind of artefact is drawn where none is asked for
     "heatmap": Profile,
     "curves": Profile,
@@ -29,8 +30,8 @@ FIGURES = {  # the first one of a kind of artefact is drawn where none is asked 
 }
 
 
-def read(path: Path) -> Profile | Evaluation | Budget:
-    """The artefact in a file, by its "kind"; InputError when it has no figure."""
+def read(path: Path) -> Profile | Evaluation | Judgement | Budget:
+    """The artefact in a file, by its "kind"; InputError when neither figure nor page shows it."""
     raw = read_raw(path)
     kind = raw.get("kind") if isinstance(raw, dict) else None
     if not isinstance(kind, str) or kind not in KINDS:
@@ -46,6 +47,8 @@ def draw(artefacts: Sequence[Artifact], kind: str | None = None) -> "Figure":
         raise InputError(f"a figure shows artefacts of one kind, found {names}")
     (given,) = found
     fitting = [name for name, shown in FIGURES.items() if shown is given]
+    if not fitting:
+        raise InputError(f"a {given.kind} has no figure; a page, which ends in .html, shows it")
     kind = fitting[0] if kind is None else kind
     if kind not in fitting:
         raise InputError(

@@ -1,8 +1,10 @@
 """Text to calibrate on and to measure with."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from engine.errors import InputError
 
@@ -29,6 +31,18 @@ def read_text_file(path: str | Path) -> str:
     if not text.strip():
         raise InputError(f"{path}: expected text, found an empty file")
     return text
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line, counted from 1, what it holds) of the lines that are not blank."""
+    for number, line in enumerate(read_text_file(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: line {number}: not valid JSON ({error})") from error
+        yield number, row
 
 
 def default_text() -> str:

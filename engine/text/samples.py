@@ -1,11 +1,11 @@
 """Calibration samples: token ids from a text, a directory, a JSONL or parquet column, a hub set."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from engine.errors import InputError
 from engine.text import Text, default_text, read_text_file
+from engine.text.corpus import read_jsonl
 
 TEXT_SUFFIXES = (".txt", ".md")
 
@@ -34,7 +34,7 @@ def read_samples(
         raise InputError(f"length: expected at least 1 token, found {length}")
     if count is not None and count < 1:
         raise InputError(f"samples: expected at least 1, found {count}")
-    prefix = _prefix(text, bos)
+    prefix = bos_prefix(text, bos)
     room = length - len(prefix)
     if room < 1:
         raise InputError(f"length: {length} leaves no room beside BOS")
@@ -57,7 +57,8 @@ def read_samples(
     return samples, bool(prefix)
 
 
-def _prefix(text: Text, bos: bool | None) -> list[int]:
+def bos_prefix(text: Text, bos: bool | None) -> list[int]:
+    """The ids that a sample begins with: BOS or none; by default as the tokenizer does."""
     if text.bos_id is None:
         if bos:
             raise InputError("bos: the tokenizer has no BOS token")
@@ -89,13 +90,7 @@ def _pieces(source: str | None, column: str, split: str) -> Iterator[str]:
 
 
 def _jsonl_rows(path: Path, column: str) -> Iterator[str]:
-    for number, line in enumerate(read_text_file(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: line {number}: not valid JSON ({error})") from error
+    for number, row in read_jsonl(path):
         columns = list(row) if isinstance(row, dict) else []
         yield _value(row.get(column) if columns else None, column, columns, f"{path}:{number}")
 

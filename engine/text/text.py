@@ -54,6 +54,11 @@ class Text:
         except TypeError:  # not a string, or one with a lone surrogate: not Unicode
             raise InputError(f"text: expected a Unicode string, found {text!r:.80}") from None
 
+    def span_bytes(self, text: str, tokens: int) -> int:
+        """UTF-8 bytes from the beginning of `text` to the end of so many of its tokens."""
+        offsets = self.tokenizer.encode(text, add_special_tokens=False).offsets
+        return len(text[: offsets[tokens - 1][1]].encode())
+
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids without a token vanish."""
         stream = self.piece_stream(skip_special)

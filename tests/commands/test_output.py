@@ -83,6 +83,7 @@ LIGHT = [
     ("run", "--temperature", "-1"), ("run", "--json", "/nowhere/file"), ("eval", "/nowhere"),
     ("eval", "MODEL", "--text", "/nowhere"), ("prune", "/nowhere", "/tmp/nowhere"),
     ("prune", "MODEL", "/tmp/nowhere", "--drop", "99"), ("plan", "/nowhere", "--out", "/tmp/x"),
+    ("eval", "MODEL", "--choices", "/nowhere"), ("compare", "/nowhere", "/nowhere"),
     ("profile", "/nowhere", "--out", "/tmp/x"), ("plot", "/nowhere", "--out", "/tmp/x.svg"),
 ]  # fmt: skip
 IMPORTED = """

@@ -176,7 +176,8 @@ def test_eval_prints_the_protocol_and_the_record(model, tmp_path):
     result = Evaluation.load(file)
     assert Evaluation.from_json(json.loads(output.splitlines()[-1]), "stdout") == result
     assert (result.windows, result.window, result.bos) == (4, 32, False)
-    assert "4 windows of 32, without BOS" in output and "KL(other || any) 0.00000" in output
+    shown = " ".join(output.replace("│", " ").split())
+    assert "4 windows of 32, without BOS" in shown and "KL from the whole model 0.00000" in shown
     assert [
         (ref, options["drop"] if "drop" in options else None) for ref, _, options in model.opened
     ] == [

@@ -6,7 +6,9 @@ from support.close import assert_close
 
 from engine.api import load
 from engine.evaluate import evaluate
+from engine.evaluate.choices import encode, log_likelihoods
 from engine.text import heldout_text
+from engine.text.questions import Question
 
 PERPLEXITY = 30.992  # first 8 windows of the held-out text; transformers in float32 gives the same
 
@@ -39,6 +41,26 @@ def test_logits_and_perplexity_equal_transformers(model, peer):
     ours = evaluate(model.runtime, model.text, heldout_text(), count=2)
     assert ours.tokens == 2 * 511
     assert abs(ours.nll - nll / ours.tokens) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_log_likelihoods_of_choices_equal_transformers(backend, model, peer):
+    rows = [
+        ("What is the capital of France?", ("Paris", "a city by the river Thames", "no")),
+        ("Lee wore a jacket because it was cold. Why?", ("Buy some mittens", "Stay warm")),
+    ]
+    encoded = [encode(model.text, Question(*row, 0, "here")) for row in rows]
+    with load(model.path, backend=backend, dtype="float32") as opened:
+        found = list(log_likelihoods(opened.runtime, encoded))
+    for (question, choices), sums in zip(rows, found, strict=True):
+        context = f"Question: {question}\nAnswer:"
+        start = len(model.text.encode(context))
+        for choice, ours in zip(choices, sums.tolist(), strict=True):
+            ids = torch.tensor(model.text.encode(f"{context} {choice}"))
+            logits = peer(ids[None]).logits[0, start - 1 : -1].double().log_softmax(-1)
+            expected = logits.gather(-1, ids[start:, None]).sum()
+            assert abs(ours - float(expected)) < 1e-3
 
 
 @torch.no_grad()

@@ -7,9 +7,9 @@ import pytest
 import torch
 from support.fake import FakeRuntime, FakeText
 
-from engine import evaluate as module
 from engine.errors import InputError
 from engine.evaluate import cut_windows, evaluate
+from engine.evaluate import perplexity as module
 
 VOCABULARY = [chr(i) for i in range(64)]
 
@@ -118,3 +118,31 @@ def test_windows_are_consecutive(rng):
     content = sentence(rng, 70)
     windows = cut_windows(FakeText(VOCABULARY), content, 16, None, False, 256)
     assert windows.flatten().tolist() == [ord(c) for c in content[:64]]
+
+
+@pytest.mark.parametrize("bos", [None, True, False])
+def test_bits_a_byte_and_bos_as_the_tokenizer_does(bos, rng):
+    content = "\u00e9" + sentence(rng, 69)  # two bytes, one token
+    text = FakeText(VOCABULARY, bos_id=9)
+    result = evaluate(fakes(rng), text, content, window=17, bos=bos, source="a.txt")
+    assert result.bos == (bos is not False) and result.text == "a.txt"
+    spanned = 4 * (17 - result.bos)
+    bits = result.nll / math.log(2) * spanned / (spanned + 1)
+    assert result.bits_per_byte == pytest.approx(bits)
+    assert not evaluate(fakes(rng), FakeText(VOCABULARY), content, window=17).bos
+
+
+def test_bytes_that_tokens_span(default_model):
+    from engine.text import load_text
+
+    text, content = (
+        load_text(default_model),
+        "A na\u00efve \u65e5\u672c\u8a9e \U0001f600 caf\u00e9, twice.\n",
+    )
+    ids = text.encode(content, add_special=False)
+    assert text.span_bytes(content, len(ids)) == len(content.encode())
+    spans = [text.span_bytes(content, count + 1) for count in range(len(ids))]
+    whole = [len(text.decode(ids[: count + 1]).encode()) for count in range(len(ids))]
+    certain = [at for at in range(len(ids)) if "\ufffd" not in text.decode(ids[: at + 1])]
+    assert len(certain) > 5 and all(spans[at] == whole[at] for at in certain)
+    assert spans == sorted(spans)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 ORDER = """
 errors kernels progress
 artifacts options
-sample
+judgement sample
 architecture
 checkpoint
 text

@@ -18,6 +18,7 @@ from support.commands import call, refused
 from support.profiles import make_profile
 
 from engine.artifacts import Evaluation, Plan
+from engine.judgement import Judgement
 from engine.pruning import budget as costs
 from engine.pruning.budget import Storage, built_in
 from engine.report import figures, plot
@@ -267,6 +268,18 @@ def test_a_report_of_what_has_no_figure(draw):
     assert "svg" not in page.seen and "influence" in page.text and "small" in page.text
 
 
+def test_judgements_stand_beside_each_other_on_the_page(tmp_path):
+    whole = Judgement.of({"a.txt": RECORD, "b.txt": replace(RECORD, text_hash="u")})
+    dropped = {name: replace(e, perplexity=45.0) for name, e in whole.texts.items()}
+    paths = [tmp_path / "whole.json", tmp_path / "dropped.json"]
+    for judgement, path in zip((whole, Judgement.of(dropped)), paths, strict=True):
+        judgement.save(path)
+    assert call("plot", *paths, "--out", tmp_path / "page.html")[0] == 0
+    page = Page((tmp_path / "page.html").read_text())
+    assert "svg" not in page.seen
+    assert page.text.count("45.0000 (1.500x)") == 2 and "b.txt: perplexity" in page.text
+
+
 def test_names_are_text(draw, profile, evaluations, budget):
     name = 'a/<b>$x_1$ & "two" --> \n $\\frac'
     artefacts = [replace(profile, model=name), replace(budget, model=name)]
@@ -312,13 +325,14 @@ def test_profile_writes_its_report(draw, tmp_path):
         (["profile", "budget"], [], "a figure shows artefacts of one kind, found budget, profile"),
         (["profile", "profile"], [], "heatmap: expected one profile, found 2"),
         (["budget", "budget"], [], "budget: expected one budget, found 2"),
-        (["plan"], [], "expected one of profile, evaluation, budget, found 'plan'"),
+        (["plan"], [], "expected one of profile, evaluation, judgement, budget, found 'plan'"),
         (["absent"], [], "No such file or directory"),
-        (["list"], [], "expected one of profile, evaluation, budget, found None"),
+        (["list"], [], "expected one of profile, evaluation, judgement, budget, found None"),
         (["single"], [], "has one layer: there is nothing to draw"),
         (["whole"], [], "no evaluation drops a layer: there is nothing to draw"),
         (["dropped", "elsewhere"], [], "the evaluations predict different windows of text"),
         (["dropped", "infinite"], [], "a perplexity of inf is too large to draw"),
+        (["judgement"], [], "a judgement has no figure; a page, which ends in .html, shows it"),
         (["newer"], [], "an evaluation of version 7"),
         ([], [], "Missing argument"),
     ],
@@ -336,6 +350,7 @@ def test_bad_input(given, options, sentence, draw, files, tmp_path, monkeypatch)
         "elsewhere": replace(dropped, text_hash="u"),
         "infinite": replace(dropped, perplexity=float("inf")),
         "profile": profile,
+        "judgement": Judgement.of({"a.txt": RECORD}),
     }
     for name, artefact in made.items():
         artefact.save(tmp_path / f"{name}.json")

@@ -12,6 +12,16 @@ class FakeCache:
         self.capacity = capacity
         self.nbytes = batch * capacity * 8
 
+    @property
+    def lengths(self) -> torch.Tensor:
+        return torch.tensor([[len(seen)] * 3 for seen in self.tokens])
+
+    def truncate(self, lengths) -> None:
+        wanted = torch.as_tensor(lengths).expand(len(self.tokens)).tolist()
+        for seen, length in zip(self.tokens, wanted, strict=True):
+            assert 0 <= length <= len(seen), "longer than what the cache holds"
+            del seen[length:]
+
 
 class FakeRuntime:
     """Logits at a position depend on every id before it, in order, through a random table."""
@@ -71,6 +81,9 @@ class FakeText:
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         start = [self.bos_id] if add_special and self.bos_id is not None else []
         return start + [ord(c) % len(self.vocabulary) for c in text]
+
+    def span_bytes(self, text: str, tokens: int) -> int:
+        return len(text[:tokens].encode())
 
     def decode(self, ids, skip_special: bool = True) -> str:
         return "".join(self.vocabulary[i] for i in ids)

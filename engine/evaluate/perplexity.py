@@ -10,12 +10,13 @@ import torch
 from engine.architecture.layers import format_layers
 from engine.artifacts import Evaluation
 from engine.errors import InputError
+from engine.judgement import geometric_mean
 from engine.runtime import Runtime
 from engine.text import Text
+from engine.text.samples import bos_prefix
 
 LOGITS_BYTES = 256 * 2**20  # of one call of the runtime; bounds memory whatever the vocabulary
 ROWS = 64  # positions whose softmax is taken at once; its temporaries are a few (ROWS, V)
-LARGEST_EXPONENT = 700.0  # math.exp raises a little beyond
 
 
 def evaluate(
@@ -27,7 +28,8 @@ def evaluate(
     rule: str | None = None,
     window: int = 512,
     count: int | None = None,
-    bos: bool = False,
+    bos: bool | None = None,
+    source: str | None = None,
     second: Runtime[Any] | None = None,
     slots: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -36,19 +38,18 @@ def evaluate(
 
     The text is tokenised without special tokens and cut into consecutive windows of `window`
     tokens (a rest is left out), `count` of them or all. Each window is run on its own and the
-    negative log-likelihood averaged over its positions 1 .. window - 1. With `bos`, every window
-    begins with the BOS token, followed by window - 1 tokens of text. `progress` is called with
-    positions done and in total. `slots` are the layers that `runtime` runs; `second` runs all.
-    `name` of the model and `rule` that chose its layers are recorded as they are.
-    Raises `InputError` for a text too short, and for models whose vocabularies differ in size.
+    negative log-likelihood averaged over its positions 1 .. window - 1. With `bos`, by default
+    where the tokenizer has the habit, every window begins with the BOS token, followed by
+    window - 1 tokens of text. `progress` is called with positions done and in total. `slots` are
+    the layers that `runtime` runs; `second` runs all. `name` of the model, `rule` that chose its
+    layers and `source` of the text are recorded as they are. Raises `InputError` for a text too
+    short, and for models whose vocabularies differ in size.
     """
+    if second is not None:
+        check_vocabularies(runtime, second)
     vocab_size = runtime.config.vocab_size
-    if second is not None and second.config.vocab_size != vocab_size:
-        raise InputError(
-            f"models with vocabularies of {vocab_size} and {second.config.vocab_size} tokens "
-            "cannot be compared"
-        )
-    windows = cut_windows(text, content, window, count, bos, runtime.config.max_context)
+    prefix = bos_prefix(text, bos)
+    windows = cut_windows(text, content, window, count, bool(prefix), runtime.config.max_context)
     total = windows.shape[0] * (window - 1)
     sums = torch.zeros(3, dtype=torch.float64)
     done = 0
@@ -59,6 +60,7 @@ def evaluate(
             if progress:
                 progress(done, total)
     nll, kl, agreement = (sums / total).tolist()
+    spanned = windows.shape[0] * (window - len(prefix))  # tokens of text
     held = runtime.config.layers
     layers = [entry.layer for entry in (held if slots is None else map(held.__getitem__, slots))]
     return Evaluation(
@@ -67,16 +69,27 @@ def evaluate(
         layers_kept=len(layers),
         layers_total=runtime.config.total_layers,
         rule=rule,
-        perplexity=math.exp(nll) if nll < LARGEST_EXPONENT else math.inf,
+        perplexity=geometric_mean([nll]),
         nll=nll,
         tokens=total,
         windows=windows.shape[0],
         window=window,
-        bos=bos,
+        bos=bool(prefix),
         text_hash=hashlib.sha256(repr(windows.tolist()).encode()).hexdigest(),
         kl=None if second is None else kl,
         top1_agreement=None if second is None else agreement,
+        text=source,
+        bits_per_byte=nll / math.log(2) * spanned / text.span_bytes(content, spanned),
     )
+
+
+def check_vocabularies(runtime: Runtime[Any], second: Runtime[Any]) -> None:
+    """InputError unless both have as many tokens."""
+    sizes = runtime.config.vocab_size, second.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"models with vocabularies of {sizes[0]} and {sizes[1]} tokens cannot be compared"
+        )
 
 
 def cut_windows(
@@ -89,11 +102,9 @@ def cut_windows(
         )
     if count is not None and count < 1:
         raise InputError(f"count must be at least 1, not {count}")
-    bos_id = text.bos_id if bos else None
-    if bos and bos_id is None:
-        raise InputError("the tokenizer has no BOS token to begin the windows with")
+    prefix = bos_prefix(text, bos)
     ids = torch.tensor(text.encode(content, add_special=False), dtype=torch.int64)
-    width = window - bos  # tokens of text a window
+    width = window - len(prefix)  # tokens of text a window
     available = len(ids) // width
     if available < (count or 1):
         raise InputError(
@@ -102,9 +113,7 @@ def cut_windows(
         )
     count = count or available
     windows = ids[: count * width].view(count, width)
-    if bos_id is not None:
-        windows = torch.cat([torch.full((count, 1), bos_id), windows], dim=1)
-    return windows
+    return torch.cat([torch.tensor([prefix] * count, dtype=torch.int64), windows], dim=1)
 
 
 def _positions_a_call(vocab_size: int) -> int:
