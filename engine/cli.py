@@ -11,6 +11,7 @@ from engine.commands.common import Quiet, Verbose
 from engine.commands.doctor import doctor
 from engine.commands.evaluate import evaluate
 from engine.commands.fetch import fetch
+from engine.commands.heal import heal
 from engine.commands.output import execute
 from engine.commands.plan import plan
 from engine.commands.plot import plot
@@ -20,7 +21,8 @@ from engine.commands.quantize import quantize
 from engine.run import run
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-for command in (run, chat, budget, profile, plan, prune, quantize, evaluate, plot, doctor, fetch):
+COMMANDS = (run, chat, budget, profile, plan, prune, heal, quantize, evaluate, plot, doctor, fetch)
+for command in COMMANDS:
     app.command("eval" if command is evaluate else command.__name__)(command)
 
 

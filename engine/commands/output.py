@@ -6,13 +6,19 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from engine.errors import InputError
 
 PROGRESS_S = 5.0  # between two lines of progress where there is no terminal
 
-Report = Callable[[int, int], None]  # (done, in all)
+
+class Report(Protocol):
+    """`note` is said beside the numbers: a loss, a speed."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
 _level = 0  # -1: quiet, 1: verbose
 
 
@@ -72,20 +78,26 @@ def progress(label: str) -> Iterator[Report]:
         return
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def report(done: int, total: int, note: str = "") -> None:
+            text = f"{label}, {note}" if note else label
+            bar.update(task, completed=done, total=total, description=text)
+
+        yield report
 
 
 def _lines(label: str) -> Report:
     start = last = time.monotonic()
 
-    def report(done: int, total: int) -> None:
+    def report(done: int, total: int, note: str = "") -> None:
         nonlocal last
         now = time.monotonic()
         if _level < 0 or now - last < PROGRESS_S:
             return
         last = now
         left = f", {(now - start) / done * (total - done):.0f} s left" if done else ""
-        print(f"{label}: {done:,} of {total:,}{left}", file=sys.stderr, flush=True)
+        said = f", {note}" if note else ""
+        print(f"{label}: {done:,} of {total:,}{said}{left}", file=sys.stderr, flush=True)
 
     return report
 
