@@ -70,7 +70,7 @@ def heal(
         typer.Option(
             metavar="DIR",
             rich_help_panel=_TRAINING,
-            help="Keeps the teacher's logits for other runs; beside OUT, for this one, if not given.",
+            help="Keeps the teacher's logits for other runs; gone with this one if not given.",
         ),
     ] = None,
     dtype: Annotated[

@@ -39,15 +39,17 @@ def distil(
     while not standing.stopped:
         training.step()
         standing.seconds = earlier + time.monotonic() - begun
-        standing.stopped = standing.stopped or why_stop(standing, settings)
+        if standing.stopped:  # the last good weights have been saved
+            break
+        standing.stopped = why_stop(standing, settings)
         if standing.stopped or standing.step % settings.check_every == 0:
             training.check()
             standing.seconds = earlier + time.monotonic() - begun
         if report is not None:
             tokens = (standing.step - first) * settings.batch * settings.window
-            rate = tokens / (standing.seconds - earlier)
-            loss = standing.losses[-1] if standing.losses else math.nan
-            report(*extent(standing, settings), f"loss {loss:.4f}, {rate:.0f} tokens/s")
+            spent = standing.seconds - earlier
+            said = f"loss {standing.losses[-1]:.4f}, {tokens / spent:.0f} tokens/s"
+            report(*extent(standing, settings), said)
     student.take(state.load_weights(training.best))
     return standing
 
