@@ -87,15 +87,18 @@ def progress(label: str) -> Iterator[Report]:
 
 
 def _lines(label: str) -> Report:
-    start = last = time.monotonic()
+    last = time.monotonic()
+    first: tuple[float, int] | None = None  # a run that is taken up again begins with much done
 
     def report(done: int, total: int, note: str = "") -> None:
-        nonlocal last
+        nonlocal last, first
         now = time.monotonic()
+        first = first or (now, done)
         if _level < 0 or now - last < PROGRESS_S:
             return
         last = now
-        left = f", {(now - start) / done * (total - done):.0f} s left" if done else ""
+        seconds, since = now - first[0], done - first[1]
+        left = f", {seconds / since * (total - done):.0f} s left" if since else ""
         said = f", {note}" if note else ""
         print(f"{label}: {done:,} of {total:,}{said}{left}", file=sys.stderr, flush=True)
 
