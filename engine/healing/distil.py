@@ -58,7 +58,8 @@ def extent(standing: state.Standing, settings: Settings) -> tuple[int, int]:
     """(steps done, in all), or seconds where only the minutes are limited."""
     if settings.steps is not None:
         return standing.step, settings.steps
-    return round(standing.seconds), round(60 * (settings.minutes or 0))
+    total = 60 * (settings.minutes or 0)
+    return round(min(standing.seconds, total)), round(total)
 
 
 def share(standing: state.Standing, settings: Settings) -> float:
