@@ -10,9 +10,10 @@ from torch.nn import functional
 
 from engine.errors import InputError
 from engine.text import Text
-from engine.text.samples import read_samples
+from engine.text.samples import is_running_text, read_samples
 
-MOST = 20_000  # windows of a source; a dataset of the hub may have no end
+MOST = 20_000  # windows or rows of a source; a dataset of the hub may have no end
+LONGEST_ROW = 1 << 20  # tokens
 HELD_OUT = 8  # windows, and of each source at most a twentieth
 PATCH_WINDOWS = 64  # 33 thousand tokens of 512: many times what a width of some thousand needs
 
@@ -71,7 +72,8 @@ def read_data(
 
 def pack(source: str, text: Text, window: int, column: str) -> torch.Tensor:
     """(N, window) int64: a source's tokens in a row, cut; each window begins as its samples do."""
-    samples, bos = read_samples(source, text, window, most=MOST, column=column)
+    length = window if is_running_text(source) else LONGEST_ROW
+    samples, bos = read_samples(source, text, length, most=MOST, column=column)
     room = window - bos
     ids = torch.tensor([token for sample in samples for token in sample[bos:]])
     windows = ids[: len(ids) // room * room].view(-1, room)

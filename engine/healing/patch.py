@@ -106,10 +106,10 @@ class Both:
         if layer in self.kept:
             inputs: list[torch.Tensor] = []
             observed = Observed(weights, lambda r, x: inputs.append(x) if r == "down" else None)
-            after = step(self.config, layer, observed, before, tokens)
+            after = step(self.config, layer, observed, before * scale, tokens) / scale
             if last:
                 self.outputs.put(index, product(inputs[0], weights, "down"))
-            self.pruned.put(index, before + (after - before) / scale if scale != 1.0 else after)
+            self.pruned.put(index, after)
         if self.parted:
             after = step(self.config, layer, weights, self.whole[index], tokens)
         self.whole.put(index, after)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from support import tiny
 from support.close import assert_close
+from tokenizers import processors
 
 from engine.api import load
 from engine.artifacts import HealRecord
@@ -18,7 +19,7 @@ from engine.checkpoint.weights import Observed
 from engine.errors import InputError
 from engine.export.hf import prune
 from engine.healing import distil
-from engine.healing.data import Data
+from engine.healing.data import Data, read_data
 from engine.healing.heal import heal
 from engine.healing.patch import RIDGE, patch
 from engine.healing.replaced import Replaced
@@ -26,7 +27,8 @@ from engine.healing.settings import Cut, Settings, find_cuts
 from engine.healing.student import learns
 from engine.healing.teacher import Teacher, bins, divergence
 from engine.reference.cache import KVCache
-from engine.reference.decoder import linear, load_decoder
+from engine.reference.decoder import Angles, linear, load_decoder, run_layer
+from engine.text import load_text
 
 WINDOW = 24
 SETTINGS = Settings(("distil",), steps=14, lr=3e-3, window=WINDOW, batch_tokens=96, check_every=4)
@@ -144,8 +146,6 @@ def test_the_scale_is_as_if_the_stream_were_multiplied(case, source, rng):
 
 
 def layer_of(decoder, config, slot, x, cache):
-    from engine.reference.decoder import Angles, run_layer
-
     rows = torch.arange(1)
     angles = Angles(config, torch.arange(x.shape[1])[None])
     entry = config.layers[slot]
@@ -324,6 +324,29 @@ def test_the_order_is_every_window_once_an_epoch(rng):
         assert sorted(order[10 * epoch : 10 * epoch + 10]) == list(range(10))
     assert order[:10] != order[10:20]
     assert order[:3] == data.batch(0, 3, seed=4) != data.batch(0, 3, seed=5)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_rows_are_packed_and_tails_held_out(bos, tmp_path):
+    tiny.save_tokenizer(tmp_path)
+    text = load_text(tmp_path)
+    if bos:
+        text.tokenizer.post_processor = processors.TemplateProcessing(
+            "1 $A", special_tokens=[("1", 1)]
+        )
+        text = replace(text, special={"bos_token": "1"})
+    rows, file = [list(range(3, 3 + n)) for n in (40, 1, 25, 7)], tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"text": " ".join(map(str, row))}) for row in rows))
+    data = read_data([str(file), str(file)], None, text, 8)
+    width = 8 - bos
+    windows = torch.tensor(sum(rows, [])[: 73 // width * width]).view(-1, width)
+    assert torch.equal(data.windows[:, bos:], torch.cat([windows[:-1]] * 2))
+    assert torch.equal(data.held_out[:, bos:], torch.cat([windows[-1:]] * 2))
+    assert not bos or bool((data.windows[:, 0] == 1).all())
+    apart = read_data([str(file)], str(file), text, 8)
+    assert torch.equal(apart.windows[:, bos:], windows) and len(apart.held_out) == 8
+    with pytest.raises(InputError, match="expected 2 windows of 40 tokens, found 1"):
+        read_data([str(file)], None, text, 40)
 
 
 @pytest.mark.parametrize("case", ["gemma2", "gemma3", "olmo2"])
