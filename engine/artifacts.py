@@ -268,3 +268,31 @@ class Evaluation(Artifact):
             raise ValueError(f"layers: {self.layers_kept} kept of {self.layers_total}")
         if not self.perplexity > 0:
             raise ValueError(f"perplexity: expected more than 0, found {self.perplexity}")
+
+
+@dataclass(frozen=True)
+class HealRecord(Artifact):
+    """How a pruned model was healed: what from, by what, and how well."""
+
+    kind: ClassVar[str] = "healing"
+
+    model: str  # as it was asked for
+    teacher: str
+    lineage: str  # hash, of the teacher
+    total_layers: int
+    keep: tuple[int, ...]
+    methods: tuple[str, ...]  # in order
+    settings: dict[str, Any]
+    steps: int
+    best_step: int  # whose weights were written
+    minutes: float  # of training
+    stopped: str  # why training ended; empty where there was none
+    losses: tuple[float, ...]  # one a step, nats a token
+    checks: tuple[float, ...]  # held-out perplexity along the training
+    perplexity_before: float  # held-out, of the pruned model
+    perplexity_after: float
+    text_hash: str  # of the token ids that were learnt from
+    seed: int
+
+    def __post_init__(self) -> None:
+        _check_layers("keep", self.keep, self.total_layers)

@@ -2,12 +2,18 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 EVERY_S = 5.0  # between two lines
-Report = Callable[[int, int], None]  # (done, in all)
 silent = False  # what --quiet asks for
+
+
+class Report(Protocol):
+    """`note` is said beside the numbers: a loss, a speed."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
 
 
 @contextmanager
@@ -24,20 +30,29 @@ def progress(label: str, nbytes: bool = False) -> Iterator[Report]:
     shown = columns if nbytes else Progress.get_default_columns()
     with Progress(*shown, console=console, transient=True) as bar:
         task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=min(done, total), total=total)
+
+        def report(done: int, total: int, note: str = "") -> None:
+            text = f"{label}, {note}" if note else label
+            bar.update(task, completed=min(done, total), total=total, description=text)
+
+        yield report
 
 
 def _lines(label: str, unit: float) -> Report:
-    start = last = time.monotonic()
+    last = time.monotonic()
+    first: tuple[float, int] | None = None  # a run that is taken up again begins with much done
 
-    def report(done: int, total: int) -> None:
-        nonlocal last
+    def report(done: int, total: int, note: str = "") -> None:
+        nonlocal last, first
         now = time.monotonic()
+        first = first or (now, done)
         if silent or now - last < EVERY_S:
             return
         last = now
-        left = f", {(now - start) / done * (total - done):.0f} s left" if done else ""
-        names = f"{done / unit:,.0f} of {total / unit:,.0f}{'' if unit == 1 else ' MB'}"
-        print(f"{label}: {names}{left}", file=sys.stderr, flush=True)
+        seconds, since = now - first[0], done - first[1]
+        left = f", {max(seconds / since * (total - done), 0):.0f} s left" if since > 0 else ""
+        numbers = f"{done / unit:,.0f} of {total / unit:,.0f}{'' if unit == 1 else ' MB'}"
+        said = f", {note}" if note else ""
+        print(f"{label}: {numbers}{said}{left}", file=sys.stderr, flush=True)
 
     return report

@@ -35,7 +35,11 @@ class Asked:
 @contextmanager
 def unheard(label: str) -> Iterator[Report]:
     """No word on progress."""
-    yield lambda done, total: None
+
+    def report(done: int, total: int, note: str = "") -> None:
+        pass
+
+    yield report
 
 
 def judge(

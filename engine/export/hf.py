@@ -1,6 +1,6 @@
 """A shallower checkpoint as an ordinary Hugging Face directory, streamed a shard at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,16 +35,17 @@ def prune(
     *,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    beside: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes the layers that `config` keeps to the new directory `out`, renumbered from 0.
 
     `dtype` is 16-bit by default: the source's own, else float16. Shards are written beside, in
     `out` + ".partial", and found again after an interruption; the directory is renamed at the
-    end. `progress` is called with bytes done and in all.
+    end, `beside` in it as text files by name. `progress` is called with bytes done and in all.
     """
     out = Path(out)
-    dtype = dtype or _stored_dtype(checkpoint, config)
+    dtype = dtype or stored_dtype(checkpoint, config)
     shards = plan_shards(list(items(config)), dtype, shard_bytes)
     described = directory.sliced_config(config, dtype)
     partial = directory.begin(out, checkpoint.path, config, described)
@@ -61,6 +62,8 @@ def prune(
         pairs = zip(names, shards, strict=True)
         files = {item.name: name for name, shard in pairs for item in shard}
         directory.write_index(partial, files, total)
+    for name, text in (beside or {}).items():
+        directory.write_text(partial / name, text)
     directory.finish(partial, out)
 
 
@@ -88,7 +91,8 @@ def plan_shards(tensors: list[Item], dtype: torch.dtype, limit_bytes: int) -> li
     return shards
 
 
-def _stored_dtype(checkpoint: Checkpoint, config: ModelConfig) -> torch.dtype:
+def stored_dtype(checkpoint: Checkpoint, config: ModelConfig) -> torch.dtype:
+    """Its own 16-bit one; float16 where it is stored otherwise."""
     stored = checkpoint.read(outer_tensors(config)["embedding"][0]).dtype
     return stored if stored in (torch.float16, torch.bfloat16) else torch.float16
 

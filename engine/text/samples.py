@@ -40,7 +40,7 @@ def read_samples(
         raise InputError(f"length: {length} leaves no room beside BOS")
     where = source or "the built-in text"
     samples: list[list[int]] = []
-    whole, wanted = _is_running_text(source), count or most
+    whole, wanted = is_running_text(source), count or most
     for piece in _pieces(source, column, split):
         ids = text.encode(piece, add_special=False)
         starts = range(0, len(ids) - room + 1, room) if whole else range(min(len(ids), 1))
@@ -67,7 +67,8 @@ def bos_prefix(text: Text, bos: bool | None) -> list[int]:
     return [text.bos_id] if wanted else []
 
 
-def _is_running_text(source: str | None) -> bool:
+def is_running_text(source: str | None) -> bool:
+    """One text from end to end, rather than rows."""
     return source is None or not source.endswith((".jsonl", ".parquet")) and source[:4] != "hub:"
 
 

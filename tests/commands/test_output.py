@@ -75,9 +75,21 @@ def test_a_line_every_few_seconds_without_a_terminal(monkeypatch, capfd):
     ]  # fmt: skip
 
 
+def test_a_run_taken_up_again_does_not_count_what_it_found(monkeypatch, capfd):
+    now = [0.0]
+    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
+    with output.progress("steps") as report:
+        for done in range(81, 85):
+            now[0] += 3
+            report(done, 100, f"loss {100 - done}")
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == ["steps: 82 of 100, loss 18, 54 s left", "steps: 84 of 100, loss 16, 48 s left"]
+
+
 # What needs neither torch nor transformers; MODEL is a directory, GGUF the default model's file.
 LIGHT = [
-    ("--help",), ("--version",), ("run", "--help"), ("quantize", "--help"), ("budget",),
+    ("--help",), ("--version",), ("run", "--help"), ("quantize", "--help"), ("heal", "--help"),
+    ("budget",),
     ("budget", "MODEL", "--drop", "1"), ("budget", "/nowhere"), ("fetch", "/nowhere"),
     ("run", "--model", "/nowhere"), ("run", "--backend", "abacus"), ("run", "--dtype", "int3"),
     ("run", "--temperature", "-1"), ("run", "--json", "/nowhere/file"), ("eval", "/nowhere"),

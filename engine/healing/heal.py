@@ -1,0 +1,177 @@
+"""The way through: patch, distil, write; what is unfinished lies beside and is found again."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+
+from engine.architecture.config import ModelConfig
+from engine.artifacts import HealRecord
+from engine.checkpoint import Checkpoint, open_checkpoint
+from engine.checkpoint.weights import lineage_hash
+from engine.errors import InputError
+from engine.export import hf
+from engine.healing.data import Data, perplexity
+from engine.healing.distil import distil
+from engine.healing.patch import patch
+from engine.healing.replaced import Replaced
+from engine.healing.settings import Settings, check_model
+from engine.healing.state import Standing
+from engine.healing.student import Student
+from engine.healing.teacher import Teacher
+from engine.reference.cache import KVCache
+from engine.reference.decoder import Decoder, load_decoder
+
+RECORD = "heal.json"
+
+Reporting = Callable[[str], AbstractContextManager[Callable[..., None]]]  # label -> report
+
+
+def _unheard(done: int, total: int, note: str = "") -> None:
+    pass
+
+
+def heal(
+    pupil: Checkpoint,
+    config: ModelConfig,
+    data: Data,
+    out: Path,
+    settings: Settings,
+    *,
+    teacher: Checkpoint | None = None,
+    name: str = "",
+    teacher_name: str = "",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    cache: Path | None = None,
+    reporting: Reporting = lambda label: nullcontext(_unheard),
+) -> HealRecord:
+    """Writes the layers of `pupil` that `config` keeps, healed, to the new directory `out`.
+
+    The teacher is `pupil` with all its layers, or `teacher` where that has lost some already.
+    `dtype` is that of `out`, the pupil's own 16 bits by default. Until it is finished a run lies
+    in `out` + ".healing"; the teacher's logits lie in `cache` instead, and stay, where it is given.
+    """
+    source = teacher or pupil
+    check_model(settings, config, teacher is not None)
+    check_place(source, config, out)
+    healing = Healing(pupil, source, config, data, settings, device, reporting)
+    work = out.with_name(out.name + ".healing")
+    run = work / healing.key
+    run.mkdir(parents=True, exist_ok=True)
+    before = healing.perplexity(pupil, config)
+    if "distil" in settings.methods:
+        healed, standing = healing.distilled(run, cache or work)
+        written, after = healed.config, standing.best
+    else:
+        healed, written, standing = healing.patched(), config, Standing()
+        after = healing.perplexity(healed, config)
+    record = healing.record((name, teacher_name or name), standing, (before, after))
+    # What an earlier run left there may be shards of other weights under the same names.
+    shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)
+    beside = {RECORD: json.dumps(record.to_json(), indent=1) + "\n"}
+    hf.prune(healed, written, out, dtype=dtype or hf.stored_dtype(pupil, config), beside=beside)
+    shutil.rmtree(work)
+    return record
+
+
+def check_place(source: Checkpoint, config: ModelConfig, out: Path) -> None:
+    """InputError for a teacher of another vocabulary, and where `out` is there already."""
+    if source.config.vocab_size != config.vocab_size:
+        raise InputError(
+            f"{source.path}: a teacher of {source.config.vocab_size} tokens cannot teach a model "
+            f"of {config.vocab_size}"
+        )
+    if out.exists():
+        raise InputError(f"{out}: exists already; name a new directory")
+
+
+@dataclass(frozen=True)
+class Healing:
+    """What a run starts from, and its stages."""
+
+    pupil: Checkpoint
+    source: Checkpoint  # the teacher
+    config: ModelConfig  # of the layers that the pupil keeps
+    data: Data
+    settings: Settings
+    device: torch.device | str
+    reporting: Reporting
+
+    @cached_property
+    def lineage(self) -> str:
+        return lineage_hash(self.source, self.source.config)
+
+    @property
+    def key(self) -> str:
+        """What tells this run from others that may lie in the same place."""
+        paths = [str(checkpoint.path.resolve()) for checkpoint in (self.pupil, self.source)]
+        layers = [entry.layer for entry in self.config.layers]
+        text = [self.data.hash, self.data.held_out_hash]
+        identity = [paths, self.lineage, layers, text, self.settings.to_json()]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+
+    def patched(self) -> Checkpoint:
+        """The pupil, with tensors of the method without training in the place of its own."""
+        for method in self.settings.methods:
+            if method != "distil":
+                batches = self.data.spread()
+                with self.reporting("layers") as report:
+                    tensors = patch(method, self.pupil, self.config, batches, report)
+                return Replaced(self.pupil, tensors)
+        return self.pupil
+
+    def distilled(self, run: Path, cache: Path) -> tuple[Checkpoint, Standing]:
+        """The student with what it has learnt, layers numbered from 0, and how that went."""
+        start, settings = run / "student", self.settings
+        if not start.exists():
+            hf.prune(self.patched(), self.config, start, dtype=torch.float32)
+        known = f"{self.data.hash} {self.lineage} {self.source.path.resolve()}"
+        size = self.config.vocab_size
+        taught = Teacher(self.data.windows, settings.top, size, cache, known)
+        decoder = load_decoder(self.source, self.source.config, self.device)
+        student = Student(start, self.config, settings, self.device)
+        with self.reporting("seconds" if settings.steps is None else "steps") as report:
+            ask = partial(taught, logits=partial(_logits, decoder))
+            standing = distil(student, ask, self.data, settings, run, report)
+        return Replaced(open_checkpoint(start), student.tensors()), standing
+
+    def perplexity(self, checkpoint: Checkpoint, config: ModelConfig) -> float:
+        decoder = load_decoder(checkpoint, config, self.device)
+        return perplexity(partial(_logits, decoder), self.data.held_out)
+
+    def record(
+        self, names: tuple[str, str], standing: Standing, perplexities: tuple[float, float]
+    ) -> HealRecord:
+        """`names` of model and teacher, `perplexities` before and after."""
+        return HealRecord(
+            model=names[0],
+            teacher=names[1],
+            lineage=self.lineage,
+            total_layers=self.config.total_layers,
+            keep=tuple(entry.layer for entry in self.config.layers),
+            methods=self.settings.methods,
+            settings=self.settings.to_json(),
+            steps=standing.step,
+            best_step=standing.best_step,
+            minutes=standing.seconds / 60,
+            stopped=standing.stopped,
+            losses=tuple(standing.losses),
+            checks=tuple(standing.checks),
+            perplexity_before=perplexities[0],
+            perplexity_after=perplexities[1],
+            text_hash=self.data.hash,
+            seed=self.settings.seed,
+        )
+
+
+def _logits(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
+    """tokens (1, W) -> (1, W, V) float32."""
+    cache = KVCache(decoder.config, 1, decoder.device, decoder.dtype, capacity=tokens.shape[1])
+    return decoder.forward(tokens.to(decoder.device), cache, logits="all")

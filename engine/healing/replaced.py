@@ -1,0 +1,34 @@
+"""A checkpoint some of whose tensors are other ones, held in memory."""
+
+from collections.abc import Collection, Mapping
+
+import torch
+
+from engine.checkpoint import Checkpoint
+from engine.checkpoint.gguf_blocks import GgufBlocks
+from engine.kernels.w4.format import Packed
+
+
+class Replaced:
+    """`base` with `tensors`, under their Hugging Face names, in the place of its own."""
+
+    def __init__(self, base: Checkpoint, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.base, self.tensors = base, tensors
+        self.path, self.config = base.path, base.config
+
+    def names(self) -> Collection[str]:
+        return self.base.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.base.shape(name)
+
+    def nbytes(self, name: str) -> int:
+        found = self.tensors.get(name)
+        return self.base.nbytes(name) if found is None else found.nbytes
+
+    def read(self, name: str) -> torch.Tensor:
+        found = self.tensors.get(name)
+        return self.base.read(name) if found is None else found
+
+    def packed(self, name: str) -> GgufBlocks | Packed | None:
+        return None if name in self.tensors else self.base.packed(name)

@@ -1,0 +1,109 @@
+"""What is asked of a healing, and what cannot be done; known before torch is imported."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from engine.architecture.config import ModelConfig
+from engine.errors import InputError
+
+METHODS = ("linear", "scale", "distil")
+TRAIN = ("all", "around", "norms", "lora")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a whole run; distillation ends at `steps` or `minutes`, whichever comes first."""
+
+    methods: tuple[str, ...]
+    train: str = "all"
+    steps: int | None = None
+    minutes: float | None = None
+    lr: float = 1e-4
+    seed: int = 0
+    window: int = 512  # tokens a window
+    batch_tokens: int = 1024  # tokens a step, in whole windows
+    top: int = 64  # teacher's logits kept a position
+    check_every: int = 20  # steps between two checks, each of which is saved
+    patience: int = 5  # checks without improvement
+    rank: int = 16  # of LoRA
+    warm_up: float = 0.1  # share of the run
+    clip: float = 1.0  # norm of the gradient
+
+    def __post_init__(self) -> None:
+        _check_methods(self.methods)
+        if self.train not in TRAIN:
+            raise InputError(f"train: expected one of {', '.join(TRAIN)}, found {self.train!r}")
+        for name in ("steps", "minutes", "lr", "batch_tokens", "top", "check_every", "rank"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"{name}: expected more than 0, found {value}")
+        if self.window < 2:
+            raise InputError(f"window: expected at least 2 tokens, found {self.window}")
+        if "distil" in self.methods and self.steps is None and self.minutes is None:
+            raise InputError("distil: expected --minutes or --steps, found neither")
+
+    @property
+    def batch(self) -> int:
+        """Windows a step."""
+        return max(1, self.batch_tokens // self.window)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"methods": list(self.methods)}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Dropped layers start .. stop - 1 (original numbers); `start` - 1 is the last kept before."""
+
+    start: int
+    stop: int
+
+
+def find_cuts(config: ModelConfig) -> list[Cut]:
+    """The runs of layers that `config` lacks, from left to right."""
+    edges = [-1, *(entry.layer for entry in config.layers), config.total_layers]
+    pairs = zip(edges, edges[1:], strict=False)
+    return [Cut(left + 1, right) for left, right in pairs if right > left + 1]
+
+
+def check_model(settings: Settings, config: ModelConfig, has_teacher: bool) -> None:
+    """InputError where these methods cannot heal these layers; `has_teacher`: one that is named."""
+    patches = [name for name in settings.methods if name != "distil"]
+    cuts = find_cuts(config)
+    if settings.window > config.max_context:
+        raise InputError(
+            f"window: expected up to the model's context of {config.max_context}, "
+            f"found {settings.window}"
+        )
+    if has_teacher:
+        needs = patches or (["--train around"] if settings.train == "around" else [])
+        if cuts or needs:
+            what = needs[0] if needs else "--drop"
+            raise InputError(
+                f"{what}: speaks of the whole model's layers, so it excludes --teacher"
+            )
+        return
+    if not cuts:
+        raise InputError("nothing is dropped, so there is nothing to heal; give --plan or --drop")
+    if patches and cuts[0].start == 0:
+        raise InputError(
+            f"{patches[0]}: layer 0 is dropped and no kept layer before it can mend it"
+        )
+    if patches and config.post_norm:
+        raise InputError(
+            f"{patches[0]}: a norm follows the down projection in {config.family}, so that nothing "
+            "can be folded into it; distil works"
+        )
+
+
+def _check_methods(methods: Sequence[str]) -> None:
+    for name in methods:
+        if name not in METHODS:
+            raise InputError(f"method: expected some of {', '.join(METHODS)}, found {name!r}")
+    if not methods or len(set(methods)) < len(methods):
+        raise InputError(f"method: expected each once, found {','.join(methods) or 'none'}")
+    if {"linear", "scale"} <= set(methods):
+        raise InputError("method: linear mends the magnitude too, so it excludes scale")
+    if "distil" in methods[:-1]:
+        raise InputError("method: distil comes last")

@@ -1,0 +1,73 @@
+"""Where a training stands, in one safetensors file: a kill at any moment leaves a whole one.
+
+There is no random state in it: the order of the text is drawn from the seed and the step alone.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from engine.artifacts import replacing
+from engine.checkpoint.safetensors import SafetensorsFile
+
+KEY = "standing"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Standing:
+    """Of a training: what is done, and how it went."""
+
+    step: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)  # one a step
+    checks: list[float] = field(default_factory=list)  # held-out perplexity
+    best_step: int = 0
+    best: float = float("inf")
+    missed: int = 0  # checks since the best
+    stopped: str = ""  # why, once it has
+
+
+def save(
+    path: Path,
+    standing: Standing,
+    weights: Mapping[str, torch.Tensor],
+    optimiser: torch.optim.Optimizer | None = None,
+) -> None:
+    """`weights` by name, with the optimiser's moments where it is given."""
+    from safetensors.torch import save_file
+
+    tensors = {f"weight.{name}": weight.detach() for name, weight in weights.items()}
+    if optimiser is not None:
+        for name, weight in weights.items():
+            held = optimiser.state.get(weight, {})
+            tensors |= {f"{kind}.{name}": held[kind] for kind in MOMENTS if kind in held}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as beside:
+        save_file(tensors, beside, {KEY: json.dumps(asdict(standing))})
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    file = SafetensorsFile(path)
+    names = [name for name in file.entries if name.startswith("weight.")]
+    return {name.removeprefix("weight."): file.read(name) for name in names}
+
+
+def restore(
+    path: Path, weights: Mapping[str, torch.Tensor], optimiser: torch.optim.Optimizer
+) -> Standing:
+    """Puts back what `save` wrote; a fresh standing where there is nothing."""
+    if not path.is_file():
+        return Standing()
+    file = SafetensorsFile(path)
+    standing = Standing(**json.loads(file.metadata[KEY]))
+    for name, weight in weights.items():
+        with torch.no_grad():
+            weight.copy_(file.read(f"weight.{name}"))
+        if f"{MOMENTS[0]}.{name}" in file.entries:
+            moments = {k: file.read(f"{k}.{name}").clone().to(weight.device) for k in MOMENTS}
+            optimiser.state[weight] = {"step": torch.tensor(float(standing.step))} | moments
+    return standing

@@ -1,0 +1,65 @@
+"""What the whole model says: its likeliest tokens at every position, kept on disk, and the loss.
+
+Of a position's logits the k largest stay, as log-probabilities in float16, and with them the log
+of the mass of all others, so that k + 1 bins hold the whole distribution.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from engine.reference.stream import storage
+
+Logits = Callable[[torch.Tensor], torch.Tensor]  # tokens (1, W) -> (1, W, V) float32
+
+
+def bins(logits: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (..., k + 1): of the tokens `indices` (..., k), and of all others together.
+
+    The others are summed without the chosen ones: 1 minus their mass would be lost in rounding.
+    """
+    chosen = logits.gather(-1, indices)
+    rest = logits.scatter(-1, indices, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat((chosen, rest), dim=-1).log_softmax(-1)
+
+
+def divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """Mean KL(teacher || student) over positions, of log-probabilities (..., k + 1)."""
+    return (teacher.exp() * (teacher - student)).sum(-1).mean()
+
+
+class Teacher:
+    """The teacher's bins for windows (N, W), each computed where it is first asked for.
+
+    The files are sparse and mapped; a window is marked when it is whole, so that a killed run
+    finds what it had. `name` tells texts and teachers apart.
+    """
+
+    def __init__(
+        self, windows: torch.Tensor, top: int, vocab_size: int, directory: Path, name: str
+    ) -> None:
+        self.windows, self.top = windows, min(top, vocab_size - 1)
+        directory.mkdir(parents=True, exist_ok=True)
+        count, width = windows.shape
+        digest = hashlib.sha256(f"{name} {self.top}".encode()).hexdigest()[:16]
+
+        def mapped(kind: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            path = directory / f"teacher-{digest}.{kind}"
+            return storage(torch.Size(shape).numel(), dtype, 0, path).view(shape)
+
+        self.values = mapped("values", torch.float16, count, width, self.top + 1)
+        self.indices = mapped("indices", torch.int32, count, width, self.top)
+        self.done = mapped("done", torch.uint8, count)
+
+    @torch.no_grad()
+    def __call__(self, window: int, logits: Logits) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log-probabilities (W, k + 1) float32, indices (W, k) int64) of a window."""
+        if not self.done[window]:
+            found = logits(self.windows[window : window + 1])[0].float().cpu()
+            indices = found.topk(self.top, dim=-1).indices
+            self.indices[window] = indices
+            self.values[window] = bins(found, indices)
+            self.done[window] = 1
+        return self.values[window].float().log_softmax(-1), self.indices[window].long()

@@ -1,0 +1,148 @@
+"""engine heal: from options to a directory that every other command takes; what it refuses."""
+
+import pytest
+import torch
+from support import tiny
+from support.commands import call, refused
+
+from engine.artifacts import HealRecord
+from engine.checkpoint import open_checkpoint
+
+TRAINED = ("--method", "linear,distil", "--window", 16, "--batch-tokens", 32, "--steps", 3)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """Tiny models, and text in their vocabulary."""
+    root = tmp_path_factory.mktemp("heal")
+    for seed, (name, case, changes) in enumerate(
+        [
+            ("model", "llama", {"num_hidden_layers": 6}),
+            ("wide", "llama", {"num_hidden_layers": 5, "intermediate_size": 96}),
+            ("other", "llama", {"vocab_size": 170}),
+            ("gemma3", "gemma3", {}),
+        ]
+    ):
+        tiny.write(case, root / name, seed, **changes)
+        tiny.save_tokenizer(root / name)
+    numbers = torch.randint(3, tiny.VOCAB, (600,), generator=torch.Generator().manual_seed(1))
+    root.joinpath("text.txt").write_text(" ".join(map(str, numbers.tolist())))
+    root.joinpath("empty.txt").write_text(" ")
+    return root
+
+
+def asked(tree, out, *options, model="model") -> tuple:
+    return "heal", tree / model, out, "--text", tree / "text.txt", *options
+
+
+def test_the_result_goes_on_through_the_other_commands(tree, tmp_path):
+    out = tmp_path / "healed"
+    code, said, err = call(*asked(tree, out, "--drop", "2-3", *TRAINED))
+    assert code == 0, err
+    record = HealRecord.load(out / "heal.json")
+    assert (record.keep, record.methods) == ((0, 1, 4, 5), ("linear", "distil"))
+    assert record.model == record.teacher == str(tree / "model") and len(record.losses) == 3
+    assert "stopped after 3 steps" in said and f"{out}: 4 of 6 layers, healed" in said
+    assert len(open_checkpoint(out).config.layers) == 4
+    assert call("eval", out, "--text", tree / "text.txt", "--window", 16)[0] == 0
+    assert call("prune", out, tmp_path / "pruned", "--drop", 2)[0] == 0
+    assert call("quantize", out, tmp_path / "small", "--method", "rtn", "--group", 16)[0] == 0
+    again = asked(tree, tmp_path / "again", *TRAINED[2:], model="../" + out.name)
+    again = ("heal", out, *again[2:], "--method", "distil", "--teacher", tree / "model")
+    assert call(*again)[0] == 0
+    record = HealRecord.load(tmp_path / "again" / "heal.json")
+    assert (record.model, record.teacher) == (str(out), str(tree / "model"))
+
+
+@pytest.mark.parametrize("method", ["linear", "scale"])
+def test_without_training_torch_alone_is_enough(method, tree, tmp_path):
+    out = tmp_path / "healed"
+    done = call(*asked(tree, out, "--drop", "2,4", "--method", method, "--window", 16))
+    assert done[0] == 0 and f"after {method}" in done[1]
+    assert HealRecord.load(out / "heal.json").stopped == ""
+
+
+def test_the_teachers_words_are_kept_where_one_says(tree, tmp_path):
+    options = "--drop", 2, *TRAINED, "--cache", tmp_path / "cache"
+    assert call(*asked(tree, tmp_path / "a", *options))[0] == 0
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.joinpath("cache").iterdir()}
+    assert len(stamps) == 3
+    assert call(*asked(tree, tmp_path / "b", *options, "--lr", 1e-3))[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+@pytest.mark.parametrize(
+    "sentence, options",
+    [
+        ("lr: expected more than 0, found -1.0", ("--drop", 2, "--lr", -1)),
+        ("lr: expected more than 0, found nan", ("--drop", 2, "--lr", "nan")),
+        ("steps: expected more than 0, found 0", ("--drop", 2, "--steps", 0)),
+        ("method: expected some of linear, scale, distil, found 'magic'", ("--method", "magic")),
+        ("method: distil comes last", ("--method", "distil,linear")),
+        ("excludes scale", ("--method", "linear,scale")),
+        ("train: expected one of all, around, norms, lora, found 'some'", ("--train", "some")),
+        ("nothing is dropped", ()),
+        ("drop: layer 6 is out of range; the model has layers 0 to 5", ("--drop", 6)),
+        ("linear: layer 0 is dropped and no kept layer before it", ("--drop", "0-1")),
+        ("--plan excludes --drop", ("--drop", 2, "--plan", "plan.json")),
+        ("plan.json: No such file", ("--plan", "plan.json")),
+        ("window: expected up to the model's context of 256", ("--drop", 2, "--window", 300)),
+        ("absent.txt: expected a text file, found none", ("--drop", 2, "--text", "absent.txt")),
+        ("found none", ("--drop", 2, "--held-out", "absent.txt")),
+        ("dtype: expected one of", ("--drop", 2, "--dtype", "int3")),
+    ],
+)
+def test_refusals(sentence, options, tree, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(sentence, *asked(tree, tmp_path / "out", *TRAINED, *options))
+    assert not list(tmp_path.iterdir())
+
+
+def test_refusals_of_what_is_named(tree, tmp_path):
+    out = tmp_path / "out"
+    dropped = *TRAINED, "--drop", 2
+    refused("exists already", *asked(tree, tmp_path, *dropped))
+    refused("there is no directory", *asked(tree, tmp_path / "no" / "out", *dropped))
+    refused("text: expected a text to learn from", "heal", tree / "model", out, *dropped)
+    refused("found neither", *asked(tree, out, "--drop", 2, "--method", "distil"))
+    refused(
+        "expected text, found an empty", *asked(tree, out, *dropped, "--text", tree / "empty.txt")
+    )
+    refused(
+        "linear: a norm follows the down projection in gemma3",
+        *asked(tree, out, *dropped, model="gemma3"),
+    )
+    distil = "--method", "distil", *TRAINED[2:], "--teacher"
+    refused("its vocabulary is another one", *asked(tree, out, *distil, tree / "other"))
+    refused("excludes --teacher", *asked(tree, out, *distil, tree / "wide", "--drop", 2))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_of_another_model_is_refused(tree, tmp_path):
+    sampling = "--text", tree / "text.txt", "--length", 16, "--no-bos"
+    profile, plan = tmp_path / "profile.json", tmp_path / "plan.json"
+    assert call("profile", tree / "wide", *sampling, "--out", profile)[0] == 0
+    chosen = "--rule", "manual", "--drop", 2
+    assert call("plan", profile, *chosen, "--out", plan)[0] == 0
+    refused(
+        "whose layers have other shapes", *asked(tree, tmp_path / "out", *TRAINED, "--plan", plan)
+    )
+    options = "--method", "linear", "--window", 16, "--plan", plan
+    assert call(*asked(tree, tmp_path / "out", *options, model="wide"))[0] == 0
+    assert HealRecord.load(tmp_path / "out" / "heal.json").keep == (0, 1, 3, 4)
+
+
+def test_a_refusal_needs_no_torch(tree, tmp_path):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys\nfrom engine.cli import app\nfrom engine.errors import InputError\n"
+        "try:\n    app(sys.argv[1:], standalone_mode=False)\n"
+        "except InputError as error:\n    print(error, 'torch' in sys.modules)\n"
+    )
+    asking = asked(tree, tmp_path / "out", *TRAINED, "--drop", "0-1")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, asking)], capture_output=True, text=True
+    )
+    assert done.stdout.endswith("can mend it False\n"), done.stdout + done.stderr

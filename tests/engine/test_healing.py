@@ -1,0 +1,368 @@
+"""Healing: the patches against least squares by hand, and what distillation promises."""
+
+import json
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import tiny
+from support.close import assert_close
+from tokenizers import processors
+
+from engine.api import load
+from engine.artifacts import HealRecord
+from engine.checkpoint import open_checkpoint
+from engine.checkpoint.weights import Observed
+from engine.errors import InputError
+from engine.export.hf import prune
+from engine.healing import distil
+from engine.healing.data import Data, read_data
+from engine.healing.heal import heal
+from engine.healing.patch import RIDGE, patch
+from engine.healing.replaced import Replaced
+from engine.healing.settings import Cut, Settings, find_cuts
+from engine.healing.student import learns
+from engine.healing.teacher import Teacher, bins, divergence
+from engine.reference.cache import KVCache
+from engine.reference.decoder import Angles, linear, load_decoder, run_layer
+from engine.text import load_text
+
+WINDOW = 24
+SETTINGS = Settings(("distil",), steps=14, lr=3e-3, window=WINDOW, batch_tokens=96, check_every=4)
+
+
+@torch.no_grad()
+def written(checkpoint, count: int, rng: torch.Generator) -> torch.Tensor:
+    """(count, WINDOW) ids that the model itself draws: what it predicts best."""
+    decoder = load_decoder(checkpoint, checkpoint.config)
+    cache = KVCache(checkpoint.config, count)
+    tokens = [torch.randint(3, tiny.VOCAB, (count, 1), generator=rng)]
+    while len(tokens) < WINDOW:
+        shares = decoder.forward(tokens[-1], cache)[:, 0].softmax(-1)
+        tokens.append(torch.multinomial(shares, 1, generator=rng))
+    return torch.cat(tokens, dim=1)
+
+
+def draw(checkpoint, rng) -> Data:
+    return Data(*written(checkpoint, 20, rng).split([14, 6]))
+
+
+def shortened(checkpoint):
+    return checkpoint.config.keep([0, 2, *range(3, checkpoint.config.total_layers)])
+
+
+def logits(checkpoint, config, windows) -> torch.Tensor:
+    cache = KVCache(config, len(windows))
+    return load_decoder(checkpoint, config).forward(windows, cache, logits="all")
+
+
+def kl(whole, found) -> float:
+    p, q = whole.log_softmax(-1), found.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@torch.no_grad()
+def streams(checkpoint, config, batches, slot=0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(S + 1, n, D) boundaries and (n, D) output of slot's MLP, float64, without first tokens."""
+    decoder, inputs = load_decoder(checkpoint, config), []
+    weights = decoder.layers[slot]
+    decoder.layers[slot] = Observed(weights, lambda r, x: inputs.append(x) if r == "down" else None)
+    found = []
+    for tokens in batches:
+        own = []
+        decoder.forward(tokens, KVCache(config, 1), tap=lambda _, x, own=own: own.append(x[0, 1:]))
+        found.append(torch.stack(own))
+    m = torch.cat([linear(x, weights, "down")[0, 1:] for x in inputs])
+    return torch.cat(found, dim=1).double(), m.double()
+
+
+def test_cuts_are_the_runs_that_are_missing(source):
+    config = source("llama", num_hidden_layers=9).config
+    assert find_cuts(config.keep([0, 1, 4, 6, 7])) == [Cut(2, 4), Cut(5, 6), Cut(8, 9)]
+    assert find_cuts(config.keep([2, 3])) == [Cut(0, 2), Cut(4, 9)]
+    assert find_cuts(config) == []
+
+
+@pytest.mark.parametrize("case", ["llama-biased-tied", "phi2", "phi3"])
+def test_the_linear_patch_is_least_squares(case, source, rng):
+    checkpoint = source(case, num_hidden_layers=7)
+    config = checkpoint.config.keep([0, 1, 4, 6])
+    batches = draw(checkpoint, rng).spread()
+    changed = patch("linear", checkpoint, config, batches)
+    down = f"mlp.{'fc2' if case == 'phi2' else 'down_proj'}"
+    whole, _ = streams(checkpoint, checkpoint.config, batches)
+    earlier = {}  # the second cut is measured behind the first one's patch
+    for layer, slot, end in ((1, 1, 4), (4, 2, 6)):
+        before = Replaced(checkpoint, earlier)
+        boundaries, m = streams(before, config, batches, slot)
+        r, e = boundaries[slot + 1], whole[end]
+        ridge = torch.eye(m.shape[1]) * (RIDGE * m.square().sum(0).mean()).sqrt()
+        rows = torch.cat([m, ridge]).numpy()
+        wanted = torch.cat([e - r + m, torch.zeros_like(ridge)]).numpy()
+        t = torch.from_numpy(np.linalg.lstsq(rows, wanted, rcond=None)[0])
+        prefix = f"model.layers.{layer}.{down}"
+        own = {name: tensor for name, tensor in changed.items() if name.startswith(prefix)}
+        assert len(own) == 1 + (case != "phi3")
+        for name, tensor in own.items():
+            stored = checkpoint.read(name).double()
+            assert_close(name, t.T @ stored if stored.ndim == 2 else stored @ t, tensor, 1e-4)
+        earlier |= own
+        after = streams(Replaced(checkpoint, earlier), config, batches)[0][slot + 1]
+        assert_close("stream", r - m + m @ t, after, 1e-4)
+        assert (after - e).norm() < (r - e).norm()
+    assert changed.keys() == earlier.keys()
+
+
+@pytest.mark.parametrize("case", ["llama-biased-tied", "phi2"])
+def test_the_scale_is_as_if_the_stream_were_multiplied(case, source, rng):
+    checkpoint = source(case, num_hidden_layers=7)
+    config = checkpoint.config.keep([0, 1, 3, 4, 6])
+    batches = draw(checkpoint, rng).spread()
+    scaled = Replaced(checkpoint, patch("scale", checkpoint, config, batches))
+    whole = streams(checkpoint, checkpoint.config, batches)[0]
+    decoder, factors = load_decoder(checkpoint, config), {}
+
+    def stream(x, upto):
+        """The pruned model up to a boundary, multiplied behind each cut."""
+        found = []
+        pruned = config.keep([entry.layer for entry in config.layers[:upto]])
+        for slot in range(upto):
+            x = x * factors.get(slot, 1.0)
+            one = KVCache(pruned, 1)
+            x = layer_of(decoder, pruned, slot, x, one)
+            found.append(x)
+        return x * factors.get(upto, 1.0)
+
+    for slot, end in ((2, 3), (4, 6)):
+        starts = [torch.nn.functional.embedding(t, decoder.outer["embedding"]) for t in batches]
+        r = torch.cat([stream(x, slot)[0, 1:] for x in starts]).double()
+        factors[slot] = float((r * whole[end]).sum() / (r * r).sum())
+    expected = torch.cat([decoder.head(stream(x, 5)) for x in starts])
+    assert all(abs(factor - 1) > 1e-3 for factor in factors.values())
+    assert_close("logits", expected, logits(scaled, config, torch.cat(batches)), 1e-3)
+
+
+def layer_of(decoder, config, slot, x, cache):
+    rows = torch.arange(1)
+    angles = Angles(config, torch.arange(x.shape[1])[None])
+    entry = config.layers[slot]
+    return run_layer(config, entry, decoder.layers[slot], x, angles, cache, slot, rows)
+
+
+def test_the_bins_hold_the_whole_loss(rng, tmp_path):
+    """Against the KL over all tokens; a window is asked of the teacher once, ever."""
+    teacher = 6 * torch.randn(3, WINDOW, 1000, generator=rng)  # as sharp as a language model
+    student = teacher + torch.randn(teacher.shape, generator=rng)
+    windows, asked = torch.arange(3 * WINDOW).view(3, WINDOW), []
+
+    def ask(tokens):
+        asked.append(int(tokens[0, 0]) // WINDOW)
+        return teacher[asked[-1]][None]
+
+    for _ in range(2):
+        kept = Teacher(windows, 64, 1000, tmp_path, "text and teacher")
+        for window in (2, 0, 2):
+            expected, indices = kept(window, ask)
+            assert indices.shape == (WINDOW, 64)
+            found = float(divergence(expected, bins(student[window], indices)))
+            assert found == pytest.approx(kl(teacher[window], student[window]), rel=0.01)
+    assert asked == [2, 0]
+    Teacher(windows, 64, 1000, tmp_path, "another text")(2, ask)
+    assert asked == [2, 0, 2]
+
+
+def test_a_bin_for_all_others_where_the_vocabulary_is_small(tmp_path):
+    expected, indices = Teacher(torch.zeros(1, 2).long(), 64, 5, tmp_path, "")(
+        0, lambda tokens: torch.eye(2, 5)[None]
+    )
+    assert indices.shape == (2, 4) and bool(expected.isfinite().all())
+    assert_close("mass", torch.ones(2), expected.exp().sum(-1), 1e-6)
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2", "phi3", "gemma3"])
+def test_a_healed_model_is_nearer_and_an_ordinary_directory(case, source, rng, tmp_path):
+    import transformers
+
+    checkpoint = source(case)
+    config, data = shortened(checkpoint), draw(checkpoint, rng)
+    out, settings = tmp_path / "out", replace(SETTINGS, steps=24)
+    record = heal(checkpoint, config, data, out, settings, dtype=torch.float32)
+    assert record.perplexity_after <= record.perplexity_before
+    assert HealRecord.load(out / "heal.json") == record
+    assert (record.steps, record.stopped) == (24, "after 24 steps")
+    assert not list(tmp_path.glob("out.*")), "expected nothing beside the result"
+    whole = logits(checkpoint, checkpoint.config, data.held_out)
+    unhealed = kl(whole, logits(checkpoint, config, data.held_out))
+    with load(out, backend="reference") as model:
+        ours = model(data.held_out)
+    assert kl(whole, ours) < 0.95 * unhealed
+    peer = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert_close("transformers", ours, peer(data.held_out, use_cache=False).logits, 1e-4)
+
+
+@contextmanager
+def killing(label):
+    def report(done, total, note=""):
+        if label == "steps" and done == 10:
+            raise KeyboardInterrupt
+
+    yield report
+
+
+def test_a_killed_run_comes_to_the_same_bits(source, rng, tmp_path):
+    checkpoint = source("llama")
+    config, data = shortened(checkpoint), draw(checkpoint, rng)
+    settings = replace(SETTINGS, methods=("linear", "distil"))
+    straight = heal(checkpoint, config, data, tmp_path / "a", settings, dtype=torch.float32)
+    with pytest.raises(KeyboardInterrupt):
+        heal(checkpoint, config, data, tmp_path / "b", settings, reporting=killing)
+    assert not (tmp_path / "b").exists()
+    resumed = heal(checkpoint, config, data, tmp_path / "b", settings, dtype=torch.float32)
+    assert resumed.losses == straight.losses and resumed.checks == straight.checks
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = heal(checkpoint, config, data, tmp_path / "c", replace(settings, seed=1))
+    assert other.losses != straight.losses
+
+
+def test_a_loss_that_is_no_number_ends_it_with_the_last_good_weights(
+    source, rng, tmp_path, monkeypatch
+):
+    checkpoint = source("llama")
+    config, data = shortened(checkpoint), draw(checkpoint, rng)
+    calls = []
+
+    def broken(teacher, student):
+        calls.append(1)
+        return divergence(teacher, student) * (torch.nan if len(calls) > 6 * 4 else 1)
+
+    monkeypatch.setattr(distil, "divergence", broken)
+    record = heal(checkpoint, config, data, tmp_path / "out", SETTINGS, dtype=torch.float32)
+    assert record.stopped == "the loss is not finite at step 7" and len(record.losses) == 6
+    assert record.perplexity_after == min(record.checks)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(bool(weight.isfinite().all()) for weight in weights.values())
+
+
+def test_no_improvement_ends_it_with_the_best_weights(source, rng, tmp_path, monkeypatch):
+    checkpoint = source("llama")
+    config, data = shortened(checkpoint), draw(checkpoint, rng)
+    rising = iter(range(1, 100))
+    monkeypatch.setattr(distil, "perplexity", lambda *_: float(next(rising)))
+    settings = replace(SETTINGS, steps=100, check_every=1, patience=3)
+    record = heal(checkpoint, config, data, tmp_path / "out", settings, dtype=torch.float32)
+    assert record.stopped == "at step 3, no better for 3 checks" and record.best_step == 0
+    prune(checkpoint, config, tmp_path / "pruned", dtype=torch.float32)
+    names = (tmp_path / name / "model.safetensors" for name in ("out", "pruned"))
+    first, second = map(load_file, names)
+    assert all(torch.equal(first[name], second[name]) for name in second)
+
+
+def test_minutes_end_it(source, rng, tmp_path):
+    checkpoint = source("llama")
+    config, data = shortened(checkpoint), draw(checkpoint, rng)
+    settings = replace(SETTINGS, steps=None, minutes=0.02)
+    record = heal(checkpoint, config, data, tmp_path / "out", settings)
+    assert record.stopped == "after 0.02 minutes" and record.steps > 0
+    assert record.minutes < 0.2
+
+
+def test_the_rate_rises_and_falls():
+    settings = Settings(("distil",), steps=100, lr=1.0)
+    rates = [distil.rate(at / 100, settings) for at in range(101)]
+    assert max(rates) == rates[10] == 1.0 and rates[0] == 0.1 and rates[100] == 0
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.mark.parametrize("train", ["norms", "around", "lora"])
+def test_only_what_is_asked_for_learns(train, source, rng, tmp_path, monkeypatch):
+    falling = iter(range(9, 0, -1))  # the last weights are the best
+    monkeypatch.setattr(distil, "perplexity", lambda *_: float(next(falling)))
+    if train == "lora":
+        pytest.importorskip("peft")
+    checkpoint = source("phi3", num_hidden_layers=6)
+    config = checkpoint.config.keep([0, 1, 3, 4, 5])
+    settings = replace(SETTINGS, train=train, steps=4)
+    heal(checkpoint, config, draw(checkpoint, rng), tmp_path / "out", settings, dtype=torch.float32)
+    prune(checkpoint, config, tmp_path / "pruned", dtype=torch.float32)
+    names = (tmp_path / name / "model.safetensors" for name in ("out", "pruned"))
+    healed, pruned = map(load_file, names)
+    changed = {name for name in pruned if not torch.equal(healed[name], pruned[name])}
+    expected = {
+        "norms": {name for name in pruned if "norm" in name},
+        "around": {name for name in pruned if learns(name, config, "around")},
+        "lora": {name for name in pruned if ".mlp." in name},
+    }
+    assert changed == expected[train]
+    if train == "around":
+        layers = {name.split(".")[2] for name in changed if ".layers." in name}
+        assert layers == {"1", "2"} and {"lm_head.weight", "model.embed_tokens.weight"} <= changed
+
+
+def test_a_teacher_of_its_own(source, rng, tmp_path):
+    """A model that was pruned before learns as if it had been pruned now."""
+    checkpoint = source("qwen2")
+    config, data = shortened(checkpoint), draw(checkpoint, rng)
+    prune(checkpoint, config, tmp_path / "pruned", dtype=torch.float32)
+    pupil = open_checkpoint(tmp_path / "pruned")
+    one = heal(checkpoint, config, data, tmp_path / "a", SETTINGS)
+    two = heal(pupil, pupil.config, data, tmp_path / "b", SETTINGS, teacher=checkpoint)
+    assert one.losses == two.losses and one.lineage == two.lineage
+    linear = replace(SETTINGS, methods=("linear", "distil"))
+    with pytest.raises(InputError, match="excludes --teacher"):
+        heal(pupil, pupil.config, data, tmp_path / "c", linear, teacher=checkpoint)
+
+
+def test_the_order_is_every_window_once_an_epoch(rng):
+    data = Data(torch.zeros(10, 2), torch.zeros(1, 2))
+    order = [window for step in range(10) for window in data.batch(step, 3, seed=4)]
+    for epoch in range(3):
+        assert sorted(order[10 * epoch : 10 * epoch + 10]) == list(range(10))
+    assert order[:10] != order[10:20]
+    assert order[:3] == data.batch(0, 3, seed=4) != data.batch(0, 3, seed=5)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_rows_are_packed_and_tails_held_out(bos, tmp_path):
+    tiny.save_tokenizer(tmp_path)
+    text = load_text(tmp_path)
+    if bos:
+        text.tokenizer.post_processor = processors.TemplateProcessing(
+            "1 $A", special_tokens=[("1", 1)]
+        )
+        text = replace(text, special={"bos_token": "1"})
+    rows, file = [list(range(3, 3 + n)) for n in (40, 1, 25, 7)], tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"text": " ".join(map(str, row))}) for row in rows))
+    data = read_data([str(file), str(file)], None, text, 8)
+    width = 8 - bos
+    windows = torch.tensor(sum(rows, [])[: 73 // width * width]).view(-1, width)
+    assert torch.equal(data.windows[:, bos:], torch.cat([windows[:-1]] * 2))
+    assert torch.equal(data.held_out[:, bos:], torch.cat([windows[-1:]] * 2))
+    assert not bos or bool((data.windows[:, 0] == 1).all())
+    apart = read_data([str(file)], str(file), text, 8)
+    assert torch.equal(apart.windows[:, bos:], windows) and len(apart.held_out) == 8
+    with pytest.raises(InputError, match="expected 2 windows of 40 tokens, found 1"):
+        read_data([str(file)], None, text, 40)
+
+
+@pytest.mark.parametrize("case", ["gemma2", "gemma3", "olmo2"])
+def test_a_norm_behind_the_mlp_refuses_a_patch(case, source, rng, tmp_path):
+    checkpoint = source(case)
+    for method in ("linear", "scale"):
+        settings = Settings((method,), window=WINDOW)
+        with pytest.raises(InputError, match=f"{method}: a norm follows"):
+            heal(checkpoint, shortened(checkpoint), None, tmp_path / "out", settings)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_records_survive_json(source, rng, tmp_path):
+    checkpoint = source("llama")
+    data = draw(checkpoint, rng)
+    settings = Settings(("linear",), window=WINDOW)
+    record = heal(checkpoint, shortened(checkpoint), data, tmp_path / "out", settings, name="tiny")
+    assert HealRecord.from_json(json.loads(json.dumps(record.to_json())), "here") == record
+    assert (record.steps, record.keep, record.model) == (0, (0, 2, 3), "tiny")
