@@ -77,7 +77,7 @@ def test_a_line_every_few_seconds_without_a_terminal(monkeypatch, capfd):
 
 def test_a_run_taken_up_again_does_not_count_what_it_found(monkeypatch, capfd):
     now = [0.0]
-    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with output.progress("steps") as report:
         for done in range(81, 85):
             now[0] += 3
