@@ -27,9 +27,10 @@ class Paired:
 
 @dataclass(frozen=True)
 class Choices:
-    """Multiple choice: the choice of the largest log-likelihood a token is taken.
+    """Multiple choice: the choice of the largest log-likelihood a character is taken.
 
-    A choice's probability is the softmax of these over the choices of its question.
+    So its accuracy is what lm-eval calls acc_norm. A choice's probability is the softmax of these
+    over the choices of its question.
     """
 
     source: str  # file

@@ -44,7 +44,7 @@ def judge_choices(
     bos: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Choices:
-    """Accuracy and probability of the right choice by log-likelihood a token.
+    """Accuracy and probability of the right choice by log-likelihood a character.
 
     `bos` begins every question with BOS, by default where the tokenizer has the habit. `source`
     is recorded. `progress` is called with questions done and in total. Raises `InputError` for a
@@ -52,12 +52,10 @@ def judge_choices(
     """
     encoded = encode_questions(text, questions, bos, runtime.config.max_context)
     correct, probabilities = [], []
-    for question, each, sums in zip(
-        questions, encoded, log_likelihoods(runtime, encoded), strict=True
-    ):
+    for question, sums in zip(questions, log_likelihoods(runtime, encoded), strict=True):
         if not sums.isfinite().all():
             raise ArithmeticError(NOT_FINITE)
-        lengths = torch.tensor([len(ids) for ids in each.choices])
+        lengths = torch.tensor([len(choice) for choice in question.choices])  # as acc_norm
         shares = (sums / lengths).softmax(-1)  # (choices,) float64
         correct.append(int(shares.argmax()) == question.answer)
         probabilities.append(round(float(shares[question.answer]), 6))

@@ -99,7 +99,7 @@ def test_equals_the_definition(room, rng, monkeypatch):
             ids = text.encode(f" {choice}", add_special=False)
             rows = [runtime.logits(context + ids[:at]).double() for at in range(len(ids))]
             each = [row.log_softmax(-1)[id] for row, id in zip(rows, ids, strict=True)]
-            scores.append(sum(each) / len(ids))
+            scores.append(sum(each) / len(choice))
         spread = torch.tensor(scores).softmax(-1)
         right.append(int(spread.argmax()) == question.answer)
         shares.append(float(spread[question.answer]))
