@@ -1,155 +1,36 @@
-"""Healing: the patches against least squares by hand, and what distillation promises."""
+"""Distillation: what it promises of the model, of a run that is killed, and of what it refuses."""
 
 import json
 from contextlib import contextmanager
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from support import tiny
 from support.close import assert_close
+from support.healing import WINDOW, draw, logits, shortened
 from tokenizers import processors
 
 from engine.api import load
 from engine.artifacts import HealRecord
 from engine.checkpoint import open_checkpoint
-from engine.checkpoint.weights import Observed
 from engine.errors import InputError
 from engine.export.hf import prune
 from engine.healing import distil
 from engine.healing.data import Data, read_data
 from engine.healing.heal import heal
-from engine.healing.patch import RIDGE, patch
-from engine.healing.replaced import Replaced
-from engine.healing.settings import Cut, Settings, find_cuts
+from engine.healing.settings import Settings
 from engine.healing.student import learns
 from engine.healing.teacher import Teacher, bins, divergence
-from engine.reference.cache import KVCache
-from engine.reference.decoder import Angles, linear, load_decoder, run_layer
 from engine.text import load_text
 
-WINDOW = 24
 SETTINGS = Settings(("distil",), steps=14, lr=3e-3, window=WINDOW, batch_tokens=96, check_every=4)
-
-
-@torch.no_grad()
-def written(checkpoint, count: int, rng: torch.Generator) -> torch.Tensor:
-    """(count, WINDOW) ids that the model itself draws: what it predicts best."""
-    decoder = load_decoder(checkpoint, checkpoint.config)
-    cache = KVCache(checkpoint.config, count)
-    tokens = [torch.randint(3, tiny.VOCAB, (count, 1), generator=rng)]
-    while len(tokens) < WINDOW:
-        shares = decoder.forward(tokens[-1], cache)[:, 0].softmax(-1)
-        tokens.append(torch.multinomial(shares, 1, generator=rng))
-    return torch.cat(tokens, dim=1)
-
-
-def draw(checkpoint, rng) -> Data:
-    return Data(*written(checkpoint, 20, rng).split([14, 6]))
-
-
-def shortened(checkpoint):
-    return checkpoint.config.keep([0, 2, *range(3, checkpoint.config.total_layers)])
-
-
-def logits(checkpoint, config, windows) -> torch.Tensor:
-    cache = KVCache(config, len(windows))
-    return load_decoder(checkpoint, config).forward(windows, cache, logits="all")
 
 
 def kl(whole, found) -> float:
     p, q = whole.log_softmax(-1), found.log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-@torch.no_grad()
-def streams(checkpoint, config, batches, slot=0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(S + 1, n, D) boundaries and (n, D) output of slot's MLP, float64, without first tokens."""
-    decoder, inputs = load_decoder(checkpoint, config), []
-    weights = decoder.layers[slot]
-    decoder.layers[slot] = Observed(weights, lambda r, x: inputs.append(x) if r == "down" else None)
-    found = []
-    for tokens in batches:
-        own = []
-        decoder.forward(tokens, KVCache(config, 1), tap=lambda _, x, own=own: own.append(x[0, 1:]))
-        found.append(torch.stack(own))
-    m = torch.cat([linear(x, weights, "down")[0, 1:] for x in inputs])
-    return torch.cat(found, dim=1).double(), m.double()
-
-
-def test_cuts_are_the_runs_that_are_missing(source):
-    config = source("llama", num_hidden_layers=9).config
-    assert find_cuts(config.keep([0, 1, 4, 6, 7])) == [Cut(2, 4), Cut(5, 6), Cut(8, 9)]
-    assert find_cuts(config.keep([2, 3])) == [Cut(0, 2), Cut(4, 9)]
-    assert find_cuts(config) == []
-
-
-@pytest.mark.parametrize("case", ["llama-biased-tied", "phi2", "phi3"])
-def test_the_linear_patch_is_least_squares(case, source, rng):
-    checkpoint = source(case, num_hidden_layers=7)
-    config = checkpoint.config.keep([0, 1, 4, 6])
-    batches = draw(checkpoint, rng).spread()
-    changed = patch("linear", checkpoint, config, batches)
-    down = f"mlp.{'fc2' if case == 'phi2' else 'down_proj'}"
-    whole, _ = streams(checkpoint, checkpoint.config, batches)
-    earlier = {}  # the second cut is measured behind the first one's patch
-    for layer, slot, end in ((1, 1, 4), (4, 2, 6)):
-        before = Replaced(checkpoint, earlier)
-        boundaries, m = streams(before, config, batches, slot)
-        r, e = boundaries[slot + 1], whole[end]
-        ridge = torch.eye(m.shape[1]) * (RIDGE * m.square().sum(0).mean()).sqrt()
-        rows = torch.cat([m, ridge]).numpy()
-        wanted = torch.cat([e - r + m, torch.zeros_like(ridge)]).numpy()
-        t = torch.from_numpy(np.linalg.lstsq(rows, wanted, rcond=None)[0])
-        prefix = f"model.layers.{layer}.{down}"
-        own = {name: tensor for name, tensor in changed.items() if name.startswith(prefix)}
-        assert len(own) == 1 + (case != "phi3")
-        for name, tensor in own.items():
-            stored = checkpoint.read(name).double()
-            assert_close(name, t.T @ stored if stored.ndim == 2 else stored @ t, tensor, 1e-4)
-        earlier |= own
-        after = streams(Replaced(checkpoint, earlier), config, batches)[0][slot + 1]
-        assert_close("stream", r - m + m @ t, after, 1e-4)
-        assert (after - e).norm() < (r - e).norm()
-    assert changed.keys() == earlier.keys()
-
-
-@pytest.mark.parametrize("case", ["llama-biased-tied", "phi2"])
-def test_the_scale_is_as_if_the_stream_were_multiplied(case, source, rng):
-    checkpoint = source(case, num_hidden_layers=7)
-    config = checkpoint.config.keep([0, 1, 3, 4, 6])
-    batches = draw(checkpoint, rng).spread()
-    scaled = Replaced(checkpoint, patch("scale", checkpoint, config, batches))
-    whole = streams(checkpoint, checkpoint.config, batches)[0]
-    decoder, factors = load_decoder(checkpoint, config), {}
-
-    def stream(x, upto):
-        """The pruned model up to a boundary, multiplied behind each cut."""
-        found = []
-        pruned = config.keep([entry.layer for entry in config.layers[:upto]])
-        for slot in range(upto):
-            x = x * factors.get(slot, 1.0)
-            one = KVCache(pruned, 1)
-            x = layer_of(decoder, pruned, slot, x, one)
-            found.append(x)
-        return x * factors.get(upto, 1.0)
-
-    for slot, end in ((2, 3), (4, 6)):
-        starts = [torch.nn.functional.embedding(t, decoder.outer["embedding"]) for t in batches]
-        r = torch.cat([stream(x, slot)[0, 1:] for x in starts]).double()
-        factors[slot] = float((r * whole[end]).sum() / (r * r).sum())
-    expected = torch.cat([decoder.head(stream(x, 5)) for x in starts])
-    assert all(abs(factor - 1) > 1e-3 for factor in factors.values())
-    assert_close("logits", expected, logits(scaled, config, torch.cat(batches)), 1e-3)
-
-
-def layer_of(decoder, config, slot, x, cache):
-    rows = torch.arange(1)
-    angles = Angles(config, torch.arange(x.shape[1])[None])
-    entry = config.layers[slot]
-    return run_layer(config, entry, decoder.layers[slot], x, angles, cache, slot, rows)
 
 
 def test_the_bins_hold_the_whole_loss(rng, tmp_path):
@@ -347,16 +228,6 @@ def test_rows_are_packed_and_tails_held_out(bos, tmp_path):
     assert torch.equal(apart.windows[:, bos:], windows) and len(apart.held_out) == 8
     with pytest.raises(InputError, match="expected 2 windows of 40 tokens, found 1"):
         read_data([str(file)], None, text, 40)
-
-
-@pytest.mark.parametrize("case", ["gemma2", "gemma3", "olmo2"])
-def test_a_norm_behind_the_mlp_refuses_a_patch(case, source, rng, tmp_path):
-    checkpoint = source(case)
-    for method in ("linear", "scale"):
-        settings = Settings((method,), window=WINDOW)
-        with pytest.raises(InputError, match=f"{method}: a norm follows"):
-            heal(checkpoint, shortened(checkpoint), None, tmp_path / "out", settings)
-    assert not list(tmp_path.glob("out*"))
 
 
 def test_records_survive_json(source, rng, tmp_path):
