@@ -69,7 +69,7 @@ def test_a_healed_model_is_nearer_and_an_ordinary_directory(case, source, rng, t
 
     checkpoint = source(case)
     config, data = shortened(checkpoint), draw(checkpoint, rng)
-    out, settings = tmp_path / "out", replace(SETTINGS, steps=24)
+    out, settings = tmp_path / "out", replace(SETTINGS, steps=24, lr=1e-3, patience=100)
     record = heal(checkpoint, config, data, out, settings, dtype=torch.float32)
     assert record.perplexity_after <= record.perplexity_before
     assert HealRecord.load(out / "heal.json") == record
@@ -146,7 +146,7 @@ def test_no_improvement_ends_it_with_the_best_weights(source, rng, tmp_path, mon
 def test_minutes_end_it(source, rng, tmp_path):
     checkpoint = source("llama")
     config, data = shortened(checkpoint), draw(checkpoint, rng)
-    settings = replace(SETTINGS, steps=None, minutes=0.02)
+    settings = replace(SETTINGS, steps=None, minutes=0.02, patience=1000)
     record = heal(checkpoint, config, data, tmp_path / "out", settings)
     assert record.stopped == "after 0.02 minutes" and record.steps > 0
     assert record.minutes < 0.2

@@ -23,7 +23,7 @@ def written(checkpoint, count: int, rng: torch.Generator) -> torch.Tensor:
 
 
 def draw(checkpoint, rng) -> Data:
-    return Data(*written(checkpoint, 20, rng).split([14, 6]))
+    return Data(*written(checkpoint, 60, rng).split([48, 12]))
 
 
 def shortened(checkpoint):
