@@ -2,8 +2,8 @@
 
     import engine
 
-    with engine.load("smollm2-135m", drop="20-24") as model:
-        print(model.generate("The capital of France is", max_new_tokens=16).text)
+    with engine.load("smollm2-135m") as model:
+        print(model.generate([{"role": "user", "content": "What is the capital of France?"}]).text)
 
 `load` opens a model, `generate` is one call from prompt to text; `Model`, `Generation` and
 `InputError` are what they give and raise. Nothing heavy is imported before one of them is used.

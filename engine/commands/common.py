@@ -94,6 +94,7 @@ def open_checkpoint(ref: str) -> tuple[Path, "Checkpoint"]:
 def open_model(ref: str, threads: int | None, **options: Any) -> tuple["Model", float]:
     """(model with its tokenizer, milliseconds that loading took, a download left out)."""
     import time
+    from itertools import count
 
     from engine.artifacts import Plan
     from engine.checkpoint import choose_layers
@@ -101,17 +102,18 @@ def open_model(ref: str, threads: int | None, **options: Any) -> tuple["Model", 
 
     check_backend(options.get("backend"), options.get("dtype"))  # before any download
     path, checkpoint = open_checkpoint(ref)
-    kept = checkpoint.config
-    if not isinstance(options.get("drop"), Plan):  # load() warns of a plan for other weights
-        kept = choose_layers(checkpoint, options.get("drop"), options.get("keep"))
+    drop = options.get("drop")
+    if isinstance(drop, Plan):  # load() checks it, and warns where it is for other weights
+        total = len(drop.keep)
+    else:
+        total = len(choose_layers(checkpoint, drop, options.get("keep")).layers)
     from engine.api import load
 
     set_threads(threads)
     start = time.perf_counter()
     with output.progress("layers") as report:
-        numbers = {entry.layer: slot for slot, entry in enumerate(kept.layers, 1)}
-        options["progress"] = lambda layer: report(numbers[layer], len(numbers))
-        model = load(path, **options)
+        done = count(1)
+        model = load(path, **options, progress=lambda layer: report(next(done), total))
     _ = model.text
     load_ms = (time.perf_counter() - start) * 1e3
     output.note(f"{model!r}, opened in {load_ms:.0f} ms")

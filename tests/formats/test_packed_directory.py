@@ -7,7 +7,7 @@ import gguf
 import pytest
 import torch
 from support import tiny
-from support.close import assert_close
+from support.close import assert_close, rms_ratio
 from support.directories import assert_same, stored
 
 from engine.api import load
@@ -64,21 +64,43 @@ def test_every_family(case, source, tmp_path):
 
 @pytest.mark.parametrize("method", ["hqq", "nf4", "gptq", "ordered"])
 @pytest.mark.parametrize("case", ["llama-biased-tied", "phi2", "phi3"])
-def test_every_method(method, case, source, tmp_path, rng):
-    checkpoint = source(case, spread=0.1)  # at 0.15, NF4 of one draw in 150 is beyond the bound
-    samples = torch.randint(3, tiny.VOCAB, (6, 24), generator=rng).tolist()
+def test_every_method(method, case, tmp_path, rng):
     scheme, ordered = "codebook" if method == "nf4" else "zero", method == "ordered"
     recipe = Recipe("gptq" if ordered else method, 4, 16, scheme, act_order=ordered)
-    pack(checkpoint, checkpoint.config, tmp_path / "out", recipe, samples)
-    opened = load(tmp_path / "out", backend="reference")
-    for name, matrix in stored(tmp_path / "out").items():
+    ratios = []
+    for draw in range(
+        3
+    ):  # of one NF4 Phi-3 alone the ratio is 0.38 in the mean, with 0.05 about it
+        path, out = tmp_path / f"model{draw}", tmp_path / f"out{draw}"
+        tiny.write(case, path, int(torch.randint(2**31, (1,), generator=rng)))
+        checkpoint = open_checkpoint(path)
+        samples = torch.randint(3, tiny.VOCAB, (6, 24), generator=rng).tolist()
+        pack(checkpoint, checkpoint.config, out, recipe, samples)
+        check_matrices(checkpoint, out, recipe)
+        tokens = torch.randint(3, tiny.VOCAB, (2, 24), generator=rng)
+        expected = logits(ReferenceRuntime.load(checkpoint, checkpoint.config), tokens)
+        got = logits(load(out, backend="reference").runtime, tokens)
+        ratios.append(rms_ratio(expected, got))
+    assert sum(ratios) / len(ratios) <= 0.5, ratios
+
+
+def check_matrices(checkpoint, out, recipe) -> None:
+    """Which matrices are packed; of methods that need no text, that each is the method's own."""
+    config, found = checkpoint.config, stored(out)
+    for name, matrix in found.items():
         layered = name.startswith("model.layers") and name.endswith("weight") and "norm" not in name
-        assert isinstance(matrix, Packed) == (layered or name == head_name(checkpoint.config))
+        assert isinstance(matrix, Packed) == (layered or name == head_name(config))
         if layered:
-            assert matrix.spec == recipe.spec and (matrix.perm is not None) == ordered
-    tokens = torch.randint(3, tiny.VOCAB, (2, 24), generator=rng)
-    reference = logits(ReferenceRuntime.load(checkpoint, checkpoint.config), tokens)
-    assert_close(method, reference, logits(opened.runtime, tokens), 0.5)
+            assert matrix.spec == recipe.spec
+            assert (matrix.perm is not None) == recipe.act_order
+    method = {"hqq": methods.hqq, "nf4": methods.nf4}.get(recipe.method)
+    for slot in range(len(config.layers)) if method else ():
+        parts = layer_parts(config, slot)
+        for role, weight in load_layer(checkpoint, config, slot).items():
+            if weight.ndim == 2:
+                expected = method(weight, recipe.spec).tensors()
+                got = found[parts[role].name].tensors()
+                assert all(torch.equal(got[part], tensor) for part, tensor in expected.items())
 
 
 def head_name(config) -> str:

@@ -41,12 +41,25 @@ def write(
     tensors = {f"{MODULE}.{part}": tensor.contiguous() for part, tensor in parts.items()}
     config = from_hf(CONFIG, "CONFIG")
     whole = dict(layer_tensors(config, 0).values()) | dict(outer_tensors(config).values())
-    plain = {name: torch.ones(shape).half() for name, shape in whole.items()}
+    plain = {name: values(shape) for name, shape in whole.items()}
     del plain[f"{MODULE}.weight"]
     save_file(plain | tensors, path / "model.safetensors", metadata)
     found = {} if quantization is None else {"quantization_config": quantization}
     (path / "config.json").write_text(json.dumps(CONFIG | found))
     return path
+
+
+def values(shape: tuple[int, ...]) -> torch.Tensor:
+    """What a plain tensor holds: no two neighbours alike, in rows or in columns."""
+    return (torch.arange(torch.Size(shape).numel()) % 31).view(shape).half()
+
+
+def plain_names() -> set[str]:
+    """Every tensor of the model, by the name of the weight."""
+    config = from_hf(CONFIG, "CONFIG")
+    return {
+        name for name, _ in (*layer_tensors(config, 0).values(), *outer_tensors(config).values())
+    }
 
 
 def draw(rng: torch.Generator, limit: int, *shape: int) -> torch.Tensor:
