@@ -9,7 +9,13 @@ from engine.commands import common, output
 from engine.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
     from engine.checkpoint import Checkpoint
+    from engine.healing.heal import Spoken
+    from engine.options import Options
     from engine.text import Text
 
 _TRAINING = "Training of distil"
@@ -55,7 +61,23 @@ def heal(
     lr: Annotated[float, typer.Option(rich_help_panel=_TRAINING, help="Its peak.")] = 1e-4,
     batch_tokens: Annotated[
         int, typer.Option(rich_help_panel=_TRAINING, help="Tokens a step.")
-    ] = 1024,
+    ] = 2048,
+    written: Annotated[
+        int,
+        typer.Option(
+            "--self",
+            metavar="N",
+            rich_help_panel=_TRAINING,
+            help="Tokens that the teacher writes itself, to learn from beside the text.",
+        ),
+    ] = 0,
+    precision: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=_TRAINING,
+            help="Of products: float32 or bfloat16; auto: bfloat16 on a GPU and with AMX.",
+        ),
+    ] = "auto",
     seed: Annotated[int, typer.Option(rich_help_panel=_TRAINING, help="Of the text's order.")] = 0,
     teacher: Annotated[
         str | None,
@@ -93,6 +115,8 @@ def heal(
         seed=seed,
         window=window,
         batch_tokens=batch_tokens,
+        written=written,
+        precision=precision,
     )
     check_backend(None, dtype)
     check_files(out, text or [], held_out)
@@ -109,6 +133,10 @@ def heal(
     from engine.healing.heal import heal as run
     from engine.kernels.dtypes import dtype_of
 
+    device = choose_device(None)
+    settings = settings.on(device)
+    if "distil" in settings.methods:
+        output.note(f"trains in {settings.precision} on {device}")
     record = run(
         checkpoint,
         config,
@@ -119,8 +147,9 @@ def heal(
         name=model,
         teacher_name=teacher or "",
         dtype=None if dtype is None else dtype_of(dtype),
-        device=choose_device(None),
+        device=device,
         cache=cache,
+        spoken=speak(teacher or model, tokenizer) if "distil" in settings.methods else None,
         reporting=output.progress,
     )
     if record.stopped:
@@ -128,6 +157,24 @@ def heal(
     before, after = record.perplexity_before, record.perplexity_after
     output.say(f"held-out perplexity {before:.4f} before, {after:.4f} after {method}")
     output.say(f"{out}: {len(config.layers)} of {config.total_layers} layers, healed")
+
+
+def speak(ref: str, text: "Text") -> "Spoken":
+    """The teacher by the fastest runtime here."""
+    from engine.generation import generate
+    from engine.healing.heal import Spoken
+
+    model, _ = common.open_model(ref, None)
+    runtime = model.runtime
+
+    def logits(tokens: "torch.Tensor") -> "torch.Tensor":
+        cache = runtime.new_cache(1, tokens.shape[1])
+        return runtime.forward(tokens.to(runtime.device), cache, logits="all")
+
+    def write(prompts: "Sequence[Sequence[int]]", options: "Options") -> "Sequence[Sequence[int]]":
+        return [each.token_ids for each in generate(runtime, text, prompts, options)]
+
+    return Spoken(f"{runtime.name} {runtime.precision}", logits, write, text.bos_id)
 
 
 def check_files(out: Path, text: list[str], held_out: str | None) -> None:

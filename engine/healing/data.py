@@ -34,6 +34,13 @@ class Data:
     def held_out_hash(self) -> str:
         return hashlib.sha256(self.held_out.numpy().tobytes()).hexdigest()
 
+    def extended(self, rows: torch.Tensor) -> "Data":
+        """With `rows` (M, W), of which the last of every twenty is held out."""
+        out = torch.arange(len(rows)) % 20 == 19
+        taken = rows[out][:HELD_OUT]
+        learnt = torch.cat((rows[~out], rows[out][HELD_OUT:]))
+        return Data(torch.cat((self.windows, learnt)), torch.cat((self.held_out, taken)))
+
     def spread(self, count: int = PATCH_WINDOWS) -> list[torch.Tensor]:
         """Up to so many windows, evenly over the text, as batches of one."""
         total = len(self.windows)

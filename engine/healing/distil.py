@@ -11,11 +11,12 @@ from engine.healing import state
 from engine.healing.data import Data, perplexity
 from engine.healing.settings import Settings
 from engine.healing.student import Student
-from engine.healing.teacher import bins, divergence
+from engine.healing.teacher import divergence
 
 Taught = Callable[[int], tuple[torch.Tensor, torch.Tensor]]  # window -> log-probabilities, indices
 Report = Callable[..., None]  # (done, in all, note)
 
+LOGITS = 1 << 27  # values; half a gigabyte of float32
 FIRST_SHARE = 0.1  # of the rate, at least: a warm-up by the clock would begin at nothing
 
 
@@ -99,15 +100,19 @@ class Training:
         self.student, self.taught, self.data, self.settings = student, taught, data, settings
         self.file, self.best = directory / "training.safetensors", directory / "best.safetensors"
         weights = list(student.learning.values())
-        self.optimiser = torch.optim.AdamW(weights, lr=settings.lr, weight_decay=0.0)
+        self.optimiser = torch.optim.AdamW(weights, lr=settings.lr, weight_decay=0.0, fused=True)
         self.standing = state.restore(self.file, student.learning, self.optimiser)
+        student.refresh()
 
     def step(self) -> None:
         """One update, or `stopped` with the reason, the weights as they were."""
         standing, settings = self.standing, self.settings
         self.optimiser.zero_grad(set_to_none=True)
         windows = self.data.batch(standing.step, settings.batch, settings.seed)
-        loss = sum(self._learn(window, len(windows)) for window in windows)
+        taken = range(0, len(windows), self.together)
+        parts = [windows[start : start + self.together] for start in taken]
+        loss = sum(self._learn(part, len(windows)) for part in parts)
+        self.student.collect()
         weights = self.student.learning.values()
         norm = float(torch.nn.utils.clip_grad_norm_(weights, settings.clip))
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -116,18 +121,23 @@ class Training:
         for group in self.optimiser.param_groups:
             group["lr"] = rate(share(standing, settings), settings)
         self.optimiser.step()
+        self.student.refresh()
         standing.step += 1
         standing.losses.append(loss)
 
-    def _learn(self, window: int, count: int) -> float:
-        """Adds the gradient of one of `count` windows; its part of the loss.
+    @property
+    def together(self) -> int:
+        """Windows whose logits are in memory at a time."""
+        return max(1, LOGITS // (self.settings.window * self.student.vocab_size))
 
-        A window at a time: the logits of a step of 16 would be gigabytes.
-        """
-        expected, indices = self.taught(window)
-        logits = self.student.logits(self.data.windows[window : window + 1])[0]
-        found = bins(logits, indices.to(logits.device))
-        loss = divergence(expected.to(logits.device), found) / count
+    def _learn(self, windows: list[int], count: int) -> float:
+        """Adds the gradient of some of `count` windows; their part of the loss."""
+        taught = [self.taught(window) for window in windows]
+        logits = self.student.logits(self.data.windows[windows])
+        expected, indices = (
+            torch.stack(each).to(logits.device) for each in zip(*taught, strict=True)
+        )
+        loss = divergence(logits, expected, indices) * (len(windows) / count)
         loss.backward()
         return float(loss.detach())
 

@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -24,13 +24,24 @@ from engine.healing.replaced import Replaced
 from engine.healing.settings import Settings, check_model
 from engine.healing.state import Standing
 from engine.healing.student import Student
-from engine.healing.teacher import Teacher
+from engine.healing.teacher import Logits, Teacher
+from engine.healing.written import Write, written
 from engine.reference.cache import KVCache
 from engine.reference.decoder import Decoder, load_decoder
 
 RECORD = "heal.json"
 
 Reporting = Callable[[str], AbstractContextManager[Callable[..., None]]]  # label -> report
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A faster way to the teacher's words than the reference decoder: a runtime's."""
+
+    name: str  # with its precision: tells cached logits apart
+    logits: Logits
+    write: Write
+    bos: int | None = None  # what a text can begin with
 
 
 def _unheard(done: int, total: int, note: str = "") -> None:
@@ -50,21 +61,27 @@ def heal(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     cache: Path | None = None,
+    spoken: Spoken | None = None,
     reporting: Reporting = lambda label: nullcontext(_unheard),
 ) -> HealRecord:
     """Writes the layers of `pupil` that `config` keeps, healed, to the new directory `out`.
 
     The teacher is `pupil` with all its layers, or `teacher` where that has lost some already.
     `dtype` is that of `out`, the pupil's own 16 bits by default. Until it is finished a run lies
-    in `out` + ".healing"; the teacher's logits lie in `cache` instead, and stay, where it is given.
+    in `out` + ".healing"; what the teacher says lies in `cache` instead, and stays, where it is
+    given. `spoken` is asked for that in the place of the reference decoder; `settings.written`,
+    tokens that the teacher writes, needs it.
     """
     source = teacher or pupil
     check_model(settings, config, teacher is not None)
     check_place(source, config, out)
-    healing = Healing(pupil, source, config, data, settings, device, reporting)
+    settings = settings.on(device)
+    healing = Healing(pupil, source, config, data, settings, device, reporting, spoken)
     work = out.with_name(out.name + ".healing")
     run = work / healing.key
     run.mkdir(parents=True, exist_ok=True)
+    if settings.written:
+        healing = replace(healing, data=healing.extended(cache or work))
     before = healing.perplexity(pupil, config)
     if "distil" in settings.methods:
         healed, standing = healing.distilled(run, cache or work)
@@ -103,6 +120,7 @@ class Healing:
     settings: Settings
     device: torch.device | str
     reporting: Reporting
+    spoken: Spoken | None
 
     @cached_property
     def lineage(self) -> str:
@@ -127,20 +145,43 @@ class Healing:
                 return Replaced(self.pupil, tensors)
         return self.pupil
 
+    @property
+    def known(self) -> str:
+        """What tells text and teacher apart."""
+        told = self.spoken.name if self.spoken else "reference"
+        return f"{self.data.hash} {self.lineage} {self.source.path.resolve()} {told}"
+
+    def extended(self, directory: Path) -> Data:
+        """The text, and what the teacher writes."""
+        assert self.spoken is not None, "written text needs a runtime"
+        with self.reporting("tokens written") as report:
+            rows = written(
+                self.data.windows,
+                self.settings.written,
+                self.spoken.bos,
+                self.spoken.write,
+                directory,
+                name=self.known,
+                seed=self.settings.seed,
+                report=report,
+            )
+        return self.data.extended(rows)
+
     def distilled(self, run: Path, cache: Path) -> tuple[Checkpoint, Standing]:
         """The student with what it has learnt, layers numbered from 0, and how that went."""
         start, settings = run / "student", self.settings
         if not start.exists():
             hf.prune(self.patched(), self.config, start, dtype=torch.float32)
-        known = f"{self.data.hash} {self.lineage} {self.source.path.resolve()}"
         size = self.config.vocab_size
-        taught = Teacher(self.data.windows, settings.top, size, cache, known)
-        decoder = load_decoder(self.source, self.source.config, self.device)
+        taught = Teacher(self.data.windows, settings.top, size, cache, self.known)
+        ask = partial(taught, logits=self.spoken.logits if self.spoken else self._decoder())
         student = Student(start, self.config, settings, self.device)
         with self.reporting("seconds" if settings.steps is None else "steps") as report:
-            ask = partial(taught, logits=partial(_logits, decoder))
             standing = distil(student, ask, self.data, settings, run, report)
         return Replaced(open_checkpoint(start), student.tensors()), standing
+
+    def _decoder(self) -> Logits:
+        return partial(_logits, load_decoder(self.source, self.source.config, self.device))
 
     def perplexity(self, checkpoint: Checkpoint, config: ModelConfig) -> float:
         decoder = load_decoder(checkpoint, config, self.device)

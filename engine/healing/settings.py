@@ -1,14 +1,18 @@
 """What is asked of a healing, and what cannot be done; known before torch is imported."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from engine.architecture.config import ModelConfig
 from engine.errors import InputError
 
+if TYPE_CHECKING:
+    import torch
+
 METHODS = ("linear", "scale", "distil")
 TRAIN = ("all", "around", "norms", "lora")
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -22,18 +26,28 @@ class Settings:
     lr: float = 1e-4
     seed: int = 0
     window: int = 512  # tokens a window
-    batch_tokens: int = 1024  # tokens a step, in whole windows
+    batch_tokens: int = 2048  # tokens a step, in whole windows
     top: int = 64  # teacher's logits kept a position
     check_every: int = 20  # steps between two checks, each of which is saved
     patience: int = 5  # checks without improvement
     rank: int = 16  # of LoRA
     warm_up: float = 0.1  # share of the run
     clip: float = 1.0  # norm of the gradient
+    written: int = 0  # tokens that the teacher writes, beside the text
+    precision: str = "auto"  # of the student's products: float32, bfloat16
 
     def __post_init__(self) -> None:
         _check_methods(self.methods)
         if self.train not in TRAIN:
             raise InputError(f"train: expected one of {', '.join(TRAIN)}, found {self.train!r}")
+        if self.precision not in PRECISIONS:
+            raise InputError(
+                f"precision: expected one of {', '.join(PRECISIONS)}, found {self.precision!r}"
+            )
+        if self.written < 0:
+            raise InputError(f"self: expected at least 0 tokens, found {self.written}")
+        if self.written and "distil" not in self.methods:
+            raise InputError("self: text that the teacher writes is for distil, not asked for")
         for name in ("steps", "minutes", "lr", "batch_tokens", "top", "check_every", "rank"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -42,6 +56,16 @@ class Settings:
             raise InputError(f"window: expected at least 2 tokens, found {self.window}")
         if "distil" in self.methods and self.steps is None and self.minutes is None:
             raise InputError("distil: expected --minutes or --steps, found neither")
+
+    def on(self, device: "torch.device | str") -> "Settings":
+        """With the precision that is fast there, where none is asked for."""
+        if self.precision != "auto":
+            return self
+        from engine.kernels.dispatch import why_not
+        from engine.kernels.w4.cpu import isas
+
+        fast = str(device) != "cpu" or (why_not("cpu") is None and isas()[0] == "amx")
+        return replace(self, precision="bfloat16" if fast else "float32")
 
     @property
     def batch(self) -> int:

@@ -1,6 +1,6 @@
 """The student: transformers' model of a pruned directory, and which of its weights learn."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,43 +8,84 @@ import torch
 
 from engine.architecture.config import ModelConfig
 from engine.architecture.families import FAMILIES
+from engine.checkpoint import open_checkpoint
 from engine.errors import InputError
 from engine.healing.settings import Settings, find_cuts
+from engine.kernels.dtypes import dtype_of
 
+ADAPTED = "base_model.model."  # what peft puts before a name
 FFN = ("gate", "up", "gate_up", "down")  # roles that LoRA adapts, as the paper does
 
 
 class Student:
-    """A float32 model; `learning` are the parameters that are trained, by name."""
+    """A model in `settings.precision`; `learning`: float32 weights that are trained, by name.
+
+    Where the model has 16 bits these are copies: a step is smaller than what bfloat16 tells apart.
+    """
 
     def __init__(
         self, directory: Path, config: ModelConfig, settings: Settings, device: torch.device | str
     ) -> None:
         """`config`: of the layers that `directory` holds, under their original numbers."""
-        self.model = _load(directory).to(device)
+        self.directory, self.vocab_size = directory, config.vocab_size
+        self.model = _load(directory, dtype_of(settings.precision)).to(device)
         self.adapted = settings.train == "lora"
         if self.adapted:
             self.model = _adapt(self.model, config, settings)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(learns(name, config, settings.train))
         named = self.model.named_parameters()
-        self.learning = {name: weight for name, weight in named if weight.requires_grad}
+        self.own = {name: weight for name, weight in named if weight.requires_grad}
+        given = {} if self.adapted else _read(directory, self.own)
+        self.learning = {
+            name: weight if weight.dtype == torch.float32 else given[name].to(device)
+            for name, weight in self.own.items()
+        }
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens (B, W) -> (B, W, V) float32."""
-        device = next(iter(self.learning.values())).device
+        """tokens (B, W) -> (B, W, V)."""
+        device = next(iter(self.own.values())).device
         found: torch.Tensor = self.model(tokens.to(device), use_cache=False).logits
         return found
+
+    def collect(self) -> None:
+        """Takes the model's gradients over to `learning`."""
+        for name, weight in self.own.items():
+            if weight is not self.learning[name] and weight.grad is not None:
+                self.learning[name].grad, weight.grad = weight.grad.float(), None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Gives the model what `learning` holds."""
+        for name, weight in self.own.items():
+            if weight is not self.learning[name]:
+                weight.copy_(self.learning[name])
 
     @torch.no_grad()
     def take(self, weights: Mapping[str, torch.Tensor]) -> None:
         for name, weight in weights.items():
             self.learning[name].copy_(weight)
+        self.refresh()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All weights under the names of the directory; adapters become part of their matrices."""
-        model = self.model.merge_and_unload() if self.adapted else self.model
-        return {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
+        """What has learnt, under the names of the directory; adapters within their matrices."""
+        if not self.adapted:
+            return {name: weight.detach().cpu() for name, weight in self.learning.items()}
+        adapted = {
+            f"{name.removeprefix(ADAPTED)}.weight": module
+            for name, module in self.model.named_modules()
+            if hasattr(module, "lora_A")
+        }
+        return {
+            name: weight + adapted[name].get_delta_weight("default").detach().cpu()
+            for name, weight in _read(self.directory, adapted).items()
+        }
+
+
+def _read(directory: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Tensors of a directory as they are stored, in memory of their own."""
+    checkpoint = open_checkpoint(directory)
+    return {name: checkpoint.read(name).clone() for name in names}
 
 
 def learns(name: str, config: ModelConfig, train: str) -> bool:
@@ -60,16 +101,14 @@ def learns(name: str, config: ModelConfig, train: str) -> bool:
     return any(layer in (cut.start - 1, cut.stop) for cut in find_cuts(config))
 
 
-def _load(directory: Path) -> Any:
+def _load(directory: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a stage prints nothing
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, local_files_only=True
-        )
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
     finally:
         if shown:
             logging.enable_progress_bar()

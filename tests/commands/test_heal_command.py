@@ -71,6 +71,14 @@ def test_the_teachers_words_are_kept_where_one_says(tree, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
 
+def test_text_of_the_teachers_own(tree, tmp_path):
+    out = tmp_path / "healed"
+    done = call(*asked(tree, out, "--drop", 2, *TRAINED, "--self", 100))
+    assert done[0] == 0, done[2]
+    record = HealRecord.load(out / "heal.json")
+    assert record.settings["written"] == 100 and record.settings["precision"] != "auto"
+
+
 @pytest.mark.parametrize(
     "sentence, options",
     [
@@ -79,6 +87,9 @@ def test_the_teachers_words_are_kept_where_one_says(tree, tmp_path):
         ("steps: expected more than 0, found 0", ("--drop", 2, "--steps", 0)),
         ("method: expected some of linear, scale, distil, found 'magic'", ("--method", "magic")),
         ("method: distil comes last", ("--method", "distil,linear")),
+        ("self: expected at least 0 tokens, found -1", ("--drop", 2, "--self", -1)),
+        ("self: text that the teacher", ("--drop", 2, "--method", "linear", "--self", 9)),
+        ("precision: expected one of auto,", ("--drop", 2, "--precision", "int3")),
         ("excludes scale", ("--method", "linear,scale")),
         ("train: expected one of all, around, norms, lora, found 'some'", ("--train", "some")),
         ("nothing is dropped", ()),

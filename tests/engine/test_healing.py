@@ -3,6 +3,7 @@
 import json
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from engine.healing.heal import heal
 from engine.healing.settings import Settings
 from engine.healing.student import learns
 from engine.healing.teacher import Teacher, bins, divergence
+from engine.healing.written import written
 from engine.text import load_text
 
 SETTINGS = Settings(("distil",), steps=14, lr=3e-3, window=WINDOW, batch_tokens=96, check_every=4)
@@ -48,11 +50,27 @@ def test_the_bins_hold_the_whole_loss(rng, tmp_path):
         for window in (2, 0, 2):
             expected, indices = kept(window, ask)
             assert indices.shape == (WINDOW, 64)
-            found = float(divergence(expected, bins(student[window], indices)))
+            found = float(divergence(student[window], expected, indices))
             assert found == pytest.approx(kl(teacher[window], student[window]), rel=0.01)
     assert asked == [2, 0]
     Teacher(windows, 64, 1000, tmp_path, "another text")(2, ask)
     assert asked == [2, 0, 2]
+
+
+def test_the_gradient_of_the_loss(rng):
+    """Against autograd in float64 through the definition of the bins."""
+    logits = (4 * torch.randn(2, 5, 300, generator=rng)).requires_grad_()
+    indices = torch.stack([torch.randperm(300, generator=rng)[:9] for _ in range(10)]).view(2, 5, 9)
+    teacher = torch.randn(2, 5, 10, generator=rng).log_softmax(-1)
+    exact = logits.detach().double().requires_grad_()
+    expected = (teacher.double().exp() * (teacher.double() - bins(exact, indices))).sum(-1).mean()
+    found = divergence(logits, teacher, indices)
+    assert_close("loss", expected, found, 1e-5)
+    assert_close(
+        "gradient",
+        *(torch.autograd.grad(3 * y, x)[0] for y, x in ((expected, exact), (found, logits))),
+        1e-5,
+    )
 
 
 def test_a_bin_for_all_others_where_the_vocabulary_is_small(tmp_path):
@@ -83,6 +101,48 @@ def test_a_healed_model_is_nearer_and_an_ordinary_directory(case, source, rng, t
     peer = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     with torch.no_grad():
         assert_close("transformers", ours, peer(data.held_out, use_cache=False).logits, 1e-4)
+
+
+def test_in_bfloat16_it_learns_as_well(source, rng, tmp_path):
+    checkpoint = source("llama")
+    config, data = shortened(checkpoint), draw(checkpoint, rng)
+    found = [
+        heal(checkpoint, config, data, tmp_path / name, replace(SETTINGS, precision=name))
+        for name in ("float32", "bfloat16")
+    ]
+    exact, rounded = (record.losses[0] - record.losses[-1] for record in found)
+    assert exact > 0 and rounded == pytest.approx(exact, rel=0.2)
+    assert [record.settings["precision"] for record in found] == ["float32", "bfloat16"]
+
+
+def test_text_that_the_teacher_writes(rng, tmp_path):
+    """Rows that the teacher goes on with from the text and from BOS; a killed run keeps batches."""
+    windows, asked = torch.arange(30 * WINDOW).view(30, WINDOW), []
+
+    def write(prompts, options, broken=False):
+        if broken and len(asked) == 1:
+            raise KeyboardInterrupt
+        asked.append(len(prompts))
+        assert options.temperature == 1 and options.ignore_eos
+        draw = torch.Generator().manual_seed(options.seed)
+        shape = len(prompts), options.max_new_tokens
+        return torch.randint(0, 9, shape, generator=draw).tolist()
+
+    def run(directory, writing=write):
+        given = {"name": "n", "seed": 3, "report": lambda *_: None}
+        return written(windows, 40 * WINDOW - 5, 1, writing, tmp_path / directory, **given)
+
+    whole = run("a")
+    assert whole.shape == (40, WINDOW) and asked == [16, 16, 8]
+    assert whole[0, :16].tolist() == list(range(16)) and whole[1::2, 0].eq(1).all()
+    assert not whole[:, 16:].gt(8).any()
+    asked.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run("b", partial(write, broken=True))
+    assert torch.equal(run("b"), whole) and asked == [16, 16, 8]
+    data = Data(windows, windows[:2]).extended(whole)
+    assert torch.equal(data.windows, torch.cat((windows, whole[:19], whole[20:39])))
+    assert torch.equal(data.held_out[2:], whole[[19, 39]])
 
 
 @contextmanager
@@ -117,9 +177,9 @@ def test_a_loss_that_is_no_number_ends_it_with_the_last_good_weights(
     config, data = shortened(checkpoint), draw(checkpoint, rng)
     calls = []
 
-    def broken(teacher, student):
+    def broken(*bins):
         calls.append(1)
-        return divergence(teacher, student) * (torch.nan if len(calls) > 6 * 4 else 1)
+        return divergence(*bins) * (torch.nan if len(calls) > 6 else 1)
 
     monkeypatch.setattr(distil, "divergence", broken)
     record = heal(checkpoint, config, data, tmp_path / "out", SETTINGS, dtype=torch.float32)

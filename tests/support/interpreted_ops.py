@@ -39,7 +39,8 @@ def test_gradient_in_parts(rng, monkeypatch):
 
 def test_weights_come_back(rng):
     packed = dataclasses.replace(
-        random_packed(rng, 18, 150, Spec(4, 32, "kquant")), perm=torch.randperm(150, generator=rng).int()
+        random_packed(rng, 18, 150, Spec(4, 32, "kquant")),
+        perm=torch.randperm(150, generator=rng).int(),
     ).to(DEVICE)
     linear = W4Linear.from_packed(packed, backend="triton").half()
     for back in (restore(linear.prepared), linear.packed):

@@ -1,0 +1,71 @@
+"""Text that the teacher writes itself: what keeps a healed model's own text alive.
+
+Half of the rows go on from the beginnings of windows of the text to learn from, spread over it;
+the others, where the tokenizer has BOS, from nothing but that: what the teacher says unasked is of
+every kind that it knows. Sampled at temperature 1 among tokens that are at least a fiftieth as
+likely as the likeliest, which keeps out what a nucleus keeps out and sorts nothing.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from engine.options import Options
+from engine.reference.stream import storage
+
+PROMPT = 16  # tokens
+ROWS = 16  # at once
+
+Write = Callable[[Sequence[Sequence[int]], Options], Sequence[Sequence[int]]]  # what follows each
+Report = Callable[[int, int], None]  # (tokens done, in all)
+
+
+def prompts(windows: torch.Tensor, count: int, bos: int | None) -> list[list[int]]:
+    """`count` beginnings of rows, from windows (N, W)."""
+    length = min(PROMPT, windows.shape[1] // 2)
+    spread = [windows[i * len(windows) // count, :length].tolist() for i in range(count)]
+    if bos is None:
+        return spread
+    return [[bos] if i % 2 else row for i, row in enumerate(spread)]
+
+
+def written(
+    windows: torch.Tensor,
+    tokens: int,
+    bos: int | None,
+    write: Write,
+    directory: Path,
+    *,
+    name: str,
+    seed: int,
+    report: Report,
+) -> torch.Tensor:
+    """(M, W) int64: at least `tokens` tokens, in rows as long as those of `windows` (N, W).
+
+    They lie in `directory` under a name of their own, so that a killed run goes on with the batch
+    it was at; `name` tells texts and teachers apart. A row that ends goes on, as packed texts do.
+    """
+    width = windows.shape[1]
+    count = -(-tokens // width)
+    digest = hashlib.sha256(f"{name} {count} {width} {seed} {bos}".encode()).hexdigest()[:16]
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"written-{digest}"
+    rows = storage(count * width, torch.int32, 0, path.with_suffix(".rows")).view(count, width)
+    done = storage(count, torch.uint8, 0, path.with_suffix(".done"))
+    given = prompts(windows, count, bos)
+    for start in range(0, count, ROWS):
+        taken = slice(start, min(start + ROWS, count))
+        if not done[taken].all():
+            length = width - min(map(len, given[taken]))
+            options = Options(
+                temperature=1.0, min_p=0.02, seed=seed * 1_000_003 + start,
+                max_new_tokens=length, ignore_eos=True,
+            )  # fmt: skip
+            more = write(given[taken], options)
+            whole = [[*one, *two][:width] for one, two in zip(given[taken], more, strict=True)]
+            rows[taken] = torch.tensor(whole, dtype=torch.int32)
+            done[taken] = 1
+        report(taken.stop * width, count * width)
+    return rows.long()
