@@ -16,7 +16,7 @@ from engine.options import Options
 from engine.reference.stream import storage
 
 PROMPT = 16  # tokens
-ROWS = 16  # at once
+ROWS = 32  # at once
 
 Write = Callable[[Sequence[Sequence[int]], Options], Sequence[Sequence[int]]]  # what follows each
 Report = Callable[[int, int], None]  # (tokens done, in all)

@@ -133,13 +133,13 @@ def test_text_that_the_teacher_writes(rng, tmp_path):
         return written(windows, 40 * WINDOW - 5, 1, writing, tmp_path / directory, **given)
 
     whole = run("a")
-    assert whole.shape == (40, WINDOW) and asked == [16, 16, 8]
-    assert whole[0, :16].tolist() == list(range(16)) and whole[1::2, 0].eq(1).all()
-    assert not whole[:, 16:].gt(8).any()
+    assert whole.shape == (40, WINDOW) and asked == [32, 8]
+    assert whole[0, :12].tolist() == list(range(12)) and whole[1::2, 0].eq(1).all()
+    assert not whole[:, 12:].gt(8).any()
     asked.clear()
     with pytest.raises(KeyboardInterrupt):
         run("b", partial(write, broken=True))
-    assert torch.equal(run("b"), whole) and asked == [16, 16, 8]
+    assert torch.equal(run("b"), whole) and asked == [32, 8]
     data = Data(windows, windows[:2]).extended(whole)
     assert torch.equal(data.windows, torch.cat((windows, whole[:19], whole[20:39])))
     assert torch.equal(data.held_out[2:], whole[[19, 39]])
