@@ -35,6 +35,15 @@ class Encoded:
     choices: list[list[int]]
 
 
+@dataclass(frozen=True)
+class Likelihoods:
+    """Of the choices of a question: (choices,) float64 summed log-probabilities in nats, and
+    whether each is what greedy decoding would say."""
+
+    sums: torch.Tensor
+    greedy: tuple[bool, ...]
+
+
 def judge_choices(
     runtime: Runtime[Any],
     text: Text,
@@ -52,7 +61,8 @@ def judge_choices(
     """
     encoded = encode_questions(text, questions, bos, runtime.config.max_context)
     correct, probabilities = [], []
-    for question, sums in zip(questions, log_likelihoods(runtime, encoded), strict=True):
+    for question, found in zip(questions, log_likelihoods(runtime, encoded), strict=True):
+        sums = found.sums
         if not sums.isfinite().all():
             raise ArithmeticError(NOT_FINITE)
         lengths = torch.tensor([len(choice) for choice in question.choices])  # as acc_norm
@@ -101,24 +111,26 @@ def encode(text: Text, question: Question, bos: bool | None = None) -> Encoded:
     return Encoded(prefix + alone, choices)
 
 
-def log_likelihoods(runtime: Runtime[Any], questions: Sequence[Encoded]) -> Iterator[torch.Tensor]:
-    """Yields for every question (choices,) float64: summed log-probability of each choice, nats."""
+def log_likelihoods(
+    runtime: Runtime[Any], questions: Sequence[Encoded], most: int = BATCH
+) -> Iterator[Likelihoods]:
+    """Yields one for every question, of which at most `most` run at once."""
     whole = runtime.config.whole_prefill
     longest = max(len(ids) + whole * len(q.context) for q in questions for ids in q.choices)
     room = LOGITS_BYTES // (4 * runtime.config.vocab_size * longest)
-    size = min(BATCH, max(1, room))
+    size = min(most, max(1, room))
     for start in range(0, len(questions), size):
         yield from _batch(runtime, questions[start : start + size])
 
 
-def _batch(runtime: Runtime[Any], batch: Sequence[Encoded]) -> list[torch.Tensor]:
+def _batch(runtime: Runtime[Any], batch: Sequence[Encoded]) -> list[Likelihoods]:
     """A question's tokens run once; the cache goes back to their end before every choice.
 
     Where rotations depend on how long a sequence is in all, question and choice run together.
     """
     contexts = [each.context for each in batch]
     heads: list[list[int]] = [[] for _ in batch]  # run before each choice
-    longest = max(len(each.context) + max(map(len, each.choices)) for each in batch)
+    longest = max(len(each.context) + max(map(len, each.choices)) for each in batch) - 1
     cache = runtime.new_cache(len(batch), longest)
     first = None
     if runtime.config.whole_prefill:
@@ -126,7 +138,7 @@ def _batch(runtime: Runtime[Any], batch: Sequence[Encoded]) -> list[torch.Tensor
     else:
         first = runtime.forward(left_padded(contexts).to(runtime.device), cache)  # (B, 1, V)
     shared = cache.lengths.amax(dim=1)  # (B,)
-    sums: list[list[float]] = [[] for _ in batch]
+    scored: list[list[tuple[float, bool]]] = [[] for _ in batch]
     for number in range(max(len(each.choices) for each in batch)):
         tails = [each.choices[number] if number < len(each.choices) else [] for each in batch]
         pairs = zip(heads, tails, strict=True)
@@ -138,16 +150,23 @@ def _batch(runtime: Runtime[Any], batch: Sequence[Encoded]) -> list[torch.Tensor
             cache.truncate(shared)
         for row, tail in enumerate(tails):
             if tail:
-                sums[row].append(_sum([each[row] for each in parts], tail))
-    return [torch.tensor(each, dtype=torch.float64) for each in sums]
+                scored[row].append(_score([each[row] for each in parts], tail))
+    found = []
+    for each in scored:
+        sums, greedy = zip(*each, strict=True)
+        found.append(Likelihoods(torch.tensor(sums, dtype=torch.float64), greedy))
+    return found
 
 
-def _sum(parts: Sequence[torch.Tensor], tail: Sequence[int]) -> float:
-    """Log-probability of `tail`, predicted at the end of the last of `parts` (n, V); where there
-    are two, its first token at the end of the first and the rest at the end of the second."""
+def _score(parts: Sequence[torch.Tensor], tail: Sequence[int]) -> tuple[float, bool]:
+    """(log-probability of `tail`, is it greedy?).
+
+    It is predicted at the end of the last of `parts` (n, V); where there are two, its first token
+    at the end of the first and the rest at the end of the second.
+    """
     own = parts[-1]
     if len(parts) == 2:
         own = torch.cat([parts[0], own[len(own) - len(tail) + 1 :]])
     own = own[len(own) - len(tail) :].double().log_softmax(-1)
     ids = torch.tensor(tail, device=own.device)
-    return float(own.gather(-1, ids[:, None]).sum())
+    return float(own.gather(-1, ids[:, None]).sum()), bool((own.argmax(-1) == ids).all())

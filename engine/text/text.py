@@ -73,7 +73,11 @@ class Text:
         return Pieces(self.tokenizer, self.where)
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of the prompt for the assistant's next words.
+        """Token ids of the prompt for the assistant's next words, as `render` writes it."""
+        return self.encode(self.render(messages), add_special=False)
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """What the chat template makes of `messages`.
 
         InputError where the checkpoint has no chat template, or it refuses `messages`.
         """
@@ -81,8 +85,7 @@ class Text:
             raise InputError(f"{self.where}: has no chat template, so it takes only raw text")
         from engine.text.chat import render
 
-        text = render(self.chat_template, messages, self.special, self.where)
-        return self.encode(text, add_special=False)
+        return render(self.chat_template, messages, self.special, self.where)
 
     def to_transformers(self) -> "PreTrainedTokenizerBase":
         """The tokenizer as transformers knows it, padding token set; takes a second or more."""

@@ -51,9 +51,9 @@ def test_log_likelihoods_equal_transformers(case, rng, tmp_path):
         with load(tmp_path, backend=backend, dtype="float32") as model:
             encoded = [encode(model.text, question) for question in questions]
             found = list(log_likelihoods(model.runtime, encoded))
-        for each, sums in zip(encoded, found, strict=True):
+        for each, likelihoods in zip(encoded, found, strict=True):
             expected = [by_transformers(peer, each.context, choice) for choice in each.choices]
-            assert sums.tolist() == pytest.approx(expected, abs=1e-3)
+            assert likelihoods.sums.tolist() == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_choice_is_encoded_with_its_question(default_model):

@@ -53,10 +53,10 @@ def test_log_likelihoods_of_choices_equal_transformers(backend, model, peer):
     encoded = [encode(model.text, Question(*row, 0, "here")) for row in rows]
     with load(model.path, backend=backend, dtype="float32") as opened:
         found = list(log_likelihoods(opened.runtime, encoded))
-    for (question, choices), sums in zip(rows, found, strict=True):
+    for (question, choices), likelihoods in zip(rows, found, strict=True):
         context = f"Question: {question}\nAnswer:"
         start = len(model.text.encode(context))
-        for choice, ours in zip(choices, sums.tolist(), strict=True):
+        for choice, ours in zip(choices, likelihoods.sums.tolist(), strict=True):
             ids = torch.tensor(model.text.encode(f"{context} {choice}"))
             logits = peer(ids[None]).logits[0, start - 1 : -1].double().log_softmax(-1)
             expected = logits.gather(-1, ids[start:, None]).sum()

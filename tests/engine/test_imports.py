@@ -25,7 +25,7 @@ runtime
 generation
 evaluate
 api
-benchmark report
+benchmark report lm_eval
 commands
 run
 cli

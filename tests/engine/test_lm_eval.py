@@ -1,0 +1,159 @@
+"""The adapter to lm-evaluation-harness against its own `hf` model, on a task in a local file."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import tiny
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from engine.errors import InputError
+
+lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra `eval`)")
+
+CHOICES = """
+task: local_choices
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+TEXT = """
+task: local_text
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{{context}}}}}"
+doc_to_target: "{{{{question}}}}"
+metric_list: [{{metric: {metric}}}]
+{more}
+"""
+
+
+def spelled(number: int) -> str:
+    return f"<{number}>" if number < 3 else f"w{number}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("lm_eval")
+    tiny.write("llama", directory / "model", seed=3, num_hidden_layers=4)
+    vocabulary = {spelled(number): number for number in range(tiny.VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=spelled(0)))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(directory / "model" / "tokenizer.json"))
+    ends = dict(zip(("pad_token", "bos_token", "eos_token"), map(spelled, range(3)), strict=True))
+    told = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **ends})
+    directory.joinpath("model", "tokenizer_config.json").write_text(told)
+    return directory / "model"
+
+
+@pytest.fixture
+def tasks(rng, tmp_path, monkeypatch):
+    """A folder of tasks: choices, a text longer than the context, generation."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+
+    def words(count: int) -> str:
+        numbers = torch.randint(3, tiny.VOCAB, (count,), generator=rng).tolist()
+        return " ".join(map(spelled, numbers))
+
+    rows = [
+        {
+            "question": words(5 + i),
+            "choices": [words(1 + i % 3), words(3), words(2)],
+            "answer": i % 3,
+        }
+        for i in range(9)
+    ]
+    rows.append({"question": words(300), "choices": [words(2), words(2)], "answer": 0})
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    folder.joinpath("choices.yaml").write_text(CHOICES.format(file=file))
+    until = "generation_kwargs: {until: [w7], max_gen_toks: 12}"
+    kinds = {
+        "rolling": ("loglikelihood_rolling", "''", "bits_per_byte", ""),
+        "said": ("generate_until", "question", "exact_match", until),
+    }
+    for name, (kind, context, metric, more) in kinds.items():
+        text = TEXT.format(file=file, kind=kind, context=context, metric=metric, more=more)
+        folder.joinpath(f"{name}.yaml").write_text(text.replace("local_text", f"local_{name}"))
+    return folder
+
+
+def run(model, tasks, names):
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    return lm_eval.simple_evaluate(
+        model=model, tasks=names, task_manager=manager, bootstrap_iters=0, batch_size=4
+    )
+
+
+def responses(result, name) -> list:
+    rows = sorted(result["samples"][name], key=lambda row: row["doc_id"])
+    return [row["resps"] for row in rows]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_equals_its_hf_model(backend, model, tasks):
+    from lm_eval.models.huggingface import HFLM
+
+    from engine.lm_eval import ShallowLM
+
+    names = ["local_choices", "local_rolling", "local_said"]
+    own = ShallowLM(pretrained=str(model), backend=backend, dtype="float32", batch_size=4)
+    peer = HFLM(pretrained=str(model), dtype="float32", device="cpu", batch_size=4)
+    ours, theirs = (run(each, tasks, names) for each in (own, peer))
+    for left, right in zip(*(responses(r, names[0]) for r in (ours, theirs)), strict=True):
+        for (a, greedy), (b, expected) in zip(
+            [x[0] for x in left], [x[0] for x in right], strict=True
+        ):
+            assert a == pytest.approx(b, abs=1e-3) and greedy == expected
+    for a, b in zip(*(responses(r, names[1]) for r in (ours, theirs)), strict=True):
+        assert a[0][0] == pytest.approx(b[0][0], abs=1e-2)  # of up to 300 tokens
+    assert responses(ours, names[2]) == responses(theirs, names[2])
+    assert ours["results"][names[0]]["acc,none"] == theirs["results"][names[0]]["acc,none"]
+
+
+def test_by_its_command_with_layers_dropped(model, tasks, tmp_path):
+    from engine.lm_eval import ShallowLM
+
+    command = [
+        sys.executable, "-m", "engine.lm_eval", "run", "--model", "shallow",
+        "--model_args", f"pretrained={model},dtype=float32,drop=1-2",
+        "--tasks", "local_choices", "--include_path", str(tasks),
+        "--output_path", str(tmp_path / "found"), "--log_samples", "--limit", "2",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = next(tmp_path.joinpath("found").rglob("samples*.jsonl")).read_text().splitlines()
+    own = ShallowLM(pretrained=str(model), dtype="float32", drop="1-2")
+    expected = responses(run(own, tasks, ["local_choices"]), "local_choices")
+    said = [json.loads(row)["resps"] for row in rows]
+    assert len(said) == 2
+    for left, right in zip(said, expected, strict=False):
+        assert [float(x[0][0]) for x in left] == pytest.approx([x[0][0] for x in right], abs=1e-3)
+    command[command.index("--model_args") + 1] = f"pretrained={tmp_path / 'absent'}"
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "absent" in done.stderr
+
+
+def test_refusals(model, tmp_path):
+    from engine.lm_eval import ShallowLM
+
+    with pytest.raises(InputError, match="plan excludes drop"):
+        ShallowLM(pretrained=str(model), plan="plan.json", drop="1")
+    with pytest.raises(InputError, match="batch_size: expected a number of at least 1, found auto"):
+        ShallowLM(pretrained=str(model), batch_size="auto")
+    with pytest.raises(InputError, match="layer 9 is out of range"):
+        ShallowLM(pretrained=str(model), drop=9)
