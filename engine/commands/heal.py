@@ -98,6 +98,9 @@ def heal(
     dtype: Annotated[
         str | None, typer.Option(help="Of OUT; the source's own 16-bit one if not given.")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="To train on: cpu, cuda; the GPU if there is one.")
+    ] = None,
     threads: common.Threads = None,
 ) -> None:
     """Drop layers and heal what is left; a killed run goes on where it was."""
@@ -133,10 +136,9 @@ def heal(
     from engine.healing.heal import heal as run
     from engine.kernels.dtypes import dtype_of
 
-    device = choose_device(None)
-    settings = settings.on(device)
+    settings = settings.on(where := choose_device(device))
     if "distil" in settings.methods:
-        output.note(f"trains in {settings.precision} on {device}")
+        output.note(f"trains in {settings.precision} on {where}")
     record = run(
         checkpoint,
         config,
@@ -147,9 +149,9 @@ def heal(
         name=model,
         teacher_name=teacher or "",
         dtype=None if dtype is None else dtype_of(dtype),
-        device=device,
+        device=where,
         cache=cache,
-        spoken=speak(teacher or model, tokenizer) if "distil" in settings.methods else None,
+        spoken=speak(teacher or model, tokenizer, where) if "distil" in settings.methods else None,
         reporting=output.progress,
     )
     if record.stopped:
@@ -159,12 +161,12 @@ def heal(
     output.say(f"{out}: {len(config.layers)} of {config.total_layers} layers, healed")
 
 
-def speak(ref: str, text: "Text") -> "Spoken":
+def speak(ref: str, text: "Text", device: "torch.device") -> "Spoken":
     """The teacher by the fastest runtime here."""
     from engine.generation import generate
     from engine.healing.heal import Spoken
 
-    model, _ = common.open_model(ref, None)
+    model, _ = common.open_model(ref, None, device=device)
     runtime = model.runtime
 
     def logits(tokens: "torch.Tensor") -> "torch.Tensor":

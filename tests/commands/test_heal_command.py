@@ -101,6 +101,7 @@ def test_text_of_the_teachers_own(tree, tmp_path):
         ("absent.txt: expected a text file, found none", ("--drop", 2, "--text", "absent.txt")),
         ("found none", ("--drop", 2, "--held-out", "absent.txt")),
         ("dtype: expected one of", ("--drop", 2, "--dtype", "int3")),
+        ("device", ("--drop", 2, "--device", "gpu7")),
     ],
 )
 def test_refusals(sentence, options, tree, tmp_path, monkeypatch):
