@@ -229,6 +229,7 @@ def load(
     device: torch.device | str | None = None,
     threads: int | None = None,
     cache_dtype: str | None = None,
+    isa: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Model:
     """Opens a model: a directory, a .gguf file, a hub id, or the default by name.
@@ -240,7 +241,8 @@ def load(
 
     The backend "cpu" takes weights as they are stored. What it multiplies by quantized ones it
     rounds to 8 bits, and keys and values to 16, unless dtype is float32. `cache_dtype` ("float32",
-    "float16", "int8") and `threads` (torch's number by default) are for it alone.
+    "float16", "int8"), `threads` (torch's number by default) and `isa` (the best instruction set here
+    by default, or "avx512", "avxvnni", "avx2", "generic") are for it alone.
 
     Raises `InputError` with one sentence for whatever the caller can mend.
     """
@@ -259,10 +261,11 @@ def load(
             threads,
             mode="exact" if exact else "int8",
             cache_dtype=cache_dtype or ("float32" if exact else "float16"),
+            isa=isa,
             progress=progress,
         )
         return Model(path, runtime)
-    for option, given in (("threads", threads), ("cache_dtype", cache_dtype)):
+    for option, given in (("threads", threads), ("cache_dtype", cache_dtype), ("isa", isa)):
         if given is not None:
             raise InputError(f"{option}: for the backend cpu alone, found {given!r} for {backend}")
     dtype = choose_dtype(dtype, checkpoint, device)
@@ -284,6 +287,7 @@ def generate(
     device: torch.device | str | None = None,
     threads: int | None = None,
     cache_dtype: str | None = None,
+    isa: str | None = None,
     max_new_tokens: int = Options.max_new_tokens,
     temperature: float = Options.temperature,
     top_k: int = Options.top_k,
@@ -297,7 +301,7 @@ def generate(
 ) -> Generation | list[Generation]:
     """One call from prompt to text: opens `ref`, completes `prompt`, closes the model.
 
-    The options from `drop` to `cache_dtype` are those of `load`, the others of `Model.generate`.
+    The options from `drop` to `isa` are those of `load`, the others of `Model.generate`.
     """
     opened = load(
         ref,
@@ -308,6 +312,7 @@ def generate(
         device=device,
         threads=threads,
         cache_dtype=cache_dtype,
+        isa=isa,
     )
     with opened as model:
         return model.generate(

@@ -70,6 +70,10 @@ def run(
         ),
     ] = None,
     threads: Threads = None,
+    isa: Annotated[
+        str | None,
+        typer.Option(help="Of the backend cpu: avx512, avx2 ...; the best here if not given."),
+    ] = None,
     temperature: Annotated[float | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
     top_k: Annotated[int | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
     top_p: Annotated[float | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
@@ -134,6 +138,8 @@ def run(
     loading = {"drop": layers, "keep": keep, "backend": backend, "dtype": dtype}
     if cache_dtype is not None:
         loading["cache_dtype"] = cache_dtype
+    if isa is not None:
+        loading["isa"] = isa
     opened, load_ms = open_model(model, threads, **loading)
     from engine.benchmark.speed import benchmark
     from engine.benchmark.tables import remarks, tables

@@ -107,6 +107,7 @@ class RunRecord(Artifact):
     versions: dict[str, str]
     commit: str | None
     breakdown: tuple[dict[str, Any], ...] = ()  # a part of the decode step each
+    isa: str | None = None  # instruction set, of the backend cpu
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,7 @@ def _surroundings(runtime: Runtime[Any], peers: Sequence[Peer]) -> dict[str, Any
         "device": str(runtime.device),
         "device_name": machine.device_name(runtime.device),
         "dtype": runtime.precision,
+        "isa": getattr(runtime, "isa", None),
         "threads": torch.get_num_threads(),
         "versions": machine.versions() | {peer.name: peer.version for peer in peers},
         "commit": machine.commit(),

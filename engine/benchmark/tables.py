@@ -34,10 +34,11 @@ def remarks(record: RunRecord) -> list[str]:
 def speeds(record: RunRecord) -> Table:
     """The record but for the peers."""
     r = record
+    backend = r.backend if r.isa is None else f"{r.backend} ({r.isa})"
     share = "" if r.ceiling_share is None else f", {r.ceiling_share:.0%} of the ceiling"
     rows = {
         "model": f"{r.model} ({r.layers_kept} of {r.layers_total} layers)",
-        "on": f"{r.device_name}, {r.threads} threads, {r.backend}, {r.dtype}",
+        "on": f"{r.device_name}, {r.threads} threads, {backend}, {r.dtype}",
         "tokens": f"{r.batch} x ({r.prompt_tokens} prompt + {r.new_tokens} new)",
         "load": figure(r.load_ms, "ms"),
         "prefill": figure(r.prefill_tok_s, "tok/s"),

@@ -55,11 +55,12 @@ class CpuRuntime:
         cache_dtype: str = "float16",
         mode: str = "int8",
         threads: int = 1,
+        isa: str | None = None,
     ) -> None:
         """`decoder` is an engine._cpu.Decoder with all its layers; `embedding` (V, D) is memory
         that it borrows, None where it reads a matrix of its own."""
         self.config, self.decoder, self.embedding = config, decoder, embedding
-        self.threads = threads
+        self.threads, self.isa = threads, isa
         self.cache_dtype = cache_dtype
         rounded = "float32" if mode == "exact" else "int8 activations"
         self.precision = f"{rounded}, {cache_dtype} cache"
@@ -119,7 +120,7 @@ class CpuRuntime:
             )
             if progress is not None:
                 progress(entry.layer)
-        return cls(config, decoder, embedding, cache_dtype, mode, threads)
+        return cls(config, decoder, embedding, cache_dtype, mode, threads, isa or isas()[0])
 
     @property
     def weight_bytes(self) -> int:

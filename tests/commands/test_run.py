@@ -73,10 +73,10 @@ def test_options_reach_the_model_and_the_loop(model):
     invoke(
         *("run", "--drop", "2-3", "--backend", "reference", "--dtype", "float32", "--threads", "1"),
         *("--batch", "3", "--repeats", "2", "--warmup", "0", "--new-tokens", "4"),
-        *("--cache-dtype", "int8"),
+        *("--cache-dtype", "int8", "--isa", "avx2"),
     )
     options = {"drop": "2-3", "keep": None, "backend": "reference", "dtype": "float32"}
-    options |= {"cache_dtype": "int8"}
+    options |= {"cache_dtype": "int8", "isa": "avx2"}
     assert model.opened == [(common.DEFAULT_MODEL, 1, options)]
     shapes = [tuple(shape) for shape, _, _ in model.runtime.calls]
     assert shapes == 2 * [(3, len(run.PROMPT)), *[(3, 1)] * 3]
