@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine.architecture.layers import format_layers
 from engine.artifacts import Plan, replacing
 from engine.benchmark.machine import device_name
@@ -88,7 +90,7 @@ class Study:
             nbytes=self.nbytes(model) if not drop else 0,
             decode_tok_s=speed.get("decode_tok_s"),
             minutes=minutes,
-            machine=device_name("cpu"),
+            machine=device_name(torch.device("cpu")),
         )
 
     def made(self, count: int, method: str) -> tuple[str, list[str]]:

@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from engine.errors import InputError
 from engine.options import Options
 from engine.runtime import Cache, Greedy, Runtime
 from engine.sample import make_generators, one_thread, sample
+from engine.speculate import Drafts, Pace
 from engine.text import Text
 from engine.text.pieces import PieceStream
 
@@ -114,7 +115,7 @@ def rate_tok_s(tokens: Sequence[int], elapsed_ns: Sequence[int], quantile: float
 def stream_steps(
     runtime: Runtime[Any], sequences: Sequence["Decoding"], options: Options
 ) -> Iterator[Step]:
-    """The loop: runs the prompts, then a token at a time until every sequence has finished.
+    """The loop: runs the prompts, then a step at a time until every sequence has finished.
 
     A finished sequence is fed -1, which the runtime neither runs nor caches. The caller's own time
     between two steps counts in neither.
@@ -123,29 +124,39 @@ def stream_steps(
     plain = options.is_greedy and options.slots is None
     greedy = runtime.greedy if plain and isinstance(runtime, Greedy) else None
     switch = runtime.config.rope_switch
+    drafting = Drafting(len(sequences)) if options.speculate else None
     clock = time.perf_counter_ns()
     tokens = left_padded([s.ids for s in sequences])
     cache = runtime.new_cache(len(sequences), tokens.shape[1] + options.max_new_tokens)
     running, fed = list(range(len(sequences))), [-1] * len(sequences)
     ids = _run(runtime, tokens, cache, sequences, options, generators)
+    found = [[token] for token in ids]  # a list a running sequence
     while True:
         pieces = [""] * len(sequences)
-        for row, token in zip(running, ids, strict=True):
-            pieces[row] = sequences[row].push(token)
-            fed[row] = -1 if sequences[row].finish_reason else token
+        for row, given in zip(running, found, strict=True):
+            pieces[row] = sequences[row].take(given)
+            fed[row] = -1 if sequences[row].finish_reason else given[-1]
         running = [row for row in running if fed[row] >= 0]
-        yield Step(tuple(pieces), len(ids), time.perf_counter_ns() - clock)
+        elapsed_ns = time.perf_counter_ns() - clock
+        yield Step(tuple(pieces), sum(map(len, found)), elapsed_ns)
         if not running:
             return
         clock = time.perf_counter_ns()
+        if drafting is not None:
+            drafting.saw(elapsed_ns)
+            if drafts := drafting.propose(sequences, running):
+                found = _verify(runtime, cache, sequences, running, drafts, options, generators)
+                drafting.learn(running, drafts, found)
+                continue
         anew = switch is not None and max(len(sequences[row].ids) for row in running) == switch + 1
         if greedy is not None and not anew:
-            ids = greedy(fed, cache)
+            found = [[token] for token in greedy(fed, cache)]
             continue
         if anew:  # LongRoPE turns to its long divisors
             cache.truncate(0)
         rows = [[] if s.finish_reason else s.ids[0 if anew else -1 :] for s in sequences]
         ids = _run(runtime, left_padded(rows), cache, sequences, options, generators)
+        found = [[token] for token in ids]
 
 
 def _run(
@@ -169,18 +180,93 @@ def _run(
     return sample(last, options, history, [generators[row] for row in running]).tolist()
 
 
+def _verify(
+    runtime: Runtime[Any],
+    cache: Cache,
+    sequences: Sequence["Decoding"],
+    running: Sequence[int],
+    drafts: Mapping[int, Sequence[int]],
+    options: Options,
+    generators: Sequence[random.Random],
+) -> list[list[int]]:
+    """Runs the last token of each sequence with its draft; the ids that each of `running` got.
+
+    Every id is drawn as if it had been asked for alone, from the same random numbers: a draft only
+    says how many can be had at once. The cache is left with what comes before the last id.
+    """
+    rows: list[list[int]] = [[] for _ in sequences]
+    for row in running:
+        rows[row] = [sequences[row].ids[-1], *drafts[row]]
+    tokens = left_padded(rows).to(runtime.device)
+    logits = runtime.forward(tokens, cache, slots=options.slots, logits="all")
+    lengths, found = cache.lengths.amax(dim=1), []
+    for row in running:
+        own, draft = logits[row, -len(rows[row]) :], drafts[row]
+        history, ids = list(sequences[row].ids), list[int]()
+        for place in range(len(own)):
+            drawn = sample(own[place][None], options, [history], [generators[row]])
+            ids.append(int(drawn))
+            history.append(ids[-1])
+            if place == len(draft) or ids[-1] != draft[place] or sequences[row].ends(ids[-1]):
+                break
+        lengths[row] -= len(own) - len(ids)
+        found.append(ids)
+    cache.truncate(lengths)
+    return found
+
+
+class Drafting:
+    """The drafts of a batch, and what steps cost."""
+
+    def __init__(self, count: int) -> None:
+        self._pace = Pace()
+        self._drafts = [Drafts(self._pace) for _ in range(count)]
+        self._ran = 0  # tokens a sequence in the last step; 0: it was the prompt's
+
+    def saw(self, elapsed_ns: int) -> None:
+        if self._ran:
+            self._pace.saw(self._ran, elapsed_ns)
+        self._ran = 1
+
+    def propose(
+        self, sequences: Sequence["Decoding"], running: Sequence[int]
+    ) -> dict[int, list[int]]:
+        """A draft for each of `running`; nothing where none has one."""
+        drafts = {
+            row: self._drafts[row].propose(sequences[row].ids, sequences[row].room - 1)
+            for row in running
+        }
+        longest = max(map(len, drafts.values()))
+        self._ran = 1 + longest
+        return drafts if longest else {}
+
+    def learn(
+        self, running: Sequence[int], drafts: Mapping[int, Sequence[int]], found: list[list[int]]
+    ) -> None:
+        for row, ids in zip(running, found, strict=True):
+            if drafts[row]:
+                right = len(ids) - 1 + (ids == drafts[row][: len(ids)])
+                self._drafts[row].learn(len(drafts[row]), right)
+
+
 def open_sequences(
     runtime: Runtime[Any], text: Text, prompts: Sequence[Prompt], options: Options
 ) -> list["Decoding"]:
     """Encodes and checks every prompt; raises `InputError` before anything has run."""
+    config = runtime.config
+    if options.speculate and (config.whole_prefill or config.rope_switch is not None):
+        raise InputError(
+            f"speculate: the rotations of {config.family} depend on how long the text is, so that "
+            "several tokens cannot be verified at once"
+        )
     stop_ids = {item for item in options.stops if isinstance(item, int)}
     if not options.ignore_eos:
-        stop_ids.update(text.eos_ids, runtime.config.eos_ids)
+        stop_ids.update(text.eos_ids, config.eos_ids)
     stops = [item for item in options.stops if isinstance(item, str)]
     sequences = []
     for prompt in prompts:
         ids = encode_prompt(text, prompt)
-        _check_prompt(ids, options.max_new_tokens, runtime.config)
+        _check_prompt(ids, options.max_new_tokens, config)
         pieces, matcher = text.piece_stream(), StopStrings(stops)
         sequences.append(Decoding(ids, pieces, stop_ids, matcher, options.max_new_tokens))
     return sequences
@@ -246,6 +332,22 @@ class Decoding:
         self._stop_ids = stop_ids
         self._stops = stops
         self._max_length = len(prompt) + max_new
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still come."""
+        return self._max_length - len(self.ids)
+
+    def ends(self, token: int) -> bool:
+        return token in self._stop_ids
+
+    def take(self, tokens: Sequence[int]) -> str:
+        """Pushes them up to the one that ends it."""
+        pieces = []
+        for token in tokens:
+            if self.finish_reason is None:
+                pieces.append(self.push(token))
+        return "".join(pieces)
 
     def push(self, token: int) -> str:
         """Takes the next token; returns the text that it made certain."""

@@ -8,6 +8,7 @@ from typing import Any
 from engine.errors import InputError
 
 Stop = str | int | Sequence[str | int]
+DRAFTS = ("ngram",)
 Slots = Sequence[int] | Sequence[Sequence[int]]  # ascending: one list for all, or one a sequence
 
 
@@ -59,6 +60,7 @@ class Options(Sampling):
     stop: Stop = ()  # stop strings, and token ids beside the model's own
     ignore_eos: bool = False  # the model's own stop tokens do not end a sequence
     slots: Slots | None = None  # which layers run, passed through to the runtime; None = all
+    speculate: str | None = None  # one of DRAFTS: tokens that are guessed, and verified at once
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,6 +69,10 @@ class Options(Sampling):
             raise InputError(f"max_new_tokens must be a whole number, not {self.max_new_tokens!r}")
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if self.speculate not in (None, *DRAFTS):
+            raise InputError(
+                f"speculate: expected one of {', '.join(DRAFTS)}, found {self.speculate!r}"
+            )
         for item in self.stops:
             if isinstance(item, bool) or not isinstance(item, str | int) or item == "":
                 raise InputError(f"stop takes strings that are not empty and ids, not {item!r}")

@@ -80,6 +80,13 @@ def run(
     min_p: Annotated[float | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
     repetition_penalty: Annotated[float | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
     seed: Annotated[int | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
+    speculate: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_SAMPLING,
+            help="ngram: guess from what was there before; the same text, faster where it repeats.",
+        ),
+    ] = None,
     batch: Annotated[
         int, typer.Option(min=1, rich_help_panel=_MEASURE, help="Copies of the prompt.")
     ] = 1,
@@ -131,6 +138,7 @@ def run(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
+        speculate=speculate,
     )
     if prompt_file is not None:
         prompt = read_text_file(prompt_file)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 ORDER = """
 errors kernels progress
 artifacts options
-judgement sample
+judgement sample speculate
 architecture
 checkpoint
 text

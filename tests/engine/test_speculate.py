@@ -1,0 +1,130 @@
+"""n-gram drafts: the same tokens as without them, in fewer steps where a text repeats."""
+
+import pytest
+import torch
+from support import tiny
+from support.fake import FakeRuntime, FakeText
+
+from engine.api import load
+from engine.errors import InputError
+from engine.generation import Options, generate
+from engine.speculate import LONGEST, MOST, SHORTEST, Drafts, Pace
+
+LETTERS = [chr(ord("a") + i % 26) for i in range(64)]
+
+
+class Repeating(FakeRuntime):
+    """Prefers the token of `period` ids ago, by so much; the fake's own logits say the rest."""
+
+    period, by = 7, 4.0
+
+    def logits(self, ids):
+        found = super().logits(ids)
+        if len(ids) >= self.period:
+            found[ids[-self.period]] += self.by
+        return found
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Steps cost the same whatever they run: drafts are as long as their chance allows."""
+    monkeypatch.setattr(Pace, "saw", lambda *_: None)
+
+
+def draw(rng, high: int, *shape: int) -> list:
+    return torch.randint(high, shape, generator=rng).tolist()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.7, "seed": 5},
+        {"temperature": 1.0, "top_k": 9, "min_p": 0.05, "repetition_penalty": 1.3, "seed": 1},
+        {"repetition_penalty": 1.2},
+        {"stop": ("ab", "q", 17)},
+        {"slots": (0, 2)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("by", [0.0, 2.0, 9.0])
+def test_the_same_tokens(options, by, rng, free):
+    runtime, text = Repeating(draw(rng, 2**31, 1)[0], eos_ids=(3,)), FakeText(LETTERS)
+    runtime.by = by
+    batch = [draw(rng, 64, n) for n in (9, 1, 30)]
+    batch.append(3 * draw(rng, 64, 6))
+    plain = generate(runtime, text, batch, Options(max_new_tokens=40, **options))
+    guessed = generate(
+        runtime, text, batch, Options(max_new_tokens=40, speculate="ngram", **options)
+    )
+    for a, b in zip(plain, guessed, strict=True):
+        assert (a.token_ids, a.text, a.finish_reason) == (b.token_ids, b.text, b.finish_reason)
+    assert sum(guessed[0].timings.step_tokens) == sum(plain[0].timings.step_tokens)
+
+
+def test_fewer_steps_where_it_repeats(rng, free):
+    runtime, text = Repeating(draw(rng, 2**31, 1)[0]), FakeText(LETTERS)
+    runtime.by = 99.0
+    options = Options(max_new_tokens=80, speculate="ngram")
+    found = generate(runtime, text, [2 * draw(rng, 64, 7)], options)[0]
+    assert len(found.token_ids) == 80 and len(found.timings.step_ns) <= 80 / MOST + 4
+    assert sum(found.timings.step_tokens) == 79
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("case", ["llama", "gemma3"])
+def test_a_real_cache_goes_back(case, backend, rng, tmp_path, free):
+    """Tiny random models fall into loops; windows are shorter than the text."""
+    tiny.write(case, tmp_path, int(torch.randint(2**31, (1,), generator=rng)))
+    tiny.save_tokenizer(tmp_path)
+    prompts = [3 * draw(rng, tiny.VOCAB, 5), draw(rng, tiny.VOCAB, 3)]
+    with load(tmp_path, backend=backend, dtype="float32") as model:
+        plain = model.generate(prompts, max_new_tokens=60, ignore_eos=True)
+        guessed = model.generate(prompts, max_new_tokens=60, ignore_eos=True, speculate="ngram")
+        for a, b in zip(plain, guessed, strict=True):
+            differs = [i for i in range(60) if a.token_ids[i] != b.token_ids[i]]
+            if differs:  # only where two tokens are as likely, to float32
+                ids = [*prompts[plain.index(a)], *a.token_ids[: differs[0]]]
+                top = model([ids])[0, -1].topk(2).values
+                assert float(top[0] - top[1]) < 1e-3
+    assert len(guessed[0].timings.step_ns) <= len(plain[0].timings.step_ns)
+
+
+def test_the_longest_suffix_and_what_followed_it():
+    pace = Pace()
+    pace.more = 0.0
+    drafts = Drafts(pace)
+    ids = [1, 2, 3, 4, 5, 9, 2, 3, 7, 8, 6, 1, 2, 3]
+    assert drafts.propose(ids, 99) == [4, 5, 9, 2, 3, 7, 8, 6]  # three are longer than two
+    assert drafts.propose([*ids[:-1], 5], 99) == []
+    assert Drafts(pace).propose(ids, 2) == [4, 5]
+    assert Drafts(pace).propose([0, *ids[1:-3], 2, 3], 99)[:3] == [7, 8, 6]  # the latest
+    assert Drafts(pace).propose([8, 4, 6, 8, 4], 99) == [6, 8, 4, 6, 8, 4, 6, 8]  # into itself
+    assert Drafts(pace).propose([4] * (SHORTEST + 1), 99) == [4] * MOST
+    assert Drafts(pace).propose([4], 99) == []
+
+
+def test_drafts_end_where_they_do_not_pay():
+    pace = Pace()
+    pace.more = 0.5
+    drafts, ids = Drafts(pace), list(range(20)) * 2
+    lengths = []
+    for _ in range(12):
+        drafted = drafts.propose(ids, 99)
+        lengths.append(len(drafted))
+        drafts.learn(len(drafted), 0)
+    assert lengths[0] > 0 == lengths[-1]
+    assert Pace().best(0.0) == 0 and Pace().best(1.0) == MOST
+    for _ in range(50):
+        pace.saw(1, 100)
+        pace.saw(1 + LONGEST, 100)
+    assert pace.more == pytest.approx(0, abs=1e-3)
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(InputError, match="speculate: expected one of ngram, found 'draft'"):
+        Options(speculate="draft")
+    tiny.write("phi3-longrope", tmp_path, 0)
+    tiny.save_tokenizer(tmp_path)
+    with load(tmp_path, backend="reference") as model, pytest.raises(InputError, match="rotations"):
+        model.generate([3, 4], speculate="ngram")
