@@ -47,7 +47,7 @@ class Drafts:
         self._seen = 0  # ids whose n-grams are in `_ends`
         self._length = SHORTEST  # of the suffix that the last draft stands on
         # By the length of the suffix: longer ones are believed more before anything was seen.
-        self._right = [BELIEF * n / (n + 1) for n in range(LONGEST + 1)]
+        self._right = [BELIEF * (1 - 1 / max(n, 1)) for n in range(LONGEST + 1)]
         self._tried = [BELIEF] * (LONGEST + 1)
 
     def propose(self, ids: Sequence[int], room: int) -> list[int]:
