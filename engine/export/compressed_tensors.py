@@ -1,8 +1,8 @@
 """compressed-tensors directories, "pack-quantized": what vLLM, SGLang and transformers load.
 
-Codes are signed, [-8, 7] in 4 bits, packed by the library: `weight_packed` int32 (N, K * bits / 32),
-`weight_scale` (N, G), `weight_shape` int64 (2,), and where asymmetric `weight_zero_point` int32
-(N * bits / 32, G), packed along N. The configuration is made by the library's own classes.
+Codes are signed, [-8, 7] in 4 bits, packed by the library: `weight_packed` int32 (N, K * bits /
+32), `weight_scale` (N, G), `weight_shape` int64 (2,), and where asymmetric `weight_zero_point`
+int32 (N * bits / 32, G), packed along N. The configuration is made by the library's own classes.
 """
 
 from typing import Any

@@ -9,14 +9,17 @@ import torch
 
 from engine.architecture.config import ModelConfig
 from engine.checkpoint import Checkpoint
+from engine.checkpoint.gguf import GgufCheckpoint
+from engine.checkpoint.quantized import QuantizedCheckpoint
 from engine.checkpoint.weights import Stored
 from engine.errors import InputError
-from engine.export import hf
+from engine.export import copied, gguf_copy, hf
 from engine.export.compressed_tensors import CompressedTensors
 from engine.export.gguf import Gguf
 from engine.export.gptq import Gptq
 from engine.export.quantized import require_rope
 from engine.export.tensors import Item, Unsayable, stored_tensors
+from engine.kernels.dtypes import name_of
 
 Progress = Callable[[int, int], None]
 
@@ -92,6 +95,34 @@ def export(
                 reason = f"{reason}; the nearest format that can is {other}"
                 break
     raise InputError(reason)
+
+
+def prune(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes the layers that `config` keeps in the format and the bits that they have.
+
+    A GGUF becomes a GGUF, a quantized directory one of the same kind, both byte for byte; any
+    other directory one of 16 bits, or of `dtype`, which is of that alone.
+    """
+    out = Path(out)
+    kept = isinstance(checkpoint, GgufCheckpoint | QuantizedCheckpoint)
+    if kept and dtype is not None:
+        raise InputError(
+            f"dtype: {checkpoint.path} keeps the bits that it has; `engine export --to hf` "
+            f"writes it in {name_of(dtype)}"
+        )
+    if isinstance(checkpoint, GgufCheckpoint):
+        gguf_copy.copy(checkpoint, config, out, progress)
+    elif kept:
+        copied.prune(checkpoint, config, out, progress=progress)
+    else:
+        hf.prune(checkpoint, config, out, dtype=dtype, progress=progress)
 
 
 def _looked(

@@ -1,7 +1,7 @@
 """GGUF files, for llama.cpp and what is built on it.
 
-Matrices keep their bits: packed ones become blocks of the same values (`gguf_blocks`), the blocks of
-a GGUF pass through, plain ones stay in their 16 bits. Vectors and norms are float32, as llama.cpp
+Matrices keep their bits: packed ones become blocks of the same values (`gguf_blocks`), the blocks
+of a GGUF pass through, plain ones stay as they are. Vectors and norms are float32, as llama.cpp
 wants them. q and k rows are interleaved and Gemma's norms offset as its converter does.
 """
 

@@ -78,7 +78,7 @@ def require_said(
     said = read_back(metadata, tensors, rope_tensors(config))
     for name in ModelConfig.__dataclass_fields__.keys() - _OTHERWISE:
         ours, theirs = getattr(config, name), getattr(said, name)
-        if ours != theirs and not (isinstance(ours, float) and math.isclose(ours, theirs or 0, rel_tol=1e-6)):  # fmt: skip
+        if ours != theirs and not _close(ours, theirs):
             raise Unsayable(f"GGUF says {name} {theirs!r}, and the model has {ours!r}")
     require_layers(config, said)
     windows = {entry.window for entry in config.layers}
@@ -202,6 +202,12 @@ def _rope_fields(config: ModelConfig) -> dict[str, Any]:
     elif config.family == "phi3":
         fields["rope.scaling.original_context_length"] = rope.original_context
     return fields
+
+
+def _close(ours: Any, theirs: Any) -> bool:
+    """Equal once stored in float32."""
+    both = isinstance(ours, float) and isinstance(theirs, float)
+    return both and math.isclose(ours, theirs, rel_tol=1e-6)
 
 
 def _window(entry: LayerConfig, config: ModelConfig) -> int | None:

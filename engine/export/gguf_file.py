@@ -111,8 +111,8 @@ def _alignment(fields: Mapping[str, Value]) -> int:
 def require_name(out: Path) -> None:
     if out.suffix != ".gguf":
         raise InputError(
-            f"{out}: a GGUF is one file: expected a name that ends in .gguf (`engine export --to hf` "
-            "writes a directory)"
+            f"{out}: a GGUF is one file: expected a name that ends in .gguf (a directory is what "
+            "`engine export --to hf` writes)"
         )
 
 

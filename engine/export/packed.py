@@ -12,8 +12,11 @@ from pathlib import Path
 
 import torch
 
+from engine.architecture.config import ModelConfig
+from engine.artifacts import Plan
 from engine.checkpoint.safetensors import SafetensorsFile
 from engine.checkpoint.weights import describe
+from engine.errors import InputError
 from engine.export.directory import save_tensors
 from engine.kernels.w4 import store
 from engine.kernels.w4.format import Packed
@@ -33,6 +36,17 @@ class Entry:
     count: int
     weights: int
     nbytes: int
+
+
+def cut_plan(path: Path, config: ModelConfig) -> Plan:
+    """The plan of a packed directory, of the layers that `config` keeps of it."""
+    plan = Plan.load(path)
+    if len(plan.keep) != config.total_layers:
+        raise InputError(
+            f"{path}: expected a plan that keeps {config.total_layers} layers, found "
+            f"{len(plan.keep)}"
+        )
+    return replace(plan, keep=tuple(plan.keep[entry.layer] for entry in config.layers))
 
 
 def write_shard(

@@ -1,4 +1,4 @@
-"""What the directories of quantized matrices share: a file a layer, and what none of them can say."""
+"""What directories of quantized matrices share: a file a layer, and what none of them can say."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
