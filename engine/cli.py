@@ -19,13 +19,14 @@ from engine.commands.plan import plan
 from engine.commands.plot import plot
 from engine.commands.profile import profile
 from engine.commands.prune import prune
+from engine.commands.push import push
 from engine.commands.quantize import quantize
 from engine.run import run
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 COMMANDS = (
     run, chat, budget, profile, plan, prune, heal, quantize, export, evaluate, compare, plot,
-    doctor, fetch,
+    push, doctor, fetch,
 )  # fmt: skip
 for command in COMMANDS:
     app.command("eval" if command is evaluate else command.__name__)(command)

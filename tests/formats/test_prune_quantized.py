@@ -95,7 +95,7 @@ def test_modules_that_a_config_names_are_renumbered():
              for new, old in enumerate(KEEP)}  # fmt: skip
     slots = {layer: slot for slot, layer in enumerate(KEEP)}
     said = {
-        "ignore": ["lm_head", "model.layers.1.mlp.up_proj", "model.layers.3.mlp.up_proj", "re:.*o_proj"],
+        "ignore": ["lm_head", *(f"model.layers.{n}.mlp.up_proj" for n in (1, 3)), "re:.*o_proj"],
         "config_groups": {"group_0": {"targets": [r"re:.*layers\.[12]\..*up_proj", "Linear"]}},
         "bits": 4,
     }  # fmt: skip
@@ -190,15 +190,13 @@ def test_layers_that_a_cut_gguf_would_misname_are_refused(case, keep, sentence, 
     assert torch.equal(logits(checkpoint, ids, checkpoint.config.keep([0, 1, 2])), logits(cut, ids))
 
 
-@pytest.mark.parametrize("kind", ["gptq", "awq", "compressed-tensors", "gguf"])
+@pytest.mark.parametrize("kind", ["gptq", "awq", "compressed-tensors"])
 def test_round_trips(kind, source, rng, tmp_path):
     """Source -> ours -> export -> ours: equal codes and scales."""
     from engine.quantize.packing import pack
     from engine.quantize.recipe import Recipe
 
     whole = source("llama", **WIDE)
-    if kind == "gguf":
-        return
     first = quantized(kind, whole, rng, tmp_path)
     pack(first, first.config, tmp_path / "kept", Recipe(method="keep", head=None))
     kept = open_checkpoint(tmp_path / "kept")
