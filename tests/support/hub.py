@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Hub:
-    """`repos`: id -> path -> bytes, one entry a commit that came whole; `fail`: a status to give."""
+    """`repos`: id -> path -> bytes, of commits that came whole; `fail`: a status to give."""
 
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, bytes]] = {}
