@@ -118,7 +118,10 @@ def prune(
             f"writes it in {name_of(dtype)}"
         )
     if isinstance(checkpoint, GgufCheckpoint):
-        gguf_copy.copy(checkpoint, config, out, progress)
+        try:
+            gguf_copy.copy(checkpoint, config, out, progress)
+        except Unsayable as error:
+            raise InputError(f"{checkpoint.path}: {error}; `engine export --to hf` can") from None
     elif kept:
         copied.prune(checkpoint, config, out, progress=progress)
     else:

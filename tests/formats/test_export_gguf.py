@@ -58,6 +58,25 @@ def test_blocks_come_back_byte_for_byte(kind, rng):
     assert isinstance(again, GgufBlocks) and again.type == kind and torch.equal(again.data, data)
 
 
+@pytest.mark.parametrize("kind", ["Q5_0", "Q5_K", "Q6_K"])
+def test_blocks_that_became_eight_bits_go_back(kind, rng):
+    """Their values and our codes; the two factors of a scale may be others of the same product."""
+    block = BLOCKS[kind]
+    shape = (3, 4 * block.weights)
+    data = torch.randint(0, 256, (3 * 4, block.nbytes), generator=rng, dtype=torch.uint8)
+    scales = torch.randn(3 * 4 * 2, generator=rng).half().view(torch.uint8).view(-1, 4)
+    if kind == "Q6_K":
+        data[:, -2:] = scales[:, :2]
+    else:
+        data[:, : 2 if kind == "Q5_0" else 4] = scales[:, : 2 if kind == "Q5_0" else 4]
+    data[0] = 0  # a block of scale 0
+    packed = from_blocks(kind, shape, data)
+    again = to_blocks(packed)
+    assert isinstance(again, GgufBlocks) and again.type == kind
+    found = from_blocks(kind, shape, again.data)
+    assert all(torch.equal(part, found.tensors()[name]) for name, part in packed.tensors().items())
+
+
 @pytest.mark.parametrize("spec, sentence", [
     (Spec(4, 32, "codebook"), "no codebook"), (Spec(8, 32, "minimum"), "no blocks of 8 bits"),
     (Spec(4, 16, "symmetric"), "groups of 16, expected blocks of 32"),
