@@ -61,7 +61,7 @@ class ShallowConfig(QuantizationConfigMixin):
 
     def __init__(self, **said: Any) -> None:
         self.__dict__.update(said)
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD  # transformers' own are of an enumeration
 
     def to_dict(self) -> dict[str, Any]:
         return deepcopy(self.__dict__)
@@ -151,7 +151,8 @@ def adapt(lora: Any) -> Any:
             result = self.get_base_layer()(x)
             for name in () if self.disable_adapters else self.active_adapters:
                 if name in self.lora_A:
-                    down, up = self.lora_A[name], self.lora_B[name]
+                    down: nn.Linear = self.lora_A[name]
+                    up: nn.Linear = self.lora_B[name]
                     learnt = up(down(self.lora_dropout[name](x.to(down.weight.dtype))))
                     result = result + (learnt * self.scaling[name]).to(result.dtype)
             return result

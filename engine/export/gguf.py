@@ -151,10 +151,10 @@ class Gguf:
                 for key in metadata
                 if key.startswith("tokenizer.")
             }
-        text = load_text(self.checkpoint.path)
-        trimmed = max(text.tokenizer.get_vocab().values()) + 1
-        size = trimmed if self.config.family == "gemma3" else self.config.vocab_size
         try:
+            text = load_text(self.checkpoint.path)
+            trimmed = max(text.tokenizer.get_vocab().values()) + 1
+            size = trimmed if self.config.family == "gemma3" else self.config.vocab_size
             return {key: typed(value) for key, value in to_gguf(text, size).items()}
         except InputError as error:
             raise Unsayable(str(error)) from None

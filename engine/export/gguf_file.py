@@ -95,9 +95,9 @@ def write_gguf(
             file.seek(ends[done])
             for index, tensor in enumerate(data(done), done):
                 assert tensor.numel() == sizes[index], places[index]
-                file.write(tensor.contiguous().numpy())
+                file.write(tensor.contiguous().numpy().data)
                 file.write(bytes(-sizes[index] % alignment))
-                file.flush()
+                file.flush()  # what is there is whole, should the run be killed
                 if progress is not None:
                     progress(index + 1, len(places))
         whole.replace(out)

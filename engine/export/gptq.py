@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from engine.checkpoint.gguf_blocks import GgufBlocks
 from engine.checkpoint.weights import Stored, packed_form
 from engine.export.quantized import QuantizedDirectory, as_half, require_scheme
 from engine.export.tensors import Item, Unsayable
@@ -25,23 +26,21 @@ class Gptq(QuantizedDirectory):
         per_word = 32 // spec.bits
         if n % per_word or k % per_word:
             raise Unsayable(f"{item.source}: its shape {(n, k)} does not divide by {per_word}")
-        if spec.scale_dtype != torch.float16:
-            if as_half(packed_form(stored, item.source).scales) is None:
-                raise Unsayable(f"{item.source}: its {spec.scale_dtype} scales are no float16")
-        if isinstance(stored, Packed) and stored.perm is not None:
-            self.ordered = True
+        if isinstance(stored, GgufBlocks):
+            stored = packed_form(stored, item.source)
+        assert isinstance(stored, Packed)  # as it has a spec
+        if as_half(stored.scales) is None:
+            raise Unsayable(f"{item.source}: its {spec.scale_dtype} scales are no float16")
+        self.ordered = self.ordered or stored.perm is not None
 
     def quantization(self) -> dict[str, Any]:
         """Unsayable where not every matrix of a layer is quantized, and alike."""
-        layers = {module: spec for module, spec in self.specs.items() if module != "lm_head"}
-        settings = {
-            spec and (spec.bits, spec.group): module for module, spec in reversed(layers.items())
-        }
-        head = self.specs.get("lm_head")
-        if head is not None:
-            settings.setdefault((head.bits, head.group), "lm_head")
-        if None in settings:
-            raise Unsayable(f"{settings[None]}.weight: is not quantized, as every layer's must be")
+        settings: dict[tuple[int, int], str] = {}
+        for module, spec in self.specs.items():
+            if spec is not None:
+                settings.setdefault((spec.bits, spec.group), module)
+            elif module != "lm_head":
+                raise Unsayable(f"{module}.weight: is not quantized, as every layer's must be")
         if len(settings) > 1:
             found = [f"{bits} bits, group {group} ({settings[bits, group]})"
                      for bits, group in settings]  # fmt: skip
@@ -55,7 +54,7 @@ class Gptq(QuantizedDirectory):
             "group_size": group or -1,
             "desc_act": self.ordered,
             "sym": True,
-            "lm_head": head is not None,
+            "lm_head": self.specs.get("lm_head") is not None,
         }
 
     def beside(self) -> dict[str, str]:

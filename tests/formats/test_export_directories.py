@@ -100,8 +100,8 @@ def test_gptq_by_its_formula(recipe, source, rng, tmp_path):
         found = _gptq_values(stored, module, config["bits"])
         assert torch.equal(found, ours.read(f"{module}.weight")), module
     again = open_checkpoint(tmp_path / "out")
-    if recipe.get("scale_dtype") is None:
-        assert_same_matrices(ours, again)
+    if recipe.get("scale_dtype") is None and not config["desc_act"]:
+        assert_same_matrices(ours, again)  # within a group, an order is sorted as it is read
     ids = torch.randint(3, tiny.VOCAB, (1, 20), generator=rng)
     assert torch.equal(logits(ours, ids), logits(again, ids))
 
