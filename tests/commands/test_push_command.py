@@ -1,9 +1,5 @@
 """`engine push` against a stub of the hub's API: one commit, the card, what goes wrong."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 from support import hub as stub
 from support.commands import call, refused
@@ -55,29 +51,31 @@ def model(source, rng, tmp_path):
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    with stub.serving() as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+def endpoint(monkeypatch):
+    """A function that has the hub's library speak to an address, whose settings it read before."""
+    from huggingface_hub import constants
+
+    def speak(url: str) -> None:
         monkeypatch.setenv("HF_TOKEN", "hf_of_a_stub")
-        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+
+    return speak
+
+
+@pytest.fixture
+def hub(endpoint):
+    with stub.serving() as hub:
+        endpoint(hub.url)
         yield hub
-
-
-def push(*arguments) -> subprocess.CompletedProcess:
-    """In a process of its own: the hub's library reads its settings once."""
-    command = [sys.executable, "-m", "engine.cli", "push", *map(str, arguments)]
-    root = os.path.dirname(os.path.dirname(sys.modules["engine"].__file__))
-    environment = os.environ | {"PYTHONPATH": root}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def test_one_commit_of_every_file_and_a_card(model, hub, tmp_path):
     records = [judged(tmp_path / "whole.json", 4, 3.0), judged(tmp_path / "cut.json", 3, 3.5)]
     options = [each for record in records for each in ("--record", record)]
-    ran = push(model, REPO, "--license", "apache-2.0", "--private", *options)
-    assert ran.returncode == 0, ran.stderr
-    assert f"{REPO}: 3 layers" in ran.stdout
+    code, said, err = call("push", model, REPO, "--license", "apache-2.0", "--private", *options)
+    assert code == 0, err
+    assert f"{REPO}: 3 layers" in said
     found = hub.repos[REPO]
     assert found.keys() == {path.name for path in model.iterdir()} | {"README.md"}
     for path in model.iterdir():
@@ -90,19 +88,15 @@ def test_one_commit_of_every_file_and_a_card(model, hub, tmp_path):
     assert "| whole | 4 of 4 | 20.09 |" in text and "| cut | 3 of 4 | 33.12 |" in text
 
 
-def test_what_goes_wrong_is_one_sentence(model, hub, tmp_path):
-    hub.fail = 503
-    ran = push(model, REPO, "--license", "mit")
-    assert ran.returncode == 2 and ran.stderr.startswith(f"engine: {REPO}: the Hugging Face hub: ")
-    assert ran.stderr.count("\n") == 1 and not hub.repos
+def test_what_goes_wrong_is_one_sentence(model, hub):
+    hub.fail = 403
+    refused(f"{REPO}: the Hugging Face hub: ", "push", model, REPO, "--license", "mit")
+    assert not hub.repos and not hub.commits
 
 
-def test_a_hub_that_is_not_reached(model, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setenv("HF_TOKEN", "hf_of_a_stub")
-    ran = push(model, REPO, "--license", "mit")
-    assert ran.returncode == 2 and ran.stderr.count("\n") == 1
-    assert ran.stderr.startswith(f"engine: {REPO}: the Hugging Face hub: ")
+def test_a_hub_that_is_not_reached(model, endpoint):
+    endpoint("http://127.0.0.1:9")  # nothing listens there
+    refused(f"{REPO}: the Hugging Face hub: ", "push", model, REPO, "--license", "mit")
 
 
 def test_refusals_come_before_the_hub(model, tmp_path):
