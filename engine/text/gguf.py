@@ -36,6 +36,11 @@ class Split:
     ignore_merges: bool = False  # a word that is a token is taken whole
     add_bos: bool = False  # where the file does not say
 
+    def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
+        steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in self.patterns]
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return pre_tokenizers.Sequence([*steps, byte_level])
+
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = rf"{_WORD}|\p{{N}}{{1,3}}|{_TAIL}"
@@ -161,9 +166,7 @@ def _byte_level(data: _Metadata, split: Split) -> Tokenizer:
         )
     model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split.ignore_merges)
     tokenizer = Tokenizer(model)
-    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in split.patterns]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, byte_level])
+    tokenizer.pre_tokenizer = split.pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 

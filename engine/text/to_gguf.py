@@ -2,12 +2,14 @@
 
 llama.cpp knows two kinds: "gpt2", a byte-level BPE whose split into words has a name
 (`tokenizer.ggml.pre`), and "llama", sentencepiece's BPE by scores. The name is found by what it
-does: the one under which texts of many scripts become the tokenizer's own ids.
+does: the one that cuts texts of many scripts where the tokenizer does.
 """
 
 import json
 from collections.abc import Iterator
 from typing import Any
+
+from tokenizers.pre_tokenizers import PreTokenizer
 
 from engine.errors import InputError
 from engine.text import spm
@@ -66,10 +68,16 @@ def _kinds(described: dict[str, Any], text: Text) -> Iterator[dict[str, Any]]:
             "tokenizer.ggml.add_space_prefix": prefix,
         }
         return
-    whole = bool(model.get("ignore_merges"))
-    for names, _ in sorted(SPLITS.items(), key=lambda item: item[1].ignore_merges != whole):
-        first = names.removeprefix("default ").split()[0]  # llama.cpp's default is another
-        yield {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": first}
+    whole, words = bool(model.get("ignore_merges")), _words(text.tokenizer.pre_tokenizer)
+    for names, split in sorted(SPLITS.items(), key=lambda item: item[1].ignore_merges != whole):
+        if _words(split.pre_tokenizer()) == words:
+            first = names.removeprefix("default ").split()[0]  # llama.cpp's default is another
+            yield {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": first}
+
+
+def _words(cut: PreTokenizer | None) -> list[list[str]]:
+    """Into what the probes are cut; a vocabulary without long tokens would not tell."""
+    return [[word for word, _ in cut.pre_tokenize_str(probe)] for probe in PROBES if cut]
 
 
 def _vocabulary(

@@ -69,8 +69,8 @@ def write_awq(ours: Checkpoint, out: Path) -> None:
         if packed is None:
             tensors[name] = ours.read(name).contiguous().clone()
             continue
-        tensors[f"{module}.qweight"] = into_words(unpack_codes(packed).T, 4, order)
-        tensors[f"{module}.qzeros"] = into_words(packed.zeros.T, 4, order)
+        tensors[f"{module}.qweight"] = into_words(unpack_codes(packed).T, 4, order).contiguous()
+        tensors[f"{module}.qzeros"] = into_words(packed.zeros.T, 4, order).contiguous()
         tensors[f"{module}.scales"] = packed.scales.T.contiguous()
     out.mkdir()
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
