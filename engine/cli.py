@@ -11,6 +11,7 @@ from engine.commands.common import Quiet, Verbose
 from engine.commands.compare import compare
 from engine.commands.doctor import doctor
 from engine.commands.evaluate import evaluate
+from engine.commands.export import export
 from engine.commands.fetch import fetch
 from engine.commands.heal import heal
 from engine.commands.output import execute
@@ -18,12 +19,14 @@ from engine.commands.plan import plan
 from engine.commands.plot import plot
 from engine.commands.profile import profile
 from engine.commands.prune import prune
+from engine.commands.push import push
 from engine.commands.quantize import quantize
 from engine.run import run
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 COMMANDS = (
-    run, chat, budget, profile, plan, prune, heal, quantize, evaluate, compare, plot, doctor, fetch,
+    run, chat, budget, profile, plan, prune, heal, quantize, export, evaluate, compare, plot,
+    push, doctor, fetch,
 )  # fmt: skip
 for command in COMMANDS:
     app.command("eval" if command is evaluate else command.__name__)(command)

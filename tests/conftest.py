@@ -32,6 +32,13 @@ def pytest_addoption(parser):
         help="the Python that has a peer (llama.cpp) installed, for tests that compare with it",
     )
 
+    parser.addoption(
+        "--llama-source",
+        metavar="DIR",
+        help="llama.cpp's source, whose converter tests compare with: vendor/llama.cpp of "
+        "`pip download --no-deps --no-binary :all: llama-cpp-python`",
+    )
+
 
 def pytest_configure(config):
     config.stash[RATIOS] = {}
@@ -55,6 +62,13 @@ def pytest_terminal_summary(terminalreporter, config):
 def peer_pythons(request) -> list[str]:
     """NAME=PATH of every --peer-python."""
     return request.config.getoption("--peer-python")
+
+
+@pytest.fixture(scope="session")
+def peer_python(peer_pythons):
+    """Peer -> the interpreter of its --peer-python; None: not given."""
+    given = dict(pair.split("=", 1) for pair in peer_pythons)
+    return given.get
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ _END_TOKENS = {
 }  # fmt: skip
 _CONTROL = 3  # tokenizer.ggml.token_type
 _MODEL_TYPES = {"phi2": "phi", "gemma3": "gemma3_text"}  # where they are not the family's key
-_GEMMA_WINDOW_PERIOD = {"gemma2": 2, "gemma3": 6}  # the last of so many layers sees everything
+WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6}  # the last of so many layers sees everything
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}  # scores scaled by D / H, in the others by E
 _SMOLLM3_NOPE_PERIOD = 4
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -108,8 +108,8 @@ def _gemma(
 ) -> dict[str, Any]:
     layers, head_dim = config["num_hidden_layers"], config["head_dim"]
     largest = layers == _GEMMA_27B_LAYERS[family]
-    period = _GEMMA_WINDOW_PERIOD[family] if window else 1
-    kinds = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)]
+    slides = _slides(fields, family, layers) if window else [False] * layers
+    kinds = ["sliding_attention" if each else "full_attention" for each in slides]
     extra = {
         "hidden_activation": "gelu_pytorch_tanh",
         "sliding_window": window,
@@ -128,6 +128,17 @@ def _gemma(
         "rope_local_base_freq": fields.number("rope.freq_base_swa", 10000.0),
         "final_logit_softcapping": cap and fields.number("final_logit_softcapping"),
     }
+
+
+def _slides(fields: "_Fields", family: str, layers: int) -> list[bool]:
+    """Which layers have the window: a list of them all, or the period of those without."""
+    listed = fields.get("attention.sliding_window_pattern")
+    if isinstance(listed, list):
+        if len(listed) < layers or set(map(type, listed)) - {bool, int}:
+            raise fields.wrong("attention.sliding_window_pattern", f"{layers} booleans", listed)
+        return [bool(each) for each in listed[:layers]]
+    period = fields.integer("attention.sliding_window_pattern", WINDOW_PERIODS[family])
+    return [(layer + 1) % period != 0 for layer in range(layers)]
 
 
 def _layer_count(fields: "_Fields") -> int:

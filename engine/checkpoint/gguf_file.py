@@ -77,6 +77,11 @@ class Metadata(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def kind(self, key: str) -> tuple[int, int | None]:
+        """GGUF's number for its type; for an array, 9 and that of its items."""
+        value = self._values[key]
+        return (value.kind, None) if value.count is None else (_ARRAY, value.kind)
+
     def _decode(self, value: _Value) -> Any:
         count = 1 if value.count is None else value.count
         if value.kind == _STRING:

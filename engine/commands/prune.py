@@ -1,4 +1,4 @@
-"""`engine prune`: a shallower model as an ordinary Hugging Face directory."""
+"""`engine prune`: a shallower model in the format and the bits that it has."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,15 +10,16 @@ from engine.commands import common, output
 
 def prune(
     model: Annotated[str, typer.Argument(help="Directory, .gguf file or hub id.")],
-    out: Annotated[Path, typer.Argument(help="A new directory.")],
+    out: Annotated[Path, typer.Argument(help="A new directory; a new .gguf file of a GGUF.")],
     plan_path: common.PlanFile = None,
     drop: common.Drop = None,
     keep: common.Keep = None,
     dtype: Annotated[
-        str | None, typer.Option(help="The source's own 16-bit one if not given.")
+        str | None,
+        typer.Option(help="Of an unquantized directory: its own 16-bit one if not given."),
     ] = None,
 ) -> None:
-    """Write the shallower model as an ordinary Hugging Face directory."""
+    """Write the shallower model as what it was: a directory, quantized or not, or a GGUF."""
     from engine.checkpoint import choose_layers
     from engine.runtime import check_backend
 
@@ -26,10 +27,10 @@ def prune(
     chosen = drop if plan_path is None else common.planned(plan_path, drop, keep)
     _, checkpoint = common.open_checkpoint(model)
     config = choose_layers(checkpoint, chosen, keep)
-    from engine.export.hf import prune as write
+    from engine.export.formats import prune as write
     from engine.kernels.dtypes import dtype_of
 
-    with output.progress("bytes") as progress:
+    with output.progress("prune") as progress:
         write(
             checkpoint,
             config,

@@ -6,7 +6,8 @@ interrupted finds its finished files again; another model or other settings begi
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 
 from engine.architecture.config import ModelConfig
 from engine.artifacts import replacing
+from engine.checkpoint.safetensors import SafetensorsFile
+from engine.checkpoint.weights import Stored, values
 from engine.errors import InputError
 from engine.kernels.dtypes import name_of
 from engine.text import load_text
@@ -41,24 +44,28 @@ def begin(out: Path, source: Path, config: ModelConfig, described: Mapping[str, 
     It is taken up again where an earlier run had the same source, layers and description.
     InputError where `out` exists or nothing can be written beside it.
     """
-    if out.exists():
-        raise InputError(f"{out}: exists already; name a new directory")
-    partial = out.with_name(out.name + ".partial")
     text = json.dumps(described, indent=2, sort_keys=True)
+    partial = begin_empty(out, source, config, text)
+    write_text(partial / "config.json", text)
+    copy_tokenizer(source, partial)
+    return partial
+
+
+def begin_empty(out: Path, source: Path, config: ModelConfig, described: str) -> Path:
+    """The same without a file in it but the note of what the run is."""
+    if out.exists():
+        raise InputError(f"{out}: exists already; name a new one")
+    partial = out.with_name(out.name + ".partial")
     files = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
     stamps = [[str(file.resolve()), file.stat().st_mtime_ns] for file in files]
     layers = [entry.layer for entry in config.layers]
-    note = json.dumps({"source": stamps, "layers": layers, "config": text})
+    note = json.dumps({"source": stamps, "layers": layers, "config": described})
     noted = partial / _NOTE
     if partial.exists() and not (noted.is_file() and noted.read_text() == note):
         shutil.rmtree(partial)
-    try:
+    with disk_errors(partial):
         partial.mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{partial}: {error.strerror}") from error
     write_text(noted, note)
-    write_text(partial / "config.json", text)
-    copy_tokenizer(source, partial)
     return partial
 
 
@@ -67,9 +74,34 @@ def finish(partial: Path, out: Path) -> None:
     partial.replace(out)
 
 
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """What the system says of a disk that is full or not to be written, as an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise InputError(f"{path}: {error}") from error
+
+
 def write_text(path: Path, text: str) -> None:
-    with replacing(path) as beside:
+    with disk_errors(path), replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def save_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """One safetensors file, written beside and renamed."""
+    from safetensors.torch import save_file
+
+    with disk_errors(path), replacing(path) as beside:
+        save_file(tensors, beside, metadata or {"format": "pt"})
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
@@ -79,7 +111,7 @@ def copy_tokenizer(source: Path, out: Path) -> None:
         return
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            with replacing(out / name) as beside:
+            with disk_errors(out / name), replacing(out / name) as beside:
                 shutil.copyfile(source / name, beside)
 
 
@@ -94,6 +126,25 @@ def write_index(directory: Path, files: Mapping[str, str], total_bytes: int) -> 
     index = {"metadata": {"total_size": total_bytes}, "weight_map": files}
     text = json.dumps(index, indent=2, sort_keys=True)
     write_text(directory / "model.safetensors.index.json", text)
+
+
+def index_shards(directory: Path, names: Sequence[str]) -> None:
+    """The index of finished shards, from their headers; none is needed for a single one."""
+    if len(names) == 1:
+        return
+    files = {name: SafetensorsFile(directory / name).entries for name in names}
+    total = sum(entry.nbytes for entries in files.values() for entry in entries.values())
+    write_index(directory, {tensor: name for name in files for tensor in files[name]}, total)
+
+
+def plain(stored: Stored, dtype: torch.dtype | None, where: str) -> torch.Tensor:
+    """A tensor in `dtype` (None: its own); InputError for what does not fit that."""
+    if not isinstance(stored, torch.Tensor):
+        stored = values(stored)
+    tensor = stored if dtype is None else stored.to(dtype)
+    if not bool(tensor.isfinite().all()):
+        raise InputError(f"{where}: does not fit {tensor.dtype}")
+    return tensor.contiguous()
 
 
 def sliced_config(config: ModelConfig, dtype: torch.dtype | None = None) -> dict[str, Any]:

@@ -1,31 +1,19 @@
 """A shallower checkpoint as an ordinary Hugging Face directory, streamed a shard at a time."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from engine.architecture.config import ModelConfig
-from engine.architecture.families import layer_tensors, outer_tensors
-from engine.artifacts import replacing
+from engine.architecture.families import outer_tensors
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.weights import load_tensor
 from engine.errors import InputError
 from engine.export import directory
+from engine.export.tensors import Item, items
 
 SHARD_BYTES = 5_000_000_000
-
-
-@dataclass(frozen=True)
-class Item:
-    """One tensor on its way: its layer (None: outside of them) and role, its names, its shape."""
-
-    layer: int | None
-    role: str
-    source: str  # its name in the checkpoint
-    name: str  # and in the result
-    shape: tuple[int, ...]
 
 
 def prune(
@@ -67,16 +55,6 @@ def prune(
     directory.finish(partial, out)
 
 
-def items(config: ModelConfig) -> Iterator[Item]:
-    """Every tensor of the shallower model, layers renumbered by slot."""
-    for role, (name, shape) in outer_tensors(config).items():
-        yield Item(None, role, name, name, shape)
-    for slot, entry in enumerate(config.layers):
-        sources = layer_tensors(config, entry.layer)
-        for role, (name, shape) in layer_tensors(config, slot).items():
-            yield Item(entry.layer, role, sources[role][0], name, shape)
-
-
 def plan_shards(tensors: list[Item], dtype: torch.dtype, limit_bytes: int) -> list[list[Item]]:
     """Tensors in order, a new shard where the limit would be passed."""
     shards: list[list[Item]] = [[]]
@@ -102,13 +80,10 @@ def _nbytes(item: Item, dtype: torch.dtype) -> int:
 
 
 def _write_shard(checkpoint: Checkpoint, shard: list[Item], dtype: torch.dtype, path: Path) -> None:
-    from safetensors.torch import save_file
-
     tensors = {}
     for item in shard:
         tensor = load_tensor(checkpoint, checkpoint.config, item.layer, item.role).to(dtype)
         if not bool(tensor.isfinite().all()):
             raise InputError(f"{checkpoint.path}: {item.source}: does not fit {dtype}")
         tensors[item.name] = tensor.contiguous()
-    with replacing(path) as beside:
-        save_file(tensors, beside, metadata={"format": "pt"})
+    directory.save_tensors(path, tensors, {"format": "pt"})

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import torch
 
-from engine.artifacts import replacing
+from engine.architecture.config import ModelConfig
+from engine.artifacts import Plan
 from engine.checkpoint.safetensors import SafetensorsFile
 from engine.checkpoint.weights import describe
+from engine.errors import InputError
+from engine.export.directory import save_tensors
 from engine.kernels.w4 import store
 from engine.kernels.w4.format import Packed
 
@@ -35,12 +38,21 @@ class Entry:
     nbytes: int
 
 
+def cut_plan(path: Path, config: ModelConfig) -> Plan:
+    """The plan of a packed directory, of the layers that `config` keeps of it."""
+    plan = Plan.load(path)
+    if len(plan.keep) != config.total_layers:
+        raise InputError(
+            f"{path}: expected a plan that keeps {config.total_layers} layers, found "
+            f"{len(plan.keep)}"
+        )
+    return replace(plan, keep=tuple(plan.keep[entry.layer] for entry in config.layers))
+
+
 def write_shard(
     path: Path, tensors: Mapping[str, Packed | torch.Tensor], sources: Mapping[str, str]
 ) -> None:
     """One safetensors file; `sources` says what each tensor was."""
-    from safetensors.torch import save_file
-
     parts: dict[str, torch.Tensor] = {}
     metadata = {"format": "pt"}
     for name, stored in tensors.items():
@@ -52,8 +64,7 @@ def write_shard(
             parts[name] = stored
     layout = torch.contiguous_format  # cloned, because safetensors refuses what matrices share
     parts = {name: tensor.clone(memory_format=layout) for name, tensor in parts.items()}
-    with replacing(path) as beside:
-        save_file(parts, beside, metadata)
+    save_tensors(path, parts, metadata)
 
 
 def read_shard(path: Path) -> dict[str, Packed | torch.Tensor]:

@@ -7,7 +7,6 @@ on. A finished layer is a file; a run that was killed goes on behind the last on
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,15 @@ from engine.checkpoint import Checkpoint
 from engine.checkpoint.weights import Observed, Weights, layer_weights, lineage_hash, values
 from engine.errors import InputError
 from engine.export import directory
-from engine.export.packed import PLAN, Entry, read_shard, summary, tensor_names, write_shard
+from engine.export.packed import (
+    PLAN,
+    Entry,
+    cut_plan,
+    read_shard,
+    summary,
+    tensor_names,
+    write_shard,
+)
 from engine.quantize.recipe import Recipe, pack_layer, pack_outer
 from engine.reference.stream import (
     DEFAULT_LIMIT_BYTES,
@@ -91,13 +98,7 @@ def plan_of(
     earlier = checkpoint.path / PLAN
     ours = (config.source.get("quantization_config") or {}).get("quant_method") == "shallow"
     if ours and earlier.is_file():
-        first = Plan.load(earlier)
-        if len(first.keep) != config.total_layers:
-            raise InputError(
-                f"{earlier}: expected a plan that keeps {config.total_layers} layers, found "
-                f"{len(first.keep)}"
-            )
-        return replace(first, keep=tuple(first.keep[layer] for layer in kept))
+        return cut_plan(earlier, config)
     if given is not None or len(kept) == config.total_layers:
         return given
     return Plan(

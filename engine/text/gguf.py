@@ -29,12 +29,17 @@ def _cased(suffix: str, digits: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Split:
+class Split:
     """How a text is cut into words before BPE: patterns applied one after the other."""
 
     patterns: tuple[str, ...]
     ignore_merges: bool = False  # a word that is a token is taken whole
     add_bos: bool = False  # where the file does not say
+
+    def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
+        steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in self.patterns]
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return pre_tokenizers.Sequence([*steps, byte_level])
 
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -50,22 +55,22 @@ _DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-�
 
 # `tokenizer.ggml.pre` by what it means. A file without one, or with "default", is read as GPT-2's:
 # llama.cpp has an older split for it, of which it warns itself that it degrades the output.
-_SPLITS = {
-    "default gpt-2 phi-2 olmo mpt jais trillion exaone4 gigachat a.x-4.0 mellum": _Split((_GPT2,)),
-    "smollm starcoder refact command-r codeshell exaone minerva-7b": _Split((r"\p{N}", _GPT2)),
-    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2": _Split(
+SPLITS = {
+    "default gpt-2 phi-2 olmo mpt jais trillion exaone4 gigachat a.x-4.0 mellum": Split((_GPT2,)),
+    "smollm starcoder refact command-r codeshell exaone minerva-7b": Split((r"\p{N}", _GPT2)),
+    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2": Split(
         (_LLAMA3,), ignore_merges=True, add_bos=True
     ),
-    "dbrx smaug-bpe glm4 chatglm-bpe": _Split((_LLAMA3,)),
-    "qwen2 deepseek-r1-qwen stablelm2 megrez hunyuan kormo f2llmv2 grok-2 solar-open": _Split(
+    "dbrx smaug-bpe glm4 chatglm-bpe": Split((_LLAMA3,)),
+    "qwen2 deepseek-r1-qwen stablelm2 megrez hunyuan kormo f2llmv2 grok-2 solar-open": Split(
         (_QWEN2,)
     ),
-    "tekken": _Split((_cased("", r"\p{N}"),), ignore_merges=True, add_bos=True),
-    "gpt-4o llama4 kanana2": _Split((_cased(f"{_CONTRACTION}?", r"\p{N}{1,3}"),)),
-    "deepseek-v3 hunyuan-dense": _Split(_DEEPSEEK3),
-    "deepseek-coder": _Split(_DEEPSEEK_CODER),
+    "tekken": Split((_cased("", r"\p{N}"),), ignore_merges=True, add_bos=True),
+    "gpt-4o llama4 kanana2": Split((_cased(f"{_CONTRACTION}?", r"\p{N}{1,3}"),)),
+    "deepseek-v3 hunyuan-dense": Split(_DEEPSEEK3),
+    "deepseek-coder": Split(_DEEPSEEK_CODER),
 }
-_SPLIT_OF = {name: split for names, split in _SPLITS.items() for name in names.split()}
+_SPLIT_OF = {name: split for names, split in SPLITS.items() for name in names.split()}
 
 # Control tokens that end a turn or a text, whatever the metadata names; llama.cpp stops at these.
 _ENDS = {
@@ -148,7 +153,7 @@ class _Metadata:
         return self.tokens[index]
 
 
-def _byte_level(data: _Metadata, split: _Split) -> Tokenizer:
+def _byte_level(data: _Metadata, split: Split) -> Tokenizer:
     """A byte-level BPE: `data.tokens` and the merges in GPT-2's byte alphabet."""
     merges = [tuple(merge.split(" ", 1)) for merge in data.array("merges", str) or ()]
     vocabulary = {token: i for i, token in enumerate(data.tokens)}
@@ -161,9 +166,7 @@ def _byte_level(data: _Metadata, split: _Split) -> Tokenizer:
         )
     model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split.ignore_merges)
     tokenizer = Tokenizer(model)
-    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in split.patterns]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, byte_level])
+    tokenizer.pre_tokenizer = split.pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 

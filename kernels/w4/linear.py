@@ -70,7 +70,12 @@ class W4Linear(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return getattr(self, self.parts[0]).device
+        return self.qweight.device
+
+    @property
+    def qweight(self) -> Tensor:
+        """The first part, for its device: where peft looks for a quantized linear's."""
+        return getattr(self, self.parts[0])
 
     @property
     def prepared(self) -> Prepared:

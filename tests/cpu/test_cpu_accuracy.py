@@ -8,7 +8,6 @@ import torch
 from support.close import assert_close, rms_ratio
 
 from engine.api import load
-from engine.benchmark.peers.known import chosen
 from engine.benchmark.peers.process import Peer, PeerMissing, work_of
 from engine.evaluate import cut_windows, evaluate
 from engine.kernels import native
@@ -76,11 +75,11 @@ def perplexity_by(rows: int, model, windows: torch.Tensor) -> float:
 
 
 @pytest.mark.slow
-def test_perplexity_beside_llama_cpp(models, peer_pythons):
+def test_perplexity_beside_llama_cpp(models, peer_python):
     model = models["int8, float16"]
     windows = cut_windows(model.text, heldout_text(), WINDOW, None, False, WINDOW)
     work = work_of("llama.cpp", model, 1, WINDOW)
-    (python,) = chosen("llama.cpp", peer_pythons).values()
+    python = peer_python("llama.cpp")
     try:
         with Peer("llama.cpp", python, work) as peer:
             nll = sum(peer.nll(window) for window in windows.tolist()) / (windows[:, 1:].numel())

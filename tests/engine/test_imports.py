@@ -20,7 +20,7 @@ checkpoint
 text
 reference
 export
-pruning quantize healing
+pruning quantize healing hf
 runtime
 generation
 evaluate

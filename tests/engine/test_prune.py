@@ -50,6 +50,28 @@ def test_every_family_in_transformers(case, tmp_path):
         assert (ours.window, ours.rope) == (theirs.window, theirs.rope)
 
 
+@pytest.mark.parametrize("keep", [[0, 1, 3, 4], [2, 5]], ids=["windows alone", "none"])
+@torch.no_grad()
+def test_one_kind_of_layer_alone(keep, source, rng, tmp_path):
+    """Gemma 3's rotary settings are by kind of layer, and a kind may go altogether."""
+    import transformers
+
+    checkpoint = source("gemma3")
+    config = checkpoint.config.keep(keep)
+    prune(checkpoint, config, tmp_path / "out", dtype=torch.float32)
+    ids = torch.randint(3, tiny.VOCAB, (2, 40), generator=rng)
+    runtime = ReferenceRuntime.load(checkpoint, config)
+    expected = runtime.forward(ids, runtime.new_cache(2), logits="all")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    assert_close("transformers", expected, peer(ids, use_cache=False).logits, 1e-4)
+    again = open_checkpoint(tmp_path / "out")
+    reopened = ReferenceRuntime.load(again, again.config)
+    found = reopened.forward(ids, reopened.new_cache(2), logits="all")
+    assert_close("ours", expected, found, 1e-6)
+
+
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     tiny.write("llama", tmp_path / "model", 1)
     checkpoint = open_checkpoint(tmp_path / "model")

@@ -71,6 +71,16 @@ class Engine:
             total += float(peak + np.log(np.exp(logits - peak).sum()) - logits[following])
         return {"nll": total}
 
+    def tokenize(self, texts: list[str]) -> dict[str, Any]:
+        """llama.cpp's own ids of every text, with what it puts around one."""
+        vocab = self._api.llama_model_get_vocab(self._model)
+        return {"ids": [self._ids(vocab, text.encode()) for text in texts]}
+
+    def _ids(self, vocab: Any, text: bytes) -> list[int]:
+        found = (self._api.llama_token * (len(text) + 8))()
+        count = self._api.llama_tokenize(vocab, text, len(text), found, len(found), True, True)
+        return list(found[:count])
+
     def quantize(self, path: str, kind: str) -> dict[str, Any]:
         """Writes the model anew with its matrices as `kind`, whatever they were."""
         api = self._api

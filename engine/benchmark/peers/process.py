@@ -85,6 +85,10 @@ class Peer:
         """Negative log-likelihood of ids[1:] given those before them, nats, summed."""
         return self._ask(do="nll", ids=list(ids))["nll"]
 
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """The peer's own ids of every text; llama.cpp's alone."""
+        return self._ask(do="tokenize", texts=list(texts))["ids"]
+
     def quantize(self, path: Path, kind: str) -> None:
         """Writes the opened model anew in GGUF type `kind`, "Q4_0" say."""
         self._ask(do="quantize", path=str(path), kind=kind)

@@ -1,0 +1,50 @@
+"""`engine export`: a model, quantized or not, for other engines to open."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engine.commands import common, output
+
+
+def export(
+    model: common.ModelArgument,
+    out: Annotated[Path, typer.Argument(help="A new directory; a new .gguf file for gguf.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT",
+            help="compressed-tensors (vLLM, SGLang, transformers), gptq, gguf (llama.cpp, ollama) "
+            "or hf, 16 bits.",
+        ),
+    ],
+    plan_path: common.PlanFile = None,
+    drop: common.Drop = None,
+    keep: common.Keep = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of what is not quantized: as stored if not given; hf: 16 bits."),
+    ] = None,
+) -> None:
+    """Write a model in the format of another engine, without a bit lost."""
+    from engine.checkpoint import choose_layers
+    from engine.runtime import check_backend
+
+    check_backend(None, dtype)
+    chosen = drop if plan_path is None else common.planned(plan_path, drop, keep)
+    _, checkpoint = common.open_checkpoint(model)
+    config = choose_layers(checkpoint, chosen, keep)
+    from engine.export.formats import export as write
+    from engine.kernels.dtypes import dtype_of
+
+    with output.progress("export") as progress:
+        write(
+            checkpoint,
+            config,
+            out,
+            to,
+            dtype=None if dtype is None else dtype_of(dtype),
+            progress=progress,
+        )
+    output.say(f"{out}: {len(config.layers)} of {config.total_layers} layers, {to}")

@@ -1,0 +1,69 @@
+"""`engine push`: a model to the Hugging Face hub, with a card of how it was made."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engine.commands import common, output
+from engine.errors import InputError
+
+
+def push(
+    model: Annotated[Path, typer.Argument(help="A directory or a .gguf file.")],
+    repo: Annotated[str, typer.Argument(help="ORG/NAME on the hub; made if it is not there.")],
+    plan: common.PlanFile = None,
+    record: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="What `engine eval --json` wrote, of the whole model first, of this one last.",
+        ),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="What it was made from, if no record says.")
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", metavar="ID", help="The source's, if not given.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Of a new repository.")] = False,
+    card_only: Annotated[bool, typer.Option("--card", help="Show the card; push nothing.")] = False,
+) -> None:
+    """Push a model to the Hugging Face hub in one commit, with a card made from its records."""
+    from engine.export.card import card, gather
+
+    if not model.exists():
+        raise InputError(f"{model}: expected a directory or a .gguf file")
+    made = gather(model, plan=plan, records=record or (), source=source, licence=licence)
+    text = card(made, repo)
+    if card_only:
+        print(text, end="")
+        return
+    upload(model, repo, text, private)
+    output.say(f"{repo}: {made.layers} layers, {made.nbytes / 1e6:,.1f} MB")
+
+
+def upload(model: Path, repo: str, text: str, private: bool) -> None:
+    """One commit, which is there whole or not at all. InputError for what the hub says."""
+    import huggingface_hub
+    from huggingface_hub import CommitOperationAdd, errors
+
+    files = sorted(model.glob("[!.]*")) if model.is_dir() else [model]
+    adds = [
+        CommitOperationAdd(path.name, str(path))
+        for path in files
+        if path.is_file() and path.name != "README.md"
+    ]
+    try:
+        api = huggingface_hub.HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        api.create_commit(
+            repo,
+            [*adds, CommitOperationAdd("README.md", text.encode())],
+            commit_message="Upload a shallower model",
+        )
+    except errors.LocalTokenNotFoundError as error:
+        raise InputError(f"{repo}: log in with `hf auth login` first") from error
+    except (errors.HTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{repo}: the Hugging Face hub: {reason[0]}") from error

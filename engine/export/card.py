@@ -1,0 +1,147 @@
+"""The model card of a shallower model, from the records that its making left."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.architecture.layers import format_layers
+from engine.artifacts import HealRecord, Plan
+from engine.checkpoint import Checkpoint, open_checkpoint
+from engine.checkpoint.gguf import GgufCheckpoint
+from engine.checkpoint.weights import describe, layer_weights
+from engine.errors import InputError
+from engine.export.packed import PLAN
+from engine.judgement import Judgement
+
+HEAL = "heal.json"  # beside the weights that `engine heal` wrote
+
+
+@dataclass(frozen=True)
+class Made:
+    """What is known of how a model was made."""
+
+    path: Path
+    layers: int
+    matrices: tuple[str, ...]  # what those of a layer are stored as
+    nbytes: int  # of the weights on disk
+    plan: Plan | None
+    heal: HealRecord | None
+    records: tuple[Judgement, ...]  # from the whole model to this one
+    source: str | None
+    licence: str
+
+    @property
+    def keep(self) -> tuple[int, ...] | None:
+        record = self.plan or self.heal
+        return None if record is None else record.keep
+
+
+def gather(
+    path: Path,
+    *,
+    plan: Path | None = None,
+    records: Sequence[Path] = (),
+    source: str | None = None,
+    licence: str | None = None,
+) -> Made:
+    """Reads what lies in the directory, or the GGUF, and what is given besides.
+
+    InputError for a record of another model, and where the licence of the source is not known.
+    """
+    checkpoint = open_checkpoint(path)
+    planned = plan or (path / PLAN if (path / PLAN).is_file() else None)
+    found = Plan.load(planned) if planned is not None else None
+    healed = path / HEAL
+    heal = HealRecord.load(healed) if healed.is_file() else None
+    layers = checkpoint.config.total_layers
+    for where, record in ((planned, found), (healed, heal)):
+        if record is not None and len(record.keep) != layers:
+            raise InputError(f"{where}: keeps {len(record.keep)} layers, and {path} has {layers}")
+    judged = tuple(Judgement.load(record) for record in records)
+    if judged and judged[-1].layers_kept != layers:
+        raise InputError(
+            f"{records[-1]}: judges {judged[-1].layers_kept} layers, and {path} has {layers}"
+        )
+    named = source or next((record.model for record in (found, heal) if record is not None), None)
+    known = licence or _licence(checkpoint) or _licence_of(named)
+    if known is None:
+        raise InputError(
+            f"{path}: the licence of {named or 'its source'} is not known; name it with --license"
+        )
+    first = layer_weights(checkpoint, checkpoint.config, checkpoint.config.layers[0].layer)
+    kinds = dict.fromkeys(describe(stored) for _, stored in first if len(stored.shape) == 2)
+    nbytes = sum(checkpoint.nbytes(name) for name in checkpoint.names())
+    return Made(path, layers, tuple(kinds), nbytes, found, heal, judged, named, known)
+
+
+def card(made: Made, repo: str) -> str:
+    """README.md, with the metadata that the Hub reads in front."""
+    head = ["---", f"license: {made.licence}", "pipeline_tag: text-generation"]
+    if made.source is not None and made.source.count("/") == 1 and not Path(made.source).exists():
+        head.append(f"base_model: {made.source}")
+    head += ["tags:", "- shallow", "- layer-pruning", "---", ""]
+    lines = [f"# {repo.rpartition('/')[2]}", "", _summary(made), ""]
+    if made.plan is not None:
+        lines += [f"The layers were chosen by the rule `{made.plan.rule}`.", ""]
+    if made.heal is not None:
+        lines += [_healed(made.heal), ""]
+    if made.records:
+        lines += _judged(made.records)
+    lines.append("Made with Shallow: `engine run --model` opens it.")
+    return "\n".join(head + lines) + "\n"
+
+
+def _summary(made: Made) -> str:
+    stored = ", ".join(made.matrices)
+    size = f"matrices as {stored}; {made.nbytes / 1e6:,.1f} MB of weights"
+    source = "The source model" if made.source is None else f"`{made.source}`"
+    record = made.plan or made.heal
+    if record is None or made.keep is None or len(made.keep) == record.total_layers:
+        return f"{source} with all of its {made.layers} layers, {size}."
+    dropped = [layer for layer in range(record.total_layers) if layer not in made.keep]
+    return (
+        f"{source} without layers {format_layers(dropped)} (numbered from 0, inclusive): "
+        f"{made.layers} of {record.total_layers} stay; {size}."
+    )
+
+
+def _healed(heal: HealRecord) -> str:
+    return (
+        f"Healed by {', '.join(heal.methods)} ({heal.steps} steps, {heal.minutes:.0f} minutes) "
+        f"from `{heal.teacher}`: perplexity on held-out text {heal.perplexity_before:.2f} before "
+        f"and {heal.perplexity_after:.2f} after."
+    )
+
+
+def _judged(records: Sequence[Judgement]) -> list[str]:
+    rows = ["| model | layers | perplexity |", "|---|---|---|"]
+    rows += [
+        f"| {record.model} | {record.layers_kept} of {record.layers_total} | "
+        f"{record.perplexity:.2f} |"
+        for record in records
+    ]
+    texts = ", ".join(records[-1].texts)
+    return [*rows, "", f"Perplexity on {texts}; the geometric mean of several texts.", ""]
+
+
+def _licence(checkpoint: Checkpoint) -> str | None:
+    """What a GGUF or the README of a directory says."""
+    if isinstance(checkpoint, GgufCheckpoint):
+        said = checkpoint.file.metadata.get("general.license")
+        return said if isinstance(said, str) else None
+    readme = checkpoint.path / "README.md"
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    for line in text.splitlines():
+        if line.startswith("license:"):
+            return line.removeprefix("license:").strip()
+    return None
+
+
+def _licence_of(source: str | None) -> str | None:
+    """The same of the source, where it lies here."""
+    from engine.checkpoint.fetch import DEFAULT, cached
+
+    path = cached(DEFAULT) if source == DEFAULT.name else Path(source) if source else None
+    if path is None or not path.exists():
+        return None
+    return _licence(open_checkpoint(path))

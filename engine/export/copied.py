@@ -1,0 +1,122 @@
+"""A shallower directory of a quantized one: its tensors copied by name, layers renumbered.
+
+Nothing is computed: codes, scales and whatever lies beside them keep their bytes, so that what
+opened the directory opens the shallower one.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.architecture.config import ModelConfig
+from engine.checkpoint import Checkpoint
+from engine.checkpoint.safetensors import SafetensorsCheckpoint
+from engine.export import directory
+from engine.export.packed import PLAN, cut_plan
+
+SHARD_BYTES = 5_000_000_000
+BESIDE = ("quantize_config.json", "quant_config.json")
+_LAYER = re.compile(r"(model\.layers\.)(\d+)(\..*|$)", re.ASCII | re.DOTALL)
+_NUMBERED = re.compile(r"layers\\?\.\D{0,3}\d")  # a pattern that speaks of certain layers
+
+
+def prune(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    out: Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes the layers that `config` keeps to the new directory `out`, byte for byte.
+
+    Lists with an entry a layer are cut to length, in config.json and in what it says of
+    quantization. Written beside, taken up again and renamed as in `engine.export.hf`.
+    """
+    out = Path(out)
+    stored = SafetensorsCheckpoint(checkpoint.path)
+    slots = {entry.layer: slot for slot, entry in enumerate(config.layers)}
+    names = {name: new for name in stored.names() if (new := renumbered(name, slots)) is not None}
+    shards = _shards(stored, names, shard_bytes)
+    described = directory.sliced_config(config)
+    if (said := config.source.get("quantization_config")) is not None:
+        described["quantization_config"] = cut(said, slots, names)
+    partial = directory.begin(out, checkpoint.path, config, described)
+    metadata = {
+        new: text
+        for key, text in stored.metadata.items()
+        if (new := renumbered(key, slots)) is not None
+    }
+    files = [directory.shard_name(index, len(shards)) for index in range(len(shards))]
+    for index, (file, shard) in enumerate(zip(files, shards, strict=True)):
+        if not (partial / file).exists():
+            tensors = {names[name]: stored.read(name) for name in shard}
+            said = {key: text for key, text in metadata.items() if _of(key, tensors)}
+            directory.save_tensors(partial / file, tensors, said or None)
+        if progress is not None:
+            progress(index + 1, len(shards))
+    directory.index_shards(partial, files)
+    for name in BESIDE:
+        if (checkpoint.path / name).is_file():
+            text = (checkpoint.path / name).read_text(encoding="utf-8")
+            directory.write_text(partial / name, text)
+    if (checkpoint.path / PLAN).is_file():
+        cut_plan(checkpoint.path / PLAN, config).save(partial / PLAN)
+    directory.finish(partial, out)
+
+
+def renumbered(name: str, slots: Mapping[int, int]) -> str | None:
+    """A tensor's or a module's name in the shallower model; None where its layer is gone."""
+    match = _LAYER.match(name)
+    if match is None:
+        return name
+    slot = slots.get(int(match[2]))
+    return None if slot is None else f"{match[1]}{slot}{match[3]}"
+
+
+def cut(said: Any, slots: Mapping[int, int], names: Mapping[str, str]) -> Any:
+    """`quantization_config` with the modules that it names renumbered.
+
+    A pattern ("re:...") that speaks of certain layers becomes the names of what it means.
+    """
+    if isinstance(said, dict):
+        return {key: cut(value, slots, names) for key, value in said.items()}
+    if not isinstance(said, list):
+        return said
+    found: list[Any] = []
+    for value in said:
+        if not isinstance(value, str):
+            found.append(cut(value, slots, names))
+        elif value.startswith("re:") and _NUMBERED.search(value):
+            pairs = names.items()
+            modules = {name.rpartition(".")[0]: new.rpartition(".")[0] for name, new in pairs}
+            meant = re.compile(value.removeprefix("re:"))
+            found += [new for module, new in modules.items() if meant.match(module)]
+        elif (new := renumbered(value, slots)) is not None:
+            found.append(new)
+    return found
+
+
+def _of(key: str, tensors: Collection[str]) -> bool:
+    """Whether a file's metadata speaks of one of its tensors, or of none at all."""
+    name = key.removesuffix(".source")
+    return not name.startswith("model.") or any(
+        tensor == name or tensor.startswith(f"{name}.") for tensor in tensors
+    )
+
+
+def _shards(
+    stored: SafetensorsCheckpoint, names: Mapping[str, str], limit_bytes: int
+) -> list[list[str]]:
+    """Tensors in order, a new shard where the limit would be passed."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in names:
+        size = stored.nbytes(name)
+        if shards[-1] and filled + size > limit_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards

@@ -1,0 +1,171 @@
+"""transformers opens packed directories: `import engine.hf`, then `from_pretrained(directory)`.
+
+A quantizer registered through transformers' own interface puts a `W4Linear` where the directory
+has a packed matrix. A model in float32 computes exactly; in 16 bits CPU kernels round what they
+multiply to 8 bits. Gradients flow through the packed weights to what stands before them, so that
+adapters learn on top: `adapt` tells peft of `W4Linear`.
+"""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from engine.architecture.families import FAMILIES, layer_parts
+from engine.checkpoint import Checkpoint, open_checkpoint
+from engine.checkpoint.safetensors import SafetensorsCheckpoint
+from engine.checkpoint.weights import packed_form
+from engine.export.tensors import Item, stored_tensors
+from engine.kernels.w4 import store
+from engine.kernels.w4.format import SHARED, Packed, rows_of, unpack
+from engine.kernels.w4.linear import W4Linear
+
+METHOD = "shallow"
+_PARTS = rf"\.weight\.({'|'.join(store.PARTS)})$"
+
+
+class W4Embedding(nn.Module):
+    """ids (...) -> their rows (..., K) of a packed matrix (N, K), in `dtype` and times `scale`."""
+
+    def __init__(self, packed: Packed, scale: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.packed, self.scale, self.dtype = packed, scale, dtype
+        self.num_embeddings, self.embedding_dim = packed.shape
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        used, places = ids.unique(return_inverse=True)
+        self.packed = packed = self.packed.to(ids.device)
+        parts = packed.tensors().items()
+        rows = {name: tensor if name in SHARED else tensor[used] for name, tensor in parts}
+        values = unpack(Packed(packed.spec, (len(used), packed.shape[1]), **rows))
+        return values.to(self.dtype)[places] * torch.tensor(self.scale).to(self.dtype)
+
+
+class _Awaited(nn.Module):
+    """Stands where a packed matrix will be; its bias is loaded as any other parameter."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.bias = getattr(linear, "bias", None)
+        self.scale = float(getattr(linear, "scalar_embed_scale", 1.0))
+
+
+@register_quantization_config(METHOD)
+class ShallowConfig(QuantizationConfigMixin):
+    """What a packed directory's config.json says of quantization, as it is."""
+
+    def __init__(self, **said: Any) -> None:
+        self.__dict__.update(said)
+        self.quant_method: Any = METHOD  # transformers' own are of an enumeration
+
+    def to_dict(self) -> dict[str, Any]:
+        return deepcopy(self.__dict__)
+
+
+@register_quantizer(METHOD)
+class ShallowQuantizer(HfQuantizer):
+    """Reads the packed matrices itself; transformers loads what is left."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        (directory,) = {Path(file).parent for file in kwargs["checkpoint_files"]}
+        self.checkpoint = open_checkpoint(directory)
+        for item, _ in _packed(self.checkpoint):
+            model.set_submodule(item.module, _Awaited(model.get_submodule(item.module)))
+            if item.role in ("embedding", "head"):
+                model.all_tied_weights_keys = {}
+        if self.checkpoint.config.tied and not model.all_tied_weights_keys:
+            model.set_submodule("lm_head", _Awaited(nn.Identity()))
+        ignored = model._keys_to_ignore_on_load_unexpected or set()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, _PARTS}
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        exact, tied = model.dtype == torch.float32, self.checkpoint.config.tied
+        for item, stored in _packed(self.checkpoint):
+            waiting, packed = model.get_submodule(item.module), stored.to(model.device)
+            linear = W4Linear.from_packed(packed, waiting.bias, exact=exact)
+            if item.role == "embedding":
+                embedding = W4Embedding(packed, waiting.scale, model.dtype)
+                model.set_submodule(item.module, embedding)
+                if tied:
+                    model.set_submodule("lm_head", linear)
+            else:
+                model.set_submodule(item.module, linear)
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict]:
+        """What a packed directory holds, fused matrices by part."""
+        named = model.state_dict().items()
+        state = {name: tensor for name, tensor in named if ".weight." not in name}
+        for name, packed in self._matrices(model):
+            for part, tensor in store.to_tensors(name, packed).items():
+                state[part] = tensor.clone(memory_format=torch.contiguous_format)
+        return state, dict(SafetensorsCheckpoint(self.checkpoint.path).metadata)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def _matrices(self, model: Any) -> Iterator[tuple[str, Packed]]:
+        """(name in a packed directory, matrix) of all that the model holds packed."""
+        config = self.checkpoint.config
+        fused = FAMILIES[config.family].fused
+        for item, _ in _packed(self.checkpoint):
+            module = model.get_submodule(item.module)
+            packed = module.packed
+            if item.slot is None or item.role not in fused:
+                yield item.name, packed
+                continue
+            parts = layer_parts(config, item.slot)
+            for role in fused[item.role]:
+                first = parts[role].first
+                yield parts[role].name, rows_of(packed, first, first + parts[role].shape[0])
+
+
+def adapt(lora: Any) -> Any:
+    """A `peft.LoraConfig` that knows `W4Linear`, itself; through peft's interface for such."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    class LoraW4(nn.Module, LoraLayer):
+        """x -> W x + scaling * B A dropout(x)."""
+
+        def __init__(self, base: W4Linear, adapter_name: str, config: Any, **kwargs: Any) -> None:
+            super().__init__()
+            LoraLayer.__init__(self, base)
+            self._active_adapter = adapter_name
+            rank, alpha = kwargs.pop("r"), kwargs.pop("lora_alpha")
+            self.update_layer(adapter_name, rank, lora_alpha=alpha, config=config)
+            self.to(base.device)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result = self.get_base_layer()(x)
+            for name in () if self.disable_adapters else self.active_adapters:
+                if name in self.lora_A:
+                    down: nn.Linear = self.lora_A[name]
+                    up: nn.Linear = self.lora_B[name]
+                    learnt = up(down(self.lora_dropout[name](x.to(down.weight.dtype))))
+                    result = result + (learnt * self.scaling[name]).to(result.dtype)
+            return result
+
+    lora._register_custom_module({W4Linear: LoraW4})
+    return lora
+
+
+def _packed(checkpoint: Checkpoint) -> Iterator[tuple[Item, Packed]]:
+    """Every packed matrix under its family's name."""
+    config = checkpoint.config
+    for slot in (None, *range(len(config.layers))):
+        for item, stored in stored_tensors(checkpoint, config, slot):
+            matrix = packed_form(stored, item.source)
+            if isinstance(matrix, Packed):
+                yield item, matrix

@@ -1,0 +1,128 @@
+"""A tokenizer as the metadata of a GGUF file, checked by reading that back.
+
+llama.cpp knows two kinds: "gpt2", a byte-level BPE whose split into words has a name
+(`tokenizer.ggml.pre`), and "llama", sentencepiece's BPE by scores. The name is found by what it
+does: the one that cuts texts of many scripts where the tokenizer does.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from tokenizers.pre_tokenizers import PreTokenizer
+
+from engine.errors import InputError
+from engine.text import spm
+from engine.text.gguf import SPLITS, text_from_gguf
+from engine.text.text import Text
+
+_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+_SENTENCEPIECE_SPACE = "▁"
+# Numbers, contractions, white space, marks, scripts with and without case and spaces, emoji.
+PROBES = (
+    "Hello, World! It's 1234567 o'clock; WE'RE here, I'd say. 3.14 3..3 0x1F",
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \nend  of   spaces ",
+    "def f(x):\n    return {'a': [x**2, -1]} # ok\r\n\tpass",
+    "🚀 (normal) 😶\u200d🌫️ ✅ 🦙🦙 3 33 333 3333 33333 333333 3333333 ------=======",
+    '```````""""......!!!!!!??????',
+    "нещо на Български; ΑΒΓ αβγ; שלום עולם; مرحبا بالعالم ١٢٣; हिन्दी में पाठ",
+    "កាន់តែពិសេសអាច 我想在apple工作1314151天～ 日本語のテキスト。 한국어 문장입니다",
+    "I've been 'told he's there, 'RE you sure? 'M not sure, 'D you like some tea? We'Ve a'lL",
+    "camelCaseWord HTTPServer naïve café Ünïcödé e\u0301 ＡＢＣ ½ ² Ⅷ",
+)
+
+
+def to_gguf(text: Text, size: int) -> dict[str, Any]:
+    """The `tokenizer.*` entries for a vocabulary of `size` ids; ids without a token are padding.
+
+    InputError where GGUF has no name for what the tokenizer does.
+    """
+    described = json.loads(text.tokenizer.to_str())
+    for fields in _kinds(described, text):
+        fields |= _vocabulary(described, text, size, fields) | _ends(text)
+        if text.chat_template is not None:
+            fields["tokenizer.chat_template"] = text.chat_template
+        try:
+            read = text_from_gguf(fields, text.where)
+        except InputError:
+            continue
+        if all(read.encode(probe) == text.encode(probe) for probe in PROBES):
+            return fields
+    raise InputError(
+        f"{text.where}: expected a tokenizer that GGUF has a name for, found one that cuts texts "
+        "in another way"
+    )
+
+
+def _kinds(described: dict[str, Any], text: Text) -> Iterator[dict[str, Any]]:
+    """What the tokenizer may be, the likeliest first."""
+    model = described["model"]
+    if model["type"] != "BPE":
+        raise InputError(f"{text.where}: GGUF takes a BPE tokenizer here, found {model['type']}")
+    if model.get("byte_fallback"):
+        prefixed = text.tokenizer.encode("a", add_special_tokens=False).tokens
+        prefix = "".join(prefixed).startswith(_SENTENCEPIECE_SPACE)
+        yield {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.pre": "default",
+            "tokenizer.ggml.add_space_prefix": prefix,
+        }
+        return
+    whole, words = bool(model.get("ignore_merges")), _words(text.tokenizer.pre_tokenizer)
+    for names, split in sorted(SPLITS.items(), key=lambda item: item[1].ignore_merges != whole):
+        if _words(split.pre_tokenizer()) == words:
+            first = names.removeprefix("default ").split()[0]  # llama.cpp's default is another
+            yield {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": first}
+
+
+def _words(cut: PreTokenizer | None) -> list[list[str]]:
+    """Into what the probes are cut; a vocabulary without long tokens would not tell."""
+    return [[word for word, _ in cut.pre_tokenize_str(probe)] for probe in PROBES if cut]
+
+
+def _vocabulary(
+    described: dict[str, Any], text: Text, size: int, kind: dict[str, Any]
+) -> dict[str, Any]:
+    """Tokens and their types by id, and what joins them: merges, or scores."""
+    model = described["model"]
+    byte_level = kind["tokenizer.ggml.model"] == "gpt2"
+    tokens = {index: token for token, index in model["vocab"].items()}
+    types = dict.fromkeys(tokens, spm.NORMAL)
+    for index, token in tokens.items():
+        if not byte_level and token.startswith("<0x") and len(token) == 6:
+            types[index] = spm.BYTE
+    for added in described["added_tokens"]:
+        index, plain = added["id"], added["content"]
+        types[index] = spm.CONTROL if added["special"] else spm.USER_DEFINED
+        tokens[index] = plain if added["special"] else plain.replace(_SENTENCEPIECE_SPACE, " ")
+    unknown = text.tokenizer.token_to_id(model.get("unk_token") or "")
+    if unknown is not None and not byte_level:
+        types[unknown] = spm.UNKNOWN
+    if max(tokens) >= size:
+        raise InputError(f"{text.where}: token {max(tokens)} has no row among {size} embeddings")
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    fields: dict[str, Any] = {
+        "tokenizer.ggml.tokens": [tokens.get(index, f"[PAD{index}]") for index in range(size)],
+        "tokenizer.ggml.token_type": [types.get(index, spm.UNUSED) for index in range(size)],
+    }
+    if byte_level:
+        return fields | {"tokenizer.ggml.merges": [" ".join(merge) for merge in merges]}
+    # sentencepiece joins what gives the best score: here, the merge that comes first.
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        ranks.setdefault("".join(merge), rank)
+    scores = [-float(ranks.get(tokens.get(index, ""), len(merges))) for index in range(size)]
+    return fields | {"tokenizer.ggml.scores": scores}
+
+
+def _ends(text: Text) -> dict[str, Any]:
+    """The special tokens by name, and which of them go around a text."""
+    fields: dict[str, Any] = {}
+    for name, key in _NAMES.items():
+        index = text.tokenizer.token_to_id(text.special.get(name, ""))
+        if index is not None:
+            fields[f"tokenizer.ggml.{key}_token_id"] = index
+    bare, around = text.encode("a", add_special=False), text.encode("a")
+    fields["tokenizer.ggml.add_bos_token"] = around[:1] != bare[:1]
+    fields["tokenizer.ggml.add_eos_token"] = around[-1:] != bare[-1:]
+    return fields

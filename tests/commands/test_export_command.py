@@ -1,0 +1,74 @@
+"""`engine export` and `engine prune` of what is quantized: what they write, say and refuse."""
+
+import pytest
+import torch
+from support import llama_files, vocabularies
+from support.commands import call, refused
+from support.exported import packed_model
+
+from engine.artifacts import Plan
+from engine.checkpoint import open_checkpoint
+
+
+@pytest.fixture
+def packed(source, rng, tmp_path):
+    whole = source("llama", vocab_size=300, hidden_size=64, num_attention_heads=4)
+    vocabularies.byte_level(vocabularies.SMOLLM, 300).save(str(whole.path / "tokenizer.json"))
+    packed_model(whole, tmp_path / "packed", rng, group=16)
+    return tmp_path / "packed"
+
+
+def test_a_model_goes_to_every_format(packed, tmp_path):
+    for to, name in (("compressed-tensors", "ct"), ("gptq", "gptq"), ("hf", "half")):
+        code, said, err = call("export", packed, tmp_path / name, "--to", to, "--drop", "1-2")
+        assert code == 0, err
+        assert f"{tmp_path / name}: 2 of 4 layers, {to}" in said
+        assert len(open_checkpoint(tmp_path / name).config.layers) == 2
+    code, said, err = call("export", tmp_path / "half", tmp_path / "half.gguf", "--to", "gguf")
+    assert code == 0, err
+    half = open_checkpoint(tmp_path / "half.gguf")
+    assert len(half.config.layers) == 2
+    assert half.read("model.layers.0.mlp.up_proj.weight").dtype == torch.float16
+    call("export", tmp_path / "half.gguf", tmp_path / "wide", "--to", "hf", "--dtype", "float32")
+    assert open_checkpoint(tmp_path / "wide").read("model.norm.weight").dtype == torch.float32
+
+
+def test_a_plan_chooses_the_layers(packed, tmp_path):
+    checkpoint = open_checkpoint(packed)
+    from engine.checkpoint.weights import lineage_hash
+
+    made_for = checkpoint.config.architecture_hash, lineage_hash(checkpoint, checkpoint.config)
+    plan = Plan("packed", *made_for, 4, (0, 3), "manual", None, (), None, None, "")
+    plan.save(tmp_path / "plan.json")
+    asked = ("export", packed, tmp_path / "out", "--to", "gptq", "--plan", tmp_path / "plan.json")
+    code, said, err = call(*asked)
+    assert code == 0 and "2 of 4 layers" in said, err
+    assert call("prune", packed, tmp_path / "cut", "--plan", tmp_path / "plan.json")[0] == 0
+    assert len(open_checkpoint(tmp_path / "cut").config.layers) == 2
+
+
+def test_refusals_are_one_sentence_and_write_nothing(packed, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    out = tmp_path / "out.gguf"
+    refused("expected one of compressed-tensors, gptq, gguf, hf, found 'awq'",
+            "export", packed, out, "--to", "awq")  # fmt: skip
+    refused("expected blocks of 32; the nearest format that can is compressed-tensors",
+            "export", packed, out, "--to", "gguf")  # fmt: skip
+    refused("exists already", "export", packed, packed, "--to", "gptq")
+    refused("No such file or directory", "export", packed, tmp_path / "no" / "out", "--to", "gptq")
+    refused("keeps the bits that it has", "prune", packed, tmp_path / "o", "--dtype", "float16")
+    refused("Missing option '--to'", "export", packed, out)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_gguf_is_pruned_to_a_gguf(tmp_path):
+    def two(fields, tensors):
+        fields["llama.block_count"] = 2
+        for name in [name for name in tensors if name.startswith("blk.0.")]:
+            tensors[name.replace("blk.0.", "blk.1.")] = tensors[name]
+
+    llama_files.write_tiny(tmp_path / "model.gguf", two)
+    code, said, err = call("prune", tmp_path / "model.gguf", tmp_path / "o.gguf", "--drop", 0)
+    assert code == 0 and "1 of 2 layers" in said, err
+    refused("expected a name that ends in .gguf",
+            "prune", tmp_path / "model.gguf", tmp_path / "directory", "--drop", 0)  # fmt: skip

@@ -1,0 +1,116 @@
+"""`engine push` against a stub of the hub's API: one commit, the card, what goes wrong."""
+
+import pytest
+from support import hub as stub
+from support.commands import call, refused
+from support.exported import packed_model
+
+from engine.artifacts import Evaluation, Plan
+from engine.judgement import Judgement
+
+REPO = "org/shallower"
+
+
+def plan(keep: tuple[int, ...], total: int) -> Plan:
+    return Plan(
+        "org/whole",
+        "a",
+        "b",
+        total,
+        keep,
+        "greedy",
+        None,
+        (),
+        profile=None,
+        text_hash=None,
+        note="",
+    )
+
+
+def judged(path, kept: int, perplexity_nll: float):
+    from engine.judgement import BUILT_IN
+
+    one = Evaluation.from_json(
+        {
+            "kind": "evaluation", "version": 1, "model": path.stem, "layers": f"0-{kept - 1}",
+            "layers_kept": kept, "layers_total": 4, "rule": None, "perplexity": 20.0,
+            "nll": perplexity_nll, "tokens": 10, "windows": 1, "window": 11, "bos": False,
+            "text_hash": "x",
+        },
+        "here",
+    )  # fmt: skip
+    Judgement.of({BUILT_IN: one}).save(path)
+    return path
+
+
+@pytest.fixture
+def model(source, rng, tmp_path):
+    packed_model(source("llama"), tmp_path / "packed", rng, drop=(2,), group=16)
+    plan((0, 1, 3), 4).save(tmp_path / "packed" / "plan.json")
+    return tmp_path / "packed"
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    """A function that has the hub's library speak to an address, whose settings it read before."""
+    from huggingface_hub import constants
+
+    def speak(url: str) -> None:
+        monkeypatch.setenv("HF_TOKEN", "hf_of_a_stub")
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+
+    return speak
+
+
+@pytest.fixture
+def hub(endpoint):
+    with stub.serving() as hub:
+        endpoint(hub.url)
+        yield hub
+
+
+def test_one_commit_of_every_file_and_a_card(model, hub, tmp_path):
+    records = [judged(tmp_path / "whole.json", 4, 3.0), judged(tmp_path / "cut.json", 3, 3.5)]
+    options = [each for record in records for each in ("--record", record)]
+    code, said, err = call("push", model, REPO, "--license", "apache-2.0", "--private", *options)
+    assert code == 0, err
+    assert f"{REPO}: 3 layers" in said
+    found = hub.repos[REPO]
+    assert found.keys() == {path.name for path in model.iterdir()} | {"README.md"}
+    for path in model.iterdir():
+        assert found[path.name] == path.read_bytes(), path.name
+    assert len(hub.commits) == 1 and hub.private[REPO]
+    text = found["README.md"].decode()
+    assert text.startswith("---\nlicense: apache-2.0\n") and "base_model: org/whole" in text
+    assert "without layers 2 (numbered from 0, inclusive): 3 of 4 stay" in text
+    assert "4 bits, group 16, symmetric" in text and "`greedy`" in text
+    assert "| whole | 4 of 4 | 20.09 |" in text and "| cut | 3 of 4 | 33.12 |" in text
+
+
+def test_what_goes_wrong_is_one_sentence(model, hub):
+    hub.fail = 403
+    refused(f"{REPO}: the Hugging Face hub: ", "push", model, REPO, "--license", "mit")
+    assert not hub.repos and not hub.commits
+
+
+def test_a_hub_that_is_not_reached(model, endpoint):
+    endpoint("http://127.0.0.1:9")  # nothing listens there
+    refused(f"{REPO}: the Hugging Face hub: ", "push", model, REPO, "--license", "mit")
+
+
+def test_refusals_come_before_the_hub(model, tmp_path):
+    refused("expected a directory or a .gguf file", "push", tmp_path / "nothing", REPO)
+    refused("the licence of org/whole is not known", "push", model, REPO)
+    plan((0, 1), 4).save(tmp_path / "other.json")
+    refused("keeps 2 layers", "push", model, REPO, "--plan", tmp_path / "other.json")
+    record = judged(tmp_path / "other_model.json", 4, 3.0)
+    refused("judges 4 layers", "push", model, REPO, "--license", "mit", "--record", record)
+
+
+def test_the_card_alone(source, tmp_path):
+    whole = source("llama")
+    (whole.path / "README.md").write_text("---\nlicense: mit\n---\n")
+    code, out, _ = call("push", whole.path, REPO, "--card")
+    assert code == 0 and "license: mit" in out
+    assert f"with all of its {len(whole.config.layers)} layers, matrices as float32" in out

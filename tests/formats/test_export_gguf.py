@@ -1,0 +1,246 @@
+"""Exported GGUFs: blocks by the gguf package, models tensor by tensor as llama.cpp's converter has
+them, tokenizers by their ids; what GGUF has no word for is refused."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from support import llama_files, tiny, vocabularies
+from support.exported import assert_same_matrices, logits, packed_model
+from support.packed import every_spec, random_packed, spec_id
+from tokenizers import Regex, pre_tokenizers
+
+from engine.checkpoint import open_checkpoint
+from engine.checkpoint.gguf_blocks import GgufBlocks
+from engine.checkpoint.gguf_file import GgufFile
+from engine.errors import InputError
+from engine.export.formats import export
+from engine.export.gguf_blocks import to_blocks
+from engine.kernels.w4.format import Spec, unpack
+from engine.kernels.w4.from_gguf import BLOCKS, from_blocks
+from engine.quantize.packing import pack
+from engine.quantize.recipe import Recipe
+from engine.text import load_text, text_from_gguf
+from engine.text.gguf import SPLITS
+from engine.text.to_gguf import to_gguf
+
+VOCAB = 300
+HALVES = [
+    spec
+    for spec in every_spec()
+    if spec.scale_dtype == torch.float16
+    and (spec.scheme in ("symmetric", "kquant") or (spec.scheme, spec.bits) == ("minimum", 4))
+    and spec.group != 16
+]
+
+
+@pytest.mark.parametrize("spec", HALVES, ids=spec_id)
+def test_blocks_have_the_packed_values(spec, rng):
+    packed = random_packed(rng, 5, 512, spec)
+    blocks = to_blocks(packed)
+    assert isinstance(blocks, GgufBlocks), blocks
+    found = gguf.quants.dequantize(blocks.data.numpy(), gguf.GGMLQuantizationType[blocks.type])
+    assert np.array_equal(found.view(np.uint32), unpack(packed).numpy().view(np.uint32))
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_1", "Q8_0", "Q4_K"])
+def test_blocks_come_back_byte_for_byte(kind, rng):
+    block = BLOCKS[kind]
+    shape = (3, 4 * block.weights)
+    weights = torch.randn(shape, generator=rng).numpy()
+    if kind == "Q4_K":  # the package reads these and does not write them
+        data = torch.randint(0, 256, (3, 4 * block.nbytes), generator=rng, dtype=torch.uint8)
+        supers = torch.rand(3 * 4 * 2, generator=rng).half().view(torch.uint8)
+        data.view(-1, block.nbytes)[:, :4] = supers.view(-1, 4)
+    else:
+        data = torch.from_numpy(gguf.quants.quantize(weights, gguf.GGMLQuantizationType[kind]))
+    again = to_blocks(from_blocks(kind, shape, data))
+    assert isinstance(again, GgufBlocks) and again.type == kind and torch.equal(again.data, data)
+
+
+@pytest.mark.parametrize("kind", ["Q5_0", "Q5_K", "Q6_K"])
+def test_blocks_that_became_eight_bits_go_back(kind, rng):
+    """Their values and our codes; the two factors of a scale may be others of the same product."""
+    block = BLOCKS[kind]
+    shape = (3, 4 * block.weights)
+    data = torch.randint(0, 256, (3 * 4, block.nbytes), generator=rng, dtype=torch.uint8)
+    scales = torch.randn(3 * 4 * 2, generator=rng).half().view(torch.uint8).view(-1, 4)
+    if kind == "Q6_K":
+        data[:, -2:] = scales[:, :2]
+    else:
+        data[:, : 2 if kind == "Q5_0" else 4] = scales[:, : 2 if kind == "Q5_0" else 4]
+    data[0] = 0  # a block of scale 0
+    packed = from_blocks(kind, shape, data)
+    again = to_blocks(packed)
+    assert isinstance(again, GgufBlocks) and again.type == kind
+    found = from_blocks(kind, shape, again.data)
+    assert all(torch.equal(part, found.tensors()[name]) for name, part in packed.tensors().items())
+
+
+@pytest.mark.parametrize("spec, sentence", [
+    (Spec(4, 32, "codebook"), "no codebook"), (Spec(8, 32, "minimum"), "no blocks of 8 bits"),
+    (Spec(4, 16, "symmetric"), "groups of 16, expected blocks of 32"),
+    (Spec(4, 32, "symmetric", torch.float32), "scales are no float16"),
+    (Spec(4, 32, "zero"), "zero points times their scales are no float16"),
+])  # fmt: skip
+def test_what_has_no_blocks(spec, sentence, rng):
+    assert sentence in str(to_blocks(random_packed(rng, 8, 512, spec)))
+    assert "order" in str(to_blocks(random_packed(rng, 8, 512, Spec(4, 32, "symmetric"), True)))
+
+
+def save_tokenizer(directory, split=vocabularies.SMOLLM) -> None:
+    vocabularies.byte_level(split, VOCAB).save(str(directory / "tokenizer.json"))
+
+
+# What a GGUF cannot say is set to what llama.cpp takes for granted.
+SAYABLE = {
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3": {"query_pre_attn_scalar": 16},
+}
+REFUSED = {
+    "llama-dynamic": "no dynamic scaling",
+    "qwen2-window": "windows must follow one period",
+    "smollm3-window": "windows must follow one period",
+    "phi2-qk-norm": "GGUF says qk_norm None, and the model has 'head'",
+}
+
+
+@pytest.mark.filterwarnings("ignore:llama.cpp has no windows")
+@pytest.mark.parametrize("case", sorted(set(tiny.CASES) - REFUSED.keys()))
+def test_every_family_as_its_converter_has_it(case, tmp_path, rng):
+    seed = int(torch.randint(2**31, (1,), generator=rng))
+    model = tiny.write(case, tmp_path / "hf", seed, vocab_size=VOCAB, **SAYABLE.get(case, {}))
+    save_tokenizer(tmp_path / "hf")
+    checkpoint, out = open_checkpoint(tmp_path / "hf"), tmp_path / "out.gguf"
+    export(checkpoint, checkpoint.config, out, "gguf")
+    llama_files.convert(model, tmp_path / "reference.gguf")
+    theirs = {
+        tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "reference.gguf").tensors
+    }
+    ours = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        atol = 1e-6 if name.startswith("rope") else 0
+        np.testing.assert_allclose(tensor.data, theirs[name].data, rtol=0, atol=atol, err_msg=name)
+    again = open_checkpoint(out)
+    ids = torch.randint(3, VOCAB, (2, 40), generator=rng)
+    torch.testing.assert_close(logits(checkpoint, ids), logits(again, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_gguf_has_no_word_for(case, tmp_path):
+    tiny.write(case, tmp_path / "hf", 1, vocab_size=VOCAB)
+    save_tokenizer(tmp_path / "hf")
+    checkpoint = open_checkpoint(tmp_path / "hf")
+    with pytest.raises(InputError, match=f"{REFUSED[case]}.*the nearest format that can is hf"):
+        export(checkpoint, checkpoint.config, tmp_path / "out.gguf", "gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("case, keep, sentence", [
+    ("gemma3", [0, 2, 3, 4], "windows must follow one period"),
+    ("smollm3", [0, 1, 3], "GGUF says every fourth layer has none"),
+    ("gemma2", None, "GGUF says attention_scale"),
+])  # fmt: skip
+def test_cuts_that_gguf_has_no_word_for(case, keep, sentence, tmp_path):
+    changes = SAYABLE.get(case, {}) if keep else {}
+    tiny.write(case, tmp_path / "hf", 1, vocab_size=VOCAB, **changes)
+    save_tokenizer(tmp_path / "hf")
+    checkpoint = open_checkpoint(tmp_path / "hf")
+    config = checkpoint.config.keep(keep) if keep else checkpoint.config
+    with pytest.raises(InputError, match=f"{sentence}.*the nearest format that can is hf"):
+        export(checkpoint, config, tmp_path / "out.gguf", "gguf")
+
+
+@pytest.mark.parametrize("recipe", [
+    {"group": 32}, {"group": 64}, {"group": 0}, {"group": 32, "scheme": "minimum", "head": 8},
+    {"group": 64, "bits": 8},
+], ids=str)  # fmt: skip
+def test_packed_models_keep_their_bits(recipe, source, rng, tmp_path):
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
+    whole = source("llama", **sizes, vocab_size=VOCAB, tie_word_embeddings=True)
+    save_tokenizer(whole.path)
+    ours = packed_model(whole, tmp_path / "ours", rng, drop=(2,), **recipe)
+    export(ours, ours.config, tmp_path / "out.gguf", "gguf")
+    again = open_checkpoint(tmp_path / "out.gguf")
+    ids = torch.randint(3, VOCAB, (1, 20), generator=rng)
+    assert torch.equal(logits(ours, ids), logits(again, ids))
+    pack(again, again.config, tmp_path / "back", Recipe(method="keep", head=None))
+    if recipe["group"] == 32:
+        assert_same_matrices(ours, open_checkpoint(tmp_path / "back"))
+    export(open_checkpoint(tmp_path / "back"), again.config, tmp_path / "twice.gguf", "gguf")
+    first, second = (GgufFile(tmp_path / f"{name}.gguf") for name in ("out", "twice"))
+    for name, tensor in first.tensors.items():
+        other = second.tensors[name]
+        data = [
+            file.data[t.offset : t.offset + t.nbytes]
+            for file, t in ((first, tensor), (second, other))
+        ]
+        assert tensor.type == other.type and torch.equal(*data), name
+
+
+def test_blocks_of_a_gguf_pass_through(tmp_path, rng):
+    def quantize(fields, tensors):
+        for name, kind in (("attn_q", "Q5_0"), ("attn_k", "Q8_0"), ("ffn_up", "Q4_1")):
+            kind, name = gguf.GGMLQuantizationType[kind], f"blk.0.{name}.weight"
+            tensors[name] = gguf.quants.quantize(tensors[name], kind), kind
+        fields["general.author"] = "somebody"
+
+    llama_files.write_tiny(tmp_path / "model.gguf", quantize)
+    checkpoint = open_checkpoint(tmp_path / "model.gguf")
+    export(checkpoint, checkpoint.config, tmp_path / "copy.gguf", "gguf")
+    export(checkpoint, checkpoint.config, tmp_path / "half.gguf", "gguf", dtype=torch.float16)
+    whole, half = (GgufFile(tmp_path / f"{name}.gguf") for name in ("copy", "half"))
+    assert dict(whole.metadata) == dict(checkpoint.file.metadata)
+    assert half.metadata["tokenizer.ggml.tokens"] == whole.metadata["tokenizer.ggml.tokens"]
+    for name, tensor in checkpoint.file.tensors.items():
+        data = checkpoint.file.data[tensor.offset : tensor.offset + tensor.nbytes]
+        for file in (whole, half):
+            other = file.tensors[name]
+            if file is whole or tensor.type.dtype is None:
+                assert torch.equal(file.data[other.offset : other.offset + other.nbytes], data)
+            else:
+                assert other.type.name == ("F32" if len(other.shape) == 1 else "F16")
+
+
+LLAMA3 = pre_tokenizers.Sequence([
+    pre_tokenizers.Split(Regex(SPLITS["dbrx smaug-bpe glm4 chatglm-bpe"].patterns[0]), "isolated"),
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+])  # fmt: skip
+
+
+@pytest.mark.parametrize("split, pre", [
+    (None, "gpt-2"), (vocabularies.SMOLLM, "smollm"), (LLAMA3, "dbrx"),
+], ids=["gpt-2", "smollm", "dbrx"])  # fmt: skip
+def test_the_split_into_words_gets_its_name(split, pre, tmp_path):
+    vocabularies.byte_level(split).save(str(tmp_path / "tokenizer.json"))
+    text = load_text(tmp_path)
+    fields = to_gguf(text, text.vocab_size + 5)
+    assert fields["tokenizer.ggml.pre"] == pre
+    assert fields["tokenizer.ggml.tokens"][-1] == f"[PAD{text.vocab_size + 4}]"
+    again = text_from_gguf(fields, "again")
+    for sample in vocabularies.SAMPLES:
+        assert again.encode(sample) == text.encode(sample)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_is_told_by_scores(prefix, tmp_path):
+    vocabularies.train_spm(tmp_path, add_dummy_prefix=prefix)
+    text = load_text(tmp_path)
+    fields = to_gguf(text, text.vocab_size)
+    assert fields["tokenizer.ggml.model"] == "llama"
+    assert fields["tokenizer.ggml.add_space_prefix"] == prefix
+    again = text_from_gguf(fields, "again")
+    for sample in filter(vocabularies.comparable, vocabularies.SAMPLES):
+        assert again.encode(sample) == text.encode(sample), sample
+
+
+def test_a_split_without_a_name_is_refused(tmp_path):
+    odd = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex("[aeiou]"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ])  # fmt: skip
+    vocabularies.byte_level(odd).save(str(tmp_path / "tokenizer.json"))
+    text = load_text(tmp_path)
+    with pytest.raises(InputError, match="expected a tokenizer that GGUF has a name for"):
+        to_gguf(text, text.vocab_size)
