@@ -31,6 +31,9 @@ class Checkpoint(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
+    def dtype(self, name: str) -> str | None:
+        """torch's name; None where the tensor is quantized."""
+
     def nbytes(self, name: str) -> int:
         """Bytes on disk."""
 
@@ -50,10 +53,20 @@ class Checkpoint(Protocol):
 def open_checkpoint(path: Path) -> Checkpoint:
     """Opens a Hugging Face directory (safetensors) or a .gguf file.
 
+    Every tensor that its family names is there then, in the shape that the config asks for, and
+    holds floats or is a quantized matrix (gate.py): nobody else checks that.
+
     Raises:
         InputError: neither of the two, damaged, or of an architecture that is not supported.
     """
-    path = Path(path)
+    from engine.checkpoint.gate import check_tensors
+
+    opened = _open(Path(path))
+    check_tensors(opened)
+    return opened
+
+
+def _open(path: Path) -> Checkpoint:
     if path.is_dir():
         from engine.checkpoint.safetensors import SafetensorsCheckpoint, quantization_config
 
