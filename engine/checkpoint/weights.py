@@ -126,6 +126,18 @@ def is_quantized(checkpoint: Checkpoint) -> bool:
     return any(not isinstance(stored, torch.Tensor) for _, stored in first)
 
 
+def not_finite(checkpoint: Checkpoint) -> str | None:
+    """The first tensor of its family that holds NaN or infinity, by name; reads them all."""
+    config, names = checkpoint.config, checkpoint.names()
+    found = [name for name, _ in outer_tensors(config).values()]
+    for layer in range(config.total_layers):
+        parts = layer_parts(config, layer).values()
+        found += dict.fromkeys(part.stored(names)[0] for part in parts)
+    return next(
+        (name for name in found if not checkpoint.read(name).float().isfinite().all()), None
+    )
+
+
 def lineage_hash(checkpoint: Checkpoint, config: ModelConfig) -> str:
     """Of the norm weights, which 16-bit, GGUF and packed copies of one model share exactly.
 

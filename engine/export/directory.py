@@ -5,6 +5,7 @@ interrupted finds its finished files again; another model or other settings begi
 """
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import Any
 import torch
 
 from engine.architecture.config import ModelConfig
-from engine.artifacts import replacing
 from engine.errors import InputError
 from engine.kernels.dtypes import name_of
+from engine.scratch import Scratch, replacing, write_text
 from engine.text import load_text
 
 TOKENIZER_FILES = (
@@ -29,7 +30,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-_NOTE = "resume.json"  # what the run is, while it is under way
 # Rules that count layers from 0 would mean other layers after a cut; they become explicit lists.
 _RULES = ("sliding_window_pattern", "max_window_layers", "no_rope_layer_interval")
 _WINDOWED = ("qwen2", "qwen3", "gemma2", "gemma3", "smollm3")
@@ -39,37 +39,30 @@ def begin(out: Path, source: Path, config: ModelConfig, described: Mapping[str, 
     """`out`.partial with `described` as its config.json and the tokenizer of `source`.
 
     It is taken up again where an earlier run had the same source, layers and description.
-    InputError where `out` exists or nothing can be written beside it.
+    InputError where `out` exists, where what lies beside it is not of such a run, where another
+    run writes there and where nothing can be written.
     """
-    if out.exists():
-        raise InputError(f"{out}: exists already; name a new directory")
+    check_new(out)
     partial = out.with_name(out.name + ".partial")
     text = json.dumps(described, indent=2, sort_keys=True)
     files = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
     stamps = [[str(file.resolve()), file.stat().st_mtime_ns] for file in files]
     layers = [entry.layer for entry in config.layers]
     note = json.dumps({"source": stamps, "layers": layers, "config": text})
-    noted = partial / _NOTE
-    if partial.exists() and not (noted.is_file() and noted.read_text() == note):
-        shutil.rmtree(partial)
-    try:
-        partial.mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{partial}: {error.strerror}") from error
-    write_text(noted, note)
+    Scratch(partial, note)
     write_text(partial / "config.json", text)
     copy_tokenizer(source, partial)
     return partial
 
 
 def finish(partial: Path, out: Path) -> None:
-    partial.joinpath(_NOTE).unlink(missing_ok=True)
-    partial.replace(out)
+    Scratch.held(partial).become(out)
 
 
-def write_text(path: Path, text: str) -> None:
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+def check_new(out: Path) -> None:
+    """InputError where something lies at `out`, before any work is done."""
+    if os.path.lexists(out):
+        raise InputError(f"{out}: exists already; name a new directory")
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:

@@ -8,11 +8,11 @@ import torch
 
 from engine.architecture.config import ModelConfig
 from engine.architecture.families import layer_tensors, outer_tensors
-from engine.artifacts import replacing
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.weights import load_tensor
 from engine.errors import InputError
 from engine.export import directory
+from engine.scratch import save_tensors
 
 SHARD_BYTES = 5_000_000_000
 
@@ -102,13 +102,10 @@ def _nbytes(item: Item, dtype: torch.dtype) -> int:
 
 
 def _write_shard(checkpoint: Checkpoint, shard: list[Item], dtype: torch.dtype, path: Path) -> None:
-    from safetensors.torch import save_file
-
     tensors = {}
     for item in shard:
         tensor = load_tensor(checkpoint, checkpoint.config, item.layer, item.role).to(dtype)
         if not bool(tensor.isfinite().all()):
             raise InputError(f"{checkpoint.path}: {item.source}: does not fit {dtype}")
         tensors[item.name] = tensor.contiguous()
-    with replacing(path) as beside:
-        save_file(tensors, beside, metadata={"format": "pt"})
+    save_tensors(path, tensors, {"format": "pt"})

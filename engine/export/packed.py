@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from engine.artifacts import replacing
 from engine.checkpoint.safetensors import SafetensorsFile
 from engine.checkpoint.weights import describe
 from engine.kernels.w4 import store
 from engine.kernels.w4.format import Packed
+from engine.scratch import save_tensors
 
 PLAN = "plan.json"
 _SOURCE = ".source"
@@ -39,8 +39,6 @@ def write_shard(
     path: Path, tensors: Mapping[str, Packed | torch.Tensor], sources: Mapping[str, str]
 ) -> None:
     """One safetensors file; `sources` says what each tensor was."""
-    from safetensors.torch import save_file
-
     parts: dict[str, torch.Tensor] = {}
     metadata = {"format": "pt"}
     for name, stored in tensors.items():
@@ -52,8 +50,7 @@ def write_shard(
             parts[name] = stored
     layout = torch.contiguous_format  # cloned, because safetensors refuses what matrices share
     parts = {name: tensor.clone(memory_format=layout) for name, tensor in parts.items()}
-    with replacing(path) as beside:
-        save_file(parts, beside, metadata)
+    save_tensors(path, parts, metadata)
 
 
 def read_shard(path: Path) -> dict[str, Packed | torch.Tensor]:

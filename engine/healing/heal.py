@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from engine.healing.student import Student
 from engine.healing.teacher import Teacher
 from engine.reference.cache import KVCache
 from engine.reference.decoder import Decoder, load_decoder
+from engine.scratch import Scratch
 
 RECORD = "heal.json"
 
@@ -63,6 +63,7 @@ def heal(
     check_place(source, config, out)
     healing = Healing(pupil, source, config, data, settings, device, reporting)
     work = out.with_name(out.name + ".healing")
+    scratch = Scratch(work)
     run = work / healing.key
     run.mkdir(parents=True, exist_ok=True)
     before = healing.perplexity(pupil, config)
@@ -74,10 +75,10 @@ def heal(
         after = healing.perplexity(healed, config)
     record = healing.record((name, teacher_name or name), standing, (before, after))
     # What an earlier run left there may be shards of other weights under the same names.
-    shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)
+    Scratch(out.with_name(out.name + ".partial")).remove()
     beside = {RECORD: json.dumps(record.to_json(), indent=1) + "\n"}
     hf.prune(healed, written, out, dtype=dtype or hf.stored_dtype(pupil, config), beside=beside)
-    shutil.rmtree(work)
+    scratch.remove()
     return record
 
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 # Folders and modules of one line, the stages above all, do not import each other.
 ORDER = """
 errors kernels progress
+scratch
 artifacts options
 judgement sample
 architecture
@@ -23,12 +24,13 @@ export
 pruning quantize healing
 runtime
 generation
-evaluate
+evaluate prompts
 api
 benchmark report
 commands
 run
 cli
+__main__
 __init__
 """.split("\n")
 RANK = {name: rank for rank, line in enumerate(ORDER) for name in line.split()}
