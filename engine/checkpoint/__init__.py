@@ -61,12 +61,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     from engine.checkpoint.gate import check_tensors
 
-    opened = _open(Path(path))
+    opened = open_unchecked(path)
     check_tensors(opened)
     return opened
 
 
-def _open(path: Path) -> Checkpoint:
+def open_unchecked(path: Path) -> Checkpoint:
+    """The same for files that need not hold a whole model; no runtime may be given them."""
+    path = Path(path)
     if path.is_dir():
         from engine.checkpoint.safetensors import SafetensorsCheckpoint, quantization_config
 

@@ -19,8 +19,8 @@ def check_tensors(checkpoint: "Checkpoint") -> None:
     for name, shape in outer_tensors(config).values():
         _check(checkpoint, name, shape)
     for layer in range(config.total_layers):
-        stored = {part.stored(names) for part in layer_parts(config, layer).values()}
-        for name, shape in sorted(stored):
+        stored = (part.stored(names) for part in layer_parts(config, layer).values())
+        for name, shape in dict.fromkeys(stored):
             _check(checkpoint, name, shape)
 
 

@@ -161,7 +161,7 @@ def check_call(
     return positions, choose_slots(config, cache, slots)
 
 
-def check_cache(config: ModelConfig, cache: Any, kind: type = Lengths) -> None:
+def check_cache(config: ModelConfig, cache: Any, kind: type[Lengths] = Lengths) -> None:
     """InputError for what is no cache of `kind`, and for that of another model."""
     if not isinstance(cache, kind) or (cache.config is not config and cache.config != config):
         raise InputError("cache: expected one that this model made, found another's")

@@ -47,8 +47,8 @@ class _Helper:
     """The process, started when it is needed and anew when it has died."""
 
     def __init__(self) -> None:
-        self._lock, self._process, self._owner = threading.Lock(), None, 0
-        self._process: subprocess.Popen[bytes] | None
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
         atexit.register(self.stop)
         os.register_at_fork(after_in_child=self._forget)
 
