@@ -42,6 +42,23 @@ sanitize-address sanitize-thread: .venv/test
 	    $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m slow tests/cpu/test_threads.py
 
+# 20,000 damaged files of every kind through their readers, from a new seed: ordinary and, without
+# the bound of memory, under AddressSanitizer. FUZZ_ARGS="--seed N --count N" repeats one.
+FUZZ := tests/fuzz/harness.py $(FUZZ_ARGS)
+fuzz: .venv/test
+	$(BIN)/python -P $(FUZZ)
+
+fuzz-address: export ASAN_OPTIONS := detect_leaks=0:$(ASAN_OPTIONS)
+fuzz-address: RUNTIME := libasan.so
+fuzz-address: .venv/test
+	SHALLOW_SANITIZE=address $(BIN)/python setup.py -q build \
+	    --build-base build/sanitize-address --build-lib build/sanitize-address/lib
+	LD_PRELOAD="$(PRELOADED)" PYTHONPATH=build/sanitize-address/lib $(BIN)/python -P $(FUZZ) \
+	    --no-memory
+
+# What takes too long for every change, in one command.
+nightly: test-slow sanitize-address sanitize-thread fuzz-address
+
 lint: $(BIN)/ruff $(BIN)/clang-format $(BIN)/mypy .venv/test  # mypy reads what is imported
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -71,4 +88,4 @@ $(BIN)/pip:
 	    need 'a C++ compiler (Debian: apt install g++)'
 	$(PYTHON) -m venv .venv
 
-.PHONY: run test test-slow sanitize-address sanitize-thread lint
+.PHONY: run test test-slow sanitize-address sanitize-thread fuzz fuzz-address nightly lint

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from engine.architecture.layers import format_layers
-from engine.artifacts import Plan, replacing
+from engine.artifacts import Plan
 from engine.benchmark.machine import device_name
 from engine.report.drawing import DASHES, LINES, new_figure, style
+from engine.scratch import write_text
 
 RESULTS = Path(__file__).parent / "results"
 COUNTS = 0, 3, 5, 8, 10
@@ -163,8 +164,7 @@ class Study:
 
     def keep(self) -> None:
         rows = [asdict(self.cells[key]) for key in sorted(self.cells, key=str)]
-        with replacing(self.file) as beside:
-            Path(beside).write_text(json.dumps(rows, indent=1) + "\n")
+        write_text(self.file, json.dumps(rows, indent=1) + "\n")
 
     def draw(self) -> None:
         for name, label, value in (

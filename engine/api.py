@@ -1,6 +1,7 @@
 """`import engine` as a backend: a loaded model that generates, streams and gives logits."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, overload
@@ -12,12 +13,13 @@ from engine.architecture.config import ModelConfig
 from engine.artifacts import Plan
 from engine.checkpoint import Checkpoint, choose_layers, open_checkpoint
 from engine.checkpoint.locate import locate
-from engine.checkpoint.weights import is_quantized
-from engine.errors import InputError
+from engine.checkpoint.weights import is_quantized, not_finite
+from engine.errors import InputError, NotFiniteError
 from engine.generation import Generation, Prompt
 from engine.kernels.dispatch import why_not
 from engine.kernels.dtypes import DTYPES, dtype_of, name_of
 from engine.options import Options, Slots, Stop
+from engine.prompts import as_prompts, as_tokens
 from engine.pruning.budget import cost
 from engine.runtime import Runtime, check_backend
 from engine.text import Text, load_text
@@ -85,6 +87,17 @@ class Model:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Adds to what a model computes that is not finite where in its files that comes from."""
+        try:
+            yield
+        except NotFiniteError as error:
+            name = not_finite(open_checkpoint(self.path))
+            if name is None:
+                raise
+            raise NotFiniteError(f"{self.path}: {error}: {name} holds NaN or infinity") from None
 
     def __repr__(self) -> str:
         if self._runtime is None:
@@ -164,7 +177,8 @@ class Model:
             speculate=speculate,
         )
         prompts, batch = as_prompts(prompt)
-        results = generation.generate(self.runtime, self.text, prompts, options)
+        with self.naming():
+            results = generation.generate(self.runtime, self.text, prompts, options)
         return results if batch else results[0]
 
     def stream(
@@ -204,7 +218,12 @@ class Model:
         prompts, batch = as_prompts(prompt)
         if batch:
             raise InputError("stream: expected one prompt, found a list of them")
-        return generation.stream(self.runtime, self.text, prompts[0], options)
+        pieces = generation.stream(self.runtime, self.text, prompts[0], options)
+        return self._named(pieces)
+
+    def _named(self, pieces: Iterator[str]) -> Iterator[str]:
+        with self.naming():
+            yield from pieces
 
     def __call__(self, input_ids: Any, attention_mask: Any = None) -> torch.Tensor:
         """Logits of every position, (B, T, V) float32, for ids (B, T) or (T,).
@@ -212,16 +231,7 @@ class Model:
         `input_ids` are a list, an array, a tensor, or what a transformers tokenizer returns. Where
         `attention_mask` is 0 (left padding only) the ids are not run.
         """
-        if isinstance(input_ids, Mapping):
-            attention_mask = input_ids.get("attention_mask", attention_mask)
-            input_ids = _input_ids(input_ids)
-        tokens = torch.as_tensor(input_ids, dtype=torch.int64)
-        tokens = tokens[None] if tokens.ndim == 1 else tokens
-        if bool((tokens < 0).any()):
-            raise InputError(f"input_ids: expected no negative ids, found {int(tokens.min())}")
-        if attention_mask is not None:
-            mask = torch.as_tensor(attention_mask).reshape(tokens.shape)
-            tokens = tokens.masked_fill(mask == 0, -1)
+        tokens = as_tokens(input_ids, attention_mask)
         cache = self.runtime.new_cache(tokens.shape[0], tokens.shape[1])
         return self.runtime.forward(tokens.to(self.runtime.device), cache, logits="all")
 
@@ -337,51 +347,6 @@ def generate(
             slots=slots,
             speculate=speculate,
         )
-
-
-def as_prompts(prompt: Any) -> tuple[list[Prompt], bool]:
-    """(prompts as the loop takes them, were they given as several?); InputError for what is none.
-
-    Arrays and tensors become lists of ids; of what a tokenizer returns the padding is left out.
-    """
-    if isinstance(prompt, Mapping):
-        ids, mask = _input_ids(prompt), prompt.get("attention_mask")
-        if mask is None:
-            return as_prompts(ids)
-        single = not ids or isinstance(ids[0], int)
-        listed = [ids] if single else list(ids)
-        masks = [_listed(mask)] if single else list(_listed(mask))
-        if [len(row) for row in listed] != [len(real) for real in masks]:
-            raise InputError("attention_mask: expected as many entries as there are input_ids")
-        pairs = [zip(*each, strict=True) for each in zip(listed, masks, strict=True)]
-        kept: list[Prompt] = [[i for i, real in pair if real] for pair in pairs]
-        return kept, not single
-    if isinstance(prompt, str):
-        return [prompt], False
-    prompt = _listed(prompt)
-    if not isinstance(prompt, Sequence):
-        raise InputError(
-            "prompt: expected text, messages, token ids or what a tokenizer returns, found "
-            f"{type(prompt).__name__}"
-        )
-    if len(prompt) == 0 or not isinstance(prompt[0], dict | int | float):
-        return [each if isinstance(each, str) else _listed(each) for each in prompt], True
-    return [prompt], False
-
-
-def _input_ids(encoding: Mapping[str, Any]) -> list[Any]:
-    if "input_ids" not in encoding:
-        raise InputError(f"prompt: expected 'input_ids', found {', '.join(map(str, encoding))}")
-    return _listed(encoding["input_ids"])
-
-
-def _listed(values: Any) -> Any:
-    """Arrays and tensors as lists; a list of scalar ones as their numbers."""
-    if hasattr(values, "tolist"):
-        return values.tolist()
-    if isinstance(values, list | tuple) and values and hasattr(values[0], "item"):
-        return [value.item() if value.ndim == 0 else value.tolist() for value in values]
-    return values
 
 
 def choose_backend(

@@ -1,5 +1,11 @@
 """The `engine` command."""
 
+if __name__ == "__main__":  # before the imports below, which take a second
+    from engine.commands import interrupt
+
+    interrupt.watch()
+
+
 from typing import Annotated
 
 import typer

@@ -1,4 +1,4 @@
-"""The one error that users cause: a sentence, exit code 2, no traceback."""
+"""The errors that users cause: a sentence, exit code 2, no traceback."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
     The command line prints the message and exits with code 2. Library users catch it as a
     `ValueError`.
     """
+
+
+class NotFiniteError(InputError, ArithmeticError):
+    """A model that computes NaN or infinity, which weights or settings of no model in order do."""

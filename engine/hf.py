@@ -151,9 +151,9 @@ def adapt(lora: Any) -> Any:
             result = self.get_base_layer()(x)
             for name in () if self.disable_adapters else self.active_adapters:
                 if name in self.lora_A:
-                    down: nn.Linear = self.lora_A[name]
-                    up: nn.Linear = self.lora_B[name]
-                    learnt = up(down(self.lora_dropout[name](x.to(down.weight.dtype))))
+                    down, up = self.lora_A[name], self.lora_B[name]
+                    own = next(down.parameters()).dtype
+                    learnt = up(down(self.lora_dropout[name](x.to(own))))
                     result = result + (learnt * self.scaling[name]).to(result.dtype)
             return result
 

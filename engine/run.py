@@ -1,5 +1,11 @@
 """python -m engine.run: generates text from a model and reports the speed."""
 
+if __name__ == "__main__":  # before the imports below, which take a second
+    from engine.commands import interrupt
+
+    interrupt.watch()
+
+
 import json
 import sys
 from collections.abc import Iterator
@@ -157,7 +163,7 @@ def run(
         given = list(islice(cycle(opened.text.encode(PROMPT)), prompt_tokens))
     else:
         given = as_prompt(opened.text, PROMPT if prompt is None else prompt, chat)
-    with opened_peers(asked, opened, given, options, batch) as peers:
+    with opened.naming(), opened_peers(asked, opened, given, options, batch) as peers:
         record = benchmark(
             opened,
             given,

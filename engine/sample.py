@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from engine.errors import NotFiniteError
 from engine.options import Sampling
 
 NOT_FINITE = "the model produced logits that are not finite numbers"
@@ -27,7 +28,7 @@ def sample(
 
     `history` holds the ids that the repetition penalty looks at, `generators` one source of
     randomness a sequence (neither is touched where it has no effect). Among equal logits, greedy
-    choice takes the lowest id. Raises `ArithmeticError` when a row holds NaN or infinity at its
+    choice takes the lowest id. Raises `NotFiniteError` when a row holds NaN or infinity at its
     maximum, which no model in order produces.
     """
     best = likeliest(logits)
@@ -53,7 +54,7 @@ def one_thread() -> Iterator[None]:
 
 
 def likeliest(logits: torch.Tensor) -> torch.Tensor:
-    """(B, V) -> (B,) int64, the lowest id of the largest logit; ArithmeticError unless finite."""
+    """(B, V) -> (B,) int64, the lowest id of the largest logit; NotFiniteError unless finite."""
     if logits.device.type == "cpu":  # numpy: ten times as fast as torch there
         rows = logits.numpy()
         ids = rows.argmax(-1)
@@ -63,7 +64,7 @@ def likeliest(logits: torch.Tensor) -> torch.Tensor:
         ids = logits.argmax(-1)
         finite = bool(logits.gather(-1, ids[:, None]).isfinite().all())
     if not finite:
-        raise ArithmeticError(NOT_FINITE)
+        raise NotFiniteError(NOT_FINITE)
     return ids
 
 

@@ -3,6 +3,10 @@
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 @cache
@@ -20,6 +24,18 @@ def load(name: str) -> ModuleType:
     if isinstance(found, str):
         raise ImportError(f"engine._{name} does not load: {found}")
     return found
+
+
+def span(tensor: "torch.Tensor | None") -> tuple[int, int, str, str] | None:
+    """A tensor's memory as the extensions take it: (address, elements from there to its last one,
+    dtype by name, device). They refuse what does not hold what they are to read or write."""
+    if tensor is None:
+        return None
+    sizes, strides = tensor.shape, tensor.stride()  # the latter is an error for a sparse one
+    steps = ((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    count = 0 if 0 in sizes else 1 + sum(steps)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return tensor.data_ptr() if count else 0, count, dtype, tensor.device.type
 
 
 def error(name: str) -> str | None:

@@ -10,6 +10,7 @@
 
 #include "cpu/bindings.h"
 #include "cpu/isa.h"
+#include "cpu/borrowed.h"
 #include "cpu/threads.h"
 
 namespace shallow {
@@ -57,28 +58,37 @@ void bind_angular(pybind11::module_& m) {
     using namespace pybind11::literals;
     m.def(
         "angular",
-        [](const std::vector<uintptr_t>& rows, const std::vector<int64_t>& strides,
-           const std::string& dtype, int64_t B, int64_t D, uintptr_t weights, uintptr_t sums,
-           uintptr_t squares, uintptr_t values, int threads, const std::string& isa) {
+        [](const std::vector<TensorTuple>& rows, const std::vector<int64_t>& strides,
+           const std::string& dtype, int64_t B, int64_t D,
+           const std::optional<TensorTuple>& weights, const TensorTuple& sums,
+           const TensorTuple& squares, const std::optional<TensorTuple>& values, int threads,
+           const std::string& isa) {
             const std::vector<std::string> types{"float64", "float32", "float16", "bfloat16"};
             const auto type = std::find(types.begin(), types.end(), dtype) - types.begin();
             if (type == 4) throw std::invalid_argument("angular: no kernel for dtype " + dtype);
             if (rows.size() != strides.size() || rows.size() < 2)
                 throw std::invalid_argument("angular: needs a stride for each of 2 or more rows");
-            const AngularJob job{reinterpret_cast<const void* const*>(rows.data()),
+            const auto R = int64_t(rows.size()), P = R * (R - 1) / 2;
+            std::vector<const void*> starts;
+            for (size_t i = 0; i < rows.size(); ++i)
+                starts.push_back(Borrowed(rows[i], "rows").rows(dtype, B, D, strides[i]));
+            const auto doubles = [](const std::optional<TensorTuple>& tensor, const char* what,
+                                    int64_t count) {
+                return static_cast<double*>(Borrowed(tensor, what).of("float64", count));
+            };
+            const AngularJob job{starts.data(),
                                  strides.data(),
                                  Float(type),
-                                 int(rows.size()),
+                                 int(R),
                                  B,
                                  D,
-                                 reinterpret_cast<const double*>(weights),
-                                 reinterpret_cast<double*>(sums),
-                                 reinterpret_cast<double*>(squares),
-                                 reinterpret_cast<double*>(values)};
+                                 doubles(weights, "weights", B),
+                                 doubles(sums, "sums", 4 * P),
+                                 doubles(squares, "squares", R * B),
+                                 doubles(values, "values", B * P)};
             pybind11::gil_scoped_release release;
             angular(job, threads, isa);
         },
         "rows"_a, "strides"_a, "dtype"_a, "B"_a, "D"_a, "weights"_a, "sums"_a, "squares"_a,
-        "values"_a, "threads"_a, "isa"_a = "",
-        "Addresses of float64 outputs as in csrc/cpu/angular.h; kernels/angular checks shapes.");
+        "values"_a, "threads"_a, "isa"_a = "", "Outputs are float64, as in csrc/cpu/angular.h.");
 }

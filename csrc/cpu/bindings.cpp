@@ -2,7 +2,8 @@
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() =
-        "CPU kernels on raw pointers; engine.kernels checks shapes and dtypes before it calls.";
+        "CPU kernels on tensors as engine.kernels.native.span() describes them; extents are "
+        "checked.";
     bind_features(m);
     bind_bandwidth(m);
     bind_w4_format(m);

@@ -1,6 +1,7 @@
 #include "cpu/decoder.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <set>
 #include <stdexcept>
@@ -61,9 +62,12 @@ private:
     const Rules& rules_;
 };
 
+std::atomic<std::int64_t> decoders{0};
+
 }  // namespace
 
-Decoder::Decoder(const Rules& rules, Isa isa, int threads) : model_(rules, isa), threads_(threads) {
+Decoder::Decoder(const Rules& rules, Isa isa, int threads)
+    : model_(rules, isa), threads_(threads), identity_(++decoders), forks_(forks_so_far()) {
     if (threads < 1) throw std::invalid_argument("threads" + found(1, threads));
     if (rules.head_dim > kMaxHeadDim)
         throw std::invalid_argument("head_dim" + found(kMaxHeadDim, rules.head_dim));
@@ -89,6 +93,9 @@ void Decoder::set_outer(Weights weights, const void* embedding, std::int64_t row
 }
 
 void Decoder::add_layer(Weights weights, std::int64_t window, int rope, std::int64_t rope_dim) {
+    if (window < 0) throw std::invalid_argument("window" + found(0, window));
+    if (rope_dim < 0 || rope_dim > model_.rules.head_dim || rope_dim % 2)
+        throw std::invalid_argument("rope_dim" + found(model_.rules.head_dim, rope_dim));
     weights_.push_back(std::make_unique<Weights>(std::move(weights)));
     const Rules& r = model_.rules;
     const Roles roles(*weights_.back(), r);
@@ -122,7 +129,7 @@ void Decoder::add_layer(Weights weights, std::int64_t window, int rope, std::int
 
 KvCache Decoder::new_cache(KvType type, std::int64_t batch) const {
     const Rules& r = model_.rules;
-    return KvCache(KvShape(type, r.kv_heads, r.head_dim), batch, slots());
+    return KvCache(KvShape(type, r.kv_heads, r.head_dim), batch, slots(), identity_);
 }
 
 std::int64_t Decoder::nbytes() const {
@@ -135,8 +142,23 @@ std::int64_t Decoder::nbytes() const {
     return bytes;
 }
 
+// A child that was forked while a call ran has that call's locked mutex and half a chunk: it leaves
+// them where they are.
+Decoder::Working& Decoder::working() {
+    static std::mutex once;
+    if (forks_ != forks_so_far()) {
+        const std::lock_guard lock(once);
+        if (forks_ != forks_so_far()) {
+            static_cast<void>(working_.release());
+            working_ = std::make_unique<Working>();
+            forks_ = forks_so_far();
+        }
+    }
+    return *working_;
+}
+
 void Decoder::measure(bool on) {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(working().mutex);
     measured_ = on;
     times_ = {};
 }
@@ -146,8 +168,9 @@ void Decoder::check(const Call& call) const {
     const auto require = [](bool holds, const char* what) {
         if (!holds) throw std::invalid_argument(what);
     };
-    require(call.batch == call.cache->batch() && slots() == call.cache->slots(), "cache");
+    require(call.batch == call.cache->batch() && call.cache->decoder() == identity_, "cache");
     require(call.steps >= 1, "tokens");
+    std::int64_t reach = 0;
     for (std::int64_t b = 0; b < call.batch; ++b) {
         const std::int64_t* const lengths = call.lengths + b * slots();
         const std::int64_t* const tokens = call.tokens + b * call.steps;
@@ -156,17 +179,26 @@ void Decoder::check(const Call& call) const {
         while (padding < call.steps && tokens[padding] < 0) ++padding;
         for (std::int64_t t = padding; t < call.steps; ++t)
             require(tokens[t] >= 0 && tokens[t] < model_.rules.vocab, "tokens");
+        require(start >= 0, "lengths");
         require(start + call.steps - padding <= model_.rules.max_context, "context");
         for (std::int64_t s = 0; s < slots(); ++s)
             require(lengths[s] == start || (call.chosen && !call.chosen[b * slots() + s]), "slots");
+        reach = std::max(reach, start + call.steps - padding);
+    }
+    for (const Layer& layer : model_.layers) {
+        if (layer.rope < 0) continue;
+        const auto at = static_cast<std::size_t>(layer.rope);
+        require(at < call.angle_sizes.size() && call.angle_sizes[at] >= reach * layer.rope_dim,
+                "angles");
     }
 }
 
 std::int64_t Decoder::forward(Call& call, const std::function<void()>& pause) {
-    const std::lock_guard lock(mutex_);
+    Working& w = working();
+    const std::lock_guard lock(w.mutex);
     const auto start = std::chrono::steady_clock::now();
     check(call);
-    rows_.clear();
+    w.rows.clear();
     const std::int64_t total = slots();
     for (std::int64_t b = 0; b < call.batch; ++b) {
         std::int64_t position =
@@ -179,20 +211,20 @@ std::int64_t Decoder::forward(Call& call, const std::function<void()>& pause) {
             row.sequence = b;
             row.position = position++;
             row.wanted = call.all || t + 1 == call.steps;
-            rows_.push_back(row);
+            w.rows.push_back(row);
         }
         for (std::int64_t s = 0; s < total; ++s)
             if (!call.chosen || call.chosen[b * total + s]) call.cache->reserve(b, s, position);
     }
     const std::size_t many = chunk_rows(model_.rules);
     std::int64_t written = 0;
-    for (std::size_t begin = 0; begin < rows_.size(); begin += many) {
+    for (std::size_t begin = 0; begin < w.rows.size(); begin += many) {
         if (begin) pause();
-        const std::size_t end = std::min(begin + many, rows_.size());
-        run_chunk(call, begin, end, written);
-        written += chunk_.sets[chunk_.wanted].size();
+        const std::size_t end = std::min(begin + many, w.rows.size());
+        run_chunk(call, w, begin, end, written);
+        written += w.chunk.sets[w.chunk.wanted].size();
     }
-    for (const Row& row : rows_)
+    for (const Row& row : w.rows)
         for (std::int64_t s = 0; s < total; ++s)
             if (!call.chosen || call.chosen[row.sequence * total + s])
                 call.lengths[row.sequence * total + s] = row.position + 1;
@@ -200,61 +232,61 @@ std::int64_t Decoder::forward(Call& call, const std::function<void()>& pause) {
     return written;
 }
 
-void Decoder::run_chunk(const Call& call, std::size_t begin, std::size_t end,
+void Decoder::run_chunk(const Call& call, Working& w, std::size_t begin, std::size_t end,
                         std::int64_t written) {
-    chunk_.rows.assign(rows_.begin() + static_cast<std::ptrdiff_t>(begin),
-                       rows_.begin() + static_cast<std::ptrdiff_t>(end));
-    chunk_.angles = call.angles.data();
-    chunk_.cache = call.cache;
-    chunk_.used = 0;
-    chunk_.set_of.clear();
+    w.chunk.rows.assign(w.rows.begin() + static_cast<std::ptrdiff_t>(begin),
+                        w.rows.begin() + static_cast<std::ptrdiff_t>(end));
+    w.chunk.angles = call.angles.data();
+    w.chunk.cache = call.cache;
+    w.chunk.used = 0;
+    w.chunk.set_of.clear();
     // The set of the rows that `runs` accepts: an earlier one with the same rows, or a new one.
     const auto set_of = [&](const auto& runs) {
-        if (chunk_.sets.size() == chunk_.used) chunk_.sets.emplace_back();
-        RowSet& set = chunk_.sets[chunk_.used];
+        if (w.chunk.sets.size() == w.chunk.used) w.chunk.sets.emplace_back();
+        RowSet& set = w.chunk.sets[w.chunk.used];
         set.members.clear();
-        for (std::size_t i = 0; i < chunk_.rows.size(); ++i)
-            if (runs(chunk_.rows[i])) set.members.push_back(static_cast<std::int32_t>(i));
-        for (std::size_t s = 0; s < chunk_.used; ++s)
-            if (chunk_.sets[s].members == set.members) return s;
-        set.add_items(chunk_.rows, model_);
-        return chunk_.used++;
+        for (std::size_t i = 0; i < w.chunk.rows.size(); ++i)
+            if (runs(w.chunk.rows[i])) set.members.push_back(static_cast<std::int32_t>(i));
+        for (std::size_t s = 0; s < w.chunk.used; ++s)
+            if (w.chunk.sets[s].members == set.members) return s;
+        set.add_items(w.chunk.rows, model_);
+        return w.chunk.used++;
     };
     if (!call.chosen)
-        chunk_.set_of.assign(model_.layers.size(), set_of([](const Row&) { return true; }));
+        w.chunk.set_of.assign(model_.layers.size(), set_of([](const Row&) { return true; }));
     for (std::int64_t s = 0; call.chosen && s < slots(); ++s)
-        chunk_.set_of.push_back(
+        w.chunk.set_of.push_back(
             set_of([&](const Row& row) { return call.chosen[row.sequence * slots() + s] != 0; }));
-    chunk_.wanted = set_of([](const Row& row) { return row.wanted; });
+    w.chunk.wanted = set_of([](const Row& row) { return row.wanted; });
 
-    const std::int64_t wanted = chunk_.sets[chunk_.wanted].size(), vocab = model_.rules.vocab;
-    const auto bytes = static_cast<std::size_t>(workspace_bytes(model_, chunk_, threads_));
+    const std::int64_t wanted = w.chunk.sets[w.chunk.wanted].size(), vocab = model_.rules.vocab;
+    const auto bytes = static_cast<std::size_t>(workspace_bytes(model_, w.chunk, threads_));
     const std::size_t own =
         call.logits ? 0 : static_cast<std::size_t>(wanted * vocab) * sizeof(float);
-    if (workspace_.size() < bytes + own) {
-        workspace_ = Memory();
-        workspace_ = Memory(bytes + own);
+    if (w.workspace.size() < bytes + own) {
+        w.workspace = Memory();
+        w.workspace = Memory(bytes + own);
     }
-    chunk_.logits = call.logits ? call.logits + written * vocab
-                                : reinterpret_cast<float*>(workspace_.data() + bytes);
-    best_.assign(call.best ? static_cast<std::size_t>(threads_ * wanted) : 0, Best());
-    chunk_.best = call.best ? best_.data() : nullptr;
-    if (queue_count_ < queues_needed(model_)) {
-        queue_count_ = queues_needed(model_);
-        queues_.reset(new Queue[queue_count_]);
+    w.chunk.logits = call.logits ? call.logits + written * vocab
+                                 : reinterpret_cast<float*>(w.workspace.data() + bytes);
+    w.best.assign(call.best ? static_cast<std::size_t>(threads_ * wanted) : 0, Best());
+    w.chunk.best = call.best ? w.best.data() : nullptr;
+    if (w.queue_count < queues_needed(model_)) {
+        w.queue_count = queues_needed(model_);
+        w.queues.reset(new Queue[w.queue_count]);
     }
-    run_step(model_, chunk_, threads_, workspace_.data(), queues_.get(),
+    run_step(model_, w.chunk, threads_, w.workspace.data(), w.queues.get(),
              measured_ ? &times_ : nullptr);
-    if (measured_) ++times_.calls, times_.tokens += chunk_.size();
-    if (call.best) choose(wanted, call.best + written);
+    if (measured_) ++times_.calls, times_.tokens += w.chunk.size();
+    if (call.best) choose(w, wanted, call.best + written);
 }
 
 // What the threads met, joined.
-void Decoder::choose(std::int64_t wanted, std::int64_t* best) const {
+void Decoder::choose(const Working& w, std::int64_t wanted, std::int64_t* best) const {
     for (std::int64_t i = 0; i < wanted; ++i) {
         Best all;
         for (std::int64_t thread = 0; thread < threads_; ++thread)
-            all.meet(best_[static_cast<std::size_t>(thread * wanted + i)]);
+            all.meet(w.best[static_cast<std::size_t>(thread * wanted + i)]);
         best[i] = std::isfinite(all.value) ? all.column : -1;
     }
 }

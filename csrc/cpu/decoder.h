@@ -28,10 +28,11 @@ struct Call {
     std::int64_t* lengths = nullptr;       // (batch, slots): filled positions of the cache
     const std::uint8_t* chosen = nullptr;  // null: all slots; or (batch, slots): which of them run
     std::vector<const float*> angles;  // a table each rope: (positions, dim), cosines then sines
-    bool all = false;                  // logits of every token; else of each sequence's last
-    float* logits = nullptr;           // null, or (tokens asked for, vocab), padding left out
-    std::int64_t* best = nullptr;      // null, or (tokens asked for,): the lowest column of the
-                                       // largest logit; -1: not finite, or one of the row is NaN
+    std::vector<std::int64_t> angle_sizes;  // elements of each
+    bool all = false;                       // logits of every token; else of each sequence's last
+    float* logits = nullptr;                // null, or (tokens asked for, vocab), padding left out
+    std::int64_t* best = nullptr;  // null, or (tokens asked for,): the lowest column of the
+                                   // largest logit; -1: not finite, or one of the row is NaN
 };
 
 class Decoder {
@@ -61,20 +62,29 @@ public:
     int threads() const { return threads_; }
 
 private:
+    // What a call works in; one call at a time.
+    struct Working {
+        std::mutex mutex;
+        std::vector<Row> rows;
+        Chunk chunk;
+        std::vector<Best> best;
+        Memory workspace;
+        std::unique_ptr<Queue[]> queues;
+        std::size_t queue_count = 0;
+    };
+    Working& working();
+
     void check(const Call& call) const;
-    void run_chunk(const Call& call, std::size_t begin, std::size_t end, std::int64_t written);
-    void choose(std::int64_t wanted, std::int64_t* best) const;
+    void run_chunk(const Call& call, Working& w, std::size_t begin, std::size_t end,
+                   std::int64_t written);
+    void choose(const Working& w, std::int64_t wanted, std::int64_t* best) const;
 
     Model model_;
     std::vector<std::unique_ptr<Weights>> weights_;
     int threads_;
-    std::mutex mutex_;
-    std::vector<Row> rows_;
-    Chunk chunk_;
-    std::vector<Best> best_;
-    Memory workspace_;
-    std::unique_ptr<Queue[]> queues_;
-    std::size_t queue_count_ = 0;
+    std::int64_t identity_;  // of this decoder in the process, for its caches
+    std::unique_ptr<Working> working_ = std::make_unique<Working>();
+    int forks_;  // of the process when `working_` was made
     bool measured_ = false;
     Times times_{};
 };

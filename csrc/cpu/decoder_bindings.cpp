@@ -6,6 +6,7 @@
 
 #include "cpu/bindings.h"
 #include "cpu/decoder.h"
+#include "cpu/borrowed.h"
 
 namespace py = pybind11;
 
@@ -58,7 +59,9 @@ Rules rules_from(const py::dict& fields) {
     return r;
 }
 
-// Matrices share ownership with Python; vectors are (address, length) of float32 and are copied.
+using Tensor = std::optional<TensorTuple>;
+
+// Matrices share ownership with Python; vectors are float32 and are copied.
 Weights weights_from(const py::dict& matrices, const py::dict& vectors) {
     Weights weights;
     for (const auto& [role, matrix] : matrices) {
@@ -67,16 +70,26 @@ Weights weights_from(const py::dict& matrices, const py::dict& vectors) {
             std::shared_ptr<const TiledMatrix>(owner, matrix.cast<const TiledMatrix*>());
     }
     for (const auto& [role, vector] : vectors) {
-        const auto [address, size] = vector.cast<std::pair<std::uintptr_t, std::size_t>>();
-        const auto* const data = reinterpret_cast<const float*>(address);
-        weights.vectors[role.cast<std::string>()].assign(data, data + size);
+        const auto tensor = vector.cast<TensorTuple>();
+        const auto size = std::get<1>(tensor);
+        const auto name = role.cast<std::string>();
+        const auto* const data =
+            static_cast<const float*>(Borrowed(tensor, name.c_str()).of("float32", size));
+        weights.vectors[name].assign(data, data + size);
     }
     return weights;
 }
 
-std::int64_t run(Decoder& decoder, Call& call, const std::vector<std::uintptr_t>& angles) {
-    for (const std::uintptr_t table : angles)
-        call.angles.push_back(reinterpret_cast<const float*>(table));
+std::int64_t run(Decoder& decoder, Call& call, const Tensor& lengths,
+                 const std::vector<TensorTuple>& angles) {
+    call.lengths = static_cast<std::int64_t*>(
+        Borrowed(lengths, "lengths").need("int64", call.batch * decoder.slots()));
+    for (const TensorTuple& table : angles) {
+        const std::int64_t size = std::get<1>(table);
+        call.angles.push_back(
+            static_cast<const float*>(Borrowed(table, "angles").of("float32", size)));
+        call.angle_sizes.push_back(size);
+    }
     const py::gil_scoped_release release;
     return decoder.forward(call, [] {
         const py::gil_scoped_acquire acquire;
@@ -84,32 +97,35 @@ std::int64_t run(Decoder& decoder, Call& call, const std::vector<std::uintptr_t>
     });
 }
 
-std::int64_t forward(Decoder& decoder, KvCache& cache, std::uintptr_t tokens, std::int64_t batch,
-                     std::int64_t steps, std::uintptr_t lengths, std::uintptr_t chosen,
-                     const std::vector<std::uintptr_t>& angles, bool all, std::uintptr_t logits) {
+std::int64_t forward(Decoder& decoder, KvCache& cache, const Tensor& tokens, std::int64_t batch,
+                     std::int64_t steps, const Tensor& lengths, const Tensor& chosen,
+                     const std::vector<TensorTuple>& angles, bool all, const Tensor& logits) {
+    if (batch < 1 || steps < 1) throw std::invalid_argument("tokens");
     Call call;
     call.cache = &cache;
-    call.tokens = reinterpret_cast<const std::int64_t*>(tokens);
+    call.tokens =
+        static_cast<const std::int64_t*>(Borrowed(tokens, "tokens").need("int64", batch * steps));
     call.batch = batch;
     call.steps = steps;
-    call.lengths = reinterpret_cast<std::int64_t*>(lengths);
-    call.chosen = reinterpret_cast<const std::uint8_t*>(chosen);
+    call.chosen = static_cast<const std::uint8_t*>(
+        Borrowed(chosen, "chosen").of("bool", batch * decoder.slots()));
     call.all = all;
-    call.logits = reinterpret_cast<float*>(logits);
-    return run(decoder, call, angles);
+    call.logits = static_cast<float*>(
+        Borrowed(logits, "logits")
+            .need("float32", batch * (all ? steps : 1) * decoder.model().rules.vocab));
+    return run(decoder, call, lengths, angles);
 }
 
 std::vector<std::int64_t> greedy(Decoder& decoder, KvCache& cache,
-                                 const std::vector<std::int64_t>& tokens, std::uintptr_t lengths,
-                                 const std::vector<std::uintptr_t>& angles) {
+                                 const std::vector<std::int64_t>& tokens, const Tensor& lengths,
+                                 const std::vector<TensorTuple>& angles) {
     std::vector<std::int64_t> best(tokens.size());
     Call call;
     call.cache = &cache;
     call.tokens = tokens.data();
     call.batch = static_cast<std::int64_t>(tokens.size());
-    call.lengths = reinterpret_cast<std::int64_t*>(lengths);
     call.best = best.data();
-    best.resize(static_cast<std::size_t>(run(decoder, call, angles)));
+    best.resize(static_cast<std::size_t>(run(decoder, call, lengths, angles)));
     return best;
 }
 
@@ -153,10 +169,11 @@ void bind_decoder(py::module_& m) {
         .def(
             "set_outer",
             [](Decoder& decoder, const py::dict& matrices, const py::dict& vectors,
-               std::uintptr_t embedding, std::int64_t rows, std::int64_t columns,
-               const std::string& dtype) {
+               const Tensor& embedding, std::int64_t rows, std::int64_t columns) {
+                const Borrowed span(embedding, "embedding");
+                const auto dtype = embedding ? span.dtype() : "float32";
                 decoder.set_outer(weights_from(matrices, vectors),
-                                  reinterpret_cast<const void*>(embedding), rows, columns,
+                                  span.rows(dtype, rows, columns, columns), rows, columns,
                                   named<ScaleType>(dtype,
                                                    {{"float16", ScaleType::float16},
                                                     {"bfloat16", ScaleType::bfloat16},
@@ -164,7 +181,7 @@ void bind_decoder(py::module_& m) {
                                                    "dtype"));
             },
             py::arg("matrices"), py::arg("vectors"), py::arg("embedding"), py::arg("rows"),
-            py::arg("columns"), py::arg("dtype"))
+            py::arg("columns"))
         .def(
             "add_layer",
             [](Decoder& decoder, const py::dict& matrices, const py::dict& vectors,

@@ -31,8 +31,9 @@ struct KvShape {
 // What (sequence, slot) has seen, in pages; how much of it counts is the caller's to know.
 class KvCache {
 public:
-    KvCache(const KvShape& shape, std::int64_t batch, std::int64_t slots)
-        : shape_(shape), slots_(slots), pages_(static_cast<std::size_t>(batch * slots)) {}
+    KvCache(const KvShape& shape, std::int64_t batch, std::int64_t slots, std::int64_t decoder)
+        : shape_(shape), slots_(slots), decoder_(decoder),
+          pages_(static_cast<std::size_t>(batch * slots)) {}
 
     // Makes room for `length` positions; throws std::bad_alloc.
     void reserve(std::int64_t sequence, std::int64_t slot, std::int64_t length);
@@ -43,6 +44,7 @@ public:
     const KvShape& shape() const { return shape_; }
     std::int64_t batch() const { return static_cast<std::int64_t>(pages_.size()) / slots_; }
     std::int64_t slots() const { return slots_; }
+    std::int64_t decoder() const { return decoder_; }  // whose it is
     std::int64_t nbytes() const { return nbytes_; }
 
 private:
@@ -50,6 +52,7 @@ private:
     std::int64_t slots_, nbytes_ = 0;
     std::vector<std::vector<std::uint8_t*>> pages_;
     std::vector<Memory> memory_;
+    std::int64_t decoder_;
 };
 
 }  // namespace shallow

@@ -56,8 +56,11 @@ int usable_cpus() {
 
 thread_local bool inside_region = false;
 std::atomic<Pool*> the_pool{nullptr};
+std::atomic<int> the_forks{0};
 
 }  // namespace
+
+int forks_so_far() { return the_forks.load(std::memory_order_acquire); }
 
 void Signal::advance() {
     // seq_cst here and in wait_past: either this thread sees the sleeper or the sleeper sees the
@@ -148,6 +151,7 @@ Pool& Pool::instance() {
     static const int registered = pthread_atfork(nullptr, nullptr, [] {
         the_pool = nullptr;
         inside_region = false;
+        ++the_forks;
     });
     (void)registered;
 #endif

@@ -1,5 +1,5 @@
 // The process's warm thread pool. Workers spin briefly for the next region, then sleep.
-// defines: Signal Barrier Pool Queue parallel_for
+// defines: forks_so_far Signal Barrier Pool Queue parallel_for
 #pragma once
 
 #include <algorithm>
@@ -10,6 +10,10 @@
 #include <type_traits>
 
 namespace shallow {
+
+// How often this process was forked from one that had a pool: what belongs to calls under way in the
+// parent is of no use where it has grown.
+int forks_so_far();
 
 // A counter that threads wait on: they spin briefly, then sleep until it moves.
 class Signal {

@@ -2,6 +2,7 @@
 #include <string>
 
 #include "cpu/bindings.h"
+#include "cpu/borrowed.h"
 #include "cpu/threads.h"
 #include "cpu/w4_matmul.h"
 
@@ -23,26 +24,31 @@ Mode mode_from_name(const std::string& name) {
     throw std::invalid_argument("mode must be 'int8' or 'exact', found '" + name + "'");
 }
 
-void run(std::uintptr_t x, std::int64_t m, std::int64_t x_stride, const std::string& x_type,
-         const TiledMatrix& w, std::uintptr_t y, std::int64_t y_stride, const std::string& y_type,
-         std::uintptr_t bias, const std::string& mode, const std::string& isa, int threads) {
+using Tensor = std::optional<TensorTuple>;
+
+void run(const TensorTuple& x, std::int64_t m, std::int64_t x_stride, const TiledMatrix& w,
+         const TensorTuple& y, std::int64_t y_stride, const Tensor& bias, const std::string& mode,
+         const std::string& isa, int threads) {
+    const Borrowed from(x, "x"), to(y, "y");
     Rows rows;
-    rows.data = reinterpret_cast<const void*>(x);
+    rows.data = from.rows(from.dtype(), m, w.view().k, x_stride);
     rows.m = m;
     rows.k = w.view().k;
     rows.stride = x_stride;
-    rows.type = float_type(x_type);
+    rows.type = float_type(from.dtype());
     Output output;
-    output.data = reinterpret_cast<void*>(y);
+    output.data = to.rows(to.dtype(), m, w.view().n, y_stride);
     output.stride = y_stride;
-    output.type = float_type(y_type);
-    output.bias = reinterpret_cast<const float*>(bias);
+    output.type = float_type(to.dtype());
+    output.bias = static_cast<const float*>(Borrowed(bias, "bias").of("float32", w.view().n));
     matmul(rows, w, output, mode_from_name(mode), isa_from_name(isa), threads);
 }
 
-void rows(const TiledMatrix& w, std::int64_t start, std::int64_t stop, std::uintptr_t out,
+void rows(const TiledMatrix& w, std::int64_t start, std::int64_t stop, const TensorTuple& out,
           int threads) {
-    auto* const to = reinterpret_cast<float*>(out);
+    if (start < 0 || start > stop || stop > w.view().n) throw std::invalid_argument("rows");
+    auto* const to =
+        static_cast<float*>(Borrowed(out, "out").need("float32", (stop - start) * w.view().k));
     parallel_for(threads, stop - start, 16, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t row = begin; row < end; ++row)
             read_row(w, start + row, to + row * w.view().k);
@@ -61,32 +67,34 @@ void bind_w4_matmul(py::module_& m) {
              py::arg("n"), py::arg("threads"), "Of n rows, the first of them packed.")
         .def("fill", &TiledMatrix::fill, release(), py::arg("packed"), py::arg("first"),
              py::arg("threads"), "Copies rows from `first` on, a multiple of 16.")
-        .def(py::init([](std::uintptr_t weights, const std::string& dtype, std::int64_t n,
-                         std::int64_t k, int threads) {
-                 const auto* const from = reinterpret_cast<const void*>(weights);
-                 return TiledMatrix(from, float_type(dtype), n, k, threads);
+        .def(py::init([](const TensorTuple& weights, std::int64_t n, std::int64_t k, int threads) {
+                 const Borrowed from(weights, "weights");
+                 return TiledMatrix(from.rows(from.dtype(), n, k, k), float_type(from.dtype()), n,
+                                    k, threads);
              }),
-             release(), py::arg("weights"), py::arg("dtype"), py::arg("n"), py::arg("k"),
-             py::arg("threads"))
-        .def(py::init([](std::uintptr_t bytes, std::size_t size) {
-                 return TiledMatrix(reinterpret_cast<std::uint8_t*>(bytes), size);
+             release(), py::arg("weights"), py::arg("n"), py::arg("k"), py::arg("threads"))
+        .def(py::init([](const TensorTuple& bytes) {
+                 const std::int64_t size = std::get<1>(bytes);
+                 return TiledMatrix(
+                     static_cast<std::uint8_t*>(Borrowed(bytes, "bytes").need("uint8", size)),
+                     static_cast<std::size_t>(size));
              }),
-             py::arg("bytes"), py::arg("size"), "Borrows the bytes of another.")
+             py::arg("bytes"), "Borrows the bytes of another.")
         .def_buffer([](const TiledMatrix& w) {
             return py::buffer_info(w.bytes(), static_cast<py::ssize_t>(w.size()));
         })
         .def("restore", &TiledMatrix::restore, release(), py::arg("packed"), py::arg("threads"),
              "Writes the arrays that it was made from.")
         .def("rows", &rows, release(), py::arg("start"), py::arg("stop"), py::arg("out"),
-             py::arg("threads"), "Writes rows start..stop-1, float32, at address out.")
+             py::arg("threads"), "Writes rows start..stop-1 to out, float32.")
         .def_property_readonly(
             "shape", [](const TiledMatrix& w) { return std::pair(w.view().n, w.view().k); })
         .def_property_readonly("permuted", [](const TiledMatrix& w) { return w.perm() != nullptr; })
         .def_property_readonly("nbytes", &TiledMatrix::nbytes);
     m.def("w4_matmul", &run, release(), py::arg("x"), py::arg("m"), py::arg("x_stride"),
-          py::arg("x_dtype"), py::arg("w"), py::arg("y"), py::arg("y_stride"), py::arg("y_dtype"),
-          py::arg("bias"), py::arg("mode"), py::arg("isa"), py::arg("threads"),
-          "Writes x @ w.T + bias, (m, n), at address y; bias is 0 or the address of n float32.");
+          py::arg("w"), py::arg("y"), py::arg("y_stride"), py::arg("bias"), py::arg("mode"),
+          py::arg("isa"), py::arg("threads"),
+          "Writes x @ w.T + bias, (m, n), to y; bias is None or n float32.");
     m.def(
         "isas",
         [] {

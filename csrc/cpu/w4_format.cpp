@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cpu/bindings.h"
+#include "cpu/borrowed.h"
 
 namespace py = pybind11;
 
@@ -26,41 +27,58 @@ w4::ScaleType parse_scale_type(const std::string& name) {
     throw std::invalid_argument("unknown scale dtype '" + name + "'");
 }
 
-template <class T>
-const T* pointer(std::uintptr_t address) {
-    return reinterpret_cast<const T*>(address);
-}
+using shallow::Borrowed;
+using shallow::TensorTuple;
+using Tensor = std::optional<TensorTuple>;
 
-w4::Matrix matrix(std::uintptr_t codes, std::uintptr_t scales, std::uintptr_t zeros,
-                  std::uintptr_t mins, std::uintptr_t supers, std::uintptr_t codebook,
-                  std::uintptr_t perm, std::int64_t n, std::int64_t k, std::int32_t bits,
+w4::Matrix matrix(const TensorTuple& codes, const TensorTuple& scales, const Tensor& zeros,
+                  const Tensor& mins, const Tensor& supers, const Tensor& codebook,
+                  const Tensor& perm, std::int64_t n, std::int64_t k, std::int32_t bits,
                   std::int32_t group, const std::string& scheme, const std::string& scale_dtype) {
-    w4::Matrix matrix;
-    matrix.codes = pointer<std::uint8_t>(codes);
-    matrix.scales = pointer<void>(scales);
-    matrix.zeros = pointer<std::uint8_t>(zeros);
-    matrix.mins = pointer<void>(mins);
-    matrix.supers = pointer<std::uint16_t>(supers);
-    matrix.codebook = pointer<float>(codebook);
-    matrix.perm = pointer<std::int32_t>(perm);
+    if (n < 1 || k < 1 || group < 0 || (bits != 4 && bits != 8))
+        throw std::invalid_argument("a packed matrix must have rows, columns and 4 or 8 bits");
+    w4::Matrix matrix{};
     matrix.n = n;
     matrix.k = k;
     matrix.bits = bits;
     matrix.group = group;
     matrix.scheme = parse_scheme(scheme);
     matrix.scale_type = parse_scale_type(scale_dtype);
+    const std::int64_t groups = n * matrix.groups();
+    const bool kquant = matrix.scheme == w4::Scheme::kquant;
+    const std::string scale = kquant ? "uint8" : scale_dtype;
+    const auto needed = [&](const Tensor& tensor, const char* what, bool wanted,
+                            const std::string& dtype, std::int64_t count) {
+        const Borrowed span(tensor, what);
+        return wanted ? span.need(dtype, count) : span.of(dtype, count);
+    };
+    matrix.codes = static_cast<const std::uint8_t*>(
+        needed(codes, "codes", true, "uint8", n * matrix.row_bytes()));
+    matrix.scales = needed(scales, "scales", true, scale, groups);
+    matrix.zeros = static_cast<const std::uint8_t*>(
+        needed(zeros, "zeros", matrix.scheme == w4::Scheme::zero, "uint8", groups));
+    matrix.mins =
+        needed(mins, "mins", kquant || matrix.scheme == w4::Scheme::minimum, scale, groups);
+    matrix.supers = static_cast<const std::uint16_t*>(
+        needed(supers, "supers", kquant, "float16", 2 * n * w4::ceil_div(k, w4::kSuper)));
+    matrix.codebook = static_cast<const float*>(
+        needed(codebook, "codebook", matrix.scheme == w4::Scheme::codebook, "float32", 16));
+    matrix.perm = static_cast<const std::int32_t*>(needed(perm, "perm", false, "int32", k));
     return matrix;
 }
 
-void unpack(const w4::Matrix& packed, std::uintptr_t out) {
-    auto* rows = reinterpret_cast<float*>(out);
+void unpack(const w4::Matrix& packed, const TensorTuple& out) {
+    auto* rows = static_cast<float*>(Borrowed(out, "out").need("float32", packed.n * packed.k));
     for (std::int64_t row = 0; row < packed.n; ++row) packed.unpack_row(row, rows + row * packed.k);
 }
 
-void pack(std::uintptr_t codes, std::int64_t n, std::int64_t k, int bits, std::uintptr_t out) {
-    const auto* from = pointer<std::uint8_t>(codes);
-    auto* to = reinterpret_cast<std::uint8_t*>(out);
+void pack(const TensorTuple& codes, std::int64_t n, std::int64_t k, int bits,
+          const TensorTuple& out) {
+    if (n < 0 || k < 0 || (bits != 4 && bits != 8)) throw std::invalid_argument("codes");
     const std::int64_t width = w4::row_bytes(k, bits);
+    const auto* from =
+        static_cast<const std::uint8_t*>(Borrowed(codes, "codes").need("uint8", n * k));
+    auto* to = static_cast<std::uint8_t*>(Borrowed(out, "out").need("uint8", n * width));
     for (std::int64_t row = 0; row < n; ++row) {
         w4::pack_row(from + row * k, k, bits, to + row * width);
     }
@@ -70,16 +88,16 @@ void pack(std::uintptr_t codes, std::int64_t n, std::int64_t k, int bits, std::u
 
 void bind_w4_format(py::module_& m) {
     using release = py::call_guard<py::gil_scoped_release>;
-    py::class_<w4::Matrix>(m, "Packed", "A packed matrix by address; the caller keeps it alive.")
+    py::class_<w4::Matrix>(m, "Packed", "A packed matrix that borrows; the caller keeps it alive.")
         .def(py::init(&matrix), py::kw_only(), py::arg("codes"), py::arg("scales"),
-             py::arg("zeros") = 0, py::arg("mins") = 0, py::arg("supers") = 0,
-             py::arg("codebook") = 0, py::arg("perm") = 0, py::arg("n"), py::arg("k"),
-             py::arg("bits"), py::arg("group"), py::arg("scheme"), py::arg("scale_dtype"))
+             py::arg("zeros") = py::none(), py::arg("mins") = py::none(),
+             py::arg("supers") = py::none(), py::arg("codebook") = py::none(),
+             py::arg("perm") = py::none(), py::arg("n"), py::arg("k"), py::arg("bits"),
+             py::arg("group"), py::arg("scheme"), py::arg("scale_dtype"))
         .def_readonly("n", &w4::Matrix::n)
         .def_readonly("k", &w4::Matrix::k);
     m.def("w4_unpack", &unpack, release(), py::arg("packed"), py::arg("out"),
-          "Writes the (n, k) float32 matrix, columns in their original order, at address out.");
+          "Writes the (n, k) float32 matrix, columns in their original order, to out.");
     m.def("w4_pack", &pack, release(), py::arg("codes"), py::arg("n"), py::arg("k"),
-          py::arg("bits"), py::arg("out"),
-          "Packs (n, k) uint8 codes at address codes into n rows at address out.");
+          py::arg("bits"), py::arg("out"), "Packs (n, k) uint8 codes into n rows of out.");
 }

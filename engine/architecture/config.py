@@ -14,7 +14,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from engine.architecture import schema
 from engine.errors import InputError
+
+_DIVISORS = {"divisors": ("longrope", "divisors"), "long_divisors": ("longrope",)}  # whose kind
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,23 @@ class Rope:
     divisors: tuple[float, ...] = ()
     long_divisors: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        schema.check(self, schema.FREQUENCIES)
+        schema.require(self.dim % 2 == 0, "dim", "an even number", self.dim)
+        for name, kinds in _DIVISORS.items():
+            count, found = self.dim // 2 if self.kind in kinds else 0, len(getattr(self, name))
+            schema.require(found == count, name, f"{count} numbers", found)
+        if self.kind in ("dynamic", "llama3", "yarn", "longrope"):
+            context = self.original_context
+            schema.require(context > 1, "original_context", "more than 1", context)
+        if self.kind == "dynamic":
+            schema.require(self.dim > 2, "dim", "more than 2 for dynamic scaling", self.dim)
+        if self.kind == "yarn":
+            schema.require(self.theta > 1, "theta", "more than 1 for yarn", self.theta)
+        if self.kind == "llama3":
+            low, high = self.low_freq_factor, self.high_freq_factor
+            schema.require(low < high, "high_freq_factor", f"more than low_freq_factor {low}", high)
+
 
 @dataclass(frozen=True)
 class LayerConfig:
@@ -50,10 +70,16 @@ class LayerConfig:
     window: int | None = None  # a query sees this many positions, itself included; None: all
     rope: Rope | None = None  # None: no position embedding (NoPE)
 
+    def __post_init__(self) -> None:
+        schema.check(self, schema.LAYER)
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder as the reference, the kernels and the budget see it."""
+    """A decoder as the reference, the kernels and the budget see it.
+
+    They may trust it: one that holds what a decoder does not take cannot be made (InputError).
+    """
 
     family: str
     architecture: str  # the Hugging Face class name
@@ -84,6 +110,21 @@ class ModelConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     source: dict[str, Any] = field(default_factory=dict, repr=False, compare=False, hash=False)
+
+    def __post_init__(self) -> None:
+        schema.check(self, schema.MODEL)
+        schema.require(
+            self.heads % self.kv_heads == 0,
+            "kv_heads",
+            f"a divisor of {self.heads} heads",
+            self.kv_heads,
+        )
+        numbers, total = [entry.layer for entry in self.layers], self.total_layers
+        inside = bool(numbers) and numbers == sorted(set(numbers)) and numbers[-1] < total
+        schema.require(inside, "layers", f"ascending numbers below {total}", numbers)
+        for entry in self.layers:
+            dim = 0 if entry.rope is None else entry.rope.dim
+            schema.require(dim <= self.head_dim, "rope", f"at most {self.head_dim} values", dim)
 
     @property
     def architecture_hash(self) -> str:

@@ -4,7 +4,7 @@ A *role* is what a tensor does in a layer ("q", "down", "attn_norm"); `Family.na
 Hugging Face name, and `Family.fused` says which roles a stored matrix holds one after another.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,6 +194,12 @@ class Part:
     shape: tuple[int, ...]
     fused: tuple[str, tuple[int, ...]] | None = None
     first: int = 0
+
+    def stored(self, names: Collection[str]) -> tuple[str, tuple[int, ...]]:
+        """(name, shape) of the tensor that holds it where `names` are those there are."""
+        if self.fused is None or (self.name in names and self.fused[0] not in names):
+            return self.name, self.shape
+        return self.fused
 
 
 def layer_parts(config: ModelConfig, layer: int) -> dict[str, Part]:

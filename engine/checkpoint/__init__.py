@@ -31,6 +31,9 @@ class Checkpoint(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
+    def dtype(self, name: str) -> str | None:
+        """torch's name; None where the tensor is quantized."""
+
     def nbytes(self, name: str) -> int:
         """Bytes on disk."""
 
@@ -50,9 +53,21 @@ class Checkpoint(Protocol):
 def open_checkpoint(path: Path) -> Checkpoint:
     """Opens a Hugging Face directory (safetensors) or a .gguf file.
 
+    Every tensor that its family names is there then, in the shape that the config asks for, and
+    holds floats or is a quantized matrix (gate.py): nobody else checks that.
+
     Raises:
         InputError: neither of the two, damaged, or of an architecture that is not supported.
     """
+    from engine.checkpoint.gate import check_tensors
+
+    opened = open_unchecked(path)
+    check_tensors(opened)
+    return opened
+
+
+def open_unchecked(path: Path) -> Checkpoint:
+    """The same for files that need not hold a whole model; no runtime may be given them."""
     path = Path(path)
     if path.is_dir():
         from engine.checkpoint.safetensors import SafetensorsCheckpoint, quantization_config

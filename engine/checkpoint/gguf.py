@@ -64,6 +64,9 @@ class GgufCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._source(name).shape
 
+    def dtype(self, name: str) -> str | None:
+        return self._source(name).tensor.type.dtype
+
     def nbytes(self, name: str) -> int:
         source = self._source(name)
         return source.rows * source.stride_bytes

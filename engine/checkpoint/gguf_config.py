@@ -225,10 +225,14 @@ def _by_divisors(divisors: list[float], theta: float, dim: int) -> dict[str, Any
     from engine.architecture.rope import inverse_frequencies
 
     scaling = {"rope_type": "llama3", "factor": max(divisors), **_LLAMA3}
-    if len(divisors) == dim // 2:
-        low, high = _LLAMA3.values()
+    low, high = _LLAMA3.values()
+    try:
+        plain = Rope(theta, dim)
         guess = Rope(theta, dim, "llama3", max(divisors), _LLAMA3_CONTEXT, 1.0, low, high)
-        found = inverse_frequencies(Rope(theta, dim), 1) / inverse_frequencies(guess, 1)
+    except InputError:  # no such scaling; whether the divisors can be is for the config to say
+        return {"rope_type": "divisors", "factors": divisors}
+    if len(divisors) == dim // 2:
+        found = inverse_frequencies(plain, 1) / inverse_frequencies(guess, 1)
         if torch.allclose(found, torch.tensor(divisors), rtol=1e-5, atol=0):
             return scaling | {"original_max_position_embeddings": _LLAMA3_CONTEXT}
     return {"rope_type": "divisors", "factors": divisors}

@@ -45,6 +45,9 @@ class QuantizedCheckpoint:
             return self._stored.shape(name)
         return self._named(self._method.shape, module)
 
+    def dtype(self, name: str) -> str | None:
+        return None if name in self._modules else self._stored.dtype(name)
+
     def nbytes(self, name: str) -> int:
         module = self._modules.get(name)
         if module is None:

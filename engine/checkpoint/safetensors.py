@@ -106,6 +106,9 @@ class SafetensorsCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._file(name).entries[name].shape
 
+    def dtype(self, name: str) -> str:
+        return self._file(name).entries[name].dtype
+
     def nbytes(self, name: str) -> int:
         return self._file(name).entries[name].nbytes
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to the matrices of a layer by role, checked against the config."""
+"""From a checkpoint to the matrices of a layer by role."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -32,19 +32,18 @@ def layer_weights(
 ) -> Iterator[tuple[str, Stored]]:
     """(role, its tensor as stored) of one layer (an original number), one in memory at a time.
 
-    The one way to a layer's weights: each has the shape that the config asks for, and what a
-    checkpoint stores fused comes by part, as views. InputError names the file and the tensor that
-    is absent or of another shape.
+    The one way to a layer's weights: what a checkpoint stores fused comes by part, as views. Each
+    has the shape that the config asks for: it was checked when the checkpoint was opened (gate.py).
     """
     held: tuple[str, Stored] | None = None  # the fused tensor that was read last
     names = checkpoint.names()
     for role, part in layer_parts(config, layer).items():
-        if part.fused is None or (part.name in names and part.fused[0] not in names):
-            yield role, _stored(checkpoint, part.name, part.shape)
+        name, _ = part.stored(names)
+        if part.fused is None or name == part.name:
+            yield role, _stored(checkpoint, name)
             continue
-        name, shape = part.fused
         if held is None or held[0] != name:
-            held = name, _stored(checkpoint, name, shape)
+            held = name, _stored(checkpoint, name)
         yield role, _rows(held[1], part.first, part.first + part.shape[0])
 
 
@@ -64,28 +63,25 @@ def load_tensor(
     `layer` None: one from outside the layers.
     """
     if layer is None:
-        return _read(checkpoint, *outer_tensors(config)[role])
+        return _read(checkpoint, outer_tensors(config)[role][0])
     name, shape = layer_tensors(config, layer)[role]
     parts = [part for part in layer_parts(config, layer).values() if part.fused == (name, shape)]
     if not parts or name in checkpoint.names():
-        return _read(checkpoint, name, shape)
-    return torch.cat([_read(checkpoint, part.name, part.shape) for part in parts])
+        return _read(checkpoint, name)
+    return torch.cat([_read(checkpoint, part.name) for part in parts])
 
 
 def load_outer(checkpoint: Checkpoint, config: ModelConfig) -> Weights:
     """Embedding, final norm and head; a tied head is the embedding itself."""
-    weights = {
-        role: _read(checkpoint, name, shape)
-        for role, (name, shape) in outer_tensors(config).items()
-    }
+    weights = {role: _read(checkpoint, name) for role, (name, _) in outer_tensors(config).items()}
     weights.setdefault("head", weights["embedding"])
     return weights
 
 
 def outer_weights(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[tuple[str, Stored]]:
     """(role, tensor as stored) of embedding, final norm and head; no "head" where it is tied."""
-    for role, (name, shape) in outer_tensors(config).items():
-        yield role, _stored(checkpoint, name, shape)
+    for role, (name, _) in outer_tensors(config).items():
+        yield role, _stored(checkpoint, name)
 
 
 @overload
@@ -130,6 +126,18 @@ def is_quantized(checkpoint: Checkpoint) -> bool:
     return any(not isinstance(stored, torch.Tensor) for _, stored in first)
 
 
+def not_finite(checkpoint: Checkpoint) -> str | None:
+    """The first tensor of its family that holds NaN or infinity, by name; reads them all."""
+    config, names = checkpoint.config, checkpoint.names()
+    found = [name for name, _ in outer_tensors(config).values()]
+    for layer in range(config.total_layers):
+        parts = layer_parts(config, layer).values()
+        found += dict.fromkeys(part.stored(names)[0] for part in parts)
+    return next(
+        (name for name in found if not checkpoint.read(name).float().isfinite().all()), None
+    )
+
+
 def lineage_hash(checkpoint: Checkpoint, config: ModelConfig) -> str:
     """Of the norm weights, which 16-bit, GGUF and packed copies of one model share exactly.
 
@@ -140,8 +148,8 @@ def lineage_hash(checkpoint: Checkpoint, config: ModelConfig) -> str:
     for layer in range(config.total_layers):
         roles = layer_tensors(config, layer)
         tensors += [roles[role] for role in sorted(roles) if role.endswith("norm")]
-    for name, shape in tensors:
-        weight = _read(checkpoint, name, shape).float() + config.norm_offset
+    for name, _ in tensors:
+        weight = _read(checkpoint, name).float() + config.norm_offset
         digest.update(weight.numpy().tobytes())
     return digest.hexdigest()
 
@@ -155,28 +163,12 @@ def _rows(matrix: Stored, start: int, stop: int) -> Stored:
     return rows_of(matrix, start, stop)
 
 
-def _stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Stored:
-    _check_shape(checkpoint, name, shape)
+def _stored(checkpoint: Checkpoint, name: str) -> Stored:
     found = checkpoint.packed(name)
-    return _floats(checkpoint, name) if found is None else found
+    return _read(checkpoint, name) if found is None else found
 
 
-def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    _check_shape(checkpoint, name, shape)
-    return _floats(checkpoint, name)
-
-
-def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
-    found = tuple(checkpoint.shape(name))  # raises for an absent tensor
-    if found != shape:
-        raise InputError(f"{checkpoint.path}: {name}: expected shape {shape}, found {found}")
-
-
-def _floats(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+def _read(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     """In the stored dtype where every backend has it, else in float32."""
     tensor = checkpoint.read(name)
-    if not tensor.is_floating_point():
-        raise InputError(
-            f"{checkpoint.path}: {name}: expected floats, found {name_of(tensor.dtype)}"
-        )
     return tensor if name_of(tensor.dtype) in DTYPES else tensor.float()

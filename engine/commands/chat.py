@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engine.commands import common, output
+from engine.commands import common, interrupt, output
 from engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def answered(model: "Model", options: dict[str, Any], said: list[Message]) -> li
         print(f"engine: {error}; /reset begins anew", file=sys.stderr)
         return said[:-1]
     except KeyboardInterrupt:
-        pass
+        interrupt.forget()
     print()
     return [*said, {"role": "assistant", "content": "".join(pieces)}]
 
@@ -109,6 +109,7 @@ def lines() -> Iterator[str]:
             except EOFError:
                 return
             except KeyboardInterrupt:
+                interrupt.forget()
                 print()
                 continue
             if line:

@@ -67,8 +67,10 @@ def check_writable(path: Path | None, *suffixes: str) -> None:
     """Raises before any work is done for a file that could not be written after it."""
     if path is not None and suffixes and path.suffix.lower() not in suffixes:
         raise InputError(f"{path}: expected a name that ends in {' or '.join(suffixes)}")
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise InputError(f"{path}: expected a file in a directory that is there")
+    if path is not None:
+        from engine.scratch import check_target
+
+        check_target(path)
 
 
 def planned(path: Path, drop: str | None, keep: str | None) -> "Plan":

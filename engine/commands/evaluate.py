@@ -1,6 +1,7 @@
 """`engine eval`: how good a model is at texts, questions and generation."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,7 +85,7 @@ def evaluate(
     questions = () if choices is None else tuple(read_questions(choices))
     options = {"backend": backend, "dtype": dtype}
     opened, _ = common.open_model(model, threads, drop=chosen or drop, keep=keep, **options)
-    second = common.open_model(against, threads, **options)[0].runtime if against else None
+    second = common.open_model(against, threads, **options)[0] if against else None
     from engine.evaluate import Asked, judge
     from engine.evaluate import health as generation
 
@@ -93,16 +94,17 @@ def evaluate(
         prompts=(prompts if prompts is not None else generation.PROMPTS) if health else None,
         new_tokens=new_tokens if new_tokens is not None else generation.NEW_TOKENS,
     )  # fmt: skip
-    judged = judge(
-        opened.runtime,
-        opened.text,
-        asked,
-        name=model,
-        rule=None if chosen is None else chosen.rule,
-        second=second,
-        against=against,
-        progress=output.progress,
-    )
+    with opened.naming(), nullcontext() if second is None else second.naming():
+        judged = judge(
+            opened.runtime,
+            opened.text,
+            asked,
+            name=model,
+            rule=None if chosen is None else chosen.rule,
+            second=None if second is None else second.runtime,
+            against=against,
+            progress=output.progress,
+        )
     show(judged)
     alone = len(contents) == 1 and judged.choices is judged.health is None
     result = next(iter(judged.texts.values())) if alone else judged

@@ -1,12 +1,15 @@
 """How the commands speak: tables and sentences, progress, refusals; quietly or at length."""
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from engine import progress as how_far
+from engine.commands import interrupt
 from engine.errors import InputError
 
 progress = how_far.progress
@@ -63,10 +66,20 @@ def execute(app: Callable[..., Any]) -> None:
     # programs have their core GPTQ takes 20 times its CPU seconds (benchmarks/results/quality.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     warnings.showwarning = lambda message, *_: print(f"engine: {message}", file=sys.stderr)
+    interrupt.begin()
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        sys.exit(code)
     except InputError as error:
         refuse(error)
+    except BrokenPipeError:  # nobody reads on: the end that SIGPIPE makes of other programs
+        _silence()
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        _silence()
+        refuse(f"{error.filename or 'standard output'}: {error.strerror or error}")
     except RuntimeError as error:
         from engine.kernels.dispatch import BackendUnavailable
 
@@ -75,16 +88,25 @@ def execute(app: Callable[..., Any]) -> None:
         refuse(error)
     except Exception as error:
         if type(error).__name__ == "Abort":
-            sys.exit(130)  # Ctrl-C
+            sys.exit(interrupt.CODE)
         if not hasattr(error, "format_message"):  # typer's word on an option it could not read
             raise
         if message := error.format_message():
             refuse(message)
         sys.exit(2)  # the help was all there is to say
     finally:
+        if interrupt.asked():
+            interrupt.leave()
         _level, how_far.silent = 0, False
 
 
 def refuse(error: Exception | str) -> NoReturn:
-    print(f"engine: {error}", file=sys.stderr)
+    with suppress(OSError):
+        print(f"engine: {error}", file=sys.stderr)
     sys.exit(2)
+
+
+def _silence() -> None:
+    """What standard output still holds goes nowhere, instead of into an error at the exit."""
+    with suppress(OSError, AttributeError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -123,9 +123,8 @@ def run(
     layers: dict[str, str | None],
 ) -> "ProfilePart":
     """Runs the model over its samples; a killed run is found again beside `out`."""
-    import shutil
-
     from engine.architecture.layers import kept_layers
+    from engine.scratch import Scratch
     from engine.text import load_text
     from engine.text.samples import read_samples
 
@@ -137,17 +136,15 @@ def run(
 
     common.set_threads(threads)
     source = describe(model, checkpoint, config, taken, tokens, has_bos, shard)
+    work = Scratch(_work(out)).path
     with output.progress("layers" if stream else "samples") as progress:
         if stream:
-            work = out.with_name(out.name + ".work")
-            work.mkdir(exist_ok=True)
             part = measure_streamed(
                 checkpoint, config, taken, source, directory=work, progress=progress
             )
-            shutil.rmtree(work)
         else:
             decoder = common.open_decoder(checkpoint, config)
-            part = measure(decoder, taken, source, resume=_resume(out), progress=progress)
+            part = measure(decoder, taken, source, resume=work / "part.json", progress=progress)
     output.say(f"peak memory {peak_rss_bytes() / 1e6:,.0f} MB, {part.tokens_used:,} tokens")
     return part
 
@@ -155,6 +152,7 @@ def run(
 def finish(part: "ProfilePart", out: Path) -> "list[Profile]":
     """Saves a part, or the profile where it is the only one; what a resumed run needs goes."""
     from engine.pruning.profile import merge
+    from engine.scratch import Scratch
 
     if part.source["shard"][1] > 1:
         part.save(out)
@@ -165,12 +163,12 @@ def finish(part: "ProfilePart", out: Path) -> "list[Profile]":
     else:
         found = [merge([part])]
         found[0].save(out)
-    _resume(out).unlink(missing_ok=True)
+    Scratch.held(_work(out)).remove()
     return found
 
 
-def _resume(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
+def _work(out: Path) -> Path:
+    return out.with_name(out.name + ".work")
 
 
 def parse_shard(shard: str | None) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from engine.errors import InputError
+from engine.errors import InputError, NotFiniteError
 from engine.evaluate.perplexity import LOGITS_BYTES
 from engine.generation import left_padded
 from engine.judgement import Choices
@@ -64,7 +64,7 @@ def judge_choices(
     for question, found in zip(questions, log_likelihoods(runtime, encoded), strict=True):
         sums = found.sums
         if not sums.isfinite().all():
-            raise ArithmeticError(NOT_FINITE)
+            raise NotFiniteError(NOT_FINITE)
         lengths = torch.tensor([len(choice) for choice in question.choices])  # as acc_norm
         shares = (sums / lengths).softmax(-1)  # (choices,) float64
         correct.append(int(shares.argmax()) == question.answer)

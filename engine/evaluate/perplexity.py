@@ -9,9 +9,10 @@ import torch
 
 from engine.architecture.layers import format_layers
 from engine.artifacts import Evaluation
-from engine.errors import InputError
+from engine.errors import InputError, NotFiniteError
 from engine.judgement import geometric_mean
 from engine.runtime import Runtime
+from engine.sample import NOT_FINITE
 from engine.text import Text
 from engine.text.samples import bos_prefix
 
@@ -60,6 +61,8 @@ def evaluate(
             if progress:
                 progress(done, total)
     nll, kl, agreement = (sums / total).tolist()
+    if not (math.isfinite(nll) and math.isfinite(kl)):
+        raise NotFiniteError(NOT_FINITE)
     spanned = windows.shape[0] * (window - len(prefix))  # tokens of text
     held = runtime.config.layers
     layers = [entry.layer for entry in (held if slots is None else map(held.__getitem__, slots))]

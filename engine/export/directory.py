@@ -5,20 +5,21 @@ interrupted finds its finished files again; another model or other settings begi
 """
 
 import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from engine import scratch
 from engine.architecture.config import ModelConfig
-from engine.artifacts import replacing
 from engine.checkpoint.safetensors import SafetensorsFile
 from engine.checkpoint.weights import Stored, values
 from engine.errors import InputError
 from engine.kernels.dtypes import name_of
+from engine.scratch import Scratch, replacing, write_text
 from engine.text import load_text
 
 TOKENIZER_FILES = (
@@ -32,7 +33,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-_NOTE = "resume.json"  # what the run is, while it is under way
 # Rules that count layers from 0 would mean other layers after a cut; they become explicit lists.
 _RULES = ("sliding_window_pattern", "max_window_layers", "no_rope_layer_interval")
 _WINDOWED = ("qwen2", "qwen3", "gemma2", "gemma3", "smollm3")
@@ -42,7 +42,8 @@ def begin(out: Path, source: Path, config: ModelConfig, described: Mapping[str, 
     """`out`.partial with `described` as its config.json and the tokenizer of `source`.
 
     It is taken up again where an earlier run had the same source, layers and description.
-    InputError where `out` exists or nothing can be written beside it.
+    InputError where `out` exists, where what lies beside it is not of such a run, where another
+    run writes there and where nothing can be written.
     """
     text = json.dumps(described, indent=2, sort_keys=True)
     partial = begin_empty(out, source, config, text)
@@ -53,55 +54,29 @@ def begin(out: Path, source: Path, config: ModelConfig, described: Mapping[str, 
 
 def begin_empty(out: Path, source: Path, config: ModelConfig, described: str) -> Path:
     """The same without a file in it but the note of what the run is."""
-    if out.exists():
-        raise InputError(f"{out}: exists already; name a new one")
+    check_new(out)
     partial = out.with_name(out.name + ".partial")
     files = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
     stamps = [[str(file.resolve()), file.stat().st_mtime_ns] for file in files]
     layers = [entry.layer for entry in config.layers]
-    note = json.dumps({"source": stamps, "layers": layers, "config": described})
-    noted = partial / _NOTE
-    if partial.exists() and not (noted.is_file() and noted.read_text() == note):
-        shutil.rmtree(partial)
-    with disk_errors(partial):
-        partial.mkdir(exist_ok=True)
-    write_text(noted, note)
+    Scratch(partial, json.dumps({"source": stamps, "layers": layers, "config": described}))
     return partial
 
 
 def finish(partial: Path, out: Path) -> None:
-    partial.joinpath(_NOTE).unlink(missing_ok=True)
-    partial.replace(out)
+    Scratch.held(partial).become(out)
 
 
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """What the system says of a disk that is full or not to be written, as an InputError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise InputError(f"{path}: {error}") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    with disk_errors(path), replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+def check_new(out: Path) -> None:
+    """InputError where something lies at `out`, before any work is done."""
+    if os.path.lexists(out):
+        raise InputError(f"{out}: exists already; name a new one")
 
 
 def save_tensors(
-    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """One safetensors file, written beside and renamed."""
-    from safetensors.torch import save_file
-
-    with disk_errors(path), replacing(path) as beside:
-        save_file(tensors, beside, metadata or {"format": "pt"})
+    scratch.save_tensors(path, tensors, metadata or {"format": "pt"})
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
@@ -111,7 +86,7 @@ def copy_tokenizer(source: Path, out: Path) -> None:
         return
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            with disk_errors(out / name), replacing(out / name) as beside:
+            with replacing(out / name) as beside:
                 shutil.copyfile(source / name, beside)
 
 

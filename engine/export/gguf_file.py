@@ -5,7 +5,6 @@ that is whole.
 """
 
 import hashlib
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from engine.checkpoint.gguf_blocks import BLOCK_TYPES
 from engine.checkpoint.gguf_file import GgufTensor
 from engine.errors import InputError
 from engine.export import directory
+from engine.scratch import Scratch, naming
 
 Progress = Callable[[int, int], None]
 _TYPES = {kind.name: kind for kind in BLOCK_TYPES.values()}
@@ -85,7 +85,7 @@ def write_gguf(
     sizes = [place.tensor.nbytes for place in places]
     ends = [*accumulate((size + -size % alignment for size in sizes), initial=len(header))]
     whole = partial / "model.gguf"
-    with directory.disk_errors(out):
+    with naming(out, ends[-1]):
         written = whole.stat().st_size if whole.exists() else 0
         done = max(sum(end <= written for end in ends) - 1, 0)  # tensors that are there
         with open(whole, "r+b" if written >= len(header) else "wb") as file:
@@ -101,7 +101,7 @@ def write_gguf(
                 if progress is not None:
                     progress(index + 1, len(places))
         whole.replace(out)
-        shutil.rmtree(partial)
+        Scratch.held(partial).remove()
 
 
 def _alignment(fields: Mapping[str, Value]) -> int:

@@ -86,4 +86,4 @@ def _write_shard(checkpoint: Checkpoint, shard: list[Item], dtype: torch.dtype, 
         if not bool(tensor.isfinite().all()):
             raise InputError(f"{checkpoint.path}: {item.source}: does not fit {dtype}")
         tensors[item.name] = tensor.contiguous()
-    directory.save_tensors(path, tensors, {"format": "pt"})
+    directory.save_tensors(path, tensors)

@@ -17,9 +17,9 @@ from engine.artifacts import Plan
 from engine.checkpoint.safetensors import SafetensorsFile
 from engine.checkpoint.weights import describe
 from engine.errors import InputError
-from engine.export.directory import save_tensors
 from engine.kernels.w4 import store
 from engine.kernels.w4.format import Packed
+from engine.scratch import save_tensors
 
 PLAN = "plan.json"
 _SOURCE = ".source"

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from engine.healing.teacher import Logits, Teacher
 from engine.healing.written import Write, written
 from engine.reference.cache import KVCache
 from engine.reference.decoder import Decoder, load_decoder
+from engine.scratch import Scratch
 
 RECORD = "heal.json"
 
@@ -78,6 +78,7 @@ def heal(
     settings = settings.on(device)
     healing = Healing(pupil, source, config, data, settings, device, reporting, spoken)
     work = out.with_name(out.name + ".healing")
+    scratch = Scratch(work)
     run = work / healing.key
     run.mkdir(parents=True, exist_ok=True)
     if settings.written:
@@ -91,10 +92,10 @@ def heal(
         after = healing.perplexity(healed, config)
     record = healing.record((name, teacher_name or name), standing, (before, after))
     # What an earlier run left there may be shards of other weights under the same names.
-    shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)
+    Scratch(out.with_name(out.name + ".partial")).remove()
     beside = {RECORD: json.dumps(record.to_json(), indent=1) + "\n"}
     hf.prune(healed, written, out, dtype=dtype or hf.stored_dtype(pupil, config), beside=beside)
-    shutil.rmtree(work)
+    scratch.remove()
     return record
 
 

@@ -6,6 +6,7 @@ import torch
 
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.gguf_blocks import GgufBlocks
+from engine.kernels.dtypes import name_of
 from engine.kernels.w4.format import Packed
 
 
@@ -21,6 +22,10 @@ class Replaced:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.base.shape(name)
+
+    def dtype(self, name: str) -> str | None:
+        found = self.tensors.get(name)
+        return self.base.dtype(name) if found is None else name_of(found.dtype)
 
     def nbytes(self, name: str) -> int:
         found = self.tensors.get(name)

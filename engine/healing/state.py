@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from engine.artifacts import replacing
 from engine.checkpoint.safetensors import SafetensorsFile
+from engine.scratch import save_tensors
 
 KEY = "standing"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -38,16 +38,13 @@ def save(
     optimiser: torch.optim.Optimizer | None = None,
 ) -> None:
     """`weights` by name, with the optimiser's moments where it is given."""
-    from safetensors.torch import save_file
-
     tensors = {f"weight.{name}": weight.detach() for name, weight in weights.items()}
     if optimiser is not None:
         for name, weight in weights.items():
             held = optimiser.state.get(weight, {})
             tensors |= {f"{kind}.{name}": held[kind] for kind in MOMENTS if kind in held}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as beside:
-        save_file(tensors, beside, {KEY: json.dumps(asdict(standing))})
+    save_tensors(path, tensors, {KEY: json.dumps(asdict(standing))})
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:

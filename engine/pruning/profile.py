@@ -13,7 +13,7 @@ from engine.architecture.config import ModelConfig
 from engine.artifacts import Artifact, Profile
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.weights import lineage_hash
-from engine.errors import InputError
+from engine.errors import InputError, NotFiniteError
 from engine.kernels.angular.accumulate import AngularAccumulator
 from engine.reference.cache import KVCache
 from engine.reference.decoder import Decoder
@@ -218,6 +218,8 @@ def merge(parts: Sequence[ProfilePart]) -> Profile:
 
 def _profile(source: Source, sums: AngularAccumulator, parts: Sequence[ProfilePart]) -> Profile:
     result = sums.result()
+    if not all(row.isfinite().all() for row in (*result.distances, result.magnitude)):
+        raise NotFiniteError(f"{source.model}: computes hidden states that are not finite numbers")
     errors = [row.nan_to_num(0.0) for row in result.standard_errors]  # of a single sample: none
     return Profile(
         model=source.model,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import copy
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -135,6 +136,9 @@ def check_call(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions (B, T), -1 at padding, and who runs what (B, S) bool; InputError where a call of
     any runtime breaks a rule of the protocol."""
+    check_cache(config, cache)
+    if tokens.is_meta or tokens.is_floating_point():
+        raise InputError(f"tokens: expected ids, found {tokens.dtype} on {tokens.device}")
     if tokens.ndim != 2 or tokens.shape[0] != cache.batch or tokens.shape[1] < 1:
         raise InputError(
             f"tokens: expected shape ({cache.batch}, T >= 1), found {tuple(tokens.shape)}"
@@ -155,6 +159,12 @@ def check_call(
     steps = torch.arange(tokens.shape[1], device=tokens.device) - padding[:, None]
     positions = torch.where(steps >= 0, steps + start.to(tokens.device)[:, None], -1)
     return positions, choose_slots(config, cache, slots)
+
+
+def check_cache(config: ModelConfig, cache: Any, kind: type[Lengths] = Lengths) -> None:
+    """InputError for what is no cache of `kind`, and for that of another model."""
+    if not isinstance(cache, kind) or (cache.config is not config and cache.config != config):
+        raise InputError("cache: expected one that this model made, found another's")
 
 
 def choose_slots(config: ModelConfig, cache: Lengths, slots: Slots | None) -> torch.Tensor:

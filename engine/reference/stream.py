@@ -16,11 +16,13 @@ import torch
 from torch.nn import functional
 
 from engine.architecture.config import ModelConfig
-from engine.artifacts import replacing
 from engine.checkpoint import Checkpoint
+from engine.checkpoint.files import read_json
 from engine.checkpoint.weights import Weights, load_layer, load_tensor
+from engine.errors import InputError
 from engine.reference.cache import KVCache
 from engine.reference.decoder import Angles, run_layer
+from engine.scratch import allocate, write_text
 
 DEFAULT_LIMIT_BYTES = 1 << 30
 
@@ -33,12 +35,16 @@ def storage(
     """(size,) values in memory; in an unnamed file beyond the limit; in `path` where given.
 
     A file's pages are the system's to drop, so they do not count as the process's own memory.
+    InputError where the disk has no room for it.
     """
+    nbytes = size * dtype.itemsize
     if path is not None:
+        allocate(path, nbytes)
         return torch.from_file(str(path), shared=True, size=size, dtype=dtype)
-    if size * dtype.itemsize <= limit_bytes:
+    if nbytes <= limit_bytes:
         return torch.empty(size, dtype=dtype)
     with tempfile.NamedTemporaryFile() as file:
+        allocate(Path(file.name), nbytes)
         return torch.from_file(file.name, shared=True, size=size, dtype=dtype)
 
 
@@ -79,15 +85,20 @@ class HiddenStates:
         """All batches have been put."""
         self.slot += 1
         if self._note is not None:
-            with replacing(self._note) as beside:
-                beside.write_text(json.dumps({"key": self._key, "slot": self.slot}))
+            write_text(self._note, json.dumps({"key": self._key, "slot": self.slot}))
 
     def _noted(self) -> int:
         """Where an earlier run of the same key stands; -1: nothing has been put yet."""
         if self._note is None or not self._note.is_file():
             return -1
-        noted = json.loads(self._note.read_text())
-        return noted["slot"] if noted["key"] == self._key else -1
+        noted = read_json(self._note)
+        slot = noted.get("slot")
+        if type(slot) is not int or slot < -1 or not isinstance(noted.get("key"), str):
+            raise InputError(
+                f"{self._note}: expected how far a run is, found something else; remove "
+                f"{self._note.parent} to begin anew"
+            )
+        return slot if noted["key"] == self._key else -1
 
 
 @torch.no_grad()

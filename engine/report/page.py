@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from engine.artifacts import Evaluation, Profile, replacing
+from engine.artifacts import Evaluation, Profile
 from engine.judgement import Comparison, Judgement
 from engine.pruning.budget import Budget
 from engine.report import figures
@@ -15,6 +15,7 @@ from engine.report.drawing import base_name
 from engine.report.plot import inline_svg
 from engine.report.records import side_by_side
 from engine.report.tables import BEST_COLUMNS, BUDGET_COLUMNS, best_blocks, budget_rows
+from engine.scratch import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import quoteattr
 
-from engine.artifacts import Artifact, Evaluation, Profile, read_raw, replacing
+from engine.artifacts import Artifact, Evaluation, Profile, read_raw
 from engine.errors import InputError
 from engine.judgement import Judgement
 from engine.pruning.budget import Budget
 from engine.report import figures
 from engine.report.drawing import style
+from engine.scratch import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

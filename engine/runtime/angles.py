@@ -1,18 +1,19 @@
 """Tables of the angles that the native decoder turns queries and keys by."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from engine.architecture.config import ModelConfig, Rope
 from engine.architecture.rope import inverse_frequencies
+from engine.kernels import native
 
 
 class Tables(NamedTuple):
     reach: int  # positions that all of them have
     tables: Sequence[torch.Tensor]  # (positions, dim) float32 each: cosines, then sines
-    addresses: Sequence[int]
+    spans: Sequence[Any]  # as the native decoder takes them
 
 
 class Angles:
@@ -28,7 +29,7 @@ class Angles:
         """Of at least `length` positions, turned as in a sequence of that length."""
         tables = [self._table(rope, length) for rope in self.ropes]
         reach = min(map(len, tables), default=self._limit)
-        self.held = Tables(reach, tables, [table.data_ptr() for table in tables])
+        self.held = Tables(reach, tables, [native.span(table) for table in tables])
         return self.held
 
     def _table(self, rope: Rope, length: int) -> torch.Tensor:

@@ -11,13 +11,12 @@ from engine.architecture.config import ModelConfig
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.gguf_blocks import GgufBlocks
 from engine.checkpoint.weights import Stored, layer_weights, outer_weights, packed_form
-from engine.errors import InputError
+from engine.errors import InputError, NotFiniteError
 from engine.kernels import native
-from engine.kernels.dtypes import name_of
 from engine.kernels.w4.cpu import CpuWeight, isas
 from engine.options import Slots
 from engine.reference.cache import Lengths
-from engine.reference.decoder import check_call, mask_slots
+from engine.reference.decoder import check_cache, check_call, mask_slots
 from engine.runtime import Times
 from engine.runtime.angles import Angles, Tables
 from engine.sample import NOT_FINITE
@@ -34,7 +33,7 @@ class CpuCache(Lengths):
     def __init__(self, config: ModelConfig, pages: Any) -> None:
         super().__init__(config, pages.batch)
         self.pages = pages
-        self.address = self.lengths.data_ptr()
+        self.span = native.span(self.lengths)
         self.reach = 0  # at least the largest of `lengths`
 
     @property
@@ -103,17 +102,16 @@ class CpuRuntime:
         rows, columns = (0, 0) if embedding is None else embedding.shape
         decoder.set_outer(
             matrices=matrices,
-            vectors=addresses(vectors),
-            embedding=0 if embedding is None else embedding.data_ptr(),
+            vectors=spans(vectors),
+            embedding=native.span(embedding),
             rows=rows,
             columns=columns,
-            dtype=name_of(torch.float32 if embedding is None else embedding.dtype),
         )
         for entry in config.layers:
             matrices, vectors = native_layer(checkpoint, config, entry.layer)
             decoder.add_layer(
                 matrices,
-                addresses(vectors),
+                spans(vectors),
                 entry.window or 0,
                 -1 if entry.rope is None else angles.ropes.index(entry.rope),
                 0 if entry.rope is None else entry.rope.dim,
@@ -144,6 +142,9 @@ class CpuRuntime:
     ) -> torch.Tensor:
         if logits not in ("last", "all"):
             raise InputError(f"logits: expected 'last' or 'all', found {logits!r}")
+        check_cache(self.config, cache, CpuCache)
+        if tokens.device.type != "cpu":
+            raise InputError(f"tokens: expected a tensor on the CPU, found one on {tokens.device}")
         if tokens.dtype != torch.int64 or not tokens.is_contiguous():
             tokens = tokens.to(torch.int64).contiguous()
         if tokens.ndim != 2:
@@ -156,18 +157,18 @@ class CpuRuntime:
         try:
             written = self.decoder.forward(
                 cache.pages,
-                tokens.data_ptr(),
+                native.span(tokens),
                 batch,
                 steps,
-                cache.address,
-                0 if chosen is None else chosen.data_ptr(),
-                angles.addresses,
+                cache.span,
+                native.span(chosen),
+                angles.spans,
                 everything,
-                out.data_ptr(),
+                native.span(out),
             )
-        except ValueError:
+        except ValueError as error:
             check_call(self.config, tokens, cache, slots)  # says what is wrong
-            raise
+            raise _refused(error) from None
         if written == out.shape[0] * out.shape[1]:
             return out
         shown = tokens if everything else tokens[:, -1:]
@@ -176,17 +177,18 @@ class CpuRuntime:
         return torch.from_numpy(padded)
 
     def greedy(self, tokens: Sequence[int], cache: CpuCache) -> list[int]:
+        check_cache(self.config, cache, CpuCache)
         cache.reach += 1
         angles = self._angles.held
         if self.config.whole_prefill or cache.reach > angles.reach:
             angles = self._tables(torch.tensor(tokens)[:, None], cache)
         try:
-            ids = self.decoder.greedy(cache.pages, tokens, cache.address, angles.addresses)
-        except ValueError:
+            ids = self.decoder.greedy(cache.pages, tokens, cache.span, angles.spans)
+        except ValueError as error:
             check_call(self.config, torch.tensor(tokens)[:, None], cache, None)
-            raise
+            raise _refused(error) from None
         if -1 in ids:
-            raise ArithmeticError(NOT_FINITE)
+            raise NotFiniteError(NOT_FINITE)
         return ids
 
     def measure(self, on: bool) -> None:
@@ -274,9 +276,16 @@ def rules(config: ModelConfig, mode: str) -> dict[str, Any]:
     }
 
 
-def addresses(vectors: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
-    """Of float32 vectors."""
-    return {role: (vector.data_ptr(), len(vector)) for role, vector in vectors.items()}
+def spans(vectors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Of float32 vectors, as the native decoder takes them."""
+    return {role: native.span(vector) for role, vector in vectors.items()}
+
+
+def _refused(error: ValueError) -> InputError:
+    """What the native decoder says of a call that no rule of the protocol speaks of."""
+    if str(error) == "cache":
+        return InputError("cache: expected one that this model made, found another's")
+    return InputError(f"the native decoder refuses the call: {error}")
 
 
 def _check_choice(option: str, chosen: str, known: Sequence[str]) -> None:

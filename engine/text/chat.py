@@ -1,74 +1,23 @@
-"""Chat templates: Jinja from untrusted checkpoints, rendered as transformers renders them."""
+"""Chat templates: Jinja from untrusted checkpoints, rendered as transformers renders them.
 
+In a helper process (template.py) with limits of memory and time, which stays for the next chat.
+"""
+
+import atexit
 import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Mapping
-from datetime import datetime
-from functools import lru_cache
-from typing import Any, NoReturn
-
-from jinja2 import Template, TemplateError, nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pathlib import Path
+from typing import Any
 
 from engine.errors import InputError
 
-_MAX_CHARS = 1 << 24  # of one rendered chat, far beyond any context
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks the assistant's words for training; here they are only printed."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_print"), [], [], body).set_lineno(line)
-
-    def _print(self, caller):
-        return caller()
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox bounds `range`; this one also bounds `*` and `**`, which can fill memory."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**":
-            too_large = max(abs(left), abs(right)) > 64
-        else:
-            repeats = [len(x) if isinstance(x, (str, list, tuple)) else x for x in (left, right)]
-            too_large = repeats != [left, right] and repeats[0] * repeats[1] > _MAX_CHARS
-        if too_large:
-            raise SecurityError(f"{operator} makes too large a value")
-        return super().call_binop(context, operator, left, right)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    # Jinja's own filter escapes HTML, which no model was trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                      sort_keys=sort_keys)  # fmt: skip
-
-
-@lru_cache(maxsize=8)
-def _compile(template: str) -> Template:
-    environment = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-    return environment.from_string(template)
+SECONDS = 15.0  # by the clock, where the helper gets less of a processor than its own limit is of
 
 
 def _check(messages: Any) -> list[dict]:
@@ -94,22 +43,93 @@ def _check(messages: Any) -> list[dict]:
     return [{key: x for key, x in message.items() if x is not None} for message in plain]
 
 
+class _Helper:
+    """The process, started when it is needed and anew when it has died."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        atexit.register(self.stop)
+        os.register_at_fork(after_in_child=self._forget)
+
+    def ask(self, request: dict[str, Any]) -> dict[str, str]:
+        """Its answer; {"error"} where it gives none."""
+        with self._lock:
+            try:
+                process = self._started()
+                found = self._exchanged(process, json.dumps(request).encode() + b"\n")
+            except OSError as error:
+                found = {"error": f"its process: {error.strerror or error}"}
+            except BaseException:  # an interrupt: what would come is no answer to the next request
+                self.stop()
+                raise
+            if found is None:
+                self.stop()
+                return {"error": f"it takes more than {SECONDS:.0f} s, or 5 s of a processor"}
+            return found
+
+    def stop(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+    def _forget(self) -> None:
+        """The child of a fork must not speak with its parent's helper."""
+        self._lock, self._process = threading.Lock(), None
+
+    def _started(self) -> "subprocess.Popen[bytes]":
+        if self._process is None or self._process.poll() is not None:
+            paths = os.pathsep.join(path for path in sys.path if path)
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(Path(__file__).with_name("template.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": paths},
+                process_group=0,  # Ctrl-C is for us
+                bufsize=0,
+            )
+        return self._process
+
+    def _exchanged(self, process: "subprocess.Popen[bytes]", line: bytes) -> dict[str, str] | None:
+        """None where the answer does not come in time, or the process ends."""
+        assert process.stdin is not None and process.stdout is not None
+        until, answer = time.monotonic() + SECONDS, bytearray()
+        os.set_blocking(process.stdin.fileno(), False)
+        left = memoryview(line)
+        while not answer.endswith(b"\n"):
+            writing = [process.stdin] if left else []
+            reads, writes, _ = select.select(
+                [process.stdout], writing, [], max(0.0, until - time.monotonic())
+            )
+            if not reads and not writes:
+                return None
+            if writes:
+                left = left[os.write(process.stdin.fileno(), left[: 1 << 16]) :]
+            if reads:
+                part = os.read(process.stdout.fileno(), 1 << 20)
+                if not part:
+                    return None
+                answer += part
+        found: dict[str, str] = json.loads(bytes(answer))
+        return found
+
+
+_helper = _Helper()
+
+
 def render(template: str, messages: Any, special: Mapping[str, str], where: str) -> str:
     """The prompt for the assistant's next words.
 
     `special` names the special tokens as templates know them (`bos_token`, ...). InputError for
-    malformed messages and for a template that fails, refuses them, or prints without end.
+    malformed messages and for a template that fails, refuses them, prints without end, or takes
+    more than the helper's memory or time.
     """
-    messages = _check(messages)
-    text, size = [], 0
-    try:
-        values = {**special, "messages": messages, "tools": None, "documents": None}
-        for part in _compile(template).generate(values, add_generation_prompt=True):
-            text.append(part)
-            size += len(part)
-            if size > _MAX_CHARS:
-                raise SecurityError(f"it prints more than {_MAX_CHARS} characters")
-    except Exception as error:  # the template is a program: whatever it raises is its failure
-        reason = " ".join(f"{error}".split()) or type(error).__name__
-        raise InputError(f"{where}: the chat template fails on these messages: {reason}") from error
-    return "".join(text)
+    values = {**special, "messages": _check(messages), "tools": None, "documents": None}
+    found = _helper.ask({"template": template, "values": values})
+    if "error" in found:
+        raise InputError(
+            f"{where}: the chat template fails on these messages: {found['error']:.1000}"
+        )
+    return found["text"]

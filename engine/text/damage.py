@@ -1,4 +1,4 @@
-"""What `tokenizers` makes of a damaged file, as one sentence."""
+"""What comes of a damaged tokenizer, as one sentence."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from engine.errors import InputError
 
 @contextmanager
 def naming(where: str | Path) -> Iterator[None]:
-    """Turns whatever `tokenizers` raises into an InputError that names `where`."""
+    """Turns whatever is raised on a damaged file into an InputError that names `where`."""
     try:
         yield
     except (InputError, KeyboardInterrupt, SystemExit):

@@ -34,11 +34,12 @@ def load_text(path: str | Path) -> Text:
     is converted. Raises InputError where there is neither, or what there is is damaged.
     """
     path = Path(path)
-    if path.is_dir():
-        return _from_directory(path)
-    from engine.checkpoint.gguf_file import GgufFile
+    with naming(path):
+        if path.is_dir():
+            return _from_directory(path)
+        from engine.checkpoint.gguf_file import GgufFile
 
-    return text_from_gguf(GgufFile(path).metadata, str(path))
+        return text_from_gguf(GgufFile(path).metadata, str(path))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from engine.errors import InputError
+from engine.text.damage import naming
 from engine.text.pieces import Pieces, PieceStream
 
 if TYPE_CHECKING:
@@ -49,14 +50,16 @@ class Text:
 
         `add_special` adds what the checkpoint puts around a text, often a BOS.
         """
-        try:
-            return self.tokenizer.encode(text, add_special_tokens=add_special).ids
-        except TypeError:  # not a string, or one with a lone surrogate: not Unicode
-            raise InputError(f"text: expected a Unicode string, found {text!r:.80}") from None
+        with naming(self.where):
+            try:
+                return self.tokenizer.encode(text, add_special_tokens=add_special).ids
+            except TypeError:  # not a string, or one with a lone surrogate: not Unicode
+                raise InputError(f"text: expected a Unicode string, found {text!r:.80}") from None
 
     def span_bytes(self, text: str, tokens: int) -> int:
         """UTF-8 bytes from the beginning of `text` to the end of so many of its tokens."""
-        offsets = self.tokenizer.encode(text, add_special_tokens=False).offsets
+        with naming(self.where):
+            offsets = self.tokenizer.encode(text, add_special_tokens=False).offsets
         return len(text[: offsets[tokens - 1][1]].encode())
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -70,7 +73,8 @@ class Text:
 
     @cached_property
     def _pieces(self) -> Pieces:
-        return Pieces(self.tokenizer, self.where)
+        with naming(self.where):
+            return Pieces(self.tokenizer, self.where)
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of the prompt for the assistant's next words, as `render` writes it."""

@@ -29,15 +29,15 @@ def angular_sums(
     distances = torch.empty(B, P, dtype=torch.float64) if values else None
     weights = None if weights is None else weights.contiguous()
     native.load("cpu").angular(
-        rows=[row.data_ptr() for row in rows],
+        rows=[native.span(row) for row in rows],
         strides=[row.stride(0) for row in rows],
         dtype=name_of(rows[0].dtype),
         B=B,
         D=D,
-        weights=0 if weights is None else weights.data_ptr(),
-        sums=sums.data_ptr(),
-        squares=squares.data_ptr(),
-        values=0 if distances is None else distances.data_ptr(),
+        weights=native.span(weights),
+        sums=native.span(sums),
+        squares=native.span(squares),
+        values=native.span(distances),
         threads=torch.get_num_threads(),
         isa=isa,
     )

@@ -61,7 +61,7 @@ class CpuWeight:
             )
         cpu, (n, k) = native.load("cpu"), weight.shape
         weight = weight.detach().contiguous()
-        tiles = cpu.TiledMatrix(weight.data_ptr(), name_of(weight.dtype), n, k, cpu.pool_threads())
+        tiles = cpu.TiledMatrix(native.span(weight), n, k, cpu.pool_threads())
         return cls((n, k), _isa(isa), tiles)
 
     @classmethod
@@ -73,7 +73,7 @@ class CpuWeight:
                 "tiles must be one contiguous row of uint8 on the CPU, "
                 f"found {tuple(data.shape)} {data.dtype} on {data.device}"
             )
-        tiles = native.load("cpu").TiledMatrix(bytes=data.data_ptr(), size=len(data))
+        tiles = native.load("cpu").TiledMatrix(bytes=native.span(data))
         return cls(tiles.shape, _isa(isa), tiles, data)
 
     def to_bytes(self) -> torch.Tensor:
@@ -97,7 +97,7 @@ class CpuWeight:
             raise ValueError(
                 f"out must be contiguous (R, {k}) float32, found {tuple(out.shape)} {out.dtype}"
             )
-        self.tiles.rows(start, start + len(out), out.data_ptr(), torch.get_num_threads())
+        self.tiles.rows(start, start + len(out), native.span(out), torch.get_num_threads())
         return out
 
     @property
@@ -148,15 +148,13 @@ def matmul(
         rows = x.detach() if x.dim() == 2 and x.stride(1) == 1 else x.detach().reshape(-1, k)
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
         native.load("cpu").w4_matmul(
-            rows.data_ptr(),
+            native.span(rows),
             len(rows),
             rows.stride(0),
-            name_of(x.dtype),
             weight.tiles,
-            y.data_ptr(),
+            native.span(y),
             y.stride(0) if y.dim() == 2 else n,
-            name_of(y.dtype),
-            0 if bias is None else bias.data_ptr(),
+            native.span(bias),
             mode,
             weight.isa,
             threads,

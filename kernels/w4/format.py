@@ -6,10 +6,12 @@ short. Everything a kernel reads is in one `Packed`; `unpack` says what it means
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
+from engine.kernels import native
 from engine.kernels.dtypes import DTYPES, dtype_of, name_of
 
 VERSION = 1
@@ -120,12 +122,12 @@ class Packed:
         moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         return Packed(self.spec, self.shape, **moved)
 
-    def native_fields(self) -> dict[str, int | str]:
+    def native_fields(self) -> dict[str, Any]:
         """Keyword arguments of the native `Packed`, which borrows these tensors' memory."""
-        addresses = {name: tensor.data_ptr() for name, tensor in self.tensors().items()}
+        spans = {name: native.span(tensor) for name, tensor in self.tensors().items()}
         spec = self.spec.to_json()
         del spec["version"]
-        return addresses | spec | {"n": self.shape[0], "k": self.shape[1]}
+        return spans | spec | {"n": self.shape[0], "k": self.shape[1]}
 
     @property
     def nbytes(self) -> int:

@@ -1,17 +1,25 @@
 """What stands behind the checks in Python all the same: the native decoder refuses by itself."""
 
+import os
+import signal
+import threading
+import time
+
 import pytest
 import torch
 from support import tiny
 
 from engine.checkpoint import open_checkpoint
+from engine.errors import InputError
 from engine.kernels import native
 
 if native.error("cpu") is not None:
     pytest.skip(f"engine._cpu does not load: {native.error('cpu')}", allow_module_level=True)
 
 from engine.kernels.w4.cpu import isas
-from engine.runtime.cpu import addresses, native_layer, native_outer, rules
+from engine.reference.cache import KVCache
+from engine.runtime.cpu import CpuRuntime, native_layer, native_outer, rules, spans
+from engine.runtime.reference import ReferenceRuntime
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +34,7 @@ def decoder(config, **changes):
 
 
 def set_outer(made, config, matrices, vectors, embedding) -> None:
-    made.set_outer(matrices, addresses(vectors), embedding.data_ptr(), *embedding.shape, "float32")
+    made.set_outer(matrices, spans(vectors), native.span(embedding), *embedding.shape)
 
 
 @pytest.mark.parametrize("shape", [(-1, 0), (1, 0), (0, -1), (0, 1)])
@@ -50,15 +58,129 @@ def test_a_final_norm_that_is_absent(checkpoint):
 def test_norms_of_q_and_k_that_are_absent(rule, checkpoint):
     matrices, vectors = native_layer(checkpoint, checkpoint.config, 0)
     with pytest.raises(ValueError, match="no vector q_norm or k_norm"):
-        decoder(checkpoint.config, qk_norm=rule).add_layer(matrices, addresses(vectors), 0, -1, 0)
+        decoder(checkpoint.config, qk_norm=rule).add_layer(matrices, spans(vectors), 0, -1, 0)
 
 
 @pytest.mark.parametrize("role", ["q", "k", "v", "o", "gate", "up", "down"])
 def test_matrices_that_are_absent_or_of_another_size(role, checkpoint):
     matrices, vectors = native_layer(checkpoint, checkpoint.config, 0)
-    made, vectors = decoder(checkpoint.config), addresses(vectors)
+    made, vectors = decoder(checkpoint.config), spans(vectors)
     with pytest.raises(ValueError, match=f"no matrix {role}"):
         made.add_layer({r: m for r, m in matrices.items() if r != role}, vectors, 0, -1, 0)
     other = decoder(checkpoint.config, hidden_size=32, ffn_size=32, heads=2, head_dim=8)
     with pytest.raises(ValueError, match="(outputs|inputs|norm): expected"):
         other.add_layer(matrices, vectors, 0, -1, 0)
+
+
+@pytest.fixture(scope="module")
+def runtime(checkpoint):
+    return CpuRuntime.load(checkpoint, checkpoint.config, 1)
+
+
+def test_a_cache_of_another_model(checkpoint, runtime, tmp_path):
+    tiny.write("llama", tmp_path, 1, num_attention_heads=4, num_key_value_heads=4)
+    other = open_checkpoint(tmp_path)
+    wide = CpuRuntime.load(other, other.config, 1)
+    again = CpuRuntime.load(checkpoint, checkpoint.config, 1)
+    foreign = [wide.new_cache(1), again.new_cache(1), KVCache(checkpoint.config, 1), None]
+    for cache in foreign:
+        with pytest.raises(InputError, match="cache: expected one that this model made"):
+            runtime.forward(torch.tensor([[1, 2]]), cache)
+        with pytest.raises(InputError, match="cache: expected one that this model made"):
+            runtime.greedy([1], cache)
+    with pytest.raises(InputError, match="cache: expected one that this model made"):
+        ReferenceRuntime.load(other, other.config).forward(torch.tensor([[1]]), foreign[2])
+
+
+def test_tensors_of_another_device(runtime):
+    with pytest.raises(InputError, match="tokens: expected a tensor on the CPU, found one on meta"):
+        runtime.forward(torch.empty(1, 2, dtype=torch.int64, device="meta"), runtime.new_cache(1))
+
+
+def call(runtime, **changes):
+    """One native step, with some of what it is handed replaced."""
+    cache, tokens = runtime.new_cache(1), torch.tensor([[1, 2, 3]])
+    out = torch.empty(1, 1, runtime.config.vocab_size)
+    tables = runtime._angles.tables(3).tables
+    given = {"tokens": tokens, "lengths": cache.lengths, "chosen": None, "logits": out} | changes
+    angles = changes.get("angles", tables)
+    spans = {name: native.span(given[name]) for name in ("tokens", "lengths", "chosen", "logits")}
+    return runtime.decoder.forward(
+        cache.pages, spans["tokens"], 1, 3, spans["lengths"], spans["chosen"],
+        [native.span(table) for table in angles], False, spans["logits"],
+    )  # fmt: skip
+
+
+WRONG = {
+    "few tokens": {"tokens": torch.tensor([[1, 2]])},
+    "narrow tokens": {"tokens": torch.tensor([[1, 2, 3]], dtype=torch.int32)},
+    "no tokens": {"tokens": None},
+    "few lengths": {"lengths": torch.zeros(1, 3, dtype=torch.int64)},
+    "few logits": {"logits": torch.empty(1, 1, tiny.VOCAB - 1)},
+    "half logits": {"logits": torch.empty(1, 1, tiny.VOCAB, dtype=torch.float16)},
+    "logits elsewhere": {"logits": torch.empty(1, 1, tiny.VOCAB, device="meta")},
+    "few choices": {"chosen": torch.ones(1, 3, dtype=torch.bool)},
+    "short angles": {"angles": [torch.zeros(2, 8)]},
+    "no angles": {"angles": []},
+    "double angles": {"angles": [torch.zeros(9, 8, dtype=torch.float64)]},
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_extents(what, runtime):
+    assert call(runtime) == 1
+    with pytest.raises(ValueError):
+        call(runtime, **WRONG[what])
+
+
+def test_extents_of_a_matrix():
+    cpu, weight = native.load("cpu"), torch.ones(20, 32)
+    span = native.span
+    tiles = cpu.TiledMatrix(span(weight), 20, 32, 1)
+    with pytest.raises(ValueError, match="weights: expected 672 elements, found 640"):
+        cpu.TiledMatrix(span(weight), 21, 32, 1)
+    x, y = torch.ones(3, 32), torch.empty(3, 20)
+    cpu.w4_matmul(span(x), 3, 32, tiles, span(y), 20, None, "exact", isas()[0], 1)
+    assert torch.equal(y, torch.full((3, 20), 32.0))
+    for changed in ({"x": x[:2]}, {"y": y[:2]}, {"bias": torch.ones(19)}, {"x": x.to("meta")}):
+        given = {"x": x, "y": y, "bias": None} | changed
+        with pytest.raises(ValueError, match=f"{next(iter(changed))}: expected"):
+            cpu.w4_matmul(
+                span(given["x"]), 3, 32, tiles, span(given["y"]), 20, span(given["bias"]),
+                "exact", isas()[0], 1,
+            )  # fmt: skip
+    with pytest.raises(ValueError, match="out: expected"):
+        tiles.rows(0, 20, span(torch.empty(19, 32)), 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_fork_while_another_thread_generates(runtime):
+    def steps(count: int) -> torch.Tensor:
+        cache = runtime.new_cache(1)
+        for _ in range(count):
+            out = runtime.forward(torch.tensor([[1, 2, 3, 4]]), cache)
+        return out
+
+    expected, ended = steps(3), threading.Event()
+
+    def generate() -> None:
+        while not ended.is_set():
+            steps(50)
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    try:
+        for _ in range(20):
+            if (child := os.fork()) == 0:
+                os._exit(0 if torch.equal(steps(3), expected) else 1)
+            until = time.monotonic() + 60
+            while (done := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < until:
+                time.sleep(0.01)
+            if done[0] == 0:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            assert done == (child, 0), "the child hangs"
+    finally:
+        ended.set()
+        thread.join()

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 # Folders and modules of one line, the stages above all, do not import each other.
 ORDER = """
 errors kernels progress
+scratch
 artifacts options
 judgement sample speculate
 architecture
@@ -23,12 +24,13 @@ export
 pruning quantize healing hf
 runtime
 generation
-evaluate
+evaluate prompts
 api
 benchmark report lm_eval
 commands
 run
 cli
+__main__
 __init__
 """.split("\n")
 RANK = {name: rank for rank, line in enumerate(ORDER) for name in line.split()}

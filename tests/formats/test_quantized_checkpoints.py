@@ -12,7 +12,7 @@ from support import tiny
 from support.packed import every_spec, random_packed, spec_id
 from support.quantized import CASES, HEAD, MODULE, gptq, plain_names, values, write
 
-from engine.checkpoint import open_checkpoint
+from engine.checkpoint import open_unchecked
 from engine.kernels.w4 import store
 from engine.kernels.w4.format import Packed, Spec, unpack
 from engine.quantize.methods import rtn
@@ -22,7 +22,7 @@ from engine.runtime.reference import ReferenceRuntime
 @pytest.mark.parametrize("case", CASES)
 def test_reads_what_the_source_means(case, rng, tmp_path):
     parts, config, weight = CASES[case](rng)
-    checkpoint = open_checkpoint(write(tmp_path, parts, config))
+    checkpoint = open_unchecked(write(tmp_path, parts, config))
     name = f"{MODULE}.weight"
     assert sorted(checkpoint.names()) == sorted(plain_names())
     assert checkpoint.shape(name) == tuple(weight.shape)
@@ -46,7 +46,7 @@ def test_older_gptq_keeps_its_settings_in_a_file_of_its_own(rng, tmp_path):
     for key in ("quant_method", "checkpoint_format", "pack_dtype"):
         del config[key]
     (tmp_path / "quantize_config.json").write_text(json.dumps(config))
-    assert torch.equal(open_checkpoint(tmp_path).read(f"{MODULE}.weight"), weight)
+    assert torch.equal(open_unchecked(tmp_path).read(f"{MODULE}.weight"), weight)
 
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["", "permuted"])
@@ -55,7 +55,7 @@ def test_our_own_survives_the_disk(spec, permuted, rng, tmp_path):
     name, packed = f"{MODULE}.weight", random_packed(rng, 5, 100, spec, permuted)
     parts = store.to_tensors("weight", packed)
     write(tmp_path, parts, {"quant_method": "shallow"}, store.to_metadata(name, packed))
-    checkpoint = open_checkpoint(tmp_path)
+    checkpoint = open_unchecked(tmp_path)
     loaded = checkpoint.packed(name)
     assert (loaded.spec, loaded.shape) == (spec, (5, 100)) == (packed.spec, checkpoint.shape(name))
     for part, tensor in packed.tensors().items():
@@ -86,7 +86,7 @@ def test_a_packed_model_is_the_model_of_its_values(case, rng, tmp_path):
     logits = []
     tokens = torch.randint(3, tiny.VOCAB, (2, 20), generator=rng)
     for directory in (tmp_path / "plain", tmp_path / "packed"):
-        checkpoint = open_checkpoint(directory)
+        checkpoint = open_unchecked(directory)
         runtime = ReferenceRuntime.load(checkpoint, checkpoint.config)
         logits.append(runtime.forward(tokens, runtime.new_cache(2), logits="all"))
     assert len(metadata) >= 4 and torch.equal(*logits)
@@ -100,7 +100,7 @@ def test_mapped_packed_tensors_are_views(rng, tmp_path):
     name = f"{MODULE}.weight"
     metadata = store.to_metadata(name, packed)
     write(tmp_path, store.to_tensors("weight", packed), {"quant_method": "shallow"}, metadata)
-    checkpoint = open_checkpoint(tmp_path)
+    checkpoint = open_unchecked(tmp_path)
     first, second = checkpoint.packed(name), checkpoint.packed(name)
     assert first.codes.data_ptr() == second.codes.data_ptr()
 

@@ -10,7 +10,7 @@ from support.packed import random_packed
 from support.quantized import CASES, MODULE, compressed, nf4, write
 
 import engine
-from engine.checkpoint import open_checkpoint
+from engine.checkpoint import open_unchecked
 from engine.errors import InputError
 from engine.kernels.w4 import store
 from engine.kernels.w4.format import Spec
@@ -20,7 +20,7 @@ from engine.runtime import RUNTIMES
 def refused(path: Path, words: str) -> None:
     """Opening the directory, or reading everything in it, raises InputError that says `words`."""
     with pytest.raises(InputError, match=words) as caught:
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_unchecked(path)
         for name in checkpoint.names():
             checkpoint.shape(name), checkpoint.packed(name), checkpoint.read(name)
     assert str(path) in str(caught.value)
@@ -196,7 +196,7 @@ def test_our_own_damaged_file(rng, tmp_path):
         bit = 1 << int(torch.randint(0, 8, (1,), generator=rng))
         file.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
         try:
-            checkpoint = open_checkpoint(tmp_path)
+            checkpoint = open_unchecked(tmp_path)
             for name in checkpoint.names():
                 checkpoint.shape(name), checkpoint.packed(name), checkpoint.read(name)
             read += 1

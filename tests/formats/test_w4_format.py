@@ -74,7 +74,7 @@ def test_cpp_unpacks_the_same_bits(spec, permuted, shape, rng):
     packed = random_packed(rng, *shape, spec, permuted)
     guard = 64
     out = torch.full((packed.shape[0] * packed.shape[1] + guard,), torch.nan)
-    cpu.w4_unpack(cpu.Packed(**packed.native_fields()), out.data_ptr())
+    cpu.w4_unpack(cpu.Packed(**packed.native_fields()), native.span(out))
     assert same_bits(out[:-guard].view(shape), unpack(packed))
     assert out[-guard:].isnan().all(), "wrote past the end"
 
@@ -88,7 +88,7 @@ def test_cpp_reads_every_half_and_bfloat(rng):
         codes = pack_codes(torch.full((len(patterns), 1), 9, dtype=torch.uint8), 4)
         packed = Packed(Spec(4, 0, "symmetric", dtype), (len(patterns), 1), codes, scales)
         out = torch.empty(packed.shape)
-        cpu.w4_unpack(cpu.Packed(**packed.native_fields()), out.data_ptr())
+        cpu.w4_unpack(cpu.Packed(**packed.native_fields()), native.span(out))
         expected, nan = scales.float(), scales.isnan()
         assert torch.equal(out.isnan(), nan)
         assert same_bits(out[~nan], expected[~nan])
@@ -106,7 +106,7 @@ def test_pack_codes_round_trip(bits, k, rng):
     assert not packed_rows[:, -(-k * bits // 8) :].any(), "padding codes are zero"
     cpu = native.load("cpu")
     ours = torch.full_like(packed_rows, 255)
-    cpu.w4_pack(codes.contiguous().data_ptr(), 3, k, bits, ours.data_ptr())
+    cpu.w4_pack(native.span(codes.contiguous()), 3, k, bits, native.span(ours))
     assert torch.equal(ours, packed_rows)
 
 

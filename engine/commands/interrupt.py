@@ -1,0 +1,88 @@
+"""Ctrl-C ends a command at any moment, with exit code 130 and without a traceback.
+
+Python raises KeyboardInterrupt wherever it happens to be, and there it can be lost: in an import, a
+destructor, a callback of a library. So a thread of our own waits for the signal too, and ends the
+process where the exception has not done it within GRACE_SECONDS. What a killed run leaves, the next
+one takes up.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+
+GRACE_SECONDS = 2.0
+CODE = 128 + signal.SIGINT
+
+_asked = threading.Event()
+_running = False  # a command, which has something to clear away
+
+
+def watch() -> None:
+    """From the first line of a program on; what is imported after it takes a second."""
+    for standard in range(3):  # one that is closed would be the number of the next file opened
+        try:
+            os.fstat(standard)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    signal.signal(signal.SIGINT, _stop)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_wait, args=(reading,), daemon=True).start()
+    sys.unraisablehook = _unraisable
+
+
+def begin() -> None:
+    """A command begins: from here on an interrupt is an exception first."""
+    global _running
+    _running = True
+
+
+def asked() -> bool:
+    """Whether an interrupt has come and was not `forgotten`."""
+    return _asked.is_set()
+
+
+def forget() -> None:
+    """It ended an answer and not the program."""
+    _asked.clear()
+
+
+def leave() -> None:
+    """Ends the process at once, its streams flushed where they take it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError, ValueError):
+            pass
+    os._exit(CODE)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    if not _running:
+        os._exit(CODE)
+    _asked.set()
+    raise KeyboardInterrupt
+
+
+def _wait(reading: int) -> None:
+    while numbers := os.read(reading, 1):
+        if numbers[0] != signal.SIGINT:
+            continue
+        if not _running:
+            os._exit(CODE)
+        _asked.set()
+        time.sleep(GRACE_SECONDS)
+        if _asked.is_set():
+            os._exit(CODE)
+
+
+def _unraisable(found: "sys.UnraisableHookArgs") -> None:
+    """An exception in a destructor: an interrupt is asked for anew, instead of a trace."""
+    if isinstance(found.exc_value, KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    else:
+        sys.__unraisablehook__(found)

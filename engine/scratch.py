@@ -1,0 +1,238 @@
+"""Where outputs are written before they are whole: places beside them that are ours alone.
+
+A place is a directory with a marker in it, made exclusively and locked while it is used. One that
+is there already is taken up where its marker is ours and nobody holds it; whatever else lies there
+is somebody's own, and is named, never touched.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+MARKER = "resume.json"
+_KIND, _VERSION = "shallow-scratch", 1
+_held: "dict[str, Scratch]" = {}  # by this process: after an error it may begin again
+
+
+class Scratch:
+    """The directory `path`, held until `remove`, `release` or the end of the process.
+
+    `key` tells runs apart: what another run left is cleared. InputError where something that is not
+    ours is in the way, where another run holds it, and where nothing can be written.
+    """
+
+    def __init__(self, path: Path, key: str = "") -> None:
+        self.path = Path(path)
+        text = json.dumps({"kind": _KIND, "version": _VERSION, "key": key})
+        if (earlier := _held.get(str(self.path.absolute()))) is not None:
+            earlier.release()
+        with naming(self.path):
+            made = _made(self.path)
+            self._handle = _locked(self.path)
+            _held[str(self.path.absolute())] = self
+            if not made and _marker(self.path) == text:
+                _clear(self.path, lambda name: name.startswith("."))  # halves of files
+                return
+            _clear(self.path)
+            beside = self.path / f".{MARKER}"
+            with open(beside, "x", encoding="utf-8") as file:
+                file.write(text)
+            os.rename(beside, self.path / MARKER)
+
+    def remove(self) -> None:
+        """All of it, where it is still there; the marker last, so that a kill leaves it ours."""
+        if self.path.exists():
+            _clear(self.path, lambda name: name != MARKER)
+            shutil.rmtree(self.path)
+        self.release()
+
+    @classmethod
+    def held(cls, path: Path) -> "Scratch":
+        """The one that this process holds at `path`."""
+        return _held[str(Path(path).absolute())]
+
+    def become(self, target: Path) -> None:
+        """It is whole: renamed to `target`, which must not be there, without its marker."""
+        with naming(target):
+            if os.path.lexists(target):
+                raise InputError(f"{target}: exists already; name a new directory")
+            os.rename(self.path, target)
+            (target / MARKER).unlink()
+        self.release()
+
+    def release(self) -> None:
+        """For others to take up, as it is."""
+        _held.pop(str(self.path.absolute()), None)
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
+@contextmanager
+def replacing(path: Path, nbytes: int | None = None) -> Iterator[Path]:
+    """A path beside `path` to write to; renamed onto it at the end, removed on an error.
+
+    `nbytes`, where known, is told where there is no room for them. In a place that is
+    held anyway a hidden name is enough; elsewhere a kill leaves a place that the next run clears.
+    """
+    path = Path(path)
+    check_target(path)
+    ours = any(path.absolute().is_relative_to(held) for held in _held)
+    scratch = None if ours else Scratch(path.with_name(f".{path.name}.partial"))
+    beside = path.with_name(f".{path.name}") if scratch is None else scratch.path / path.name
+    try:
+        with naming(path, nbytes):
+            yield beside
+            os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+        if scratch is not None:
+            scratch.remove()
+
+
+def write_text(path: Path, text: str) -> None:
+    data = text.encode()
+    with replacing(path, len(data)) as beside:
+        beside.write_bytes(data)
+
+
+def save_tensors(
+    path: Path, tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str]
+) -> None:
+    """A safetensors file, written beside and renamed."""
+    from safetensors.torch import save_file
+
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    with replacing(path, nbytes) as beside:
+        save_file(dict(tensors), beside, dict(metadata))
+
+
+def allocate(path: Path, nbytes: int) -> None:
+    """A file of so many bytes that the disk has room for: what is mapped sparse dies of a signal
+    where there is none. One that has that size already stays as it is."""
+    with naming(path, nbytes):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            if nbytes and hasattr(os, "posix_fallocate"):  # macOS lacks it
+                os.posix_fallocate(handle, 0, nbytes)
+            os.ftruncate(handle, nbytes)
+        finally:
+            os.close(handle)
+
+
+def check_target(path: Path) -> None:
+    """InputError for what may not be replaced by a file: anything but a regular one."""
+    path = Path(path)
+    with naming(path):
+        if not path.parent.is_dir():
+            raise InputError(f"{path}: there is no directory {path.parent}")
+        if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+            raise InputError(f"{path}: expected a regular file or none, found {_what(path)}")
+
+
+@contextmanager
+def naming(path: Path, nbytes: int | None = None) -> Iterator[None]:
+    """Turns what the system says of writing `path` into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{_short(path)}: {_reason(error)}{_needed(nbytes)}") from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise InputError(f"{_short(path)}: {_reason(error)}{_needed(nbytes)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or " ".join(str(error).split())
+
+
+def _needed(nbytes: int | None) -> str:
+    return "" if nbytes is None else f"; {nbytes:,} bytes are needed"
+
+
+def _short(path: Path) -> str:
+    text = str(path)
+    return text if len(text) < 300 else f"{text[:140]}...{text[-140:]}"
+
+
+def _made(path: Path) -> bool:
+    """Whether it was made just now; InputError where what is there is not ours."""
+    try:
+        path.mkdir()
+        return True
+    except FileExistsError:
+        if path.is_symlink() or not path.is_dir():
+            raise InputError(
+                f"{path}: is in the way: expected a directory of an earlier run, found "
+                f"{_what(path)}; move it away"
+            ) from None
+        names = {entry.name for entry in path.iterdir()}
+        if not names <= {f".{MARKER}"}:  # else a run that was killed as it began
+            _marker(path)
+        return not names
+
+
+def _locked(path: Path) -> int:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(handle), os.stat(path)):
+            return handle
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(handle)
+    raise InputError(f"{path}: another run is writing there; wait for its end")
+
+
+def _marker(path: Path) -> str | None:
+    """Its marker's text, None where it has none yet; InputError where that is not ours."""
+    marker = path / MARKER
+    try:
+        if marker.is_symlink() or marker.stat().st_size > 1 << 26:
+            raise ValueError
+        text = marker.read_text(encoding="utf-8")
+        said: Any = json.loads(text)
+        if not isinstance(said, dict) or said.get("kind") != _KIND:
+            raise ValueError
+        return text
+    except (OSError, ValueError, RecursionError):
+        if {entry.name for entry in path.iterdir()} <= {f".{MARKER}"}:
+            return None
+        raise InputError(
+            f"{path}: is in the way and not of this program, or its {MARKER} is damaged; move it "
+            "away"
+        ) from None
+
+
+def _clear(path: Path, chosen: Any = lambda name: True) -> None:
+    for entry in path.iterdir():
+        if not chosen(entry.name):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _what(path: Path) -> str:
+    mode = os.lstat(path).st_mode
+    kinds = {
+        stat.S_IFLNK: "a symbolic link",
+        stat.S_IFDIR: "a directory",
+        stat.S_IFREG: "a file",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+    }
+    return kinds.get(stat.S_IFMT(mode), "a device")

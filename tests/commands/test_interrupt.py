@@ -1,0 +1,72 @@
+"""Ctrl-C, and a standard output that nobody reads or that is full."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from support import tiny
+
+PROGRAMS = ("engine", "engine.cli", "engine.run")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny.write("llama", path, 1, max_position_embeddings=1 << 20)
+    tiny.save_tokenizer(path)
+    return path
+
+
+def command(program: str, model, new_tokens: int) -> list[str]:
+    run = ["run"] if program != "engine.run" else []
+    options = ["--model", str(model), "--new-tokens", str(new_tokens), "--ignore-eos", "--raw"]
+    return [sys.executable, "-m", program, *run, *options, "--prompt", "3 1 4"]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_interrupts_at_any_moment(program, model, rng):
+    """The first comes as soon as our first line can have run, the others later and later."""
+    for latest in (0.3, 1.0, 3.0):
+        started = subprocess.Popen(
+            [*command(program, model, 1_000_000)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        while b"\0-m\0" not in _arguments(started.pid) or not _watches(started.pid):
+            time.sleep(0.005)
+        time.sleep(latest * float(torch.rand(1, generator=rng)))
+        started.send_signal(signal.SIGINT)
+        _, said = started.communicate(timeout=60)
+        assert started.returncode == 130, said
+        assert b"Traceback" not in said and b"Exception" not in said
+
+
+def _arguments(pid: int) -> bytes:
+    with open(f"/proc/{pid}/cmdline", "rb") as file:
+        return file.read()
+
+
+def _watches(pid: int) -> bool:
+    """Our handler is in place of Python's: its thread waits beside the first."""
+    return len(os.listdir(f"/proc/{pid}/task")) > 1
+
+
+def test_nobody_reads(model):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        command("engine.run", model, 4), stdout=writing, stderr=subprocess.PIPE, timeout=120
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_a_full_output(model):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            command("engine.run", model, 4), stdout=full, stderr=subprocess.PIPE, timeout=120
+        )
+    said = b"engine: standard output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (2, said)

@@ -1,0 +1,70 @@
+"""Config values that no decoder takes: one sentence, whoever makes the config."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from support import tiny
+
+from engine.architecture.config import Rope
+from engine.architecture.hf_config import from_hf
+from engine.errors import InputError
+
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+LARGE = {"max_position_embeddings": 1 << 20}
+WRONG = [
+    ({"rope_parameters": YARN | {"factor": 1e308}}, "factor: expected a number from"),
+    ({"rope_parameters": YARN | {"factor": 1e30}}, "factor: expected a number from"),
+    ({"rope_parameters": YARN | {"factor": float("nan")}}, "factor: expected a number from"),
+    ({"rope_parameters": YARN | {"factor": 1e4}} | LARGE, "max_context: expected a whole number"),
+    ({"rope_parameters": YARN | {"beta_fast": "x"}}, "beta_fast: expected a number"),
+    ({"rope_parameters": YARN | {"mscale": "x", "mscale_all_dim": 1}}, "mscale: expected"),
+    ({"rope_parameters": YARN | {"original_max_position_embeddings": "x"}}, "original_max_.*: exp"),
+    ({"rope_parameters": YARN | {"rope_theta": 1}}, "theta: expected more than 1"),
+    ({"rope_parameters": LONG | {"original_max_position_embeddings": 1}}, "original_max.* from 2"),
+    ({"rope_parameters": {"full_attention": 3}}, "full_attention: expected an object"),
+    ({"rope_parameters": [1]}, "rope_parameters: expected an object"),
+    ({"rope_scaling": 3}, "rope_scaling: expected an object"),
+    ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type: expected one of"),
+    ({"hidden_act": ["silu"]}, "hidden_act: expected one of"),
+    ({"rms_norm_eps": 1e308}, "rms_norm_eps: expected a number"),
+    ({"partial_rotary_factor": 1e308}, "partial_rotary_factor: expected"),
+    ({"eos_token_id": [1, "x"]}, "eos_token_id: expected"),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings: expected true or false"),
+    ({"head_dim": 4096}, "head_dim: expected a whole number from 1 to 1024"),
+]
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny.write("llama", path, 1)
+    return json.loads((path / "config.json").read_text())
+
+
+@pytest.mark.parametrize(("change", "sentence"), WRONG, ids=lambda x: str(x)[:60])
+def test_values_out_of_range(change, sentence, raw):
+    with pytest.raises(InputError, match=f"^FILE: {sentence}"):
+        from_hf(raw | change, "FILE")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"kv_heads": 4}, {"norm_eps": 0.0}, {"head_dim": 6}, {"layers": ()}, {"activation": "mish"}],
+    ids=str,
+)
+def test_no_config_holds_them(change, raw):
+    config = from_hf(raw, "FILE")
+    with pytest.raises(InputError, match="expected"):
+        replace(config, **change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"dim": 7}, {"kind": "yarn"}, {"kind": "divisors", "divisors": (1.0,)}, {"theta": 1e300}],
+    ids=str,
+)
+def test_no_rope_holds_them(change):
+    with pytest.raises(InputError, match="expected"):
+        Rope(**({"theta": 1e4, "dim": 8} | change))
