@@ -124,6 +124,8 @@ def allocate(path: Path, nbytes: int) -> None:
     with naming(path, nbytes):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
+            if os.fstat(handle).st_size == nbytes:
+                return
             if nbytes and hasattr(os, "posix_fallocate"):  # macOS lacks it
                 os.posix_fallocate(handle, 0, nbytes)
             os.ftruncate(handle, nbytes)

@@ -88,6 +88,9 @@ def test_transformers_opens_what_it_quantized(kind, source, rng, tmp_path):
     peer = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype=torch.float32, attn_implementation="eager"
     ).eval()
+    for module in peer.modules():  # bitsandbytes would round to bfloat16 on some processors
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     ids = torch.randint(3, tiny.VOCAB, (2, 20), generator=rng)
     assert_close(kind, logits(checkpoint, ids, config), peer(ids, use_cache=False).logits, 1e-3)
 
