@@ -206,6 +206,9 @@ void Decoder::run_chunk(const Call& call, std::size_t begin, std::size_t end,
                        rows_.begin() + static_cast<std::ptrdiff_t>(end));
     chunk_.angles = call.angles.data();
     chunk_.cache = call.cache;
+    const auto at = static_cast<std::int64_t>(begin) * model_.rules.hidden;
+    chunk_.entering = call.entering ? call.entering + at : nullptr;
+    chunk_.leaving = call.leaving ? call.leaving + at : nullptr;
     chunk_.used = 0;
     chunk_.set_of.clear();
     // The set of the rows that `runs` accepts: an earlier one with the same rows, or a new one.
@@ -225,7 +228,7 @@ void Decoder::run_chunk(const Call& call, std::size_t begin, std::size_t end,
     for (std::int64_t s = 0; call.chosen && s < slots(); ++s)
         chunk_.set_of.push_back(
             set_of([&](const Row& row) { return call.chosen[row.sequence * slots() + s] != 0; }));
-    chunk_.wanted = set_of([](const Row& row) { return row.wanted; });
+    chunk_.wanted = set_of([&](const Row& row) { return row.wanted && !call.leaving; });
 
     const std::int64_t wanted = chunk_.sets[chunk_.wanted].size(), vocab = model_.rules.vocab;
     const auto bytes = static_cast<std::size_t>(workspace_bytes(model_, chunk_, threads_));

@@ -28,6 +28,9 @@ struct Call {
     std::int64_t* lengths = nullptr;       // (batch, slots): filled positions of the cache
     const std::uint8_t* chosen = nullptr;  // null: all slots; or (batch, slots): which of them run
     std::vector<const float*> angles;  // a table each rope: (positions, dim), cosines then sines
+    const float* entering = nullptr;   // null: the tokens' embeddings; or (tokens, hidden), padding
+                                       // left out: the stream before the first chosen slot
+    float* leaving = nullptr;          // null, or as entering: the stream after the last; no logits
     bool all = false;                  // logits of every token; else of each sequence's last
     float* logits = nullptr;           // null, or (tokens asked for, vocab), padding left out
     std::int64_t* best = nullptr;      // null, or (tokens asked for,): the lowest column of the

@@ -99,6 +99,24 @@ std::int64_t forward(Decoder& decoder, KvCache& cache, std::uintptr_t tokens, st
     return run(decoder, call, angles);
 }
 
+void stream(Decoder& decoder, KvCache& cache, std::uintptr_t tokens, std::int64_t batch,
+            std::int64_t steps, std::uintptr_t lengths, std::uintptr_t chosen,
+            const std::vector<std::uintptr_t>& angles, std::uintptr_t entering,
+            std::uintptr_t leaving, std::uintptr_t logits) {
+    Call call;
+    call.cache = &cache;
+    call.tokens = reinterpret_cast<const std::int64_t*>(tokens);
+    call.batch = batch;
+    call.steps = steps;
+    call.lengths = reinterpret_cast<std::int64_t*>(lengths);
+    call.chosen = reinterpret_cast<const std::uint8_t*>(chosen);
+    call.entering = reinterpret_cast<const float*>(entering);
+    call.leaving = reinterpret_cast<float*>(leaving);
+    call.all = true;
+    call.logits = reinterpret_cast<float*>(logits);
+    run(decoder, call, angles);
+}
+
 std::vector<std::int64_t> greedy(Decoder& decoder, KvCache& cache,
                                  const std::vector<std::int64_t>& tokens, std::uintptr_t lengths,
                                  const std::vector<std::uintptr_t>& angles) {
@@ -187,6 +205,11 @@ void bind_decoder(py::module_& m) {
         .def("forward", &forward, py::arg("cache"), py::arg("tokens"), py::arg("batch"),
              py::arg("steps"), py::arg("lengths"), py::arg("chosen"), py::arg("angles"),
              py::arg("all"), py::arg("logits"), "Returns how many rows of logits it has written.")
+        .def("stream", &stream, py::arg("cache"), py::arg("tokens"), py::arg("batch"),
+             py::arg("steps"), py::arg("lengths"), py::arg("chosen"), py::arg("angles"),
+             py::arg("entering"), py::arg("leaving"), py::arg("logits"),
+             "The residual stream through the chosen slots: from `entering`, where that is not 0,\n"
+             "to `leaving` or, where that is 0, to the logits of every token.")
         .def("greedy", &greedy, py::arg("cache"), py::arg("tokens"), py::arg("lengths"),
              py::arg("angles"),
              "One token of each sequence, -1 for none; returns the ids of the largest logits, -1\n"

@@ -175,6 +175,40 @@ class CpuRuntime:
         padded[shown.numpy() >= 0] = out.numpy().reshape(-1, out.shape[2])[:written]
         return torch.from_numpy(padded)
 
+    def stream(
+        self,
+        tokens: torch.Tensor,
+        cache: CpuCache,
+        slots: Sequence[int],
+        entering: torch.Tensor | None = None,
+        logits: bool = False,
+    ) -> torch.Tensor:
+        """The residual stream (B, T, D) float32 of tokens (B, T), without padding, after `slots`,
+        ascending; or its logits (B, T, V).
+
+        `entering` is the stream before them, the embeddings where it is not given.
+        """
+        tokens = tokens.to(torch.int64).contiguous()
+        chosen = torch.zeros(cache.lengths.shape, dtype=torch.bool)
+        chosen[:, list(slots)] = True
+        if entering is not None:
+            entering = entering.to(torch.float32).contiguous()
+            assert entering.shape == (*tokens.shape, self.config.hidden_size)
+        width = self.config.vocab_size if logits else self.config.hidden_size
+        out = torch.empty(*tokens.shape, width)
+        self.decoder.stream(
+            cache.pages,
+            tokens.data_ptr(),
+            *tokens.shape,
+            cache.address,
+            chosen.data_ptr(),
+            self._tables(tokens, cache).addresses,
+            0 if entering is None else entering.data_ptr(),
+            0 if logits else out.data_ptr(),
+            out.data_ptr() if logits else 0,
+        )
+        return out
+
     def greedy(self, tokens: Sequence[int], cache: CpuCache) -> list[int]:
         cache.reach += 1
         angles = self._angles.held
