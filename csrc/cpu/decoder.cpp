@@ -238,6 +238,9 @@ void Decoder::run_chunk(const Call& call, Working& w, std::size_t begin, std::si
                         w.rows.begin() + static_cast<std::ptrdiff_t>(end));
     w.chunk.angles = call.angles.data();
     w.chunk.cache = call.cache;
+    const auto at = static_cast<std::int64_t>(begin) * model_.rules.hidden;
+    w.chunk.entering = call.entering ? call.entering + at : nullptr;
+    w.chunk.leaving = call.leaving ? call.leaving + at : nullptr;
     w.chunk.used = 0;
     w.chunk.set_of.clear();
     // The set of the rows that `runs` accepts: an earlier one with the same rows, or a new one.
@@ -257,7 +260,7 @@ void Decoder::run_chunk(const Call& call, Working& w, std::size_t begin, std::si
     for (std::int64_t s = 0; call.chosen && s < slots(); ++s)
         w.chunk.set_of.push_back(
             set_of([&](const Row& row) { return call.chosen[row.sequence * slots() + s] != 0; }));
-    w.chunk.wanted = set_of([](const Row& row) { return row.wanted; });
+    w.chunk.wanted = set_of([&](const Row& row) { return row.wanted && !call.leaving; });
 
     const std::int64_t wanted = w.chunk.sets[w.chunk.wanted].size(), vocab = model_.rules.vocab;
     const auto bytes = static_cast<std::size_t>(workspace_bytes(model_, w.chunk, threads_));

@@ -29,10 +29,13 @@ struct Call {
     const std::uint8_t* chosen = nullptr;  // null: all slots; or (batch, slots): which of them run
     std::vector<const float*> angles;  // a table each rope: (positions, dim), cosines then sines
     std::vector<std::int64_t> angle_sizes;  // elements of each
-    bool all = false;                       // logits of every token; else of each sequence's last
-    float* logits = nullptr;                // null, or (tokens asked for, vocab), padding left out
-    std::int64_t* best = nullptr;  // null, or (tokens asked for,): the lowest column of the
-                                   // largest logit; -1: not finite, or one of the row is NaN
+    const float* entering = nullptr;  // null: the tokens' embeddings; or (tokens, hidden), padding
+                                      // left out: the stream before the first chosen slot
+    float* leaving = nullptr;         // null, or as entering: the stream after the last; no logits
+    bool all = false;                 // logits of every token; else of each sequence's last
+    float* logits = nullptr;          // null, or (tokens asked for, vocab), padding left out
+    std::int64_t* best = nullptr;     // null, or (tokens asked for,): the lowest column of the
+                                      // largest logit; -1: not finite, or one of the row is NaN
 };
 
 class Decoder {

@@ -116,6 +116,30 @@ std::int64_t forward(Decoder& decoder, KvCache& cache, const Tensor& tokens, std
     return run(decoder, call, lengths, angles);
 }
 
+void stream(Decoder& decoder, KvCache& cache, const Tensor& tokens, std::int64_t batch,
+            std::int64_t steps, const Tensor& lengths, const Tensor& chosen,
+            const std::vector<TensorTuple>& angles, const Tensor& entering, const Tensor& leaving,
+            const Tensor& logits) {
+    if (batch < 1 || steps < 1) throw std::invalid_argument("tokens");
+    const std::int64_t count = batch * steps;
+    const Rules& rules = decoder.model().rules;
+    Call call;
+    call.cache = &cache;
+    call.tokens = static_cast<const std::int64_t*>(Borrowed(tokens, "tokens").need("int64", count));
+    call.batch = batch;
+    call.steps = steps;
+    call.chosen = static_cast<const std::uint8_t*>(
+        Borrowed(chosen, "chosen").need("bool", batch * decoder.slots()));
+    call.entering = static_cast<const float*>(
+        Borrowed(entering, "entering").of("float32", count * rules.hidden));
+    call.leaving =
+        static_cast<float*>(Borrowed(leaving, "leaving").of("float32", count * rules.hidden));
+    call.all = true;
+    call.logits = static_cast<float*>(Borrowed(logits, "logits").of("float32", count * rules.vocab));
+    if (!call.leaving == !call.logits) throw std::invalid_argument("leaving or logits");
+    run(decoder, call, lengths, angles);
+}
+
 std::vector<std::int64_t> greedy(Decoder& decoder, KvCache& cache,
                                  const std::vector<std::int64_t>& tokens, const Tensor& lengths,
                                  const std::vector<TensorTuple>& angles) {
@@ -204,6 +228,11 @@ void bind_decoder(py::module_& m) {
         .def("forward", &forward, py::arg("cache"), py::arg("tokens"), py::arg("batch"),
              py::arg("steps"), py::arg("lengths"), py::arg("chosen"), py::arg("angles"),
              py::arg("all"), py::arg("logits"), "Returns how many rows of logits it has written.")
+        .def("stream", &stream, py::arg("cache"), py::arg("tokens"), py::arg("batch"),
+             py::arg("steps"), py::arg("lengths"), py::arg("chosen"), py::arg("angles"),
+             py::arg("entering"), py::arg("leaving"), py::arg("logits"),
+             "The residual stream through the chosen slots: from `entering`, where that is given,\n"
+             "to `leaving` or, where that is not, to the logits of every token.")
         .def("greedy", &greedy, py::arg("cache"), py::arg("tokens"), py::arg("lengths"),
              py::arg("angles"),
              "One token of each sequence, -1 for none; returns the ids of the largest logits, -1\n"

@@ -41,6 +41,7 @@ void run(Worker& worker) {
         if (set.size())
             run_layer(worker, residual, model.layers[slot], static_cast<std::int64_t>(slot), set);
     }
+    if (chunk.leaving) residual.leave();
     const RowSet& wanted = chunk.sets[chunk.wanted];
     if (!wanted.size()) return;
     residual.write_norm(wanted, model.final_norm, model.head.input());

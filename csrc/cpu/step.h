@@ -65,8 +65,10 @@ struct Chunk {
     std::size_t wanted = 0;           // set of the rows whose logits are
     const float* const* angles;
     KvCache* cache;
-    float* logits;  // (wanted rows, vocab)
-    Best* best;     // null, or (threads, wanted rows): what each thread met
+    const float* entering;  // null: embeddings; or (rows, hidden): before the first layer
+    float* leaving;         // null, or (rows, hidden): after the last layer, and no logits
+    float* logits;          // (wanted rows, vocab)
+    Best* best;             // null, or (threads, wanted rows): what each thread met
 
     std::int64_t size() const { return static_cast<std::int64_t>(rows.size()); }
 };

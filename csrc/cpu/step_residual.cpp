@@ -7,11 +7,24 @@ void Residual::embed() {
     const std::int64_t step = w_.kept ? 1 : w_.threads;
     for (std::int64_t i = w_.kept ? 0 : w_.thread; i < w_.chunk.size(); i += step) {
         float* const x = w_.x.row(i);
+        if (w_.chunk.entering) {
+            const float* const from = w_.chunk.entering + i * w_.rules.hidden;
+            std::copy(from, from + w_.rules.hidden, x);
+            continue;
+        }
         w_.model.embed(w_.chunk.rows[static_cast<std::size_t>(i)].token, x);
         if (scale != 1.0f) w_.model.row_kernels.scale(x, scale, w_.rules.hidden);
     }
     w_.mark(Part::embed);
     w_.barrier_unless_kept();
+}
+
+void Residual::leave() {
+    if (pending_.set) add_all_pending();
+    for (std::int64_t i = w_.thread; i < w_.chunk.size(); i += w_.threads) {
+        const float* const x = w_.x.row(i);
+        std::copy(x, x + w_.rules.hidden, w_.chunk.leaving + i * w_.rules.hidden);
+    }
 }
 
 void Residual::add(const RowSet& set, const Norm& post, const FloatRows& y, const FloatRows* y2) {
@@ -23,13 +36,7 @@ void Residual::add(const RowSet& set, const Norm& post, const FloatRows& y, cons
 
 void Residual::write_norm(const RowSet& set, const Norm& norm, const Input& input) {
     const std::int64_t hidden = w_.rules.hidden;
-    if (pending_.set && pending_.set != &set) {
-        w_.each_share_or_kept(pending_.set->size(), [&](std::int64_t i, std::int64_t count) {
-            for (std::int64_t r = i; r < i + count; ++r) add_pending(r);
-        });
-        w_.barrier_unless_kept();
-        pending_.set = nullptr;
-    }
+    if (pending_.set && pending_.set != &set) add_all_pending();
     const FloatRows staged{w_.own.staged, hidden};
     w_.each_share_or_kept(set.size(), [&](std::int64_t i, std::int64_t count) {
         for (std::int64_t r = 0; r < count; ++r) {
@@ -45,6 +52,14 @@ void Residual::write_norm(const RowSet& set, const Norm& norm, const Input& inpu
     pending_.set = nullptr;
     w_.mark(Part::norm);
     w_.barrier_unless_kept();
+}
+
+void Residual::add_all_pending() {
+    w_.each_share_or_kept(pending_.set->size(), [&](std::int64_t i, std::int64_t count) {
+        for (std::int64_t r = i; r < i + count; ++r) add_pending(r);
+    });
+    w_.barrier_unless_kept();
+    pending_.set = nullptr;
 }
 
 void Residual::add_pending(std::int64_t row) {

@@ -10,7 +10,10 @@ class Residual {
 public:
     explicit Residual(Worker& worker) : w_(worker) {}
 
+    // The chunk's rows: their embeddings, or what enters.
     void embed();
+    // Writes them out, with all that is to be added.
+    void leave();
     // From its next norm on, the stream of these rows has y added, after `post` where there is one,
     // and `y2` where that is not null.
     void add(const RowSet& set, const Norm& post, const FloatRows& y,
@@ -20,6 +23,7 @@ public:
 
 private:
     void add_pending(std::int64_t row);
+    void add_all_pending();
 
     struct Pending {
         const RowSet* set = nullptr;  // null: nothing is

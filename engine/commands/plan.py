@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from engine.commands import common, output
+from engine.commands.scores import WINDOW, Asked, Scores, check_same
 from engine.errors import InputError
 
 if TYPE_CHECKING:
-    from engine.architecture.config import ModelConfig
     from engine.artifacts import Profile
     from engine.pruning.plan import Choice
-    from engine.pruning.score import PrefixScorer
 
 RULES = ("similarity", "simple", "influence", "greedy", "search", "manual")
 METRICS = ("kl", "loss")
-WINDOW = 512  # tokens that greedy and search score at once, fewer where the context is shorter
 
 
 def plan(
@@ -50,19 +48,29 @@ def plan(
     seed: Annotated[int, typer.Option(help="Of search.")] = 0,
     evaluations: Annotated[int | None, typer.Option(min=1, help="Of search.")] = 200,
     seconds: Annotated[float | None, typer.Option(min=0, help="Of search.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="That greedy and search run on; the best if not given.")
+    ] = None,
+    patch: Annotated[
+        bool, typer.Option("--patch", help="greedy: mend each cut in closed form before the next.")
+    ] = False,
     threads: common.Threads = None,
 ) -> None:
     """Choose the layers to drop."""
     from engine.architecture.layers import format_layers
     from engine.artifacts import Profile
     from engine.pruning import plan as rules
+    from engine.runtime import check_backend
 
     common.check_writable(out)
     if rule not in RULES:
         raise InputError(f"rule: expected one of {', '.join(RULES)}, found {rule!r}")
     if metric not in METRICS:
         raise InputError(f"metric: expected {' or '.join(METRICS)}, found {metric!r}")
-    found = Profile.load(profile_path)
+    check_backend(backend, None)
+    if patch and rule != "greedy":
+        raise InputError(f"patch: goes with --rule greedy, found --rule {rule}")
+    found, work = Profile.load(profile_path), out.with_name(out.name + ".partial")
     total, text_hash, ref = len(found.layers), found.text_hash, model or found.model
     protected = protected_slots(found, protect)
     asked = count, fraction, max_distance, target_memory
@@ -77,12 +85,16 @@ def plan(
         elif rule in ("similarity", "influence"):
             choice = getattr(rules, rule)(found, wanted, protected)
         else:
-            scorer, text_hash = open_scorer(found, ref, text, column, windows, metric, threads)
-            choice = scored(rule, scorer, total, wanted, protected, seed, evaluations, seconds)
+            options = Asked(ref, text, column, windows, metric, backend, patch, threads)
+            scores = Scores(found, options, protected, work)
+            text_hash, choice = scores.text_hash, scores.greedy(wanted)
+            if rule == "search":
+                choice = scores.search(choice, seed, evaluations, seconds)
     if caught := [found.layers[slot] for slot in choice.drop if slot in protected]:
         raise InputError(f"rule {rule}: drops {format_layers(caught)}, which --protect keeps")
     made = rules.plan_from(found, choice, rule, protected, text_hash)
     made.save(out)
+    work.unlink(missing_ok=True)
     score = "" if choice.score is None else f", score {choice.score:.6f}"
     output.say(f"drop {format_layers(made.drop)} of {made.total_layers}{score}")
     if choice.note:
@@ -155,75 +167,3 @@ def to_fit(found: "Profile", model: str, target: str, bits: int, group: int) -> 
     if not count:
         raise InputError(f"target-memory: {model} fits {target} with all its layers")
     return count
-
-
-def check_same(found: "Profile", config: "ModelConfig", model: str) -> None:
-    """InputError unless the model has the shapes of the profiled one."""
-    if config.architecture_hash != found.architecture:
-        raise InputError(f"{model}: its layers have other shapes than the profile's {found.model}")
-
-
-def open_scorer(
-    found: "Profile",
-    model: str,
-    text: str | None,
-    column: str,
-    windows: int,
-    metric: str,
-    threads: int | None,
-) -> "tuple[PrefixScorer, str]":
-    """(scorer over the model's layers, hash of its text) for greedy and search."""
-    import hashlib
-    import warnings
-
-    from engine.text import load_text
-    from engine.text.samples import read_samples
-
-    path, checkpoint = common.open_checkpoint(model)
-    check_same(found, checkpoint.config, model)
-    config, tokenizer = checkpoint.config.keep(found.layers), load_text(path)
-    size = min(WINDOW, checkpoint.config.max_context)
-    samples, _ = read_samples(text, tokenizer, size, count=windows, column=column, bos=False)
-    whole = [sample for sample in samples if len(sample) == size]
-    if not whole:
-        raise InputError(f"{text}: expected samples of {size} tokens, found shorter ones")
-    digest = hashlib.sha256(repr(whole).encode()).hexdigest()
-    import torch
-
-    from engine.checkpoint.weights import lineage_hash
-    from engine.pruning.score import PrefixScorer
-
-    common.set_threads(threads)
-    if lineage_hash(checkpoint, checkpoint.config) != found.lineage:
-        warnings.warn(f"{model}: other weights than the profile's {found.model}", stacklevel=2)
-    decoder = common.open_decoder(checkpoint, config)
-    return PrefixScorer(decoder, torch.tensor(whole), metric), digest
-
-
-def scored(
-    rule: str,
-    scorer: "PrefixScorer",
-    total: int,
-    count: int,
-    protected: frozenset[int],
-    seed: int,
-    evaluations: int | None,
-    seconds: float | None,
-) -> "Choice":
-    """Greedy, and from there the search where that is the rule."""
-    from engine.pruning.plan import greedy, search
-
-    with output.progress("layers dropped") as progress:
-        done = [0]
-
-        def dropped(kept: tuple[int, ...], score: float) -> None:
-            scorer.anchor(kept)
-            done[0] += 1
-            progress(done[0], count)
-
-        choice = greedy(scorer, total, count, protected, dropped)
-    if rule == "search":
-        choice = search(
-            scorer, total, choice, protected, seed=seed, evaluations=evaluations, seconds=seconds
-        )
-    return choice

@@ -139,24 +139,39 @@ def greedy(
     count: int,
     protect: frozenset[int] = frozenset(),
     on_drop: Callable[[tuple[int, ...], float], None] | None = None,
+    on_score: Callable[[tuple[int, ...], float], None] | None = None,
+    guesses: Sequence[float] | None = None,
 ) -> Choice:
     """Drops one layer at a time, the one whose loss scores best, re-scored after each.
 
     `on_drop` is told (kept, score) after each removal; a scorer may anchor its prefix there.
+    `on_score` is told the best so far after each score; a scorer may give up what exceeds it. The
+    order of scores does not change the choice: those of small `guesses`, one a slot, come first,
+    and from the second removal on those that scored best before.
     """
     check_count(total, count, protect)
     kept = tuple(range(total))
+    costs = dict(enumerate(guesses or [0.0] * total))
     best = math.inf
     for _ in range(count):
-        candidates = [
-            tuple(other for other in kept if other != layer)
-            for layer in kept
-            if layer not in protect
-        ]
-        best, kept = min((score(candidate), candidate) for candidate in candidates)
+        found: list[tuple[float, tuple[int, ...]]] = []
+        for layer in sorted(set(kept) - protect, key=lambda layer: (costs[layer], layer)):
+            candidate = tuple(other for other in kept if other != layer)
+            costs[layer] = score(candidate)
+            found.append((costs[layer], candidate))
+            if on_score is not None:
+                best, least = min(found)
+                on_score(least, best)
+        best, kept = min(found)
         if on_drop is not None:
             on_drop(kept, best)
     return Choice(_complement(kept, total), best)
+
+
+def greedy_scores(total: int, count: int, protect: frozenset[int] = frozenset()) -> int:
+    """How many scores `greedy` asks for."""
+    free = total - len(protect)
+    return sum(free - dropped for dropped in range(count))
 
 
 def search(
@@ -169,12 +184,14 @@ def search(
     evaluations: int | None = 200,
     seconds: float | None = None,
     children: int = 8,
+    on_score: Callable[[tuple[int, ...], float], None] | None = None,
 ) -> Choice:
     """Evolution from `start` (a greedy choice): swaps layers between dropped and kept.
 
     (1 + children) selection as in EvoPress (2410.14649): each child of the best set swaps one to
     three layers; it replaces the parent when it scores lower. Never worse than `start`. Stops
-    after so many evaluations or seconds, whichever comes first.
+    after so many evaluations or seconds, whichever comes first. `on_score` is told the best so far
+    (kept, score) after each.
     """
     if evaluations is None and seconds is None:
         raise InputError("search: expected a budget of evaluations or seconds, found neither")
@@ -204,6 +221,8 @@ def search(
             found = score(_complement(child, total))
             if found < best:
                 best, parent = found, child
+            if on_score is not None:
+                on_score(_complement(parent, total), best)
     return Choice(parent, best, f"{used} evaluations, seed {seed}")
 
 

@@ -5,58 +5,120 @@ agrees with an earlier one up to some slot starts from the residual stream kept 
 costs only the layers after the first difference.
 """
 
+import math
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
 import torch
 
 from engine.errors import InputError
 from engine.reference.decoder import Decoder
-from engine.reference.stream import step
+from engine.reference.stream import DEFAULT_LIMIT_BYTES, step, storage
+
+# Of logits that are computed at once: 24 MB, which the C library keeps for the next ones, where
+# the pages of larger blocks come and go.
+LOGITS = 6 << 20
+ROWS = 16  # positions whose softmax is taken at once: 3 MB of a vocabulary of 49,152
+
+
+class Streams(Protocol):
+    """What runs whole windows, from their first token on, through some slots of one model."""
+
+    @property
+    def total(self) -> int:
+        """Slots of the model."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (B, T) int64 -> the residual stream (B, T, D) before the first slot."""
+
+    def run(self, slots: Sequence[int], x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """The stream (B, T, D) before these slots, ascending -> after them."""
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """The stream (B, T, D) after the last slot -> (B, T, V) float32."""
+
+
+class DecoderStreams:
+    """Of the reference."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder, self.total = decoder, len(decoder.layers)
+        self.vocab_size = decoder.config.vocab_size
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        tokens = tokens.to(self.decoder.device)
+        rows = torch.nn.functional.embedding(tokens, self.decoder.outer["embedding"])
+        return rows * torch.tensor(self.decoder.config.embedding_scale, dtype=rows.dtype)
+
+    def run(self, slots: Sequence[int], x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        tokens = tokens.to(self.decoder.device)
+        for slot in slots:
+            x = step(self.decoder.config, slot, self.decoder.layers[slot], x, tokens)
+        return x
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decoder.head(x)
 
 
 class PrefixScorer:
     """Callable: kept slots, ascending -> loss or divergence on the text, lower is better.
 
-    `windows` (W, T) int64 are run whole. `metric` "loss" is the mean negative log-likelihood of
-    positions 1..T-1; "kl" is the mean KL(unpruned || pruned) over positions 0..T-2, in nats. Both
-    are deterministic. Memory: one residual stream (W, T, D) a slot of the anchored set.
+    `windows` (W, T) int64 are run whole, `batch` at a time. `metric` "loss" is the mean negative
+    log-likelihood of positions 1..T-1; "kl" is the mean KL(unpruned || pruned) over positions
+    0..T-2, in nats. Both are deterministic. Memory: one residual stream (W, T, D) a slot of the
+    anchored set; for "kl" also the unpruned model's probabilities (W, T - 1, V) float32, which lie
+    in a file when they exceed 1 GiB.
+
+    Both are sums of what is never negative: a score that is certain to exceed `most` is given up,
+    and what it had come to is returned.
     """
 
     _kept: tuple[int, ...] = ()
-    _streams: list[list[torch.Tensor]]  # of a batch, at every slot of `_kept` and behind
+    _held: list[list[torch.Tensor]]  # of a batch, at every slot of `_kept` and behind
 
     def __init__(
-        self, decoder: Decoder, windows: torch.Tensor, metric: str = "kl", batch: int = 4
+        self, model: Streams | Decoder, windows: torch.Tensor, metric: str = "kl", batch: int = 1
     ) -> None:
         if metric not in ("loss", "kl"):
             raise InputError(f"metric: expected 'loss' or 'kl', found {metric!r}")
-        self.decoder, self.metric = decoder, metric
-        self.batches = windows.to(decoder.device).split(batch)
-        self.evaluations = 0
-        self.anchor(tuple(range(len(decoder.layers))))
-        self._unpruned = [streams[-1] for streams in self._streams]
+        self.streams: Streams = DecoderStreams(model) if isinstance(model, Decoder) else model
+        self.metric, self.most, self.evaluations = metric, math.inf, 0
+        self.batches = windows.split(batch)
+        self.positions = windows[:, 1:].numel()
+        self.anchor(tuple(range(self.streams.total)))
+        if metric == "kl":
+            self._unpruned = [self._probabilities(own[-1]) for own in self._held]
 
     @torch.no_grad()
-    def anchor(self, kept: tuple[int, ...], score: float | None = None) -> None:
-        """Keeps every boundary of this set; later scores start where they depart from it."""
-        streams = []
+    def anchor(self, kept: tuple[int, ...], streams: Streams | None = None) -> None:
+        """Keeps every boundary of this set; later scores start where they depart from it.
+
+        `streams`: of the same model with other weights, which runs the sets from now on.
+        """
+        if streams is not None:
+            self.streams, self._kept = streams, ()
+        held = []
         for batch, tokens in enumerate(self.batches):
             shared = self._shared(kept)
-            own = list(self._streams[batch][: shared + 1]) if shared else [self._embed(tokens)]
+            own = list(self._held[batch][: shared + 1]) if shared else [self.streams.embed(tokens)]
             for slot in kept[len(own) - 1 :]:
-                own.append(self._run(slot, own[-1], tokens))
-            streams.append(own)
-        self._streams, self._kept = streams, kept
+                own.append(self.streams.run([slot], own[-1], tokens))
+            held.append(own)
+        self._held, self._kept = held, kept
 
     @torch.no_grad()
     def __call__(self, kept: tuple[int, ...]) -> float:
         self.evaluations += 1
-        shared = self._shared(kept)
-        total = torch.zeros((), dtype=torch.float64)
+        shared, total = self._shared(kept), 0.0
         for batch, tokens in enumerate(self.batches):
-            x = self._streams[batch][shared]
-            for slot in kept[shared:]:
-                x = self._run(slot, x, tokens)
+            x = self.streams.run(kept[shared:], self._held[batch][shared], tokens)
             total += self._sum(x, tokens, batch)
-        return float(total) / sum(tokens[:, 1:].numel() for tokens in self.batches)
+            if total / self.positions > self.most:
+                break
+        return total / self.positions
 
     def _shared(self, kept: tuple[int, ...]) -> int:
         """How many leading slots agree with the anchored set."""
@@ -67,21 +129,45 @@ class PrefixScorer:
             shared += 1
         return shared
 
-    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        rows = torch.nn.functional.embedding(tokens, self.decoder.outer["embedding"])
-        return rows * torch.tensor(self.decoder.config.embedding_scale, dtype=rows.dtype)
+    @torch.no_grad()
+    def _probabilities(self, x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of every window of a batch p (T - 1, V), and its sums (T - 1,) of p ln p."""
+        found = []
+        for window in x:
+            held, sums = torch.empty(0), []
+            for rows, log_p in self._log_softmax(window):
+                if not len(held):
+                    held = self._room(len(window) - 1, log_p)
+                torch.exp(log_p, out=held[rows])
+                sums.append(torch.linalg.vecdot(held[rows], log_p))
+            found.append((held, torch.cat(sums)))
+        return found
 
-    def _run(self, slot: int, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        return step(self.decoder.config, slot, self.decoder.layers[slot], x, tokens)
+    def _room(self, rows: int, like: torch.Tensor) -> torch.Tensor:
+        """(rows, V) float32 for a window."""
+        shape, limit = (rows, like.shape[1]), DEFAULT_LIMIT_BYTES // sum(map(len, self.batches))
+        if like.device.type != "cpu":
+            return torch.empty(shape, device=like.device)
+        return storage(math.prod(shape), torch.float32, limit).view(shape)
 
-    def _sum(self, x: torch.Tensor, tokens: torch.Tensor, batch: int) -> torch.Tensor:
+    def _sum(self, x: torch.Tensor, tokens: torch.Tensor, batch: int) -> float:
         total = torch.zeros((), dtype=torch.float64)
-        for row in range(len(tokens)):  # a window at a time bounds the logits
-            log_q = self.decoder.head(x[row : row + 1, :-1])[0].log_softmax(-1)
-            if self.metric == "loss":
-                total -= log_q.gather(-1, tokens[row, 1:, None]).double().sum().cpu()
-                continue
-            unpruned = self._unpruned[batch][row : row + 1, :-1]
-            log_p = self.decoder.head(unpruned)[0].log_softmax(-1)
-            total += (log_p.exp() * (log_p - log_q)).sum(-1).double().sum().cpu()
-        return total
+        for number, window in enumerate(x):
+            for rows, log_q in self._log_softmax(window):
+                if self.metric == "loss":
+                    following = tokens[number, 1:][rows, None].to(log_q.device)
+                    total -= log_q.gather(-1, following).double().sum().cpu()
+                else:
+                    p, own = self._unpruned[batch][number]
+                    cross = torch.linalg.vecdot(p[rows], log_q)
+                    total += (own[rows] - cross).double().sum().cpu()
+        return float(total)
+
+    def _log_softmax(self, x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yields (positions, log-probabilities (n, V)) of a stream (T, D), its last left out."""
+        rows = max(LOGITS // self.streams.vocab_size, 1)
+        for start in range(0, len(x) - 1, rows):
+            logits = self.streams.logits(x[None, start : min(start + rows, len(x) - 1)])[0]
+            for at in range(0, len(logits), ROWS):
+                part = logits[at : at + ROWS]
+                yield slice(start + at, start + at + len(part)), part.log_softmax(-1)

@@ -176,6 +176,41 @@ class CpuRuntime:
         padded[shown.numpy() >= 0] = out.numpy().reshape(-1, out.shape[2])[:written]
         return torch.from_numpy(padded)
 
+    def stream(
+        self,
+        tokens: torch.Tensor,
+        cache: CpuCache,
+        slots: Sequence[int],
+        entering: torch.Tensor | None = None,
+        logits: bool = False,
+    ) -> torch.Tensor:
+        """The residual stream (B, T, D) float32 of tokens (B, T), without padding, after `slots`,
+        ascending; or its logits (B, T, V).
+
+        `entering` is the stream before them, the embeddings where it is not given.
+        """
+        check_cache(self.config, cache, CpuCache)
+        tokens = tokens.to(torch.int64).contiguous()
+        chosen = torch.zeros(cache.lengths.shape, dtype=torch.bool)
+        chosen[:, list(slots)] = True
+        if entering is not None:
+            entering = entering.to(torch.float32).contiguous()
+            assert entering.shape == (*tokens.shape, self.config.hidden_size)
+        width = self.config.vocab_size if logits else self.config.hidden_size
+        out = torch.empty(*tokens.shape, width)
+        self.decoder.stream(
+            cache.pages,
+            native.span(tokens),
+            *tokens.shape,
+            cache.span,
+            native.span(chosen),
+            self._tables(tokens, cache).spans,
+            native.span(entering),
+            native.span(None if logits else out),
+            native.span(out if logits else None),
+        )
+        return out
+
     def greedy(self, tokens: Sequence[int], cache: CpuCache) -> list[int]:
         check_cache(self.config, cache, CpuCache)
         cache.reach += 1

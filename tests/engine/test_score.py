@@ -59,9 +59,9 @@ def test_a_score_runs_only_what_differs(setting, monkeypatch):
     runtime, windows = setting
     score = PrefixScorer(runtime.decoder, windows, "loss", batch=5)
     ran = []
-    original = score._run
+    original = score.streams.run
     monkeypatch.setattr(
-        score, "_run", lambda slot, *rest: ran.append(slot) or original(slot, *rest)
+        score.streams, "run", lambda slots, *rest: ran.extend(slots) or original(slots, *rest)
     )
     score((0, 1, 3))
     assert ran == [3]
@@ -69,6 +69,18 @@ def test_a_score_runs_only_what_differs(setting, monkeypatch):
     score.anchor((0, 1, 3))
     score((0, 3))
     assert ran == [3, 3]
+
+
+@pytest.mark.parametrize("metric", ["loss", "kl"])
+def test_a_score_is_given_up_once_it_is_too_large(setting, metric):
+    runtime, windows = setting
+    score = PrefixScorer(runtime.decoder, windows, metric)
+    whole = score((0, 3))
+    for share in (0.1, 0.5, 0.9):
+        score.most = share * whole
+        assert score.most < score((0, 3)) <= whole
+    score.most = whole
+    assert score((0, 3)) == whole
 
 
 def test_an_unknown_metric_is_refused(setting):

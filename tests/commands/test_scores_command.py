@@ -1,0 +1,160 @@
+"""`engine plan --rule greedy`: what it runs on, what it says, how it is taken up again."""
+
+import json
+import secrets
+
+import pytest
+import torch
+from support import tiny
+from support.commands import call, refused
+
+from engine.artifacts import Plan
+from engine.checkpoint import open_checkpoint
+from engine.healing.patch import patch
+from engine.healing.replaced import Replaced
+from engine.kernels import native
+from engine.pruning.score import DecoderStreams, PrefixScorer
+from engine.reference.decoder import load_decoder
+from engine.text import load_text
+from engine.text.samples import read_samples
+
+LAYERS = 8
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """Models of 8 layers whose context is 64, text in their vocabulary, and profiles on it."""
+    seed = secrets.randbits(32)
+    print(f"seed {seed}")
+    root = tmp_path_factory.mktemp("scores")
+    numbers = torch.randint(3, tiny.VOCAB, (2400,), generator=torch.Generator().manual_seed(seed))
+    root.joinpath("text.txt").write_text(" ".join(map(str, numbers.tolist())))
+    for case in ("llama", "gemma2"):
+        tiny.write(case, root / case, seed, num_hidden_layers=LAYERS, max_position_embeddings=64)
+        tiny.save_tokenizer(root / case)
+        sampling = ("--text", root / "text.txt", "--length", 16, "--no-bos", "--samples", 20)
+        assert call("profile", root / case, *sampling, "--out", root / f"{case}.json")[0] == 0
+    return root
+
+
+def arguments(tree, out, *options, count: int = 2, case: str = "llama") -> tuple:
+    scored = ("--text", tree / "text.txt", "--windows", 4)
+    plan = ("plan", tree / f"{case}.json", "--out", out, "--rule", "greedy", "--count", count)
+    return *plan, *scored, *options
+
+
+class Killed(BaseException):
+    """Not caught by anything on the way."""
+
+
+def killed_after(monkeypatch, scores: int) -> list:
+    """The next run dies before that many have been scored and one more; the sets scored."""
+    seen: list = []
+    original = PrefixScorer.__call__
+
+    def scored(self, kept):
+        if len(seen) == scores:
+            raise Killed
+        seen.append(kept)
+        return original(self, kept)
+
+    monkeypatch.setattr(PrefixScorer, "__call__", scored)
+    return seen
+
+
+def test_the_runtime_and_the_reference_choose_the_same(tree, tmp_path):
+    plans = []
+    for options, where in (((), "CPU runtime"), (("--backend", "reference"), "reference")):
+        code, out, _ = call(*arguments(tree, tmp_path / "plan.json", *options))
+        assert code == 0 and f"scored on the {where}" in out
+        plans.append(Plan.load(tmp_path / "plan.json"))
+    if plans[0].drop != plans[1].drop:  # a tie, as far as rounding goes
+        assert plans[0].score == pytest.approx(plans[1].score, rel=1e-4)
+    assert plans[0].score == pytest.approx(plans[1].score, rel=1e-3)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("options", [(), ("--patch",), ("--rule", "search")])
+def test_a_killed_run_scores_only_what_is_left(tree, tmp_path, monkeypatch, options):
+    call(*arguments(tree, tmp_path / "whole.json", *options))
+    first = killed_after(monkeypatch, 7)
+    with pytest.raises(Killed):
+        call(*arguments(tree, tmp_path / "plan.json", *options))
+    work = tmp_path / "plan.json.partial"
+    assert len(first) == 7 and len(work.read_text().splitlines()) == 8
+    with work.open("a") as file:
+        file.write("[[1, 2")  # the half line of a kill
+    monkeypatch.undo()
+    second = killed_after(monkeypatch, 1000)
+    code, _, _ = call(*arguments(tree, tmp_path / "plan.json", *options))
+    assert code == 0 and not set(first) & set(second[: 9 - 7]) and not work.exists()
+    found, whole = (Plan.load(tmp_path / name) for name in ("plan.json", "whole.json"))
+    assert found == whole
+
+
+def test_what_another_run_left_is_not_believed(tree, tmp_path, monkeypatch):
+    first = killed_after(monkeypatch, 3)
+    with pytest.raises(Killed):
+        call(*arguments(tree, tmp_path / "plan.json"))
+    monkeypatch.undo()
+    seen = killed_after(monkeypatch, 1000)
+    assert call(*arguments(tree, tmp_path / "plan.json", "--metric", "loss"))[0] == 0
+    assert seen[:3] == first and len(seen) == 5 + 4
+
+
+def test_without_the_extension_the_reference_runs_and_says_so(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "error", lambda name: "it was not built")
+    code, out, _ = call(*arguments(tree, tmp_path / "plan.json"))
+    assert code == 0
+    assert "reference (float32 on cpu), as the CPU runtime cannot run: it was not built" in out
+    refused("it was not built", *arguments(tree, tmp_path / "plan", "--backend", "cpu"))
+
+
+def test_progress_tells_count_and_best(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.progress.EVERY_S", 0.0)
+    _, _, err = call(*arguments(tree, tmp_path / "plan.json"))
+    lines = [line for line in err.splitlines() if line.startswith("scores: ")]
+    assert len(lines) == 5 + 4
+    assert lines[-1].startswith("scores: 9 of 9, best ") and ", 0 s left" in lines[-1]
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert f"best {plan['score']:.4f} without " in lines[-1]
+
+
+def test_patched_plans_are_those_of_patched_models(tree, tmp_path):
+    """The second layer is chosen in the model that the first cut's patch has mended."""
+    code, _, err = call(*arguments(tree, tmp_path / "one.json", "--patch", count=1))
+    assert code == 0, err
+    assert call(*arguments(tree, tmp_path / "two.json", "--patch"))[0] == 0
+    one, two = (Plan.load(tmp_path / name) for name in ("one.json", "two.json"))
+    assert set(one.drop) < set(two.drop)
+    checkpoint = open_checkpoint(tree / "llama")
+    text, source = load_text(tree / "llama"), str(tree / "text.txt")
+    windows, _ = read_samples(source, text, 64, count=4, bos=False)
+    spread, _ = read_samples(source, text, 64, most=20, bos=False)
+    others = [torch.tensor([row]) for row in spread if row not in windows]
+    mended = Replaced(
+        checkpoint, patch("linear", checkpoint, checkpoint.config.keep(one.keep), others)
+    )
+    score = PrefixScorer(load_decoder(checkpoint, checkpoint.config), torch.tensor(windows))
+    assert score(one.keep) == pytest.approx(one.score, rel=1e-3)
+    score.anchor(one.keep, DecoderStreams(load_decoder(mended, mended.config)))
+    scores = {
+        layer: score(tuple(other for other in one.keep if other != layer))
+        for layer in one.keep
+        if layer not in (0, 1, 7)
+    }
+    best = min(scores.values())
+    assert two.score == pytest.approx(best, rel=1e-3)
+    (chosen,) = set(two.drop) - set(one.drop)
+    assert scores[chosen] == pytest.approx(best, rel=1e-3)
+
+
+def test_what_cannot_be_patched_is_refused(tree, tmp_path):
+    refused("a norm follows", *arguments(tree, tmp_path / "x", "--patch", case="gemma2"))
+    refused("layer 0 is dropped", *arguments(tree, tmp_path / "x", "--patch", "--protect", "7"))
+    refused(
+        "patch: goes with --rule greedy",
+        *arguments(tree, tmp_path / "x", "--rule", "search", "--patch"),
+    )
+    refused("backend: expected one of", *arguments(tree, tmp_path / "x", "--backend", "gpu"))
+    assert not list(tmp_path.iterdir())
