@@ -135,7 +135,8 @@ void stream(Decoder& decoder, KvCache& cache, const Tensor& tokens, std::int64_t
     call.leaving =
         static_cast<float*>(Borrowed(leaving, "leaving").of("float32", count * rules.hidden));
     call.all = true;
-    call.logits = static_cast<float*>(Borrowed(logits, "logits").of("float32", count * rules.vocab));
+    call.logits =
+        static_cast<float*>(Borrowed(logits, "logits").of("float32", count * rules.vocab));
     if (!call.leaving == !call.logits) throw std::invalid_argument("leaving or logits");
     run(decoder, call, lengths, angles);
 }

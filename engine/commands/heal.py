@@ -7,6 +7,7 @@ import typer
 
 from engine.commands import common, output
 from engine.errors import InputError
+from engine.healing.settings import RATES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from engine.text import Text
 
 _TRAINING = "Training of distil"
+_RATES = ", ".join(f"{rate:g} for {train}" for train, rate in RATES.items())
 PROBE = 2000  # characters that teacher and pupil must tokenise alike
 
 
@@ -49,7 +51,8 @@ def heal(
         str,
         typer.Option(
             rich_help_panel=_TRAINING,
-            help="all; around: layers beside a cut, embedding and head; norms; lora.",
+            help="all; around: layers beside a cut, embedding and head; norms; lora; scales: of a "
+            "packed MODEL, with --teacher, its bytes as they are.",
         ),
     ] = "all",
     minutes: Annotated[
@@ -58,7 +61,10 @@ def heal(
     steps: Annotated[
         int | None, typer.Option(rich_help_panel=_TRAINING, help="Or after them.")
     ] = None,
-    lr: Annotated[float, typer.Option(rich_help_panel=_TRAINING, help="Its peak.")] = 1e-4,
+    lr: Annotated[
+        float | None,
+        typer.Option(rich_help_panel=_TRAINING, help=f"Its peak; if not given {_RATES}."),
+    ] = None,
     batch_tokens: Annotated[
         int, typer.Option(rich_help_panel=_TRAINING, help="Tokens a step.")
     ] = 2048,
@@ -114,7 +120,7 @@ def heal(
         train=train,
         steps=steps,
         minutes=minutes,
-        lr=lr,
+        lr=RATES.get(train, RATES["weights"]) if lr is None else lr,
         seed=seed,
         window=window,
         batch_tokens=batch_tokens,
@@ -122,6 +128,8 @@ def heal(
         precision=precision,
     )
     check_backend(None, dtype)
+    if train == "scales" and dtype is not None:
+        raise InputError("dtype: a packed model keeps its own, so it excludes --train scales")
     check_files(out, text or [], held_out)
     chosen = drop if plan is None else common.planned(plan, drop, None)
     path, checkpoint = common.open_checkpoint(model)

@@ -6,6 +6,7 @@ says what a tensor was before.
 """
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from engine.checkpoint.weights import describe
 from engine.errors import InputError
 from engine.kernels.w4 import store
 from engine.kernels.w4.format import Packed
-from engine.scratch import save_tensors
+from engine.scratch import save_tensors, write_text
 
 PLAN = "plan.json"
 _SOURCE = ".source"
@@ -71,6 +72,29 @@ def read_shard(path: Path) -> dict[str, Packed | torch.Tensor]:
     """The tensors that `write_shard` was given, mapped."""
     file = SafetensorsFile(path)
     return {name: _stored(file, name) for name in _names(file)}
+
+
+def rewrite(
+    source: Path, out: Path, changed: Mapping[str, Packed], beside: Mapping[str, str]
+) -> None:
+    """The packed directory `source` as `out`, with `changed` in the place of matrices of the same
+    names and specs, and the text files `beside` by name; written beside and renamed."""
+    if out.exists():
+        raise InputError(f"{out}: exists already; name a new directory")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for file in sorted(source.iterdir()):
+        if file.suffix == ".safetensors":
+            tensors, said = read_shard(file), SafetensorsFile(file).metadata
+            sources = {name: said[name + _SOURCE] for name in tensors}
+            new = {name: changed.get(name, tensor) for name, tensor in tensors.items()}
+            write_shard(partial / file.name, new, sources)
+        elif file.is_file():
+            shutil.copyfile(file, partial / file.name)
+    for name, text in beside.items():
+        write_text(partial / name, text)
+    partial.replace(out)
 
 
 def tensor_names(path: Path) -> list[str]:

@@ -15,16 +15,18 @@ from engine.artifacts import HealRecord
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoint.weights import lineage_hash
 from engine.errors import InputError
-from engine.export import hf
+from engine.export import hf, packed
 from engine.healing.data import Data, perplexity
 from engine.healing.distil import distil
 from engine.healing.patch import patch
 from engine.healing.replaced import Replaced
+from engine.healing.scales import ScaleStudent, check_packed
 from engine.healing.settings import Settings, check_model
 from engine.healing.state import Standing
 from engine.healing.student import Student
 from engine.healing.teacher import Logits, Teacher
 from engine.healing.written import Write, written
+from engine.kernels.w4.format import Packed
 from engine.reference.cache import KVCache
 from engine.reference.decoder import Decoder, load_decoder
 from engine.scratch import Scratch
@@ -67,14 +69,16 @@ def heal(
     """Writes the layers of `pupil` that `config` keeps, healed, to the new directory `out`.
 
     The teacher is `pupil` with all its layers, or `teacher` where that has lost some already.
-    `dtype` is that of `out`, the pupil's own 16 bits by default. Until it is finished a run lies
-    in `out` + ".healing"; what the teacher says lies in `cache` instead, and stays, where it is
-    given. `spoken` is asked for that in the place of the reference decoder; `settings.written`,
-    tokens that the teacher writes, needs it.
+    `dtype` is that of `out`, the pupil's own 16 bits by default; a packed directory whose scales
+    are trained stays one. Until it is finished a run lies in `out` + ".healing"; what the teacher
+    says lies in `cache` instead, and stays, where it is given. `spoken` is asked for that in the
+    place of the reference decoder; `settings.written`, tokens that the teacher writes, needs it.
     """
     source = teacher or pupil
     check_model(settings, config, teacher is not None)
     check_place(source, config, out)
+    if settings.train == "scales":
+        check_packed(pupil)
     settings = settings.on(device)
     healing = Healing(pupil, source, config, data, settings, device, reporting, spoken)
     work = out.with_name(out.name + ".healing")
@@ -84,17 +88,23 @@ def heal(
     if settings.written:
         healing = replace(healing, data=healing.extended(cache or work))
     before = healing.perplexity(pupil, config)
-    if "distil" in settings.methods:
+    dtype = dtype or hf.stored_dtype(pupil, config)
+    write: Callable[..., None]
+    if settings.train == "scales":
+        changed, standing = healing.rescaled(run, cache or work)
+        write, after = partial(packed.rewrite, pupil.path, out, changed), standing.best
+    elif "distil" in settings.methods:
         healed, standing = healing.distilled(run, cache or work)
-        written, after = healed.config, standing.best
+        write, after = partial(hf.prune, healed, healed.config, out, dtype=dtype), standing.best
     else:
-        healed, written, standing = healing.patched(), config, Standing()
+        healed, standing = healing.patched(), Standing()
+        write = partial(hf.prune, healed, config, out, dtype=dtype)
         after = healing.perplexity(healed, config)
     record = healing.record((name, teacher_name or name), standing, (before, after))
     # What an earlier run left there may be shards of other weights under the same names.
     Scratch(out.with_name(out.name + ".partial")).remove()
     beside = {RECORD: json.dumps(record.to_json(), indent=1) + "\n"}
-    hf.prune(healed, written, out, dtype=dtype or hf.stored_dtype(pupil, config), beside=beside)
+    write(beside=beside)
     scratch.remove()
     return record
 
@@ -170,16 +180,25 @@ class Healing:
 
     def distilled(self, run: Path, cache: Path) -> tuple[Checkpoint, Standing]:
         """The student with what it has learnt, layers numbered from 0, and how that went."""
-        start, settings = run / "student", self.settings
+        start = run / "student"
         if not start.exists():
             hf.prune(self.patched(), self.config, start, dtype=torch.float32)
-        size = self.config.vocab_size
+        student = Student(start, self.config, self.settings, self.device)
+        standing = self._taught(student, run, cache)
+        return Replaced(open_checkpoint(start), student.tensors()), standing
+
+    def rescaled(self, run: Path, cache: Path) -> tuple[dict[str, Packed], Standing]:
+        """The pupil's matrices by name, with the scales that were learnt, and how that went."""
+        student = ScaleStudent(self.pupil, self.config, self.settings, self.device)
+        standing = self._taught(student, run, cache)
+        return student.packed(), standing
+
+    def _taught(self, student: Student, run: Path, cache: Path) -> Standing:
+        settings, size = self.settings, self.config.vocab_size
         taught = Teacher(self.data.windows, settings.top, size, cache, self.known)
         ask = partial(taught, logits=self.spoken.logits if self.spoken else self._decoder())
-        student = Student(start, self.config, settings, self.device)
         with self.reporting("seconds" if settings.steps is None else "steps") as report:
-            standing = distil(student, ask, self.data, settings, run, report)
-        return Replaced(open_checkpoint(start), student.tensors()), standing
+            return distil(student, ask, self.data, settings, run, report)
 
     def _decoder(self) -> Logits:
         return partial(_logits, load_decoder(self.source, self.source.config, self.device))

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     import torch
 
 METHODS = ("linear", "scale", "distil")
-TRAIN = ("all", "around", "norms", "lora")
+RATES = {"weights": 1e-4, "scales": 1e-3}  # of scales: a step of Adam moves them by a thousandth
+TRAIN = ("all", "around", "norms", "lora", "scales")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
@@ -100,6 +101,10 @@ def check_model(settings: Settings, config: ModelConfig, has_teacher: bool) -> N
             f"window: expected up to the model's context of {config.max_context}, "
             f"found {settings.window}"
         )
+    if settings.train == "scales" and settings.methods != ("distil",):
+        raise InputError("train scales: is done by distil alone; give --method distil")
+    if settings.train == "scales" and not has_teacher:
+        raise InputError("train scales: expected --teacher, the model before it was quantized")
     if has_teacher:
         needs = patches or (["--train around"] if settings.train == "around" else [])
         if cuts or needs:

@@ -246,25 +246,31 @@ def unpack(packed: Packed) -> torch.Tensor:
     Every product and the final sum are rounded once to float32, so results are equal bit for bit
     on every machine.
     """
-    n, k = packed.shape
-    groups, scheme, parts = packed.groups, packed.spec.scheme, packed.tensors()
-    codes = pad(unpack_codes(packed), (0, groups * packed.group - k))
-    codes = codes.view(n, groups, packed.group)
+    k, scheme, parts = packed.shape[1], packed.spec.scheme, packed.tensors()
     scales = packed.scales.float()
-    if scheme == "symmetric":
-        values = codes.float().sub_(1 << (packed.spec.bits - 1)).mul_(scales[..., None])
-    elif scheme == "zero":
-        values = codes.float().sub_(parts["zeros"][..., None]).mul_(scales[..., None])
-    elif scheme == "minimum":
-        values = codes.float().mul_(scales[..., None]).add_(parts["mins"].float()[..., None])
-    elif scheme == "codebook":
-        values = parts["codebook"][codes.int()].mul_(scales[..., None])
-    else:
-        supers = parts["supers"].float().repeat_interleave(SUPER // packed.group, 1)[:, :groups]
+    if scheme == "kquant":
+        supers = parts["supers"].float().repeat_interleave(SUPER // packed.group, 1)
+        supers = supers[:, : packed.groups]
         scales, mins = supers[..., 0] * scales, supers[..., 1] * parts["mins"]
-        values = codes.float().mul_(scales[..., None]).sub_(mins[..., None])
+    values = steps(packed).mul_(scales[..., None])
+    if scheme == "minimum":
+        values = values.add_(parts["mins"].float()[..., None])
+    elif scheme == "kquant":
+        values = values.sub_(mins[..., None])
     values = values.flatten(1)[:, :k]
     return values.contiguous() if packed.perm is None else values[:, packed.perm.argsort()]
+
+
+def steps(packed: Packed) -> torch.Tensor:
+    """(N, G, g) float32, in stored column order, new: what a group's scale is multiplied by."""
+    k, groups, scheme, parts = packed.shape[1], packed.groups, packed.spec.scheme, packed.tensors()
+    codes = pad(unpack_codes(packed), (0, groups * packed.group - k))
+    codes = codes.view(packed.shape[0], groups, packed.group)
+    if scheme == "codebook":
+        return parts["codebook"][codes.int()]
+    if scheme == "symmetric":
+        return codes.float().sub_(1 << (packed.spec.bits - 1))
+    return codes.float().sub_(parts["zeros"][..., None]) if scheme == "zero" else codes.float()
 
 
 def concatenate(parts: Sequence[Packed]) -> Packed:

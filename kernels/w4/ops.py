@@ -4,11 +4,13 @@
 and the other way round. To both a matrix is a list of tensors, as its backend reads them, and the
 scalars of its spec; `prepare` makes them from a `Packed`, `restore` gives it back:
 
-    reference            codes, scales, ... as in `Packed`, those that there are
+    reference, dense     codes, scales, ... as in `Packed`, those that there are
     cpu                  one tensor, the bytes of the CPU kernels' layout
     triton, cuda, gpu    as in `Packed`, with codes in GPU order
 
-"gpu" takes the CUDA kernel for up to 8 rows of x, where it was built, and Triton for more.
+"dense" is torch's product, in the type of x, with W dequantized anew at each call: for training.
+"gpu" takes the CUDA kernel for up to 8 rows of x, where it was built, and Triton for more. Scales
+and minimums get gradients too, in all layouts but that of the CPU kernels.
 """
 
 from dataclasses import dataclass
@@ -16,11 +18,12 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from engine.kernels import dispatch
 from engine.kernels.w4 import cpu, cuda, reference
 from engine.kernels.w4.cpu import CpuWeight
-from engine.kernels.w4.format import Packed, Spec, expected_tensors, validate
+from engine.kernels.w4.format import Packed, Spec, expected_tensors, unpack, validate
 from engine.kernels.w4.layout_gpu import CHUNK_BYTES, GpuMatrix, from_gpu, to_gpu
 
 MATRIX = (
@@ -28,6 +31,7 @@ MATRIX = (
     "str backend"
 )
 DEVICES = ("cpu", "cuda")
+PLAIN = ("reference", "dense")  # as in `Packed`
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +40,7 @@ class Prepared:
 
     spec: Spec
     shape: tuple[int, int]
-    backend: str  # one of BACKENDS, or "gpu"
+    backend: str  # one of BACKENDS, "dense" or "gpu"
     tensors: dict[str, Tensor]  # by the names of `Packed` and in its order; for "cpu" "tiles"
 
     def arguments(self) -> tuple:
@@ -47,7 +51,8 @@ class Prepared:
 
 
 def prepare(packed: Packed, backend: str | None = None) -> Prepared:
-    """Lays a matrix out for `backend`, one of BACKENDS; by default for the best on its device.
+    """Lays a matrix out for `backend`, one of BACKENDS or "dense"; by default for the best on its
+    device.
 
     Tensors that stay as they are, are shared. Raises BackendUnavailable where a backend that was
     asked for cannot run, ValueError or TypeError for what it cannot hold.
@@ -55,11 +60,11 @@ def prepare(packed: Packed, backend: str | None = None) -> Prepared:
     validate(packed)
     if backend is None:
         backend = _automatic(packed.device.type)
-    else:
+    elif backend != "dense":
         dispatch.require(backend)
     if backend == "cpu":
         tensors = {"tiles": CpuWeight.from_packed(packed).to_bytes()}
-    elif backend == "reference":
+    elif backend in PLAIN:
         tensors = packed.tensors()
     else:
         tensors = to_gpu(packed).tensors()
@@ -70,13 +75,14 @@ def restore(matrix: Prepared) -> Packed:
     """What `prepare` was given, bit for bit."""
     if matrix.backend == "cpu":
         return CpuWeight.from_bytes(matrix.tensors["tiles"]).restore(matrix.spec)
-    if matrix.backend == "reference":
+    if matrix.backend in PLAIN:
         return Packed(matrix.spec, matrix.shape, **matrix.tensors)
     return from_gpu(_gpu(matrix))
 
 
 def matmul(x: Tensor, matrix: Prepared, bias: Tensor | None = None, exact: bool = False) -> Tensor:
-    """x (..., K), bias (N,) -> x @ W.T + bias, (..., N) as x; x and bias get gradients, W none.
+    """x (..., K), bias (N,) -> x @ W.T + bias, (..., N) as x, with gradients in x, bias, and the
+    scales and minimums of `matrix`.
 
     x is float16 or bfloat16, on a CPU float32 too, for the reference of any float dtype. `exact`
     keeps the CPU kernels from rounding x to 8 bits; the gradient is that of the exact product in
@@ -99,6 +105,8 @@ def w4_matmul(x, weight, n, k, bits, group, scheme, scale_dtype, backend, bias, 
         return cpu.matmul(x, _tiles(matrix), bias, "exact" if exact else "int8")
     if backend == "reference":
         return reference.matmul(x, restore(matrix), bias)
+    if backend == "dense":
+        return functional.linear(x, unpack(restore(matrix)).to(x.dtype), bias)
     rows = before.numel()
     few = backend == "gpu" and rows <= cuda.MAX_ROWS and _cuda_runs()
     if rows and (few or backend == "cuda"):
@@ -122,6 +130,8 @@ def w4_matmul_transposed(y, weight, n, k, bits, group, scheme, scale_dtype, back
         return cpu.matmul_transposed(y, _tiles(matrix))
     if backend == "reference":
         return reference.matmul_transposed(y, restore(matrix))
+    if backend == "dense":
+        return y @ unpack(restore(matrix)).to(y.dtype)
     from engine.kernels.w4 import fused
 
     return fused.matmul_transposed(y, _gpu(matrix))
@@ -145,29 +155,45 @@ def _fitting(name: str, x: Tensor, width: int) -> torch.Size:
 
 
 def _keep(ctx, inputs, output) -> None:
-    _, weight, *scalars = inputs
-    ctx.save_for_backward(*weight)
+    x, weight, *scalars = inputs
+    learns = any(tensor.requires_grad for tensor in weight)
+    ctx.save_for_backward(x if learns else None, *weight)
     ctx.scalars = scalars[:7]  # n to backend
 
 
-def _weights_get_none(ctx) -> tuple:
-    return [None] * len(ctx.saved_tensors), *(None for _ in ctx.scalars)
-
-
 def _matmul_backward(ctx, dy: Tensor) -> tuple:
+    x, *weight = ctx.saved_tensors
     dx = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = w4_matmul_transposed(dy, list(ctx.saved_tensors), *ctx.scalars)
+        dx = w4_matmul_transposed(dy, weight, *ctx.scalars)
     if ctx.needs_input_grad[9]:
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-    return dx, *_weights_get_none(ctx), dbias, None
+    return dx, _weight_gradients(ctx, dy, x), *(None for _ in ctx.scalars), dbias, None
 
 
 def _transposed_backward(ctx, dx: Tensor) -> tuple:
+    y, *weight = ctx.saved_tensors
     dy = None
     if ctx.needs_input_grad[0]:
-        dy = w4_matmul(dx, list(ctx.saved_tensors), *ctx.scalars, None, True)
-    return dy, *_weights_get_none(ctx)
+        dy = w4_matmul(dx, weight, *ctx.scalars, None, True)
+    return dy, _weight_gradients(ctx, y, dx), *(None for _ in ctx.scalars)
+
+
+def _weight_gradients(ctx, y: Tensor | None, x: Tensor) -> list[Tensor | None]:
+    """Of each tensor of W, whose own gradient is y.T @ x: scales and minimums have one."""
+    weight, needs = ctx.saved_tensors[1:], ctx.needs_input_grad[1]
+    found: list[Tensor | None] = [None] * len(weight)
+    if y is None or not any(needs):
+        return found
+    matrix = _matrix(list(weight), *ctx.scalars)
+    if matrix.backend == "reference":
+        y, x = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (y, x))
+    dw = y.reshape(-1, y.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+    gradients = reference.scale_gradients(dw, restore(matrix))
+    for index, (name, tensor) in enumerate(matrix.tensors.items()):
+        if needs[index] and name in gradients:
+            found[index] = gradients[name].to(tensor.dtype)
+    return found
 
 
 w4_matmul.register_autograd(_matmul_backward, setup_context=_keep)
@@ -189,7 +215,7 @@ def _matrix(weight, n, k, bits, group, scheme, scale_dtype, backend) -> Prepared
 def _check(matrix: Prepared) -> None:
     spec, (n, k) = matrix.spec, matrix.shape
     sizes = expected_tensors(spec, (n, k)) | {"perm": ((k,), torch.int32)}
-    if matrix.backend != "reference":
+    if matrix.backend not in PLAIN:
         sizes["codes"] = (n, -(-spec.row_bytes(k) // CHUNK_BYTES) * CHUNK_BYTES), torch.uint8
     for name, tensor in matrix.tensors.items():
         size, dtype = sizes[name]

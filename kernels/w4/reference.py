@@ -1,8 +1,9 @@
 """The oracle: unpack to float32, multiply in float32 or wider."""
 
 import torch
+from torch.nn.functional import pad
 
-from engine.kernels.w4.format import Packed, unpack
+from engine.kernels.w4.format import Packed, steps, unpack
 
 
 def matmul(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -36,3 +37,19 @@ def matmul_transposed(y: torch.Tensor, packed: Packed) -> torch.Tensor:
         raise ValueError(f"y must be (..., {n}), found {tuple(y.shape)}")
     wide = torch.promote_types(y.dtype, torch.float32)
     return (y.to(wide) @ unpack(packed).to(wide)).to(y.dtype)
+
+
+def scale_gradients(dw: torch.Tensor, packed: Packed) -> dict[str, torch.Tensor]:
+    """The gradient in W (N, K) -> those in its "scales" and "mins", (N, G) float32 or wider.
+
+    Of a group's scale it is the sum of dL/dW times what the scale multiplies, of its minimum the
+    sum of dL/dW (PEQA, Kim et al., 2305.14152).
+    """
+    n, k = packed.shape
+    columns = dw if packed.perm is None else dw[:, packed.perm]
+    grouped = pad(columns, (0, packed.groups * packed.group - k)).view(n, packed.groups, -1)
+    wide = torch.promote_types(dw.dtype, torch.float32)
+    gradients = {"scales": (steps(packed) * grouped).sum(-1, dtype=wide)}
+    if packed.mins is not None:
+        gradients["mins"] = grouped.sum(-1, dtype=wide)
+    return gradients

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from support.interpreted import run_interpreted
-from support.ops_checks import SPECS, case, check_gradients, check_ops
+from support.ops_checks import SPECS, case, check_gradients, check_ops, check_scale_gradients
 from support.packed import every_spec, random_packed, spec_id
 
 from engine.kernels import dispatch
@@ -26,6 +26,7 @@ from engine.kernels.w4.ops import (
 every_spec_kind = pytest.mark.parametrize("spec", SPECS, ids=spec_id)
 every_dtype = pytest.mark.parametrize("dtype", [*map(dtype_of, DTYPES)], ids=str)
 Q4_1 = Spec(4, 32, "minimum")
+WITH_SCALES = [spec for spec in SPECS if spec.scheme != "kquant"]  # those of kquant are integers
 
 
 @every_dtype
@@ -34,16 +35,24 @@ def test_opcheck(rng, spec, dtype):
     check_ops(rng, prepare(case(rng, spec), "cpu"), dtype, "cpu")
 
 
+@pytest.mark.parametrize("backend", ["dense", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_opcheck_of_the_reference(rng, dtype):
-    check_ops(rng, prepare(case(rng, Spec(4, 16, "zero")), "reference"), dtype, "cpu")
+def test_opcheck_of_the_reference(rng, dtype, backend):
+    check_ops(rng, prepare(case(rng, Spec(4, 16, "zero")), backend), dtype, "cpu")
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "dense", "reference"])
 @every_dtype
 @every_spec_kind
 def test_gradients(rng, spec, dtype, backend):
     check_gradients(rng, case(rng, spec), backend, dtype)
+
+
+@pytest.mark.parametrize("backend", ["dense", "reference"])
+@every_dtype
+@pytest.mark.parametrize("spec", WITH_SCALES, ids=spec_id)
+def test_scale_gradients(rng, spec, dtype, backend):
+    check_scale_gradients(rng, case(rng, spec), backend, dtype)
 
 
 def test_gradient_in_parts(rng, monkeypatch):

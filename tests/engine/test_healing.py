@@ -1,7 +1,6 @@
 """Distillation: what it promises of the model, of a run that is killed, and of what it refuses."""
 
 import json
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from support import tiny
 from support.close import assert_close
-from support.healing import WINDOW, draw, logits, shortened
+from support.healing import WINDOW, draw, killing, kl, logits, shortened
 from tokenizers import processors
 
 from engine.api import load
@@ -28,11 +27,6 @@ from engine.healing.written import written
 from engine.text import load_text
 
 SETTINGS = Settings(("distil",), steps=14, lr=3e-3, window=WINDOW, batch_tokens=96, check_every=4)
-
-
-def kl(whole, found) -> float:
-    p, q = whole.log_softmax(-1), found.log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def test_the_bins_hold_the_whole_loss(rng, tmp_path):
@@ -143,15 +137,6 @@ def test_text_that_the_teacher_writes(rng, tmp_path):
     data = Data(windows, windows[:2]).extended(whole)
     assert torch.equal(data.windows, torch.cat((windows, whole[:19], whole[20:39])))
     assert torch.equal(data.held_out[2:], whole[[19, 39]])
-
-
-@contextmanager
-def killing(label):
-    def report(done, total, note=""):
-        if label == "steps" and done == 10:
-            raise KeyboardInterrupt
-
-    yield report
 
 
 def test_a_killed_run_comes_to_the_same_bits(source, rng, tmp_path):

@@ -1,5 +1,7 @@
 """Tiny models to heal, and text that they wrote themselves."""
 
+from contextlib import contextmanager
+
 import torch
 from support import tiny
 
@@ -33,3 +35,17 @@ def shortened(checkpoint):
 def logits(checkpoint, config, windows) -> torch.Tensor:
     cache = KVCache(config, len(windows))
     return load_decoder(checkpoint, config).forward(windows, cache, logits="all")
+
+
+def kl(whole, found) -> float:
+    p, q = whole.log_softmax(-1), found.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@contextmanager
+def killing(label):
+    def report(done, total, note=""):
+        if label == "steps" and done == 10:
+            raise KeyboardInterrupt
+
+    yield report

@@ -1,5 +1,7 @@
 """What the 4-bit ops are held to on every backend."""
 
+from dataclasses import replace
+
 import torch
 from support.close import assert_close
 from support.packed import random_packed
@@ -70,3 +72,35 @@ def check_gradients(
 def case(rng: torch.Generator, spec: Spec, n: int = 34, k: int = 201) -> Packed:
     """Weights with x @ W.T of about unit RMS times sqrt(K), permuted every other time."""
     return random_packed(rng, n, k, spec, bool(torch.randint(2, (), generator=rng)))
+
+
+def check_scale_gradients(
+    rng: torch.Generator, packed: Packed, backend: str, dtype: torch.dtype
+) -> None:
+    """Those in scales and minimums: against differences of the loss in float64, in which it is
+    linear, and against autograd through the formula of the format; both of y and of dx."""
+    (n, k), matrix = packed.shape, prepare(packed, backend)
+    learning = {name: matrix.tensors[name] for name in ("scales", "mins") if name in matrix.tensors}
+    tensors = matrix.tensors | {name: t.requires_grad_() for name, t in learning.items()}
+    learnt = Prepared(matrix.spec, matrix.shape, backend, tensors)
+    x = torch.randn(40, k, generator=rng).to(packed.device, dtype)
+    dy = torch.randn(40, n, generator=rng).to(packed.device, dtype)
+    dw = dy.double().T @ x.double()
+    products = matmul(x, learnt, exact=True), w4_matmul_transposed(dy, *learnt.arguments())
+    for product, direction in zip(products, (dy, x), strict=True):
+        found = torch.autograd.grad(product, list(learning.values()), direction)
+        for (name, tensor), ours in zip(learning.items(), found, strict=True):
+            assert ours.dtype == tensor.dtype
+            right = torch.stack([slope(packed, name, group, dw) for group in range(packed.groups)])
+            assert_close(name, right.T, ours, BOUND[dtype] + BOUND.get(tensor.dtype, 0))
+
+
+def slope(packed: Packed, name: str, group: int, dw: torch.Tensor) -> torch.Tensor:
+    """(N,) float64: how the sum of dw * W changes with a group's scale, or minimum, in each row."""
+    tensor = packed.tensors()[name].detach()
+    change = torch.zeros_like(tensor)
+    change[:, group] = 2.0 ** (tensor[:, group].abs().float().clamp_min(1e-3).log2().floor() - 2)
+    ends = [tensor + sign * change for sign in (1, -1)]
+    up, down = (unpack(replace(packed, **{name: end})).double() for end in ends)
+    width = (ends[0] - ends[1]).double()[:, group]
+    return (dw * (up - down)).sum(1) / width

@@ -1,0 +1,100 @@
+"""transformers' model around 4-bit matrices, which come from their files as they lie there."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.architecture.config import ModelConfig
+from engine.architecture.families import layer_parts, outer_tensors
+from engine.checkpoint import Checkpoint
+from engine.checkpoint.weights import layer_weights, outer_weights, packed_form
+from engine.errors import InputError
+from engine.export import directory
+from engine.kernels.w4.format import Packed, concatenate
+
+Linear = Callable[[str, Packed, nn.Parameter | None], Any]  # (name, W, bias)
+Embedding = Callable[[Any, float], nn.Module]  # (the linear of its matrix, factor)
+Tensor = Packed | torch.Tensor
+
+
+def assemble(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    linear: Linear,
+    embedding: Embedding,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """The layers that `config` keeps; what is not quantized is a parameter of `dtype`.
+
+    `linear` makes the module of a quantized matrix, which is named as in the model, without
+    ".weight"; `embedding` makes that of a quantized embedding, whose linear a tied head is.
+    """
+    model = _skeleton(config, dtype)
+    tensors = dict(_tensors(checkpoint, config))
+    for name, stored in tensors.items():
+        if isinstance(stored, torch.Tensor):
+            module, _, kind = name.rpartition(".")
+            parameter = nn.Parameter(stored.to(dtype, copy=True))  # a mapped file stays unwritten
+            setattr(model.get_submodule(module), kind, parameter)
+    for name, stored in tensors.items():
+        if isinstance(stored, Packed):
+            module = name.removesuffix(".weight")
+            old = model.get_submodule(module)
+            made = linear(module, stored, getattr(old, "bias", None))
+            if isinstance(old, nn.Embedding):
+                if config.tied:
+                    model.set_submodule("lm_head", made)
+                made = embedding(made, float(getattr(old, "embed_scale", 1.0)))
+            model.set_submodule(module, made)
+    if config.tied and isinstance(tensors[outer_tensors(config)["embedding"][0]], torch.Tensor):
+        model.lm_head.weight = model.get_input_embeddings().weight
+    return model.eval()
+
+
+def _skeleton(config: ModelConfig, dtype: torch.dtype) -> Any:
+    """Without memory for its parameters; its buffers are there."""
+    try:
+        from accelerate import init_empty_weights
+    except ImportError:
+        raise InputError(
+            "to train a 4-bit model takes accelerate: pip install 'shallow[heal]'"
+        ) from None
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    described = directory.sliced_config(config)
+    kind = described.pop("model_type")
+    with init_empty_weights():
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind, **described), dtype=dtype
+        )
+
+
+def _tensors(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """By the names of the model, layers by slot; what it fuses is joined."""
+    names = outer_tensors(config)
+    for role, stored in outer_weights(checkpoint, config):
+        yield names[role][0], packed_form(stored, f"{checkpoint.path}: {names[role][0]}")
+    for slot, entry in enumerate(config.layers):
+        parts, found = layer_parts(config, slot), dict[str, list[Tensor]]()
+        for role, stored in layer_weights(checkpoint, config, entry.layer):
+            part = parts[role]
+            packed = packed_form(stored, f"{checkpoint.path}: layer {entry.layer}: {role}")
+            found.setdefault(part.fused[0] if part.fused else part.name, []).append(packed)
+        for name, pieces in found.items():
+            yield name, _joined(pieces, f"{checkpoint.path}: layer {entry.layer}: {name}")
+
+
+def _joined(pieces: list[Tensor], where: str) -> Tensor:
+    if len(pieces) == 1:
+        return pieces[0]
+    packed = [piece for piece in pieces if isinstance(piece, Packed)]
+    try:
+        if not packed:
+            return torch.cat([piece for piece in pieces if isinstance(piece, torch.Tensor)])
+        if len(packed) == len(pieces):
+            return concatenate(packed)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+    raise InputError(f"{where}: expected its parts all quantized or none")
