@@ -49,10 +49,9 @@ public:
 
 private:
     KvShape shape_;
-    std::int64_t slots_, nbytes_ = 0;
+    std::int64_t slots_, decoder_, nbytes_ = 0;
     std::vector<std::vector<std::uint8_t*>> pages_;
     std::vector<Memory> memory_;
-    std::int64_t decoder_;
 };
 
 }  // namespace shallow

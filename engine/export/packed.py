@@ -18,9 +18,10 @@ from engine.artifacts import Plan
 from engine.checkpoint.safetensors import SafetensorsFile
 from engine.checkpoint.weights import describe
 from engine.errors import InputError
+from engine.export.directory import check_new
 from engine.kernels.w4 import store
 from engine.kernels.w4.format import Packed
-from engine.scratch import save_tensors, write_text
+from engine.scratch import Scratch, replacing, save_tensors, write_text
 
 PLAN = "plan.json"
 _SOURCE = ".source"
@@ -79,22 +80,20 @@ def rewrite(
 ) -> None:
     """The packed directory `source` as `out`, with `changed` in the place of matrices of the same
     names and specs, and the text files `beside` by name; written beside and renamed."""
-    if out.exists():
-        raise InputError(f"{out}: exists already; name a new directory")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    check_new(out)
+    partial = Scratch(out.with_name(out.name + ".partial"), str(source.resolve()))
     for file in sorted(source.iterdir()):
         if file.suffix == ".safetensors":
             tensors, said = read_shard(file), SafetensorsFile(file).metadata
             sources = {name: said[name + _SOURCE] for name in tensors}
             new = {name: changed.get(name, tensor) for name, tensor in tensors.items()}
-            write_shard(partial / file.name, new, sources)
+            write_shard(partial.path / file.name, new, sources)
         elif file.is_file():
-            shutil.copyfile(file, partial / file.name)
+            with replacing(partial.path / file.name) as copy:
+                shutil.copyfile(file, copy)
     for name, text in beside.items():
-        write_text(partial / name, text)
-    partial.replace(out)
+        write_text(partial.path / name, text)
+    partial.become(out)
 
 
 def tensor_names(path: Path) -> list[str]:

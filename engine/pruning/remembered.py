@@ -4,16 +4,19 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from engine.artifacts import replacing
+from engine.errors import InputError
+from engine.scratch import write_text
 
+KIND = "shallow-scores"  # what the first line of a file of ours says
 Kept = tuple[int, ...]
 
 
 class Remembered:
     """A score of kept slots and what it has said, a line of JSON each behind one with a `key`.
 
-    A file with another key is begun anew. `anchor` stands for whatever else a score depends on or
-    starts from: `prepare` is called with it before the next score that is not in the file.
+    A file with another key is begun anew, one that is not ours refused (InputError). `anchor`
+    stands for whatever else a score depends on or starts from: `prepare` is called with it before
+    the next score that is not in the file.
     """
 
     def __init__(
@@ -26,8 +29,8 @@ class Remembered:
         lines = _read(path, key)
         for anchor, kept, value in lines:
             self._known[tuple(anchor), tuple(kept)] = value
-        with replacing(path) as beside:  # without the half line that a kill may leave
-            beside.write_text("".join(json.dumps(line) + "\n" for line in [key, *lines]))
+        first = {"kind": KIND, "key": key}  # and without the half line that a kill may leave
+        write_text(path, "".join(json.dumps(line) + "\n" for line in [first, *lines]))
 
     def __call__(self, kept: Kept) -> float:
         found = self._known.get((self.anchor, kept))
@@ -43,10 +46,14 @@ class Remembered:
 
 def _read(path: Path, key: str) -> list:
     """[anchor, kept, score] of every whole line; none of another run's."""
+    if not path.exists():
+        return []
     found = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines():
         try:
             found.append(json.loads(line))
         except ValueError:
             break
-    return found[1:] if found[:1] == [key] else []
+    if not found or not isinstance(found[0], dict) or found[0].get("kind") != KIND:
+        raise InputError(f"{path}: is in the way and holds no scores of ours; move it away")
+    return found[1:] if found[0].get("key") == key else []
