@@ -27,12 +27,13 @@ from engine.commands.profile import profile
 from engine.commands.prune import prune
 from engine.commands.push import push
 from engine.commands.quantize import quantize
+from engine.commands.shrink import shrink
 from engine.run import run
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 COMMANDS = (
-    run, chat, budget, profile, plan, prune, heal, quantize, export, evaluate, compare, plot,
-    push, doctor, fetch,
+    run, chat, shrink, budget, profile, plan, prune, heal, quantize, export, evaluate, compare,
+    plot, push, doctor, fetch,
 )  # fmt: skip
 for command in COMMANDS:
     app.command("eval" if command is evaluate else command.__name__)(command)

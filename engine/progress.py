@@ -4,10 +4,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 EVERY_S = 5.0  # between two lines
 silent = False  # what --quiet asks for
+_joint: "Joint | None" = None  # the bar that all others are parts of
 
 
 class Report(Protocol):
@@ -19,6 +21,9 @@ class Report(Protocol):
 @contextmanager
 def progress(label: str, nbytes: bool = False) -> Iterator[Report]:
     """Yields report(done, total); `nbytes` where these are bytes."""
+    if _joint is not None:
+        yield partial(_joint.hear, label)
+        return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
@@ -36,6 +41,36 @@ def progress(label: str, nbytes: bool = False) -> Iterator[Report]:
             bar.update(task, completed=min(done, total), total=total, description=text)
 
         yield report
+
+
+class Joint:
+    """One bar of work in stages, each of them a share of it."""
+
+    def __init__(self, report: Report) -> None:
+        self._report, self._reached = report, 0.0
+        self._stage, self._begin, self._end = "", 0.0, 0.0
+
+    def stage(self, name: str, end: float) -> None:
+        """What is heard from now on is of this stage, which ends at `end` of the whole, 0..1."""
+        self._stage, self._begin, self._end = name, self._end, end
+
+    def hear(self, label: str, done: int, total: int, note: str = "") -> None:
+        share = self._begin + (self._end - self._begin) * min(done / max(total, 1), 1)
+        self._reached = max(self._reached, share)  # a stage may count several things, one by one
+        said = f"{self._stage}: {done:,} of {total:,} {label}"
+        self._report(round(100 * self._reached), 100, f"{said}, {note}" if note else said)
+
+
+@contextmanager
+def joint(label: str) -> Iterator[Joint]:
+    """Every `progress` inside is a part of this one."""
+    global _joint
+    with progress(label) as report:
+        _joint = Joint(report)
+        try:
+            yield _joint
+        finally:
+            _joint = None
 
 
 def _lines(label: str, unit: float) -> Report:

@@ -4,15 +4,15 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from engine import progress as how_far
 from engine.commands import interrupt
 from engine.errors import InputError
 
-progress = how_far.progress
+progress, joint = how_far.progress, how_far.joint
 _level = 0  # -1: quiet, 1: verbose
 
 
@@ -35,6 +35,17 @@ def _set_level(level: int) -> None:
     if _level not in (0, level):
         raise InputError("--quiet and --verbose exclude each other")
     _level, how_far.silent = level, level < 0
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Nothing is said or shown inside; progress goes on."""
+    global _level
+    before, _level = _level, -1
+    try:
+        yield
+    finally:
+        _level = before
 
 
 def say(text: str, end: str = "\n") -> None:

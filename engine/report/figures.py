@@ -6,7 +6,7 @@ matplotlib is used through its objects alone: no window, no global figure, no se
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from engine.artifacts import Evaluation, Profile
+from engine.artifacts import Evaluation, HealRecord, Profile
 from engine.errors import InputError
 from engine.pruning.budget import Budget
 from engine.report.drawing import (
@@ -182,6 +182,26 @@ def bars(budget: Budget) -> "Figure":
     names.append(f"{sides[1]['layers']} layers\n{budget.storage['bits']} bits")
     for axes in (memory, work):
         axes.set_yticks([0, 1], names)
+    return figure
+
+
+@style()
+def healing(record: HealRecord) -> "Figure":
+    """The loss by step, and below it the held-out perplexity of every check."""
+    if not record.losses:
+        raise InputError(f"{record.model}: no step was trained; there is nothing to draw")
+    figure, (loss, checks) = new_figure(4.2, rows=2)
+    steps = range(1, len(record.losses) + 1)
+    loss.plot(steps, record.losses, color=BLUE, linewidth=0.8)
+    loss.set(ylabel="divergence, nats")
+    every = record.settings.get("check_every") or 1
+    at = [min(number * every, record.steps) for number in range(len(record.checks))]
+    checks.plot(at, record.checks, color=ORANGE, marker="o", markeredgecolor="white")
+    checks.set(xlabel="step", ylabel="held-out perplexity")
+    for axes in (loss, checks):
+        axes.set_xlim(left=0)
+        axes.grid(axis="y")
+    loss.set_title(f"{short(record.model)}, {record.minutes:.1f} minutes")
     return figure
 
 

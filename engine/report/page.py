@@ -70,12 +70,16 @@ def page(artefacts: Sequence[Shown]) -> str:
     if judgements:
         sections.append(_judged(judgements))
     sections += [_budget(a, f"budget{i}") for i, a in numbered if isinstance(a, Budget)]
+    return render("Layers of " + ", ".join(models), sections)
+
+
+def render(title: str, sections: Sequence[Section]) -> str:
     environment = Environment(
         loader=PackageLoader("engine.report", ""), autoescape=True, trim_blocks=True,
         undefined=StrictUndefined, keep_trailing_newline=True,
     )  # fmt: skip
     template = environment.get_template("page.html.jinja")
-    return template.render(title="Layers of " + ", ".join(models), sections=sections)
+    return template.render(title=title, sections=sections)
 
 
 def _profile(profile: Profile, name: str) -> Section:
@@ -83,13 +87,13 @@ def _profile(profile: Profile, name: str) -> Section:
     tables: list[Table] = []
     if len(profile.layers) > 1:
         drawn = [
-            _figure(
+            figure_of(
                 figures.heat_map(profile),
                 f"{name}-heatmap",
                 "Shifted rescaled angular distance: each row spans 0 to 1, so colours compare "
                 "within a row only; a dot marks the best block of each size.",
             ),
-            _figure(
+            figure_of(
                 figures.curves(profile),
                 f"{name}-curves",
                 "Mean angular distance across the block of n layers from each start layer.",
@@ -131,7 +135,7 @@ def _quality(evaluations: Sequence[Evaluation]) -> Section:
     drawn = []
     if any(e.layers_kept < e.layers_total for e in evaluations):
         caption = "Perplexity of the same windows of text with fewer and fewer layers."
-        drawn.append(_figure(figures.quality(evaluations), "quality", caption))
+        drawn.append(figure_of(figures.quality(evaluations), "quality", caption))
     ordered = sorted(evaluations, key=lambda e: (e.model, -e.layers_kept, e.rule or ""))
     cells = (
         (
@@ -162,10 +166,10 @@ def _budget(budget: Budget, name: str) -> Section:
     caption = "Memory by part and work, before (16 bits) and after."
     return Section(
         f"Budget: {base_name(budget.model)}",
-        [_figure(figures.bars(budget), name, caption)],
+        [figure_of(figures.bars(budget), name, caption)],
         [Table(BUDGET_COLUMNS, budget_rows(budget), "Before and after")],
     )
 
 
-def _figure(figure: "MatplotlibFigure", name: str, caption: str) -> Figure:
+def figure_of(figure: "MatplotlibFigure", name: str, caption: str) -> Figure:
     return Figure(inline_svg(figure, name, caption), caption)

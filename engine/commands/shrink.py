@@ -1,0 +1,420 @@
+"""`engine shrink`: profile, plan, heal, quantize and evaluate in one go, and one page of it all."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from engine.commands import common, output
+from engine.errors import InputError
+
+if TYPE_CHECKING:
+    from engine.benchmark.speed import RunRecord
+    from engine.progress import Joint
+    from engine.report.shrunk import Shrunk
+
+REPORT, RECORD = "report.html", "shrink.json"
+RECORDS = "records"  # in OUT: what every stage gave
+TEXT = "text.txt"
+MINUTES = 10.0
+SAMPLES = 64  # of the profile
+SPEED_TOKENS = 512, 128  # prompt and new ones, fewer where the context is shorter
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of a run."""
+
+    model: str
+    drop: str
+    bits: int
+    text: tuple[str, ...]
+    minutes: float | None
+    steps: int | None
+    written: int
+    rule: str
+    windows: int
+    window: int
+    judge_text: tuple[Path, ...]
+    choices: Path | None
+    prompts: int
+    seed: int
+    threads: int | None
+
+
+def shrink(
+    model: common.ModelArgument,
+    out: Annotated[Path, typer.Argument(help="A new directory.")],
+    drop: Annotated[
+        str, typer.Option(metavar="N|LAYERS", help="How many layers go, or which: 14-18.")
+    ] = "5",
+    bits: Annotated[int, typer.Option(help="Of the weights: 4 or 8.")] = 4,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Text to choose and learn from, repeatable; built-in prose if not given.",
+        ),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help=f"Of healing; {MINUTES:g} if not given.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Of healing, instead.")] = None,
+    written: Annotated[
+        int, typer.Option("--self", metavar="N", help="Tokens that MODEL writes to heal on.")
+    ] = 0,
+    rule: Annotated[str, typer.Option(help="As of plan.")] = "greedy",
+    windows: Annotated[int, typer.Option(help="As of plan.")] = 8,
+    window: Annotated[int, typer.Option(help="Tokens of a window of text.")] = 512,
+    judge_text: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="To judge it by, repeatable; built in if not given."),
+    ] = None,
+    choices: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Questions to judge it by, as of eval.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=0, help="To generate from when it is judged.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the order of the text.")] = 0,
+    threads: common.Threads = None,
+) -> None:
+    """Fewer layers, healed, in few bits, and judged; a killed run goes on where it was."""
+    from engine.artifacts import read_raw
+
+    asked = Asked(
+        model, drop, bits, tuple(text or ()), minutes, steps, written, rule, windows, window,
+        tuple(judge_text or ()), choices, prompts, seed, threads,
+    )  # fmt: skip
+    run = Run(asked, out)
+    if out.exists():
+        record = out / RECORD
+        if not record.is_file() or read_raw(record).get("key") != run.key:
+            raise InputError(f"{out}: exists already; name a new directory")
+        output.say(f"{out} is there already")
+    else:
+        run.check()
+        if not asked.text:
+            output.say("heals on the built-in prose; more text (--text) heals more")
+        with output.joint("shrink") as bar:
+            run.all(bar)
+    shutil.rmtree(run.work, ignore_errors=True)
+    show(out)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command of its own, run unless what it gives lies there: `artefact` comes to be whole."""
+
+    name: str
+    share: float  # of the time, about
+    artefact: Path
+    run: Callable[[Path], object]
+
+
+class Run:
+    """The stages of one run. What each gives is named by all that it depends on."""
+
+    def __init__(self, asked: Asked, out: Path) -> None:
+        self.asked, self.out = asked, out
+        self.work = out.with_name(out.name + ".shrink")
+        if not out.absolute().parent.is_dir():
+            raise InputError(f"{out}: there is no directory {out.parent}")
+        self.path, checkpoint = common.open_checkpoint(asked.model)
+        self.config = checkpoint.config
+        self.window = min(asked.window, self.config.max_context)
+        self.texts = self._read_texts()
+        self.stages = self._stages()
+
+    @property
+    def key(self) -> str:
+        """What tells the result from others that may lie in the same place."""
+        return self.stages[-1].artefact.stem.rpartition("-")[2]
+
+    def _read_texts(self) -> list[str]:
+        """What is learnt from; refuses what is absent before anything runs."""
+        from engine.commands.heal import check_files
+
+        if not self.asked.text:
+            return [str(self.work / TEXT)]
+        sources = list(self.asked.text)
+        if not self.out.exists():
+            check_files(self.out, sources, None)
+        return sources
+
+    @property
+    def source(self) -> str:
+        """The one text of the stages that take one."""
+        return self.texts[0]
+
+    def check(self) -> None:
+        """Refuses what a later stage would refuse."""
+        from engine.commands.evaluate import read_texts
+        from engine.commands.plan import RULES
+        from engine.commands.quantize import as_recipe
+        from engine.healing.settings import Settings
+        from engine.pruning.plan import check_count, default_protection
+        from engine.text.questions import read_questions
+
+        asked = self.asked
+        as_recipe({"bits": asked.bits})
+        if asked.rule not in RULES or asked.rule == "manual":
+            known = ", ".join(RULES[:-1])
+            raise InputError(f"rule: expected one of {known}, found {asked.rule!r}")
+        Settings(("distil",), **self.heal_options())
+        total = self.config.total_layers
+        if asked.drop.isdecimal():
+            check_count(total, int(asked.drop), default_protection(total))
+        else:
+            self.config.keep(_kept(total, asked.drop))
+        read_texts(list(asked.judge_text))
+        if asked.choices is not None:
+            list(read_questions(asked.choices))
+
+    def heal_options(self) -> dict[str, Any]:
+        asked = self.asked
+        minutes = MINUTES if asked.minutes is None and asked.steps is None else asked.minutes
+        return {
+            "minutes": minutes,
+            "steps": asked.steps,
+            "written": asked.written,
+            "window": self.window,
+            "seed": asked.seed,
+        }
+
+    def _stages(self) -> list[Stage]:
+        asked, digest = self.asked, hashlib.sha256()
+
+        def named(kind: str, *options: object) -> Path:
+            digest.update(repr(options).encode())
+            return self.work / f"{kind}-{digest.hexdigest()[:12]}"
+
+        files = sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]
+        stamps = [(str(file.resolve()), file.stat().st_mtime_ns) for file in files]
+        texts = [_stamp(source) for source in asked.text]
+        profile = named("profile", stamps, texts).with_suffix(".json")
+        plan = named("plan", asked.rule, asked.drop, asked.windows).with_suffix(".json")
+        healed = named("healed", self.heal_options())
+        packed = named("packed", asked.bits)
+        # Here training the scales of `packed` comes in, once `heal --train scales` is there: one
+        # Stage more, whose directory the judging then takes.
+        judged = named("judged", [_stamp(str(file)) for file in asked.judge_text], asked.prompts,
+                       None if asked.choices is None else _stamp(str(asked.choices)))  # fmt: skip
+        self.profile, self.plan, self.healed, self.packed = profile, plan, healed, packed
+        return [
+            Stage("profile", 0.03, profile, self._profile),
+            Stage("plan", 0.2, plan, self._plan),
+            Stage("heal", 0.52, healed, self._heal),
+            Stage("quantize", 0.1, packed, self._quantize),
+            Stage("judge", 0.15, judged, self._judge),
+        ]
+
+    def all(self, bar: "Joint") -> None:
+        """Every stage that is not done yet, then the result under its name."""
+        self.work.mkdir(exist_ok=True)
+        if not self.asked.text:
+            from engine.export.directory import write_text
+            from engine.text import default_text
+
+            write_text(self.work / TEXT, default_text())
+        done = 0.0
+        for stage in self.stages:
+            done += stage.share
+            bar.stage(stage.name, done)
+            if not stage.artefact.exists():
+                with output.hushed():
+                    stage.run(stage.artefact)
+        self._finish(self.stages[-1].artefact)
+
+    def _profile(self, out: Path) -> None:
+        from engine.commands.profile import LENGTH, profile
+        from engine.text import load_text
+        from engine.text.samples import read_samples
+
+        length = min(LENGTH, self.config.max_context)
+        found, _ = read_samples(self.source, load_text(self.path), length, most=SAMPLES)
+        profile(
+            [self.asked.model], out, self.source, length, len(found), threads=self.asked.threads
+        )
+
+    def _plan(self, out: Path) -> None:
+        from engine.commands.plan import plan
+
+        asked = self.asked
+        which: dict[str, Any] = {"rule": "manual", "drop": asked.drop}
+        if asked.drop.isdecimal():
+            which = {"rule": asked.rule, "count": int(asked.drop)}
+        plan(
+            self.profile, out, model=asked.model, text=self.source, windows=asked.windows,
+            seed=asked.seed, threads=asked.threads, **which,
+        )  # fmt: skip
+
+    def _heal(self, out: Path) -> None:
+        from engine.commands.heal import heal
+
+        # Where a norm follows the down projection no patch can be folded into it.
+        method = "distil" if self.config.post_norm else "linear,distil"
+        heal(
+            self.asked.model, out, plan=self.plan, method=method, text=self.texts,
+            threads=self.asked.threads, **self.heal_options(),
+        )  # fmt: skip
+
+    def _quantize(self, out: Path) -> None:
+        from engine.commands.quantize import quantize
+
+        bits = None if self.asked.bits == 4 else self.asked.bits
+        length = min(512, self.config.max_context)
+        quantize(
+            str(self.healed), out, bits=bits, text=self.source, length=length,
+            threads=self.asked.threads,
+        )  # fmt: skip
+
+    def _judge(self, out: Path) -> None:
+        """A directory with what both were judged by and how fast they ran."""
+        beside = out.with_name(out.name + ".partial")
+        beside.mkdir(exist_ok=True)
+        for name, ref in (("before", self.asked.model), ("after", str(self.packed))):
+            if not (beside / f"{name}-speed.json").exists():
+                judge_one(self.asked, name, ref, beside)
+        beside.replace(out)
+
+    def _finish(self, judged: Path) -> None:
+        """The packed directory with the records and the page in it, renamed to OUT."""
+        records = self.packed / RECORDS
+        records.mkdir(exist_ok=True)
+        copies = {"profile": self.profile, "plan": self.plan, "heal": self.healed / "heal.json"}
+        copies |= {file.stem: file for file in judged.iterdir()}
+        for name, file in copies.items():
+            shutil.copyfile(file, records / f"{name}.json")
+        found = collect(self.asked.model, self.path, self.packed)
+        from engine.export.directory import write_text
+        from engine.report.shrunk import quality_rows, save
+
+        save(found, self.packed / REPORT)
+        rows = [*found.sizes, *quality_rows(found), *found.speeds]
+        write_text(self.packed / RECORD, json.dumps({"key": self.key, "rows": rows}, indent=1))
+        self.packed.replace(self.out)
+
+
+def judge_one(asked: Asked, name: str, ref: str, directory: Path) -> None:
+    """`name`.json, how well a model speaks, and `name`-speed.json, how fast it runs."""
+    from engine.benchmark.speed import benchmark
+    from engine.commands.evaluate import read_texts
+    from engine.evaluate import Asked as Judging
+    from engine.evaluate import judge
+    from engine.evaluate.health import LAST, NEW_TOKENS
+    from engine.options import Options
+    from engine.text import default_text
+    from engine.text.questions import read_questions
+
+    opened, load_ms = common.open_model(ref, asked.threads)
+    context = opened.config.max_context
+    new_tokens = min(NEW_TOKENS, context - 64)
+    judging = Judging(
+        read_texts(list(asked.judge_text)),
+        window=min(512, context),
+        questions=() if asked.choices is None else tuple(read_questions(asked.choices)),
+        questions_file=str(asked.choices),
+        prompts=asked.prompts if asked.prompts and new_tokens >= LAST else None,
+        new_tokens=new_tokens,
+    )
+    judge(opened.runtime, opened.text, judging, name=ref, progress=output.progress).save(
+        directory / f"{name}.json"
+    )
+    prompt, new = (min(size, context // 2) for size in SPEED_TOKENS)
+    ids = opened.text.encode(default_text()[: 16 * prompt], add_special=False)[:prompt]
+    options = Options(max_new_tokens=new, ignore_eos=True)
+    record = benchmark(opened, ids, options, name=ref, load_ms=load_ms, repeats=3)
+    record.save(directory / f"{name}-speed.json")
+
+
+def collect(model: str, path: Path, packed: Path) -> "Shrunk":
+    """What a page needs, from the records in `packed`."""
+    from engine.artifacts import HealRecord, Plan, Profile
+    from engine.benchmark.speed import RunRecord
+    from engine.checkpoint.files import read_json
+    from engine.commands.budget import read_model
+    from engine.judgement import Judgement
+    from engine.pruning.budget import Storage, budget, file_bytes
+    from engine.report.shrunk import Shrunk
+
+    records = packed / RECORDS
+    plan = Plan.load(records / "plan.json")
+    config, sizes = read_model(model)
+    how = read_json(packed / "config.json")["quantization_config"]
+    scale_bits = 32 if how["scheme"] == "minimum" else 16
+    storage = Storage(how["bits"], how["group"], how["head"] or 16, scale_bits)
+    file = None if sizes is None else file_bytes(config, sizes)
+    context = min(4096, config.max_context)
+    cost = budget(model, config, config.keep(plan.keep), storage, context, file)
+    was, now = (RunRecord.load(records / f"{name}-speed.json") for name in ("before", "after"))
+    counts = [f"{side['total_parameters']:,}" for side in (cost.before, cost.after)]
+    return Shrunk(
+        model=model,
+        profile=Profile.load(records / "profile.json"),
+        plan=plan,
+        healing=HealRecord.load(records / "heal.json"),
+        budget=cost,
+        before=Judgement.load(records / "before.json"),
+        after=Judgement.load(records / "after.json"),
+        sizes=[
+            ("layers", str(plan.total_layers), str(len(plan.keep))),
+            ("parameters", counts[0], counts[1]),
+            ("weights on disk", _mb(_weights(path)), _mb(_weights(packed))),
+            ("weights in memory", _mb(was.weight_bytes), _mb(now.weight_bytes)),
+        ],
+        speeds=speed_rows(was, now),
+        conditions=f"{now.device_name}, {now.threads} threads, {now.backend}, {now.dtype}: "
+        f"{now.prompt_tokens} tokens in, {now.new_tokens} out, batch 1",
+    )
+
+
+def speed_rows(was: "RunRecord", now: "RunRecord") -> list[tuple[str, str, str]]:
+    def row(name: str, field: str, unit: str) -> tuple[str, str, str]:
+        cells = [getattr(record, field) for record in (was, now)]
+        before, after = ("-" if cell is None else f"{cell:,.1f} {unit}" for cell in cells)
+        return name, before, after
+
+    return [
+        row("prefill", "prefill_tok_s", "tok/s"),
+        row("decode", "decode_tok_s", "tok/s"),
+        row("time to first token", "ttft_ms", "ms"),
+    ]
+
+
+def show(out: Path) -> None:
+    """The table of what it was and is, and where the page lies."""
+    from rich.table import Table
+
+    from engine.artifacts import read_raw
+
+    table = Table("", "it was", "it is", pad_edge=False)
+    for row in read_raw(out / RECORD)["rows"]:
+        table.add_row(*row)
+    output.show(table)
+    output.say(f"{out}: shrunk; {out / REPORT} has it all")
+
+
+def _kept(total: int, drop: str) -> list[int]:
+    from engine.architecture.layers import kept_layers
+
+    return list(kept_layers(total, drop, None))
+
+
+def _stamp(source: str) -> object:
+    """What tells one version of a text from another."""
+    path = Path(source)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
+    return source, [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()]
+
+
+def _weights(path: Path) -> int:
+    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,95 @@
+"""`engine shrink`: all stages in one go, one page at the end, taken up again wherever it died."""
+
+import secrets
+
+import pytest
+import torch
+from support import tiny
+from support.commands import call, refused
+
+from engine.artifacts import HealRecord, Plan, Profile
+from engine.benchmark.speed import RunRecord
+from engine.checkpoint import open_checkpoint
+from engine.judgement import Judgement
+
+LAYERS = 6
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """Tiny models and text in their vocabulary."""
+    seed = secrets.randbits(32)
+    print(f"seed {seed}")
+    root = tmp_path_factory.mktemp("shrink")
+    for case in ("llama", "gemma3"):
+        tiny.write(case, root / case, seed, num_hidden_layers=LAYERS)
+        tiny.save_tokenizer(root / case)
+    numbers = torch.randint(3, tiny.VOCAB, (1500,), generator=torch.Generator().manual_seed(seed))
+    root.joinpath("text.txt").write_text(" ".join(map(str, numbers.tolist())))
+    return root
+
+
+def arguments(tree, out, *options, case: str = "llama") -> tuple:
+    text = tree / "text.txt"
+    sizes = ("--window", 16, "--windows", 2, "--steps", 3, "--prompts", 2)
+    return (
+        "shrink",
+        tree / case,
+        out,
+        "--drop",
+        2,
+        "--text",
+        text,
+        "--judge-text",
+        text,
+        *sizes,
+        *options,
+    )
+
+
+def test_all_stages_and_the_page(tree, tmp_path):
+    code, said, err = call(*arguments(tree, tmp_path / "small"))
+    assert code == 0, err
+    out, records = tmp_path / "small", tmp_path / "small" / "records"
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    assert len(open_checkpoint(out).config.layers) == LAYERS - 2
+    plan, healed = Plan.load(records / "plan.json"), HealRecord.load(records / "heal.json")
+    assert len(plan.drop) == 2 and plan.keep == healed.keep and healed.steps == 3
+    assert plan.profile == Profile.load(records / "profile.json").hash
+    before, after = (Judgement.load(records / f"{name}.json") for name in ("before", "after"))
+    assert (before.layers_kept, after.layers_kept) == (LAYERS, LAYERS - 2)
+    assert before.health and after.health
+    speed = RunRecord.load(records / "after-speed.json")
+    page = out.joinpath("report.html").read_text()
+    for heading in ("What it was", "How well it speaks", "How fast it runs", "How it healed"):
+        assert f"<h2>{heading}" in page
+    assert page.count("<svg") == 3 and f"{speed.decode_tok_s:,.1f} tok/s" in page
+    assert f"{before.perplexity:,.4f}" in page and f"{speed.weight_bytes / 1e6:,.1f} MB" in said
+    assert call("eval", out, "--text", tree / "text.txt", "--window", 16)[0] == 0
+
+
+def test_a_finished_run_is_found_and_settings_tell_runs_apart(tree, tmp_path, monkeypatch):
+    out = tmp_path / "small"
+    code, first, err = call(*arguments(tree, out))
+    assert code == 0, err
+    code, again, _ = call(*arguments(tree, out))
+    assert code == 0 and again.startswith(f"{out} is there already") and first in again
+    refused("exists already", *arguments(tree, out, "--bits", 8))
+
+
+def test_refusals(tree, tmp_path):
+    for sentence, options in [
+        ("count: expected 1 to 5 of 6 layers, found 6", ("--drop", 6)),
+        ("count: 4 of 6 layers cannot go", ("--drop", 4)),
+        ("drop: layer 9 is out of range", ("--drop", "3-9")),
+        ("rule: expected one of similarity", ("--rule", "best")),
+        ("bits", ("--bits", 3)),
+        ("steps: expected more than 0, found 0", ("--steps", 0)),
+        ("self: expected at least 0 tokens", ("--self", -1)),
+        ("absent.txt: expected a text file, found none", ("--text", "absent.txt")),
+        ("absent.txt: expected a text file, found none", ("--judge-text", "absent.txt")),
+        ("absent.jsonl", ("--choices", "absent.jsonl")),
+    ]:
+        refused(sentence, *arguments(tree, tmp_path / "small", *options))
+    refused("there is no directory", *arguments(tree, tmp_path / "no" / "small"))
+    assert not list(tmp_path.iterdir())
