@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from engine.commands import common, output
+from engine.commands.compare import read
 from engine.errors import InputError
 
 
@@ -34,7 +35,8 @@ def push(
 
     if not model.exists():
         raise InputError(f"{model}: expected a directory or a .gguf file")
-    made = gather(model, plan=plan, records=record or (), source=source, licence=licence)
+    records = [read(file) for file in record or ()]
+    made = gather(model, plan=plan, records=records, source=source, licence=licence)
     text = card(made, repo)
     if card_only:
         print(text, end="")

@@ -40,7 +40,7 @@ def gather(
     path: Path,
     *,
     plan: Path | None = None,
-    records: Sequence[Path] = (),
+    records: Sequence[Judgement] = (),
     source: str | None = None,
     licence: str | None = None,
 ) -> Made:
@@ -57,10 +57,10 @@ def gather(
     for where, record in ((planned, found), (healed, heal)):
         if record is not None and len(record.keep) != layers:
             raise InputError(f"{where}: keeps {len(record.keep)} layers, and {path} has {layers}")
-    judged = tuple(Judgement.load(record) for record in records)
-    if judged and judged[-1].layers_kept != layers:
+    if records and records[-1].layers_kept != layers:
         raise InputError(
-            f"{records[-1]}: judges {judged[-1].layers_kept} layers, and {path} has {layers}"
+            f"{records[-1].model}: the last record is of {records[-1].layers_kept} layers, and "
+            f"{path} has {layers}"
         )
     named = source or next((record.model for record in (found, heal) if record is not None), None)
     known = licence or _licence(checkpoint) or _licence_of(named)
@@ -71,7 +71,7 @@ def gather(
     first = layer_weights(checkpoint, checkpoint.config, checkpoint.config.layers[0].layer)
     kinds = dict.fromkeys(describe(stored) for _, stored in first if len(stored.shape) == 2)
     nbytes = sum(checkpoint.nbytes(name) for name in checkpoint.names())
-    return Made(path, layers, tuple(kinds), nbytes, found, heal, judged, named, known)
+    return Made(path, layers, tuple(kinds), nbytes, found, heal, tuple(records), named, known)
 
 
 def card(made: Made, repo: str) -> str:

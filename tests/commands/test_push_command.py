@@ -105,7 +105,16 @@ def test_refusals_come_before_the_hub(model, tmp_path):
     plan((0, 1), 4).save(tmp_path / "other.json")
     refused("keeps 2 layers", "push", model, REPO, "--plan", tmp_path / "other.json")
     record = judged(tmp_path / "other_model.json", 4, 3.0)
-    refused("judges 4 layers", "push", model, REPO, "--license", "mit", "--record", record)
+    refused(
+        "the last record is of 4 layers",
+        "push",
+        model,
+        REPO,
+        "--license",
+        "mit",
+        "--record",
+        record,
+    )
 
 
 def test_the_card_alone(source, tmp_path):
