@@ -85,8 +85,10 @@ def execute(app: Callable[..., Any]) -> None:
         sys.exit(code)
     except InputError as error:
         refuse(error)
-    except BrokenPipeError:  # nobody reads on: the end that SIGPIPE makes of other programs
-        _silence()
+    except (BrokenPipeError, SystemExit) as error:
+        if not isinstance(error.__context__ or error, BrokenPipeError):
+            raise
+        _silence()  # nobody reads on: the end that SIGPIPE makes of other programs
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         _silence()

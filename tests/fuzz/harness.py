@@ -191,6 +191,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--minutes", type=float, help="ends after them, whatever the count")
     parser.add_argument("--only", type=int, help="this case alone, here, with its traceback")
     parser.add_argument("--record", type=Path, help="appends the result to this file")
     parser.add_argument("--no-memory", action="store_true", help="of a sanitizer's build")
@@ -200,7 +201,8 @@ def main() -> None:
             write_sound(Path(directory) / "sound")
             print(case(asked.seed, asked.only, Path(directory) / "sound", Path(directory) / "case"))
         return
-    found = fuzz(asked.seed, asked.count, asked.workers, None, not asked.no_memory)
+    seconds = None if asked.minutes is None else 60 * asked.minutes
+    found = fuzz(asked.seed, asked.count, asked.workers, seconds, not asked.no_memory)
     print(json.dumps(found, indent=1))
     if asked.record is not None:
         with open(asked.record, "a") as file:
