@@ -12,6 +12,7 @@ import typer
 
 from engine.commands import common, output
 from engine.errors import InputError
+from engine.scratch import Scratch, write_text
 
 if TYPE_CHECKING:
     from engine.benchmark.speed import RunRecord
@@ -101,7 +102,7 @@ def shrink(
             output.say("heals on the built-in prose; more text (--text) heals more")
         with output.joint("shrink") as bar:
             run.all(bar)
-    shutil.rmtree(run.work, ignore_errors=True)
+    run.clear()
     show(out)
 
 
@@ -214,9 +215,8 @@ class Run:
 
     def all(self, bar: "Joint") -> None:
         """Every stage that is not done yet, then the result under its name."""
-        self.work.mkdir(exist_ok=True)
+        Scratch(self.work, RECORD)
         if not self.asked.text:
-            from engine.export.directory import write_text
             from engine.text import default_text
 
             write_text(self.work / TEXT, default_text())
@@ -228,6 +228,11 @@ class Run:
                 with output.hushed():
                     stage.run(stage.artefact)
         self._finish(self.stages[-1].artefact)
+
+    def clear(self) -> None:
+        """Removes what the stages have left; a kill may have left it behind a whole result."""
+        if self.work.exists():
+            Scratch(self.work, RECORD).remove()
 
     def _profile(self, out: Path) -> None:
         from engine.commands.profile import LENGTH, profile
@@ -290,7 +295,6 @@ class Run:
         for name, file in copies.items():
             shutil.copyfile(file, records / f"{name}.json")
         found = collect(self.asked.model, self.path, self.packed)
-        from engine.export.directory import write_text
         from engine.report.shrunk import quality_rows, save
 
         save(found, self.packed / REPORT)

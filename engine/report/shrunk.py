@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.architecture.layers import format_layers
-from engine.artifacts import HealRecord, Plan, Profile, replacing
+from engine.artifacts import HealRecord, Plan, Profile
 from engine.judgement import Comparison, Judgement
 from engine.pruning.budget import Budget
 from engine.report import figures
@@ -13,6 +13,7 @@ from engine.report.drawing import base_name
 from engine.report.page import Figure, Section, Table, figure_of, render
 from engine.report.records import side_by_side
 from engine.report.tables import BUDGET_COLUMNS, budget_rows
+from engine.scratch import replacing
 
 BESIDE = ("", "it was", "it is")
 
