@@ -17,7 +17,7 @@ from setuptools.modified import newer_group
 # engine/kernels is a link to ../kernels. A top-level `kernels` would hide Hugging Face's package.
 PACKAGES = [
     *(str(path.parent).replace("/", ".") for path in sorted(Path("engine").rglob("__init__.py"))),
-    *("engine.kernels", "engine.kernels.angular", "engine.kernels.w4"),
+    *("engine.kernels", *(f"engine.kernels.{op}" for op in ("angular", "layer", "w4"))),
 ]
 
 X86 = platform.machine() in ("x86_64", "AMD64")

@@ -21,7 +21,7 @@ from engine.kernels.dtypes import DTYPES, dtype_of, name_of
 from engine.options import Options, Slots, Stop
 from engine.prompts import as_prompts, as_tokens
 from engine.pruning.budget import cost
-from engine.runtime import Runtime, check_backend
+from engine.runtime import GPU_RUNTIMES, Runtime, check_backend
 from engine.text import Text, load_text
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from engine.reference.cache import KVCache
     from engine.runtime.cpu import CpuCache
+    from engine.runtime.gpu_cache import GpuCache
 
 
 class Asked(TypedDict, total=False):
@@ -252,11 +253,12 @@ def load(
     """Opens a model: a directory, a .gguf file, a hub id, or the default by name.
 
     `drop` and `keep` are layers of the checkpoint ("20-24", "3,7,21-25", or numbers), `drop` also
-    a Plan; those not kept are never read. `backend` is one of RUNTIMES: by default "cpu" on a CPU,
-    "reference" on a GPU, for another dtype than float32, and where the extension is not built.
-    `dtype` is a torch dtype or its name: by default the checkpoint's on a GPU, float32 on a CPU.
+    a Plan; those not kept are never read. `backend` is one of RUNTIMES: by default "cpu" on a CPU
+    and "triton" on a GPU, "reference" where that has not the dtype or cannot run. `dtype` is a
+    torch dtype or its name: by default the checkpoint's 16-bit one on a GPU, float32 on a CPU.
 
-    The backend "cpu" takes weights as they are stored. What it multiplies by quantized ones it
+    The backends "triton" and "cuda" (our CUDA kernels where there are any, Triton's for the rest)
+    take weights as they are stored, and so does "cpu". What it multiplies by quantized ones it
     rounds to 8 bits, and keys and values to 16, unless dtype is float32. `cache_dtype` ("float32",
     "float16", "int8"), `threads` (torch's number by default) and `isa` (by default the best set of
     instructions here, or "avx512", "avxvnni", "avx2", "generic") are for it alone.
@@ -285,7 +287,14 @@ def load(
     for option, given in (("threads", threads), ("cache_dtype", cache_dtype), ("isa", isa)):
         if given is not None:
             raise InputError(f"{option}: for the backend cpu alone, found {given!r} for {backend}")
-    dtype = choose_dtype(dtype, checkpoint, device)
+    dtype = choose_dtype(dtype, checkpoint, device, backend)
+    if backend in GPU_RUNTIMES:
+        from engine.runtime.gpu import GpuRuntime
+
+        gpu: Runtime[GpuCache] = GpuRuntime.load(
+            checkpoint, config, device, dtype, backend, progress
+        )
+        return Model(path, gpu)
 
     from engine.runtime.reference import ReferenceRuntime
 
@@ -360,10 +369,13 @@ def choose_backend(
     wanted = None if dtype is None else parse_dtype(dtype)
     check_backend(name, None if wanted is None else name_of(wanted))
     if name is None:
+        best = "cpu" if device.type == "cpu" else "triton"
         exact = wanted in (None, torch.float32)
-        return "cpu" if device.type == "cpu" and exact and why_not("cpu") is None else "reference"
-    if name == "cpu" and device.type != "cpu":
-        raise InputError(f"backend: cpu does not run on {device}")
+        fits = exact if best == "cpu" else wanted != torch.float32
+        return best if fits and why_not(best) is None else "reference"
+    elsewhere = "cpu" if name in GPU_RUNTIMES and torch.cuda.is_available() else "cuda"
+    if name != "reference" and device.type == elsewhere:
+        raise InputError(f"backend: {name} does not run on {device}")
     return name
 
 
@@ -381,15 +393,23 @@ def choose_device(device: torch.device | str | None) -> torch.device:
 
 
 def choose_dtype(
-    dtype: torch.dtype | str | None, checkpoint: Checkpoint, device: torch.device
+    dtype: torch.dtype | str | None,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    backend: str = "reference",
 ) -> torch.dtype:
-    """The dtype asked for; else the checkpoint's 16-bit one on a GPU, float32 on a CPU."""
-    if dtype is None:
-        source = checkpoint.config.source
-        stored = str(source.get("dtype") or source.get("torch_dtype")).removeprefix("torch.")
-        known = stored if stored in DTYPES else "float16"
-        return torch.float32 if device.type == "cpu" else dtype_of(known)
-    return parse_dtype(dtype)
+    """The dtype asked for; else the checkpoint's 16-bit one on a GPU, float32 on a CPU.
+
+    The GPU's kernels take a checkpoint of float32 in bfloat16, which has its range.
+    """
+    if dtype is not None:
+        return parse_dtype(dtype)
+    source = checkpoint.config.source
+    stored = str(source.get("dtype") or source.get("torch_dtype")).removeprefix("torch.")
+    known = stored if stored in DTYPES else "float16"
+    if backend in GPU_RUNTIMES:
+        return torch.bfloat16 if known == "float32" else dtype_of(known)
+    return torch.float32 if device.type == "cpu" else dtype_of(known)
 
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:

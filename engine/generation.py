@@ -20,7 +20,6 @@ from engine.text import Text
 from engine.text.pieces import PieceStream
 
 DEFAULTS = Options()
-PREFILL_CHUNK = 512  # prompt tokens a call: activations stay small however long the prompt
 
 Prompt = str | Sequence[dict] | Sequence[int]  # raw text, chat messages, or token ids
 
@@ -168,8 +167,8 @@ def _run(
     generators: Sequence[random.Random],
 ) -> list[int]:
     """Runs tokens (B, T); returns the next id of each sequence that has not finished."""
-    chunk = tokens.shape[1] if runtime.config.whole_prefill else PREFILL_CHUNK
-    for part in tokens.to(runtime.device).split(chunk, dim=1):
+    chunk = tokens.shape[1] if runtime.config.whole_prefill else runtime.prefill_chunk
+    for part in tokens.split(chunk, dim=1):
         logits = runtime.forward(part, cache, slots=options.slots, logits="last")
     last = logits.select(1, -1)
     running = [row for row, s in enumerate(sequences) if s.finish_reason is None]

@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 from engine.kernels import native
 
+LEAST_CAPABILITY = (8, 0)  # of a GPU: bfloat16 in its tensor cores, asynchronous copies
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # Op -> kind of device that its tensors are on -> backends, the first that can run is taken.
 OPS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -34,11 +35,26 @@ def why_not(backend: str) -> str | None:
         return f'there is no backend "{backend}"'
     if find_spec("triton") is None:
         return "the package triton is not installed"
-    import torch
     from triton import knobs
 
-    if not torch.cuda.is_available() and not knobs.runtime.interpret:
+    return None if knobs.runtime.interpret else _no_gpu()
+
+
+def _no_gpu() -> str | None:
+    """Why torch has no GPU that Triton compiles our kernels for; None when it has."""
+    import torch
+
+    if not torch.cuda.is_available():
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:  # its words, where they help
+            if "too old" in str(error):
+                return "the NVIDIA driver is too old for this torch: a newer driver is needed"
         return "torch finds no GPU"
+    found = torch.cuda.get_device_capability()
+    if found < LEAST_CAPABILITY:
+        least, here = (".".join(map(str, version)) for version in (LEAST_CAPABILITY, found))
+        return f"{torch.cuda.get_device_name()} has compute capability {here}, {least} is the least"
     return None
 
 

@@ -3,6 +3,7 @@
 import os
 import secrets
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
@@ -79,7 +80,10 @@ def rng() -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture(autouse=os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(autouse=INTERPRETED)
 def bfloat16_to_nearest(monkeypatch) -> None:
     """float32 becomes the nearest bfloat16, as on a GPU: Triton's interpreter cuts it off, and what
     it cuts is always towards zero, so that sums of rounded weights err by as much as one weight."""
@@ -95,6 +99,22 @@ def bfloat16_to_nearest(monkeypatch) -> None:
         return TensorHandle(data, dtype.scalar)
 
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", nearest)
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def language_patched_once(monkeypatch) -> None:
+    """Triton's interpreter patches its language again at every call of one kernel function by
+    another: a third of its time."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    patch, everything = interpreter._patch_lang, SimpleNamespace(__globals__={0: tl, 1: tl.core})
+    monkeypatch.setattr(interpreter, "_patch_lang", lambda _: patch(everything))
+    monkeypatch.setattr(
+        interpreter.InterpretedFunction,
+        "__call__",
+        lambda self, *arguments, **options: self.rewrite()(*arguments, **options),
+    )
 
 
 @pytest.fixture(scope="session")

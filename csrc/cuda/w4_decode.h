@@ -8,6 +8,7 @@ namespace shallow {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+__device__ inline float widen(float v) { return v; }
 __device__ inline float widen(__half v) { return __half2float(v); }
 __device__ inline float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
 __device__ inline void narrow(__half& to, float v) { to = __float2half_rn(v); }

@@ -53,33 +53,33 @@ struct Params {
     int group_shift;                // chunk << shift, or >> -shift, is its first group
     int step_shift;                 // log2 of the steps of a group in a chunk
     int scale_bytes, offset_bytes;  // of an element of scales; of zeros or mins
-    bool aligned;                   // x and norm can be read 2 elements at a time
+    bool aligned;                   // x and what is added to it can be read 2 elements at a time
 };
 
 // ---- x ----
 
-template <typename T>
 struct Four {
-    T v[4];
+    float v[4];
 };
 
-// Elements k, k + 1, k + 8 and k + 9 of a row of x or of the norm's weights, in the stored order of
-// W's columns; zeros beyond K. A lane's share of 16, as the tensor core wants it.
+// Elements k, k + 1, k + 8 and k + 9 of a row, in the stored order of W's columns; zeros beyond K.
+// A lane's share of 16, as the tensor core wants it.
 template <typename T>
-__device__ Four<T> load4(const Params& p, const T* row, int k) {
+__device__ Four load4(const Params& p, const T* row, int k) {
     const int columns = static_cast<int>(p.call.weights.k);
     const std::int32_t* perm = p.call.weights.perm;
-    Four<T> four;
+    Four four;
     for (int half = 0; half < 4; half += 2, k += 8) {
         if (p.aligned && k < columns) {
-            const std::uint32_t bits = *reinterpret_cast<const std::uint32_t*>(row + k);
-            memcpy(static_cast<void*>(four.v + half), &bits, 4);
+            T two[2];
+            memcpy(static_cast<void*>(two), __builtin_assume_aligned(row + k, 2 * sizeof(T)),
+                   sizeof two);
+            four.v[half] = widen(two[0]);
+            four.v[half + 1] = widen(two[1]);
             continue;
         }
-        for (int i = 0; i < 2; ++i) {
-            narrow(four.v[half + i], 0);
-            if (k + i < columns) four.v[half + i] = row[perm ? perm[k + i] : k + i];
-        }
+        for (int i = 0; i < 2; ++i)
+            four.v[half + i] = k + i < columns ? widen(row[perm ? perm[k + i] : k + i]) : 0;
     }
     return four;
 }
@@ -87,57 +87,117 @@ __device__ Four<T> load4(const Params& p, const T* row, int k) {
 // Where the elements of share i begin: 4 shares to every 16.
 __device__ inline int share(int i) { return 4 * i - i % 4 * 2; }
 
-template <typename T>
-__device__ const T* row_of_x(const Params& p, int row) {
-    return static_cast<const T*>(p.call.x) + row * p.call.x_stride;
+// Sums over K of every row, a part of each warp's: of squares, of values, of delta's squares.
+using Moments = Shared<float, 3 * kMaxWarps * kW4MaxRows>;
+enum Moment { kSquares, kValues, kDelta };
+
+__device__ void keep_sum(Moments& moments, Moment kind, int row, float sum) {
+    for (int i = 16; i; i /= 2) sum += __shfl_xor_sync(kAllLanes, sum, i);
+    if (threadIdx.x % 32 == 0)
+        moments[(kind * kMaxWarps + threadIdx.x / 32) * kW4MaxRows + row] = sum;
 }
 
-using Squares = Shared<float, kMaxWarps * kW4MaxRows>;
+__device__ float mean(const Params& p, Moments& moments, Moment kind, int row) {
+    float sum = 0;
+    for (int warp = 0; warp < static_cast<int>(blockDim.x / 32); ++warp)
+        sum += moments[(kind * kMaxWarps + warp) * kW4MaxRows + row];
+    return sum / static_cast<float>(p.call.weights.k);
+}
 
-// Each warp's part of every row's sum of squares.
+// What delta's elements are multiplied by, before `post`.
+__device__ float delta_scale(const Params& p, Moments& moments, int row) {
+    return p.call.delta ? rsqrtf(mean(p, moments, kDelta, row) + p.call.norm_eps) : 0;
+}
+
+// A share of x with what delta adds, not yet normalised.
 template <typename T>
-__device__ void sum_squares(const Params& p, Squares& squares) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int row = 0; row < p.call.m; ++row) {
-        float sum = 0;
-#pragma unroll 4
-        for (int i = threadIdx.x; share(i) < p.call.weights.k; i += blockDim.x) {
-            const Four<T> four = load4(p, row_of_x<T>(p, row), share(i));
-            for (const T v : four.v) sum += widen(v) * widen(v);
-        }
-        for (int i = 16; i; i /= 2) sum += __shfl_xor_sync(kAllLanes, sum, i);
-        if (lane == 0) squares[warp * kW4MaxRows + row] = sum;
+__device__ Four load_x(const Params& p, int row, int k, float delta_scale) {
+    const std::int64_t at = row * p.call.x_stride;
+    Four x = p.call.x_type == ScaleType::float32
+                 ? load4(p, static_cast<const float*>(p.call.x) + at, k)
+                 : load4(p, static_cast<const T*>(p.call.x) + at, k);
+    if (!p.call.delta) return x;
+    const Four delta = load4(p, p.call.delta + at, k), post = load4(p, p.call.post, k);
+    for (int i = 0; i < 4; ++i) x.v[i] += delta.v[i] * delta_scale * post.v[i];
+    return x;
+}
+
+// Writes a share of the stream.
+__device__ void store_stream(const Params& p, int row, int k, const Four& x) {
+    const std::int32_t* perm = p.call.weights.perm;
+    for (int i = 0; i < 4; ++i) {
+        const int column = k + i % 2 + i / 2 * 8;
+        if (column < p.call.weights.k)
+            p.call.stream[row * p.call.x_stride + (perm ? perm[column] : column)] = x.v[i];
     }
 }
 
-// 1 / sqrt(mean(x^2) + eps) of one row.
-__device__ float inverse_rms(const Params& p, Squares& squares, int row) {
-    float sum = 0;
-    for (int warp = 0; warp < static_cast<int>(blockDim.x / 32); ++warp)
-        sum += squares[warp * kW4MaxRows + row];
-    return rsqrtf(sum / static_cast<float>(p.call.weights.k) + p.call.norm_eps);
+// Sums for the norms of x and delta; the first block writes the stream.
+template <typename T>
+__device__ void sum_moments(const Params& p, Moments& moments) {
+    if (p.call.delta) {
+        for (int row = 0; row < p.call.m; ++row) {
+            float sum = 0;
+#pragma unroll 4
+            for (int i = threadIdx.x; share(i) < p.call.weights.k; i += blockDim.x)
+                for (const float v : load4(p, p.call.delta + row * p.call.x_stride, share(i)).v)
+                    sum += v * v;
+            keep_sum(moments, kDelta, row, sum);
+        }
+        __syncthreads();
+    }
+    for (int row = 0; row < p.call.m; ++row) {
+        const float scale = delta_scale(p, moments, row);
+        float squares = 0, values = 0;
+#pragma unroll 4
+        for (int i = threadIdx.x; share(i) < p.call.weights.k; i += blockDim.x) {
+            const Four x = load_x<T>(p, row, share(i), scale);
+            if (p.call.delta && blockIdx.x == 0) store_stream(p, row, share(i), x);
+            for (const float v : x.v) {
+                squares += v * v;
+                values += v;
+            }
+        }
+        keep_sum(moments, kSquares, row, squares);
+        keep_sum(moments, kValues, row, values);
+    }
+    __syncthreads();
 }
 
 // Puts x of a slice of chunks into shared memory: permuted, normalised, padded with zeros.
 template <typename T, int CHUNK_WEIGHTS>
-__device__ void stage_x(const Params& p, SharedArray<uint2> x, Squares& squares, int first_chunk) {
+__device__ void stage_x(const Params& p, SharedArray<uint2> staged, Moments& moments,
+                        int first_chunk) {
     const int first = first_chunk * CHUNK_WEIGHTS;
     const int count4 = min(p.slice_chunks, p.chunks - first_chunk) * CHUNK_WEIGHTS / 4;
-    const T* norm = static_cast<const T*>(p.call.norm);
     for (int row = 0; row < p.call.m; ++row) {
-        const float inverse = norm ? inverse_rms(p, squares, row) : 0;
+        const float added = delta_scale(p, moments, row);
+        float middle = 0, scale = 1;
+        if (p.call.norm_kind != Norm::none) {
+            float square = mean(p, moments, kSquares, row);
+            if (p.call.norm_kind == Norm::layer) {
+                middle = mean(p, moments, kValues, row);
+                square = fmaxf(square - middle * middle, 0);
+            }
+            scale = rsqrtf(square + p.call.norm_eps);
+        }
 #pragma unroll 4
         for (int i = threadIdx.x; i < count4; i += blockDim.x) {
-            Four<T> four = load4(p, row_of_x<T>(p, row), first + share(i));
-            if (norm) {
-                const Four<T> weight = load4(p, norm, first + share(i));
-                for (int j = 0; j < 4; ++j)
-                    narrow(four.v[j],
-                           widen(four.v[j]) * inverse * (widen(weight.v[j]) + p.call.norm_offset));
+            const int k = first + share(i);
+            Four x = load_x<T>(p, row, k, added);
+            if (p.call.norm_kind != Norm::none) {
+                const Four weight = load4(p, p.call.norm, k);
+                for (int j = 0; j < 4; ++j) x.v[j] = (x.v[j] - middle) * scale * weight.v[j];
             }
+            if (p.call.norm_bias) {
+                const Four bias = load4(p, p.call.norm_bias, k);
+                for (int j = 0; j < 4; ++j) x.v[j] += bias.v[j];
+            }
+            T narrowed[4];
+            for (int j = 0; j < 4; ++j) narrow(narrowed[j], x.v[j]);
             uint2 bits;
-            memcpy(&bits, &four, 8);
-            x[row * p.x_stride4 + i] = bits;
+            memcpy(&bits, narrowed, 8);
+            staged[row * p.x_stride4 + i] = bits;
         }
     }
 }
@@ -314,6 +374,17 @@ __device__ float bias_of(const Params& p, int row) {
     return p.call.bias ? widen(static_cast<const T*>(p.call.bias)[row]) : 0;
 }
 
+__device__ float activated(Activation kind, float v) {
+    switch (kind) {
+        case Activation::silu: return v / (1 + __expf(-v));
+        case Activation::gelu: return 0.5f * v * (1 + erff(v * 0.70710678f));
+        case Activation::gelu_tanh:  // 1 + tanh(u) = 2 / (1 + exp(-2 u))
+            return v / (1 + __expf(-1.5957691f * (v + 0.044715f * v * v * v)));
+        case Activation::relu: return fmaxf(v, 0);
+        default: return v;
+    }
+}
+
 // Writes the columns of y that belong to the block's rows of W.
 template <typename T>
 __device__ void store_tile(const Params& p, Partial& partial, int first, int n) {
@@ -325,9 +396,16 @@ __device__ void store_tile(const Params& p, Partial& partial, int first, int n) 
         float value = tile_sum(partial, row, column) + bias_of<T>(p, first + row);
         if (gated) {
             const float up = tile_sum(partial, row + rows, column) + bias_of<T>(p, n + first + row);
-            value = value / (1 + __expf(-value)) * up;
+            value = activated(p.call.activation, value) * up;
         }
-        const std::int64_t place = std::int64_t{column} * n + first + row;
+        const std::int64_t place = column * p.call.y_stride + first + row;
+        if (p.call.gate)
+            value *= activated(p.call.activation, p.call.gate[place]);
+        else if (!gated)
+            value = activated(p.call.activation, value);
+        if (p.call.cap != 0) value = p.call.cap * tanhf(value / p.call.cap);
+        if (p.call.live && !p.call.live[column]) value = 0;
+        if (p.call.add) value += p.call.add[place];
         if (p.call.y_type == ScaleType::float32)
             static_cast<float*>(p.call.y)[place] = value;
         else
@@ -355,7 +433,7 @@ __device__ void add_slice(const Params& p, Work& work, Stage (&stages)[kDepth],
 template <typename T, int BITS, Values VALUES>
 __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     w4_matmul_kernel(const __grid_constant__ Params p) {
-    __shared__ Squares squares;
+    __shared__ Moments moments;
     __shared__ Partial partial;
     const SharedArray<uint2> x = dynamic_shared<uint2>();
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -375,13 +453,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     allow_next_kernel();
     wait_for_previous_kernel();
 
-    if (p.call.norm) {
-        sum_squares<T>(p, squares);
-        __syncthreads();
-    }
+    if (p.call.norm_kind != Norm::none || p.call.delta) sum_moments<T>(p, moments);
     for (int slice = 0; slice < p.chunks; slice += p.slice_chunks) {
         if (slice) __syncthreads();
-        stage_x<T, work.kWeights>(p, x, squares, slice);
+        stage_x<T, work.kWeights>(p, x, moments, slice);
         __syncthreads();
         add_slice(p, work, stages, column, slice);
     }
@@ -426,9 +501,12 @@ void check_arguments(const W4Matmul& call) {
             "group must be 0, 16, 32, 64 or 128, found " + std::to_string(w.group));
     require(w.k <= INT32_MAX / 2 && w.n <= INT32_MAX / w.groups(),
             "the weight matrix is too large");
-    require(call.x_type != ScaleType::float32, "x must be float16 or bfloat16");
-    require(call.y_type == call.x_type || call.y_type == ScaleType::float32,
-            "y must have the type of x or float32");
+    require(call.type != ScaleType::float32, "products must be of float16 or bfloat16");
+    for (const ScaleType type : {call.x_type, call.y_type})
+        require(type == call.type || type == ScaleType::float32,
+                "x and y must have the type of products or float32");
+    require(!call.delta || (call.post && call.stream), "delta needs post and stream");
+    require(call.norm_kind == Norm::none || call.norm, "a norm needs its weights");
     require(!call.gated || w.n % 2 == 0, "gated weights must have an even number of rows");
     require(divides(16, w.codes), "codes must lie on a multiple of 16 bytes");
 }
@@ -459,8 +537,10 @@ Params derive(const W4Matmul& call, int warps) {
 
     p.scale_bytes = w.scheme == Scheme::kquant ? 1 : bytes_of(w.scale_type);
     p.offset_bytes = w.scheme == Scheme::minimum ? bytes_of(w.scale_type) : 1;
-    p.aligned = !w.perm && w.k % 2 == 0 && call.x_stride % 2 == 0 && divides(4, call.x) &&
-                divides(4, call.norm);
+    p.aligned = !w.perm && w.k % 2 == 0 && call.x_stride % 2 == 0 &&
+                divides(2 * bytes_of(call.x_type), call.x);
+    for (const float* read : {call.delta, call.post, call.norm, call.norm_bias})
+        p.aligned = p.aligned && divides(8, read);
     return p;
 }
 
@@ -495,7 +575,7 @@ void w4_matmul(const W4Matmul& call, void* stream) {
     where.stream = static_cast<cudaStream_t>(stream);
     where.overlap = call.overlap != 0;
     launch(where,
-           call.x_type == ScaleType::float16 ? kernel_for<__half>(w) : kernel_for<__nv_bfloat16>(w),
+           call.type == ScaleType::float16 ? kernel_for<__half>(w) : kernel_for<__nv_bfloat16>(w),
            p);
 }
 

@@ -8,7 +8,7 @@ from engine.errors import InputError
 from engine.generation import Options, Prompt, Step, generate
 from engine.runtime import Timed
 
-LABELS = {  # as the decoder names its parts (csrc/cpu/decoder_bindings.cpp)
+LABELS = {  # as the decoders name their parts (csrc/cpu/decoder_bindings.cpp, runtime/gpu_step.py)
     "qkv": "q, k, v",
     "o": "output",
     "up": "gate, up",
@@ -21,6 +21,7 @@ LABELS = {  # as the decoder names its parts (csrc/cpu/decoder_bindings.cpp)
     "activation": "activation",
     "embedding": "embedding",
     "wait": "waiting at barriers",
+    "choice": "choice of the token",
 }
 
 
@@ -40,15 +41,18 @@ def breakdown(
 ) -> list[dict[str, Any]]:
     """The decode steps of one run by part, slowest first, then what lies outside of them.
 
-    The last two are "threads" (the native call without its parts: starting and joining the team)
-    and "Python" (the step without the native call: sampling, text, the binding). Raises
+    On a GPU parts are kernels, launched one after another as no graph does. The last two are
+    "threads" (the native call without its parts: starting and joining the team) and "Python" (the
+    step without the native call: sampling, text, the binding). Raises
     `InputError` for a backend that cannot tell, and where there is no decode step.
     """
     runtime = model.runtime
     if options.max_new_tokens < 2:
         raise InputError("--breakdown needs --new-tokens of at least 2: the first has no step")
     if not isinstance(runtime, Timed):
-        raise InputError(f"--breakdown needs --backend cpu, not {runtime.name}")
+        raise InputError(
+            f"--breakdown: the backend {runtime.name} cannot tell; cpu, triton and cuda can"
+        )
     step_ns: list[int] = []
 
     def after(step: Step) -> None:
@@ -71,7 +75,9 @@ def breakdown(
     context = generation.prompt_tokens + (steps + 1) / 2  # of a step, on average
     nbytes = {**times.bytes, "attention": round(batch * runtime.kv_bytes(context))}
     seconds = times.seconds
-    parts = [part(LABELS[name], seconds[name], nbytes.get(name)) for name in LABELS]
+    parts = [
+        part(LABELS[name], seconds[name], nbytes.get(name)) for name in LABELS if name in seconds
+    ]
     parts.sort(key=lambda found: -found.ms)
     parts.append(part("threads", times.whole - sum(seconds.values())))
     parts.append(part("Python", step_ms * steps / 1e3 - times.whole))

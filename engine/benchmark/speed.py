@@ -108,6 +108,7 @@ class RunRecord(Artifact):
     commit: str | None
     breakdown: tuple[dict[str, Any], ...] = ()  # a part of the decode step each
     isa: str | None = None  # instruction set, of the backend cpu
+    launches_per_token: int | None = None  # kernels of a decode step on a GPU
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,7 @@ def benchmark(
         peak_vram_bytes=runs.peak_vram_bytes,
         **_weights(runtime, runs.ours),
         **_surroundings(runtime, peers),
+        launches_per_token=getattr(runtime, "launches_per_token", None),
         compare=tuple(compared(runtime, runs, index, peer) for index, peer in enumerate(peers)),
     )
 

@@ -54,6 +54,8 @@ def speeds(record: RunRecord) -> Table:
         "KV cache": figure(r.kv_bytes / 1e6, "MB"),
         "peak RSS": figure(r.peak_rss_bytes / 1e6, "MB"),
     }
+    if r.launches_per_token is not None:
+        rows["launches a token"] = str(r.launches_per_token)
     if r.peak_vram_bytes is not None:
         rows["peak VRAM"] = figure(r.peak_vram_bytes / 1e6, "MB")
     out = Table(show_header=False, pad_edge=False)

@@ -26,7 +26,7 @@ def examine(threads: int | None = None) -> dict[str, Any]:
 
     import torch
 
-    from engine.api import choose_backend, choose_device
+    from engine.api import choose_backend
     from engine.benchmark import machine
     from engine.kernels import dispatch, native
     from engine.runtime import RUNTIMES
@@ -43,7 +43,7 @@ def examine(threads: int | None = None) -> dict[str, Any]:
         "huge_pages": machine.huge_pages(),
         "read_gb_s": machine.ceiling_gb_s(cpu, threads),
         "gpus": gpus,
-        "copy_gb_s": machine.ceiling_gb_s(torch.device("cuda"), threads) if gpus else None,
+        "gpu_read_gb_s": machine.ceiling_gb_s(torch.device("cuda"), threads) if gpus else None,
         "backends": {name: dispatch.why_not(name) for name in dispatch.BACKENDS},  # None: it runs
         "ops": {
             op: {
@@ -52,7 +52,11 @@ def examine(threads: int | None = None) -> dict[str, Any]:
             for op in dispatch.OPS
         },
         "runtimes": list(RUNTIMES),
-        "runtime": choose_backend(None, choose_device(None)),
+        "runtime": {
+            device: choose_backend(None, torch.device(device))
+            for device in DEVICES
+            if device == "cpu" or gpus
+        },
         "versions": machine.versions() | machine.package_versions(*PACKAGES),
         "commit": machine.commit(),
     }
@@ -77,7 +81,7 @@ def show(found: dict[str, Any]) -> None:
     if not found["gpus"]:
         facts.add_row("GPU", "none that torch finds")
     else:
-        facts.add_row("copy on the GPU", _gb_s(found["copy_gb_s"]))
+        facts.add_row("read on the GPU", _gb_s(found["gpu_read_gb_s"]))
     versions = (f"{name} {version or '-'}" for name, version in found["versions"].items())
     facts.add_row("versions", ", ".join(versions))
     facts.add_row("commit", found["commit"] or "no checkout")
@@ -91,7 +95,7 @@ def show(found: dict[str, Any]) -> None:
     ops = Table("operation", *(DEVICES[device] for device in DEVICES), pad_edge=False)
     for op, chosen in found["ops"].items():
         ops.add_row(op, *(chosen.get(device, "-") for device in DEVICES))
-    ops.add_row("a whole model", found["runtime"], "-")
+    ops.add_row("a whole model", *(found["runtime"].get(device, "-") for device in DEVICES))
     output.show(ops)
 
 

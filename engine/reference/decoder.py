@@ -12,17 +12,11 @@ from engine.architecture.rope import rotary
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.weights import Observed, Weights, load_layer, load_outer
 from engine.errors import InputError
+from engine.kernels.layer.reference import ACTIVATIONS
 from engine.options import Slots
 from engine.reference.cache import KVCache, Lengths
 
 Tap = Callable[[int, torch.Tensor], None]  # (boundary, residual stream (B, T, D)) -> None
-
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "relu": functional.relu,
-}
 
 
 class Decoder:
@@ -280,7 +274,7 @@ def visibility(positions: torch.Tensor, context: int, window: int | None) -> tor
 
 def mlp(config: ModelConfig, weights: Weights, x: torch.Tensor) -> torch.Tensor:
     """The feed-forward part, gated or plain: (R, T, D) -> (R, T, D)."""
-    activation = _ACTIVATIONS[config.activation]
+    activation = ACTIVATIONS[config.activation]
     widened = linear(x, weights, "up")
     if config.gated:
         widened = activation(linear(x, weights, "gate")) * widened

@@ -22,7 +22,8 @@ from engine.options import Slots
 if TYPE_CHECKING:
     import torch
 
-RUNTIMES = ("reference", "cpu")
+GPU_RUNTIMES = ("triton", "cuda")  # engine/runtime/gpu.py, by the kernels that it prefers
+RUNTIMES = ("reference", "cpu", *GPU_RUNTIMES)
 
 
 def check_backend(name: str | None, dtype: str | None) -> None:
@@ -37,6 +38,11 @@ def check_backend(name: str | None, dtype: str | None) -> None:
     if name == "cpu":
         if dtype not in (None, "float32"):
             raise InputError(f"dtype: the backend cpu has float32 alone, found {dtype}")
+        require(name)
+    if name in GPU_RUNTIMES:
+        if dtype == "float32":
+            raise InputError(f"dtype: the backend {name} has float16 and bfloat16, found {dtype}")
+        require("triton")  # "cuda" takes its kernels where it has none of its own
         require(name)
 
 
@@ -84,6 +90,11 @@ class Runtime(Protocol[C]):
         """Of the CPU, that work on a step."""
 
     @property
+    def prefill_chunk(self) -> int:
+        """Prompt tokens of a sequence that a call takes at best: activations stay small however
+        long the prompt."""
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all weights held."""
 
@@ -97,7 +108,8 @@ class Runtime(Protocol[C]):
     def forward(
         self, tokens: "torch.Tensor", cache: C, slots: Slots | None = None, logits: str = "last"
     ) -> "torch.Tensor":
-        """tokens (B, T) int64 -> (B, 1, V) for "last" or (B, T, V) for "all", float32."""
+        """tokens (B, T) int64, on the CPU or `device` -> (B, 1, V) for "last" or (B, T, V) for
+        "all", float32."""
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""Tables of the angles that the native decoder turns queries and keys by."""
+"""Tables of the angles that decoders turn queries and keys by."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -46,3 +46,31 @@ class Angles:
         table = torch.cat((angles.cos(), angles.sin()), dim=1) * rope.attention_factor
         self._tables[rope] = kind, table
         return table
+
+
+class DeviceAngles:
+    """The same on a device, where they stay in place while they are long enough."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        self._host, self.device = Angles(config), device
+        self._copied: list[torch.Tensor] = []  # the host's that the device has
+        self._dynamic = config.whole_prefill
+        self.ropes = self._host.ropes
+        self.tables: list[torch.Tensor] = []
+        self.version = 0  # of their addresses
+
+    def reach(self, length: int) -> None:
+        """Tables of at least `length` positions, turned as in a sequence of that length."""
+        if self.tables and length <= self._host.held.reach and not self._dynamic:
+            return
+        found = list(self._host.tables(length).tables)
+        if len(self.tables) != len(found) or any(
+            len(held) < len(table) for held, table in zip(self.tables, found, strict=True)
+        ):
+            self.tables = [table.to(self.device, copy=True) for table in found]
+            self._copied, self.version = found, self.version + 1
+            return
+        for index, table in enumerate(found):
+            if table is not self._copied[index]:
+                self.tables[index][: len(table)] = table
+        self._copied = found

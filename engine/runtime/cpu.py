@@ -45,6 +45,7 @@ class CpuRuntime:
     name = "cpu"
     device = torch.device("cpu")
     dtype = torch.float32
+    prefill_chunk = 512
 
     def __init__(
         self,

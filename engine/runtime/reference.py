@@ -14,6 +14,7 @@ from engine.reference.decoder import Decoder, Tap, load_decoder
 
 class ReferenceRuntime:
     name = "reference"
+    prefill_chunk = 512
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder

@@ -1,11 +1,13 @@
 """The CUDA decode matmul (csrc/cuda/w4_matmul.cu): 1 to 8 rows of x times a packed matrix."""
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import fields
 
 import torch
+from torch import Tensor
 
 from engine.kernels import native
+from engine.kernels.w4.around import ACTIVATIONS, NORMS, PLAIN, Around
 from engine.kernels.w4.format import SCHEMES
 from engine.kernels.w4.layout_gpu import GpuMatrix
 
@@ -27,63 +29,64 @@ class Matrix(ctypes.Structure):
 class Call(ctypes.Structure):
     """shallow::W4Matmul of csrc/cuda/w4_matmul.h."""
 
-    POINTERS = ("x", "norm", "bias", "y")
+    POINTERS = (
+        *("x", "delta", "post", "stream", "norm", "norm_bias", "bias", "gate", "add", "live", "y"),
+    )
     _fields_ = [
         ("weights", Matrix),
         *((name, ctypes.c_uint64) for name in POINTERS),
-        ("x_stride", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("m", "x_type", "y_type")),
-        *((name, ctypes.c_float) for name in ("norm_eps", "norm_offset")),
-        *((name, ctypes.c_int32) for name in ("gated", "overlap", "reserved")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "y_stride")),
+        *((name, ctypes.c_int32) for name in ("m", "type", "x_type", "y_type")),
+        *((name, ctypes.c_int32) for name in ("norm_kind", "activation")),
+        *((name, ctypes.c_float) for name in ("norm_eps", "cap")),
+        *((name, ctypes.c_int32) for name in ("gated", "overlap")),
     ]
 
 
-@dataclass(frozen=True, eq=False)
-class Norm:
-    """RMSNorm of x: x / sqrt(mean(x^2) + eps) * (weight + offset)."""
-
-    weight: torch.Tensor  # (K,), dtype of x
-    eps: float
-    offset: float = 0.0  # 1 where weights are stored less one (Gemma)
-
-
 def matmul(
-    x: torch.Tensor,
+    x: Tensor,
     weights: GpuMatrix,
-    bias: torch.Tensor | None = None,
-    norm: Norm | None = None,
-    gated: bool = False,
+    bias: Tensor | None = None,
+    around: Around = PLAIN,
     out_dtype: torch.dtype | None = None,
     overlap: bool = False,
-) -> torch.Tensor:
+) -> Tensor:
     """x (M, K) float16 or bfloat16 with M <= 8 -> (M, N) in `out_dtype` (of x, or float32).
 
-    `gated`: the matrix stacks a gate and an up projection; silu(gate) * up, (M, N / 2).
-    `overlap`: the kernel may start before the one before it ends (compute capability 9.0), whose
-    outputs it reads only as x. Raises ValueError, TypeError or RuntimeError (CUDA's own).
+    With a gate that W stacks (M, N / 2). `overlap`: the kernel may start before the one before it
+    ends (compute capability 9.0), whose outputs it reads only as activations. Raises ValueError,
+    TypeError or RuntimeError (CUDA's own).
     """
     if not x.is_cuda:
         raise ValueError(f"x must be on a GPU, found {x.device}")
-    n = weights.shape[0] // 2 if gated else weights.shape[0]
+    n = weights.shape[0] // 2 if around.gated else weights.shape[0]
     y = torch.empty(len(x), n, dtype=out_dtype or x.dtype, device=x.device)
-    call = describe(x, weights, y, bias, norm, gated, overlap)
-    stream = torch.cuda.current_stream(x.device)
-    with torch.cuda.device(x.device):
-        native.load("cuda").w4_matmul(ctypes.addressof(call), stream.cuda_stream)
+    launch(describe(x, weights, y, bias, around, overlap=overlap), x.device)
     return y
 
 
+def launch(call: Call, device: torch.device) -> None:
+    """On the device's current stream. RuntimeError with CUDA's own message."""
+    stream = torch.cuda.current_stream(device)
+    with torch.cuda.device(device):
+        native.load("cuda").w4_matmul(ctypes.addressof(call), stream.cuda_stream)
+
+
 def describe(
-    x: torch.Tensor,
+    x: Tensor,
     weights: GpuMatrix,
-    y: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    norm: Norm | None = None,
-    gated: bool = False,
+    y: Tensor,
+    bias: Tensor | None = None,
+    around: Around = PLAIN,
+    dtype: torch.dtype | None = None,
     overlap: bool = False,
 ) -> Call:
-    """The kernel's arguments; they borrow the tensors' memory. Raises ValueError or TypeError."""
-    check(x, weights, y, bias, norm, gated)
+    """The kernel's arguments; they borrow the tensors' memory. Raises ValueError or TypeError.
+
+    `dtype`, of products, is that of x where it is not float32.
+    """
+    dtype = x.dtype if dtype is None else dtype
+    check(x, weights, y, bias, around, dtype)
     spec, (n, k) = weights.spec, weights.shape
     matrix = Matrix(
         **{name: tensor.data_ptr() for name, tensor in weights.tensors().items()},
@@ -94,55 +97,68 @@ def describe(
         scheme=SCHEMES.index(spec.scheme),
         scale_type=TYPES.index(spec.scale_dtype),
     )
+    borrowed = {"x": x, "y": y, "bias": bias} | tensors(around)
+    present = {name: t.data_ptr() for name, t in borrowed.items() if t is not None}
     return Call(
         weights=matrix,
-        x=x.data_ptr(),
-        norm=norm.weight.data_ptr() if norm else 0,
-        bias=0 if bias is None else bias.data_ptr(),
-        y=y.data_ptr(),
+        **present,
         x_stride=x.stride(0),
+        y_stride=y.stride(0),
         m=len(x),
+        type=TYPES.index(dtype),
         x_type=TYPES.index(x.dtype),
         y_type=TYPES.index(y.dtype),
-        norm_eps=norm.eps if norm else 0.0,
-        norm_offset=norm.offset if norm else 0.0,
-        gated=gated,
+        norm_kind=NORMS.index(around.norm),
+        activation=ACTIVATIONS.index(around.activation),
+        norm_eps=around.epsilon,
+        cap=around.cap,
+        gated=around.gated,
         overlap=overlap,
     )
 
 
+def tensors(around: Around) -> dict[str, Tensor | None]:
+    """By the names of `Call`'s pointers."""
+    found = {field.name: getattr(around, field.name) for field in fields(around)}
+    found["norm"] = found.pop("norm_weight")
+    return {name: found[name] for name in Call.POINTERS if name in found}
+
+
 def check(
-    x: torch.Tensor,
+    x: Tensor,
     weights: GpuMatrix,
-    y: torch.Tensor,
-    bias: torch.Tensor | None,
-    norm: Norm | None,
-    gated: bool,
+    y: Tensor,
+    bias: Tensor | None,
+    around: Around,
+    dtype: torch.dtype,
 ) -> None:
     n, k = weights.shape
-    if x.dtype not in TYPES[:2]:
+    if dtype not in TYPES[:2] or x.dtype not in (dtype, torch.float32):
         raise TypeError(f"x must be float16 or bfloat16, found {x.dtype}")
-    if y.dtype not in (x.dtype, torch.float32):
-        raise TypeError(f"y must be {x.dtype} or torch.float32, found {y.dtype}")
+    if y.dtype not in (dtype, torch.float32):
+        raise TypeError(f"y must be {dtype} or torch.float32, found {y.dtype}")
     if x.dim() != 2 or x.shape[1] != k or len(x) > MAX_ROWS:
         raise ValueError(f"x must be (M, {k}) with M <= {MAX_ROWS}, found {tuple(x.shape)}")
-    if gated and n % 2:
+    if around.gated and n % 2:
         raise ValueError(f"gated weights need an even number of rows, found {n}")
-    if x.stride(1) != 1 and x.shape[1] > 1:
-        raise ValueError(f"rows of x must be contiguous, found stride {x.stride()}")
-    expected = {
-        "y": (y, y.dtype, (len(x), n // 2 if gated else n)),
-        "bias": (bias, x.dtype, (n,)),
-        "norm": (None if norm is None else norm.weight, x.dtype, (k,)),
-    }
     if weights.codes.device != x.device:
         raise ValueError(f"weight is on {weights.codes.device}, x is on {x.device}")
-    for name, (tensor, dtype, shape) in expected.items():
+    rows, outputs, wide = (len(x), k), (len(x), n // 2 if around.gated else n), torch.float32
+    expected = {"x": (x.dtype, rows), "y": (y.dtype, outputs), "bias": (dtype, (n,))}
+    expected |= {name: (wide, rows) for name in ("delta", "stream")}
+    expected |= {name: (wide, outputs) for name in ("gate", "add")}
+    expected |= {name: (wide, (k,)) for name in ("norm", "norm_bias", "post")}
+    expected["live"] = (torch.int32, (len(x),))
+    strides = {2: {"y": y.stride(), "gate": y.stride(), "add": y.stride()}, 1: {}}
+    for name, tensor in ({"x": x, "y": y, "bias": bias} | tensors(around)).items():
         if tensor is None:
             continue
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
+        kind, shape = expected[name]
+        stride = strides[len(shape)].get(name, x.stride() if len(shape) == 2 else (1,))
+        lies = tensor.stride() == stride and (stride[-1] == 1 or shape[-1] <= 1)
+        if tensor.dtype != kind or tuple(tensor.shape) != shape or not (lies or 0 in shape):
             raise ValueError(
-                f"{name} must be a contiguous {shape} {dtype}, "
+                f"{name} must be a contiguous {shape} {kind}, "
                 f"found {tuple(tensor.shape)} {tensor.dtype} with stride {tensor.stride()}"
             )
         if tensor.device != x.device:

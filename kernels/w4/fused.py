@@ -5,6 +5,7 @@ from functools import cache
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
@@ -15,6 +16,7 @@ from engine.kernels.w4.launch import Launch
 from engine.kernels.w4.layout_gpu import GpuMatrix
 
 HALVES = (torch.float16, torch.bfloat16)
+TRITON_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 ALIGN = 16  # elements and bytes; Triton compiles a kernel for multiples of 16, and one for the rest
 REDUCE_BLOCK = 512  # outputs of a program
 
@@ -115,10 +117,10 @@ def run_gemv(
 ) -> None:
     programs = triton.cdiv(y.shape[1], 8 if gated else 16)
     gemv.gemv_kernel[(programs,)](
-        x, *pointers(weight), bias, y, len(x), weight.shape[0], x.shape[1], x.stride(0),
-        FORMAT=format_of(weight, x.shape[1], sizes.WARPS), GATED=gated, BLOCK_M=sizes.BLOCK_M,
-        WARPS=sizes.WARPS, num_warps=sizes.WARPS, num_stages=sizes.num_stages,
-        maxnreg=sizes.maxnreg,
+        x, *pointers(weight), bias, y, len(x), weight.shape[0], x.shape[1], x.stride(0), y.shape[1],
+        FORMAT=format_of(weight, x.shape[1], sizes.WARPS), DTYPE=TRITON_TYPES[x.dtype], GATED=gated,
+        BLOCK_M=sizes.BLOCK_M, WARPS=sizes.WARPS, ACTIVATION="silu" if gated else "",
+        num_warps=sizes.WARPS, num_stages=sizes.num_stages, maxnreg=sizes.maxnreg,
     )  # fmt: skip
 
 

@@ -6,11 +6,11 @@ import triton.language as tl
 
 from engine.kernels.w4.dequantize import LIFT, dequantize, load_table
 from engine.kernels.w4.tiles import (
+    activated,
     add_product,
     by_warp,
     load_groups,
     load_words,
-    silu_times,
     store_tile,
     tile_rows,
     weight_rows,
@@ -22,9 +22,9 @@ def gemm_kernel(
     x_ptr, codes_ptr, scales_ptr, offsets_ptr, supers_ptr, codebook_ptr, bias_ptr, y_ptr,
     M, N, K, stride_xm,
     FORMAT: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr, WARPS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr, ACTIVATION: tl.constexpr = "silu",
 ):  # fmt: skip
-    """x (M, K) -> y (M, N), or with GATED silu(gate) * up (M, N / 2); bias (N,) or None.
+    """x (M, K) -> y (M, N), or with GATED activated(gate) * up (M, N / 2); bias (N,) or None.
 
     With SPLITS > 1 y is (SPLITS, M, N) float32, a part of K each, for `reduce_kernel`. A program
     takes 16 * WARPS rows of W and BLOCK_M of x; those that share rows of W run together.
@@ -57,7 +57,9 @@ def gemm_kernel(
         groups = load_groups(scales_ptr, offsets_ptr, supers_ptr, rows, following, K, FORMAT)
         acc = add_product(acc, tl.reshape(w, (ROWS, CHUNK)), x, FORMAT)
     if SPLITS == 1:
-        store_tile(acc, bias_ptr, y_ptr, tile, m, M, N, GATED)
+        outputs = N // 2 if GATED else N
+        kind: tl.constexpr = ACTIVATION if GATED else ""
+        store_tile(acc, bias_ptr, y_ptr, tile, m, M, N, outputs, None, None, None, GATED, kind, 0.0)
     else:
         rows, has = weight_rows(tile, tl.arange(0, ROWS), N, ROWS, GATED)
         at = (split * M + m).to(tl.int64)[None, :] * N + rows[:, None]
@@ -67,15 +69,16 @@ def gemm_kernel(
 @triton.jit(do_not_specialize=["M"])
 def reduce_kernel(
     parts_ptr, bias_ptr, y_ptr, M, N, GATED: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr = "silu",
 ):  # fmt: skip
-    """parts (SPLITS, M, N) -> y (M, N), or with GATED silu(gate) * up (M, N / 2); bias (N,)."""
+    """parts (SPLITS, M, N), bias (N,) -> y (M, N), with GATED activated(gate) * up (M, N / 2)."""
     outputs = N // 2 if GATED else N
     m = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     y = sum_parts(parts_ptr, bias_ptr, m, n, n < outputs, M, N, SPLITS)
     if GATED:
-        y = silu_times(y, sum_parts(parts_ptr, bias_ptr, m, n + outputs, n < outputs, M, N, SPLITS))
+        up = sum_parts(parts_ptr, bias_ptr, m, n + outputs, n < outputs, M, N, SPLITS)
+        y = activated(y, ACTIVATION) * up
     at = y_ptr + m.to(tl.int64) * outputs + n
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=n < outputs)
 

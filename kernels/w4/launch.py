@@ -38,6 +38,7 @@ TABLE = (
 # Two stages where a block has no room for three (114,688 bytes, 147,472 on sm_100): 99 KiB on
 # sm_86, 89 and 120.
 NARROW_TABLE = (*TABLE[:-1], (1023, replace(TABLE[-1][1], num_stages=2)))
+STEP_TABLE = TABLE[:2]  # of a decode step: see `step`
 WIDE_BYTES = 160 << 10  # of shared memory a block, that TABLE asks for
 DENSE = Launch("dense", BLOCK_M=0, WARPS=4, num_stages=1)
 DENSE_ROWS = 1024  # from here on dequantizing once costs less than again for every 128 rows of x
@@ -60,7 +61,7 @@ def choose(m: int, n: int, k: int, bits: int, cores: int, shared_bytes: int) -> 
     launch = next(launch for most, launch in table(shared_bytes) if m <= most)
     chunks = -(-k * bits // 512)
     if launch.kernel == "gemv":
-        return replace(launch, WARPS=min(launch.WARPS, 1 << chunks.bit_length() - 1))
+        return fitted(launch, chunks)
     programs = -(-n // (16 * launch.WARPS)) * -(-m // launch.BLOCK_M)
     splits = min(
         PROGRAMS_PER_CORE * cores // programs,
@@ -68,3 +69,22 @@ def choose(m: int, n: int, k: int, bits: int, cores: int, shared_bytes: int) -> 
         k * bits // (256 * m),  # parts, written and read in float32: a quarter of the codes' bytes
     )
     return replace(launch, SPLITS=max(splits, 1))
+
+
+def step(m: int, k: int, bits: int, streams: int) -> Launch:
+    """The launch of a decode step's gemv for x (m, k) and W of so many bits.
+
+    `streams` rows of float32 make a row of x, 0 where it comes in 16 bits. They pass through shared
+    memory too, so that there are fewer warps; more than 16 rows of x are more programs, which find
+    W in the L2.
+    """
+    launch = next((launch for most, launch in STEP_TABLE if m <= most), STEP_TABLE[-1][1])
+    if streams:
+        stages = 2 if streams * launch.BLOCK_M > 16 else 3
+        launch = replace(launch, WARPS=4, num_stages=stages)
+    return fitted(launch, -(-k * bits // 512))
+
+
+def fitted(launch: Launch, chunks: int) -> Launch:
+    """A gemv whose warps all have a chunk of K."""
+    return replace(launch, WARPS=min(launch.WARPS, 1 << chunks.bit_length() - 1))

@@ -119,30 +119,65 @@ def add_bias(acc, bias_ptr, rows):
 
 
 @triton.jit
-def silu_times(gate, up):
-    return gate / (1 + tl.exp(-gate)) * up
+def activated(x, ACTIVATION: tl.constexpr):
+    """x float32 through one of kernels/layer/reference.py's ACTIVATIONS."""
+    if ACTIVATION == "silu":
+        y = x / (1 + tl.exp(-x))
+    elif ACTIVATION == "gelu_tanh":  # 1 + tanh(u) = 2 / (1 + exp(-2 u))
+        y = x / (1 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    elif ACTIVATION == "gelu":
+        y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    else:
+        y = tl.maximum(x, 0)
+    return y
 
 
 @triton.jit
-def gate_up(acc):
-    """(ROWS, M) of a GATED tile -> silu(gate) * up, (ROWS / 2, M)."""
+def capped(scores, CAP: tl.constexpr):
+    """CAP * tanh(scores / CAP); as they are where CAP is 0."""
+    if CAP != 0:
+        scores = CAP - 2 * CAP / (1 + tl.exp(scores * (2 / CAP)))
+    return scores
+
+
+@triton.jit
+def gate_up(acc, ACTIVATION: tl.constexpr):
+    """(ROWS, M) of a GATED tile -> activated(gate) * up, (ROWS / 2, M)."""
     ROWS: tl.constexpr = acc.shape[0]
     M: tl.constexpr = acc.shape[1]
     acc = tl.permute(tl.reshape(acc, (ROWS // 16, 2, 8, M)), (0, 2, 3, 1))
     gate, up = tl.split(tl.reshape(acc, (ROWS // 2, M, 2)))
-    return silu_times(gate, up)
+    return activated(gate, ACTIVATION) * up
 
 
 @triton.jit
-def store_tile(acc, bias_ptr, y_ptr, tile, m, M, N, GATED: tl.constexpr):
-    """acc (ROWS, BLOCK_M) with LIFT -> rows m of y, with bias and gate."""
+def store_tile(
+    acc, bias_ptr, y_ptr, tile, m, M, N, stride_ym, gate_ptr, add_ptr, live_ptr,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
+    """acc (ROWS, BLOCK_M) with LIFT -> rows m of y, `stride_ym` apart.
+
+    In this order, each where it is given: bias, the gate that W holds or that `gate_ptr` does (as y
+    lies), or else the activation alone, the cap, 0 for rows that are not `live`, and `add_ptr`
+    (float32, as y lies, which may be y itself).
+    """
     ROWS: tl.constexpr = acc.shape[0]
     rows, _ = weight_rows(tile, tl.arange(0, ROWS), N, ROWS, GATED)
     y = add_bias(acc / LIFT, bias_ptr, rows)
     if GATED:
-        y = gate_up(y)
+        y = gate_up(y, ACTIVATION)
         N = N // 2
     n = tile * y.shape[0] + tl.arange(0, y.shape[0])
     inside = (n < N)[:, None] & (m < M)[None, :]
-    at = m.to(tl.int64)[None, :] * N + n[:, None]
+    at = m.to(tl.int64)[None, :] * stride_ym + n[:, None]
+    if gate_ptr is not None:
+        gate = tl.load(gate_ptr + at, mask=inside, other=0).to(tl.float32)
+        y = activated(gate, ACTIVATION) * y
+    elif ACTIVATION != "" and not GATED:
+        y = activated(y, ACTIVATION)
+    y = capped(y, CAP)
+    if live_ptr is not None:
+        y = tl.where(tl.load(live_ptr + m, mask=m < M, other=0)[None, :] != 0, y, 0)
+    if add_ptr is not None:
+        y += tl.load(add_ptr + at, mask=inside, other=0)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)

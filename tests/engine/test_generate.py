@@ -11,7 +11,6 @@ from support.fake import FakeRuntime, FakeText
 import engine.api
 from engine.errors import InputError
 from engine.generation import (
-    PREFILL_CHUNK,
     Options,
     StopStrings,
     generate,
@@ -103,10 +102,10 @@ def test_repetition_penalty_sees_the_prompt_and_what_was_generated(rng):
 
 
 def test_long_prompts_run_in_chunks(rng):
-    runtime, text = fakes(rng, max_context=3 * PREFILL_CHUNK)
-    batch = prompts(rng, 2 * PREFILL_CHUNK + 1, 3)
+    runtime, text = fakes(rng, max_context=3 * FakeRuntime.prefill_chunk)
+    batch = prompts(rng, 2 * FakeRuntime.prefill_chunk + 1, 3)
     results = generate(runtime, text, batch, Options(max_new_tokens=2))
-    assert max(shape[1] for shape, _, _ in runtime.calls) == PREFILL_CHUNK
+    assert max(shape[1] for shape, _, _ in runtime.calls) == FakeRuntime.prefill_chunk
     assert {logits for _, _, logits in runtime.calls} == {"last"}
     for prompt, result in zip(batch, results, strict=True):
         assert list(result.token_ids) == greedy(runtime, prompt, 2)

@@ -9,8 +9,10 @@ from support.emulated import build, error_of, run
 from support.packed import every_spec
 from support.w4_calls import BOUND, EDGES_K, EDGES_N, Matmul, check, make, random_case, scaled
 
-from engine.kernels.w4.cuda import Norm, describe
-from engine.kernels.w4.format import Spec
+from engine.kernels.layer import reference
+from engine.kernels.w4.around import ACTIVATIONS, Around
+from engine.kernels.w4.cuda import describe
+from engine.kernels.w4.format import Spec, unpack
 from engine.kernels.w4.layout_gpu import to_gpu
 
 G128 = Spec(4, 128, "symmetric")
@@ -53,7 +55,7 @@ def test_more_chunks_than_fly_and_more_x_than_fits(kernels, rng, tmp_path, bits)
         make(rng, Spec(bits, 32, "minimum"), dtype, m, 3, k, bias=True, norm=norm)
         for dtype in BOUND
         for m, k in ((1, 33 * chunk + 4), (8, 65 * chunk + 1))
-        for norm in (None, 1.0)
+        for norm in ("", "layer")
     ]
     check_all(kernels, cases, tmp_path)
 
@@ -63,9 +65,67 @@ def test_hard_values(kernels, rng, tmp_path):
     spec = Spec(4, 32, "symmetric", torch.float32)
     case = make(rng, spec, torch.float16, 8, 33, 128, out_dtype=torch.float32)
     tiny = dataclasses.replace(case, name="tiny scales", packed=scaled(case.packed, 1e-8))
-    norm = Norm(torch.full((128,), 1e-3, dtype=torch.float16), eps=1e-6)
-    large = dataclasses.replace(case, name="large x", x=case.x * 1e4, norm=norm)
+    around = Around("rms", 1e-6, torch.full((128,), 1e-3))
+    large = dataclasses.replace(case, name="large x", x=case.x * 1e4, around=around)
     check_all(kernels, [tiny, large], tmp_path)
+
+
+def around_step(rng, dtype) -> tuple[Matmul, torch.Tensor, torch.Tensor]:
+    """A launch as a decode step makes it, and the stream and y in float64."""
+
+    def below(limit: int) -> int:
+        return int(torch.randint(0, limit, (), generator=rng))
+
+    def real(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng)
+
+    specs = every_spec()
+    m, n, k = 1 + below(8), 2 * (1 + below(20)), EDGES_K[below(len(EDGES_K))]
+    permuted, norm = bool(below(2)), ("", "rms", "layer")[below(3)]
+    case = make(rng, specs[below(len(specs))], dtype, m, n, k, permuted=permuted, bias=True)
+    activation, gate = ACTIVATIONS[below(len(ACTIVATIONS))], ("", "stacked", "apart")[below(3)]
+    outputs = n // 2 if gate == "stacked" else n
+    options = {"norm": norm, "epsilon": 1e-5, "gated": gate == "stacked", "activation": activation}
+    if norm:
+        options["norm_weight"] = real(k)
+        options["norm_bias"] = real(k) if norm == "layer" else None
+    if below(2):
+        options |= {"delta": real(m, k), "post": real(k), "stream": torch.full((m, k), torch.nan)}
+    if gate == "apart":
+        options["gate"] = real(m, outputs)
+    options |= {"cap": (0.0, 3.0)[below(2)], "add": real(m, outputs)}
+    options["live"] = torch.randint(0, 2, (m,), generator=rng).int()
+    case = dataclasses.replace(
+        case, x=real(m, k), products=dtype, around=Around(**options), out_dtype=torch.float32
+    )
+    x = case.x.double()
+    if "delta" in options:
+        x = reference.returned(x, options["delta"].double(), options["post"].double(), 1e-5)
+    y = x
+    if norm:
+        bias = options["norm_bias"]
+        weight, bias = options["norm_weight"].double(), None if bias is None else bias.double()
+        y = reference.normalised(x, weight, bias, 1e-5, norm)
+    y = y @ unpack(case.packed).double().T + case.bias.double()
+    activate = reference.ACTIVATIONS.get(activation, lambda x: x)
+    if gate == "stacked":
+        y = activate(y[:, :outputs]) * y[:, outputs:]
+    else:
+        y = activate(options["gate"].double()) * y if gate else activate(y)
+    y = options["cap"] * torch.tanh(y / options["cap"]) if options["cap"] else y
+    y = torch.where(options["live"][:, None] != 0, y, 0) + options["add"].double()
+    return case, x, y
+
+
+def test_what_stands_around(kernels, rng, tmp_path):
+    made = [around_step(rng, dtype) for dtype in BOUND for _ in range(30)]
+    for (case, x, y), got in zip(
+        made, run(kernels, [c for c, _, _ in made], tmp_path), strict=True
+    ):
+        if case.around.stream is not None:
+            torch.testing.assert_close(case.around.stream.double(), x, rtol=1e-5, atol=1e-5)
+        bound = 10 * BOUND[case.dtype] * (1 + y.abs() + y.square().mean().sqrt())
+        assert ((got - y).abs() <= bound).all(), case.around
 
 
 def test_no_rows(kernels, rng, tmp_path):
@@ -87,8 +147,10 @@ def test_native_errors(kernels, rng, tmp_path):
     assert "bits must be 4, or 8 without a codebook or super-scales, found 5" in error(bits=5)
     assert "bits must be 4, or 8" in error(bits=8, scheme=3)
     assert error(group=48).endswith("group must be 0, 16, 32, 64 or 128, found 48")
-    assert "x must be float16 or bfloat16" in error(x_type=2)
-    assert "y must have the type of x or float32" in error(y_type=1)
+    assert "products must be of float16 or bfloat16" in error(type=2)
+    assert "x and y must have the type of products or float32" in error(y_type=1)
+    assert "delta needs post and stream" in error(delta=8)
+    assert "a norm needs its weights" in error(norm_kind=1)
     assert "even number of rows" in error(gated=1, n=15)
 
 
@@ -103,9 +165,9 @@ def test_python_errors(rng):
     raises(TypeError, "x must be float16 or bfloat16, found torch.float32", x=x.float())
     raises(ValueError, r"x must be \(M, 128\) with M <= 8, found \(2, 64\)", x=x[:, :64])
     raises(ValueError, r"found \(9, 128\)", x=torch.zeros(9, 128).half())
-    raises(ValueError, "rows of x must be contiguous", x=torch.zeros(128, 2).half().T)
+    raises(ValueError, r"x must be a contiguous \(2, 128\)", x=torch.zeros(128, 2).half().T)
     raises(TypeError, "y must be torch.float16 or torch.float32", y=y.bfloat16())
     raises(ValueError, r"y must be a contiguous \(2, 16\)", y=y[:, :8])
     raises(ValueError, r"bias must be a contiguous \(16,\) torch.float16", bias=torch.zeros(16))
-    raises(ValueError, "norm must be a contiguous", norm=Norm(torch.zeros(64).half(), 1e-5))
+    raises(ValueError, "norm must be a contiguous", around=Around("rms", 1e-5, torch.zeros(64)))
     raises(ValueError, "y is on meta, x is on cpu", y=y.to("meta"))

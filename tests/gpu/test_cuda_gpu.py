@@ -11,7 +11,8 @@ from support.packed import every_spec, random_packed
 from support.w4_calls import BOUND, EDGES_K, EDGES_N, Matmul, check, make, random_case
 
 from engine.kernels import native
-from engine.kernels.w4.cuda import Call, Norm, describe, matmul
+from engine.kernels.w4.around import Around
+from engine.kernels.w4.cuda import Call, describe, matmul
 from engine.kernels.w4.format import Spec, unpack
 from engine.kernels.w4.layout_gpu import to_gpu
 
@@ -33,12 +34,13 @@ def run(case: Matmul) -> torch.Tensor:
     storage = torch.zeros(case.offset + len(case.x) * width, dtype=case.x.dtype, device="cuda")
     x = storage[case.offset :].view(len(case.x), width)[:, : case.x.shape[1]].copy_(case.x)
     bias = None if case.bias is None else case.bias.cuda()
-    norm = case.norm and dataclasses.replace(case.norm, weight=case.norm.weight.cuda())
+    held = {field.name: getattr(case.around, field.name) for field in dataclasses.fields(Around)}
+    moved = {name: v.cuda() if isinstance(v, torch.Tensor) else v for name, v in held.items()}
     y = case.output()
     guarded = torch.full((y.numel() + 2 * GUARD,), torch.nan, dtype=y.dtype, device="cuda")
     out = guarded[GUARD : GUARD + y.numel()].view(y.shape)
     weights = to_gpu(case.packed.to("cuda"))
-    call = describe(x, weights, out, bias, norm, case.gated)
+    call = describe(x, weights, out, bias, Around(**moved))
     native.load("cuda").w4_matmul(ctypes.addressof(call), torch.cuda.current_stream().cuda_stream)
     guards = torch.cat((guarded[:GUARD], guarded[GUARD + y.numel() :]))
     assert guards.isnan().all(), f"{case.name}: wrote outside its output"
@@ -80,13 +82,13 @@ def test_chain_in_a_graph(rng, overlap):
         pytest.skip("kernels overlap from compute capability 9.0")
     packed = random_packed(rng, 2048, 2048, Spec(4, 64, "minimum")).to("cuda")
     weights = to_gpu(packed)
-    norm = Norm(torch.ones(2048, dtype=torch.float16, device="cuda"), eps=1e-6)
+    around = Around("rms", 1e-6, torch.ones(2048, device="cuda"))
     start = torch.randn(2, 2048, generator=rng).half().cuda()
 
     def chain(overlap: bool) -> torch.Tensor:
         x = start
         for _ in range(20):
-            x = matmul(x, weights, norm=norm, overlap=overlap)
+            x = matmul(x, weights, around=around, overlap=overlap)
         return x
 
     expected = chain(False)

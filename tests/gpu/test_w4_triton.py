@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+import triton.language as tl
 from cases import MATRICES
 from support import aot
 from support.interpreted import run_interpreted
@@ -28,6 +29,9 @@ SCHEMES = {  # each with the group whose scales need most registers
     "symmetric 8 bits, row": Format("symmetric", 8, 0, even=True, asm=True),
     "minimum 8 bits g16": Format("minimum", 8, 16, even=True, asm=True),
 }
+UNUSED = ("perm_ptr", "delta_ptr", "post_ptr", "stream_ptr", "norm_ptr", "norm_bias_ptr")
+UNUSED += ("gate_ptr", "add_ptr", "live_ptr")
+HALVES = {"fp16": tl.float16, "bf16": tl.bfloat16}
 REGISTERS = 65536  # of a multiprocessor
 WIDE = aot.SHARED_LIMIT_BYTES[90]
 WIDE_ARCHS = [arch for arch in aot.ARCHS if aot.SHARED_LIMIT_BYTES[arch] >= launch.WIDE_BYTES]
@@ -63,9 +67,13 @@ def build(sizes: Launch, kind: Format, dtype: str, arch: int, gated: bool = Fals
     else:
         constexprs["bias_ptr"] = None
     constexprs |= {"FORMAT": kind, "GATED": gated, "WARPS": sizes.WARPS}
-    constexprs |= {"BLOCK_M": sizes.BLOCK_M}
+    constexprs |= {"BLOCK_M": sizes.BLOCK_M, "ACTIVATION": "silu" if gated else ""}
     kernel = gemv.gemv_kernel
-    if sizes.kernel == "gemm":
+    if sizes.kernel == "gemv":
+        signature["stride_ym"] = "i32"
+        constexprs |= dict.fromkeys(UNUSED) | {"DTYPE": HALVES[dtype], "epsilon": 0.0}
+        constexprs |= {"NORM": "", "CAP": 0.0}
+    else:
         kernel, constexprs["SPLITS"] = gemm.gemm_kernel, sizes.SPLITS
     return aot.compile(
         kernel, signature, constexprs, arch, odd=("M",),
@@ -156,7 +164,7 @@ def test_reduction_compiles(gated, arch):
         "M": "i32",
         "N": "i32",
     }
-    constexprs = {"GATED": gated, "SPLITS": 4, "BLOCK_N": fused.REDUCE_BLOCK}
+    constexprs = {"GATED": gated, "SPLITS": 4, "BLOCK_N": fused.REDUCE_BLOCK, "ACTIVATION": "gelu"}
     compiled = aot.compile(gemm.reduce_kernel, signature, constexprs, arch, odd=("M",))
     assert compiled.spill_bytes == 0 and compiled.wide_loads() >= 4
 

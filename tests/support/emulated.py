@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 from support.w4_calls import Matmul
 
-from engine.kernels.w4.cuda import Call, Matrix
+from engine.kernels.w4.cuda import Call, Matrix, tensors
 from engine.kernels.w4.layout_gpu import to_gpu
 
 ROOT = Path(__file__).parents[2]
@@ -73,8 +73,7 @@ def build(name: str, *sources: str) -> Path:
 def arrays_of(case: Matmul) -> dict[int, torch.Tensor]:
     """What the call's pointers point to, by their places in the struct."""
     weights = [(Matrix, name, tensor) for name, tensor in to_gpu(case.packed).tensors().items()]
-    others = {"x": case.x, "y": case.output(), "bias": case.bias}
-    others["norm"] = case.norm and case.norm.weight
+    others = {"x": case.x, "y": case.output(), "bias": case.bias} | tensors(case.around)
     named = weights + [(Call, name, tensor) for name, tensor in others.items()]
     present = [entry for entry in named if entry[2] is not None]
     return {getattr(owner, name).offset: tensor for owner, name, tensor in present}
@@ -88,7 +87,8 @@ def encode(case: Matmul, call: Call) -> bytes:
         data = storage_bytes(tensor)
         moves = place in (Call.x.offset, Call.y.offset)
         moved = case.offset * tensor.itemsize if moves else 0
-        encoded += [struct.pack("4q", place, place == Call.y.offset, moved, len(data)), data]
+        written = place in (Call.y.offset, Call.stream.offset)
+        encoded += [struct.pack("4q", place, written, moved, len(data)), data]
     return b"".join(encoded)
 
 
@@ -103,16 +103,21 @@ def storage_bytes(tensor: torch.Tensor) -> bytes:
 
 
 def run(executable: Path, cases: list[Matmul], folder: Path) -> list[torch.Tensor]:
-    """The outputs. Fails with the emulator's or a sanitizer's report."""
+    """The outputs; streams are written. Fails with the emulator's or a sanitizer's report."""
     data = run_encoded(executable, [encode(case, case.call()) for case in cases], folder)
     at, found = 0, []
     for case in cases:
         y = case.output()
         (message_bytes,) = struct.unpack_from("q", data, at)
         assert message_bytes == 0, data[at + 8 : at + 8 + message_bytes].decode()
-        stored = bytearray(data[at + 8 : at + 8 + y.nbytes])
-        found.append(torch.frombuffer(stored, dtype=y.dtype).view(y.shape) if y.nbytes else y)
-        at += 8 + y.nbytes
+        at += 8
+        for tensor in (y, case.around.stream):
+            if tensor is None or not tensor.nbytes:
+                continue
+            stored = bytearray(data[at : at + tensor.nbytes])
+            tensor.copy_(torch.frombuffer(stored, dtype=tensor.dtype).view(tensor.shape))
+            at += tensor.nbytes
+        found.append(y)
     assert at == len(data), f"{len(data) - at} bytes of results too many"
     return found
 

@@ -29,6 +29,7 @@ class FakeRuntime:
     name = "fake"
     device = torch.device("cpu")
     dtype = torch.float32
+    prefill_chunk = 80
     precision = "float32"
     weight_bytes = weight_bytes_per_token = 16384
 

@@ -1,5 +1,6 @@
 """Checkpoints whose matrices are packed, each in another scheme, for tests of the runtimes."""
 
+from collections.abc import Sequence
 from itertools import cycle
 
 import torch
@@ -22,11 +23,16 @@ SPECS = (
 class MixedCheckpoint:
     """A `Checkpoint` over another: its matrices take turns among SPECS and PLAIN dtypes."""
 
-    def __init__(self, stored: Checkpoint, permuted: bool = False) -> None:
+    def __init__(
+        self,
+        stored: Checkpoint,
+        permuted: bool = False,
+        kinds: Sequence[Spec | torch.dtype] = (*SPECS, *PLAIN),
+    ) -> None:
         self.path, self.config, self._stored = stored.path, stored.config, stored
-        kinds = cycle((*SPECS, *PLAIN))
+        turns = cycle(kinds)
         matrices = [name for name in stored.names() if len(stored.shape(name)) == 2]
-        self._kinds = {name: next(kinds) for name in matrices}
+        self._kinds = {name: next(turns) for name in matrices}
         self._packed: dict[str, Packed] = {}
         self._permuted = permuted
 

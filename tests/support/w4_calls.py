@@ -7,7 +7,9 @@ import torch
 from support.close import rms_ratio
 from support.packed import every_spec, random_packed, spec_id
 
-from engine.kernels.w4.cuda import Call, Norm, describe
+from engine.kernels.layer.reference import normalised
+from engine.kernels.w4.around import PLAIN, Around
+from engine.kernels.w4.cuda import Call, describe
 from engine.kernels.w4.format import Packed, Spec, unpack
 from engine.kernels.w4.layout_gpu import to_gpu
 
@@ -25,34 +27,45 @@ class Matmul:
     x: torch.Tensor
     packed: Packed
     bias: torch.Tensor | None = None
-    norm: Norm | None = None
-    gated: bool = False
+    around: Around = PLAIN
     out_dtype: torch.dtype | None = None
     offset: int = 0
+    products: torch.dtype | None = None  # their dtype, that of x unless it is float32
 
     def output(self) -> torch.Tensor:
         """NaN, of the output's shape and dtype."""
         n = self.packed.shape[0] // (2 if self.gated else 1)
-        return torch.full((len(self.x), n), torch.nan, dtype=self.out_dtype or self.x.dtype)
+        return torch.full((len(self.x), n), torch.nan, dtype=self.out_dtype or self.dtype)
+
+    @property
+    def gated(self) -> bool:
+        return self.around.gated
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of products."""
+        return self.products or self.x.dtype
 
     def call(self) -> Call:
         weights = to_gpu(self.packed)
-        return describe(self.x, weights, self.output(), self.bias, self.norm, self.gated)
+        return describe(self.x, weights, self.output(), self.bias, self.around, self.dtype)
 
 
 def make(rng, spec: Spec, dtype, m: int, n: int, k: int, **options) -> Matmul:
-    """x and x @ w.T of about unit RMS. Options: permuted, bias, norm (the offset), gated,
-    out_dtype, offset, strided."""
+    """x and x @ w.T of about unit RMS. Options: permuted, bias, norm (one of NORMS), gated,
+    out_dtype, offset, strided; what else stands around the product is `step`'s."""
     taken = dict(options)
     packed = random_packed(rng, n, k, spec, permuted=taken.pop("permuted", False))
     width = k + 3 if taken.pop("strided", False) else k
     x = torch.randn(m, width, generator=rng).to(dtype)[:, :k]
     if taken.pop("bias", False):
         taken["bias"] = torch.randn(n, generator=rng).to(dtype)
-    norm_offset = taken.pop("norm", None)
-    if norm_offset is not None:
-        weight = torch.randn(k, generator=rng).to(dtype)
-        taken["norm"] = Norm(weight, eps=1e-5, offset=norm_offset)
+    norm, gated, around = taken.pop("norm", ""), taken.pop("gated", False), {}
+    if norm:
+        around = {"norm": norm, "epsilon": 1e-5, "norm_weight": torch.randn(k, generator=rng)}
+    if norm == "layer":
+        around["norm_bias"] = torch.randn(k, generator=rng)
+    taken["around"] = Around(gated=gated, activation="silu" if gated else "", **around)
     name = f"{spec_id(spec)} {dtype} M={m} N={n} K={k} {options}"
     return Matmul(name, x, scaled(packed, k**-0.5), **taken)
 
@@ -74,7 +87,7 @@ def random_case(rng, m: int, n: int, k: int) -> Matmul:
     options = {
         "permuted": bool(below(2)),
         "bias": bool(below(2)),
-        "norm": (None, None, 0.0, 1.0)[below(4)],
+        "norm": ("", "", "rms", "layer")[below(4)],
         "gated": n % 2 == 0 and bool(below(2)),
         "out_dtype": (None, torch.float32)[below(2)],
         "offset": below(8),
@@ -89,9 +102,11 @@ def reference(case: Matmul) -> tuple[torch.Tensor, torch.Tensor]:
     x, w, tensors = case.x.double(), unpack(case.packed).double(), case.packed.tensors()
     no_offset = {n: torch.zeros_like(tensors[n]) for n in ("zeros", "mins") if n in tensors}
     parts = w.abs() + unpack(dataclasses.replace(case.packed, **no_offset)).double().abs()
-    if case.norm:
-        x = x * (x.square().mean(dim=1, keepdim=True) + case.norm.eps).rsqrt()
-        x = x * (case.norm.weight.double() + case.norm.offset)
+    around = case.around
+    if around.norm:
+        weight, bias = around.norm_weight.double(), around.norm_bias
+        bias = None if bias is None else bias.double()
+        x = normalised(x, weight, bias, around.epsilon, around.norm)
     y, size = x @ w.T, x.abs() @ parts.T
     if case.bias is not None:
         y, size = y + case.bias.double(), size + case.bias.double().abs()
@@ -106,7 +121,7 @@ def check(case: Matmul, y: torch.Tensor, exact: bool = True) -> None:
     """Holds an output to its bound: the RMS ratio of 256 values or more, each of fewer. `exact`:
     the kernel rounds nothing but what it must."""
     expected, size = reference(case)
-    rounded = case.packed.spec.scheme == "codebook" or case.norm or case.gated
+    rounded = case.packed.spec.scheme == "codebook" or case.around.norm or case.gated
     exact = exact and y.dtype == torch.float32 and not rounded
     bound = EXACT if exact else BOUND[case.x.dtype]
     if y.numel() >= 256:

@@ -1,0 +1,205 @@
+"""The GPU runtime: our 4-bit kernels on packed weights, torch for the rest of the decoder."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from engine.architecture.config import ModelConfig
+from engine.checkpoint import Checkpoint
+from engine.errors import InputError
+from engine.kernels.dtypes import name_of
+from engine.kernels.w4 import fused
+from engine.options import Slots
+from engine.reference.decoder import check_call
+from engine.runtime import Times
+from engine.runtime.angles import DeviceAngles
+from engine.runtime.gpu_cache import Arena, GpuCache
+from engine.runtime.gpu_layers import ManyTokens
+from engine.runtime.gpu_step import BUCKETS, Buffers, Clock, StepList, split_count
+from engine.runtime.gpu_weights import Layer, Outer, Part, Placement, check_memory
+from engine.sample import NOT_FINITE
+
+HALVES = (torch.float16, torch.bfloat16)
+PARTS = {"gate_up": "up", "gate": "up"}  # of a step, by launch
+
+
+class GpuRuntime:
+    """The residual stream is float32, all else in `dtype`; a kernel's sums are float32."""
+
+    prefill_chunk = 2048  # from 1,024 rows on weights are dequantized once a call
+
+    def __init__(
+        self, config: ModelConfig, placement: Placement, outer: Outer, layers: Sequence[Layer]
+    ) -> None:
+        self.config, self.name = config, placement.backend
+        self.device, self.dtype = placement.device, placement.dtype
+        self.outer, self.layers = outer, list(layers)
+        self.arena = Arena(config, self.device, self.dtype)
+        self.angles = DeviceAngles(config, self.device)
+        self._many = ManyTokens(config, outer, self.layers, self.angles, self.dtype)
+        self._buffers: dict[int, Buffers] = {}
+        self._steps: dict[tuple[int, tuple[int, ...]], StepList] = {}
+        self._built_on: tuple[int, int] = (0, 0)  # versions of arena and angles
+        self._tabled: torch.Tensor | None = None  # the cache's table that buffers hold
+        self._clock: Clock | None = None
+        self._latest: StepList | None = None
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        backend: str = "triton",
+        progress: Callable[[int], None] | None = None,
+    ) -> "GpuRuntime":
+        """Reads only the layers that `config` keeps; `progress` is called after each of them.
+
+        `backend` "cuda" takes our CUDA kernels where there are any and Triton's for the rest.
+        """
+        if dtype not in HALVES:
+            known = " and ".join(map(name_of, HALVES))
+            raise InputError(f"dtype: the backend {backend} has {known}, found {name_of(dtype)}")
+        placement = Placement(torch.device(device), dtype, backend)
+        if placement.device.type == "cuda":
+            free = torch.cuda.mem_get_info(placement.device)[0]
+            check_memory(checkpoint, config, free, str(placement.device))
+        outer, layers = placement.outer(checkpoint, config), []
+        for entry in config.layers:
+            layers.append(placement.layer(checkpoint, config, entry.layer))
+            if progress is not None:
+                progress(entry.layer)
+        return cls(config, placement, outer, layers)
+
+    @property
+    def precision(self) -> str:
+        return f"{name_of(self.dtype)}, float32 residual"
+
+    @property
+    def threads(self) -> int:
+        return torch.get_num_threads()
+
+    @property
+    def weight_bytes(self) -> int:
+        tensors = [t for layer in (self.outer, *self.layers) for t in layer.tensors]
+        return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+    @property
+    def weight_bytes_per_token(self) -> int:
+        """All but an embedding of its own, of which a token reads one row."""
+        embedding = [] if self.config.tied else Part(self.outer.embedding).tensors
+        return self.weight_bytes - sum(t.nbytes for t in embedding)
+
+    def new_cache(self, batch: int, capacity: int | None = None) -> GpuCache:
+        cache = GpuCache(self.config, batch, self.arena)
+        cache.reserve(min(capacity or 1, self.config.max_context))
+        return cache
+
+    @torch.no_grad()
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        cache: GpuCache,
+        slots: Slots | None = None,
+        logits: str = "last",
+    ) -> torch.Tensor:
+        if logits not in ("last", "all"):
+            raise InputError(f"logits: expected 'last' or 'all', found {logits!r}")
+        tokens = tokens.cpu()
+        positions, chosen = self._begin(tokens, cache, slots)
+        if tokens.shape[1] == 1 and cache.batch <= BUCKETS[-1]:
+            buffers = self._step(tokens, positions, chosen, cache)
+            return buffers.logits[: cache.batch, None].clone()
+        found = self._many(tokens, positions, chosen, cache, logits == "all")
+        cache.advance(chosen, positions)
+        return found
+
+    @torch.no_grad()
+    def greedy(self, tokens: Sequence[int], cache: GpuCache) -> list[int]:
+        column = torch.tensor(tokens)[:, None]
+        if cache.batch > BUCKETS[-1]:
+            best, ids = self.forward(column, cache)[:, 0].max(dim=1)
+            found = torch.where(best.isfinite(), ids, -1).tolist()
+        else:
+            found = self._step(column, *self._begin(column, cache, None), cache).ids.tolist()
+        running = [id for id, token in zip(found, tokens, strict=False) if token >= 0]
+        if -1 in running:
+            raise ArithmeticError(NOT_FINITE)
+        return running
+
+    @property
+    def launches_per_token(self) -> int | None:
+        """Of the latest step; None before the first."""
+        return None if self._latest is None else len(self._latest.launches)
+
+    def measure(self, on: bool) -> None:
+        self._clock = Clock(self.device) if on else None
+
+    def times(self) -> Times:
+        """By the names that the CPU's parts have; a gate and an up projection are one."""
+        seconds: dict[str, float] = {}
+        nbytes: dict[str, int] = {}
+        for name, elapsed in ({} if self._clock is None else self._clock.seconds).items():
+            part = PARTS.get(name, name)
+            seconds[part] = seconds.get(part, 0.0) + elapsed
+        for launch in [] if self._latest is None else self._latest.launches:
+            part = PARTS.get(launch.name, launch.name)
+            nbytes[part] = nbytes.get(part, 0) + launch.weights
+        return Times(seconds, {name: n for name, n in nbytes.items() if n}, sum(seconds.values()))
+
+    def kv_bytes(self, context: float) -> float:
+        """Layers with a window read no more than it."""
+        config = self.config
+        position = 2 * config.kv_heads * config.head_dim * self.dtype.itemsize
+        return position * sum(min(context, entry.window or context) for entry in config.layers)
+
+    def _begin(
+        self, tokens: torch.Tensor, cache: GpuCache, slots: Slots | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `check_call` gives for the call, which then has room."""
+        positions, chosen = check_call(self.config, tokens, cache, slots)
+        length = int(positions.max()) + 1
+        cache.reserve(length)
+        self.angles.reach(length)
+        return positions, chosen
+
+    def _step(
+        self, tokens: torch.Tensor, positions: torch.Tensor, chosen: torch.Tensor, cache: GpuCache
+    ) -> Buffers:
+        """Runs tokens and positions (B, 1), -1 where there is none; `chosen` (B, S): who runs what.
+
+        The buffers hold logits and ids until the next step.
+        """
+        versions = self.arena.version, self.angles.version
+        if versions != self._built_on:
+            self._steps.clear()
+            self._built_on = versions
+        bucket = next(size for size in BUCKETS if size >= cache.batch)
+        slots = tuple(chosen.any(dim=0).nonzero().flatten().tolist())
+        if (bucket, slots) not in self._steps:
+            self._steps[bucket, slots] = self._build(bucket, slots)
+        buffers = self._buffers[bucket]
+        host = torch.zeros(buffers.inputs.shape, dtype=torch.int32)
+        host[0] = -1
+        host[0, : cache.batch] = tokens[:, 0]
+        host[1, : cache.batch] = positions[:, 0].clamp_min(0)
+        host[2:, : cache.batch] = (chosen & (tokens >= 0)).T
+        buffers.inputs.copy_(host)
+        if self._tabled is not cache.table:
+            buffers.table[: cache.batch, : cache.table.shape[1]] = cache.table
+            self._tabled = cache.table
+        self._latest = self._steps[bucket, slots]
+        self._latest.run(self._clock)
+        cache.advance(chosen, positions)
+        return buffers
+
+    def _build(self, bucket: int, slots: tuple[int, ...]) -> StepList:
+        if bucket not in self._buffers:
+            splits = split_count(bucket, self.config.kv_heads, fused.limits(self.device)[0])
+            self._buffers[bucket] = Buffers(self.config, bucket, self.device, self.dtype, splits)
+            self._tabled = None
+        return StepList(
+            self.config, self.outer, self.layers, slots, self._buffers[bucket], self.arena.store,
+            self.angles.tables,
+        )  # fmt: skip

@@ -1,0 +1,117 @@
+"""Keys and values on a GPU: pages of one arena, and for every cache a table of its pages there."""
+
+import weakref
+
+import torch
+
+from engine.architecture.config import ModelConfig
+from engine.errors import InputError
+from engine.reference.cache import Lengths
+
+PAGE = 64  # positions of a page
+
+
+class Arena:
+    """Pages of keys and values for all caches of a runtime: what a page number means.
+
+    `store` is (pages, S, 2, G, PAGE, E): a page holds PAGE positions of a sequence in every slot.
+    It grows by moving to a larger one.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (0, len(config.layers), 2, config.kv_heads, PAGE, config.head_dim)
+        self.store = torch.empty(shape, dtype=dtype, device=device)
+        self.version = 0  # of `store`
+        self._free: list[int] = []
+
+    @property
+    def page_bytes(self) -> int:
+        return self.store.itemsize * self.store.shape[1:].numel()
+
+    def take(self, count: int) -> list[int]:
+        """Numbers of so many pages, cleared: what attention masks must be finite all the same."""
+        short = count - len(self._free)
+        if short > 0:
+            self._grow(max(short, len(self.store) // 2))
+        taken, self._free = self._free[:count], self._free[count:]
+        self.store[taken] = 0
+        return taken
+
+    def give(self, pages: list[int]) -> None:
+        """Takes pages back."""
+        self._free += pages
+
+    def _grow(self, count: int) -> None:
+        held = len(self.store)
+        try:
+            store = self.store.new_zeros((held + count, *self.store.shape[1:]))
+        except torch.OutOfMemoryError:
+            raise InputError(
+                f"context: keys and values of {(held + count) * PAGE} positions need "
+                f"{(held + count) * self.page_bytes / 1e9:.1f} GB more than {self.store.device} "
+                f"has free; {held * PAGE} positions are there: a smaller context or batch fits"
+            ) from None
+        store[:held] = self.store
+        self.store = store
+        self.version += 1
+        self._free += range(held, held + count)
+
+
+class GpuCache(Lengths):
+    """A table of pages for every sequence; grows as positions are asked for."""
+
+    def __init__(self, config: ModelConfig, batch: int, arena: Arena) -> None:
+        super().__init__(config, batch)
+        self.arena = arena
+        self._pages: list[int] = []
+        self.table = torch.zeros(batch, 0, dtype=torch.int32, device=arena.store.device)
+        weakref.finalize(self, arena.give, self._pages)
+
+    @property
+    def nbytes(self) -> int:
+        return self.table.numel() * self.arena.page_bytes
+
+    def reserve(self, length: int) -> None:
+        """Room for so many positions of every sequence."""
+        more = -(-length // PAGE) - self.table.shape[1]
+        if more <= 0:
+            return
+        taken = self.arena.take(more * self.batch)
+        self._pages += taken
+        columns = torch.tensor(taken, dtype=torch.int32).view(self.batch, more)
+        self.table = torch.cat((self.table, columns.to(self.table.device)), dim=1)
+
+    def advance(self, chosen: torch.Tensor, positions: torch.Tensor) -> None:
+        """Slots `chosen` (B, S) are filled up to `positions` (B, T), -1 where nothing is."""
+        ends = positions.amax(dim=1) + 1
+        torch.maximum(self.lengths, torch.where(chosen, ends[:, None], 0), out=self.lengths)
+
+    def append(
+        self, slot: int, where: "Places", keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores (R, G, T, E) keys and values; all that these rows hold then, (R, G, C, E) each.
+
+        C is `where.context`, rounded up to pages; what lies beyond a sequence's own length is to
+        be masked.
+        """
+        store = self.arena.store[:, slot]
+        store[where.page, 0, :, where.offset] = keys[where.row, :, where.column]
+        store[where.page, 1, :, where.offset] = values[where.row, :, where.column]
+        pages = store[where.table].permute(2, 0, 3, 1, 4, 5).flatten(3, 4)
+        return pages[0], pages[1]
+
+
+class Places:
+    """Where a call's keys and values go, for some of the sequences of a cache."""
+
+    def __init__(self, cache: GpuCache, rows: torch.Tensor, positions: torch.Tensor) -> None:
+        """`rows` (R,) and `positions` (R, T), -1 at padding, both int64 on the CPU."""
+        device = cache.table.device
+        own = cache.table[rows.to(device)].long()
+        row, column = (positions >= 0).nonzero(as_tuple=True)
+        place = positions[row, column]
+        self.context = int(positions.max()) + 1
+        self.table = own[:, : -(-self.context // PAGE)]
+        self.row, self.column = row.to(device), column.to(device)
+        self.page = own[self.row, (place // PAGE).to(device)]
+        self.offset = (place % PAGE).to(device)

@@ -1,0 +1,395 @@
+"""A decode step on a GPU as a list of launches, built once for a bucket of sequences and a set of
+slots: five a layer, the embedding, the head, the choice (kernels/layer/README.md).
+
+All that a launch reads and writes lies in buffers that stay where they are; what changes from token
+to token (ids, positions, who runs what, pages) is data in them. So the list is replayed: as a CUDA
+graph on a GPU, by calls where kernels are interpreted.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+
+from engine.architecture.config import LayerConfig, ModelConfig
+from engine.kernels.layer import attention, stream
+from engine.kernels.w4 import cuda, fused, gemv, launch
+from engine.kernels.w4.around import PLAIN, Around
+from engine.kernels.w4.dequantize import Format
+from engine.runtime.gpu_cache import PAGE
+from engine.runtime.gpu_weights import Layer, Outer, Part, Projection
+
+BUCKETS = (1, 2, 4, 8, 16, 32)  # sequences that a list is built for
+BLOCK_D, BLOCK_V = 1024, 8192
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with all its arguments, and the bytes that it moves."""
+
+    name: str
+    run: Callable[..., None]
+    grid: tuple[int, ...]  # that `run` is bound to
+    arguments: tuple[Any, ...]
+    options: dict[str, Any] = field(repr=False)
+    weights: int = 0  # bytes read of matrices and vectors
+    x: int = 0  # bytes of activations that all programs read
+    y: int = 0  # bytes written
+    kv: int = 0  # bytes of keys and values read for every position of the context
+    window: int | None = None  # positions read at most
+
+    def __call__(self) -> None:
+        self.run(*self.arguments, **self.options)
+
+    def reads(self, context: int) -> int:
+        """Bytes at so many positions."""
+        seen = context if self.window is None else min(context, self.window)
+        return self.weights + self.x + self.kv * seen
+
+
+class Buffers:
+    """What the lists of a bucket read and write, B sequences."""
+
+    def __init__(
+        self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype, splits: int
+    ) -> None:
+        queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        width = -(-config.max_context // PAGE)
+
+        def zeros(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+            return torch.zeros(shape, dtype=kind, device=device)
+
+        self.batch, self.splits = batch, splits
+        self.inputs = zeros(2 + len(config.layers), batch, kind=torch.int32)
+        self.tokens, self.positions, self.live = self.inputs[0], self.inputs[1], self.inputs[2:]
+        self.table = zeros(batch, width, kind=torch.int32)
+        self.streams = [zeros(batch, config.hidden_size, kind=torch.float32) for _ in range(2)]
+        self.delta = zeros(batch, config.hidden_size, kind=torch.float32)
+        self.qkv = zeros(batch, queries + 2 * keys)
+        self.mixed = zeros(batch, queries)
+        self.gate = zeros(batch, config.ffn_size, kind=torch.float32)
+        self.widened = zeros(batch, config.ffn_size)
+        self.logits = zeros(batch, config.vocab_size, kind=torch.float32)
+        self.ids = zeros(batch, kind=torch.int32)
+        rows, columns = blocks(config)
+        parts = batch * config.kv_heads * splits * rows * (columns + 2) if splits > 1 else 0
+        self.parts = zeros(parts, kind=torch.float32)
+        self.counters = zeros(batch * config.kv_heads, kind=torch.int32)
+
+
+def blocks(config: ModelConfig) -> tuple[int, int]:
+    """Query heads of a group, and their width, as a tensor core takes them."""
+    repeats = config.heads // config.kv_heads
+    return max(16, triton.next_power_of_2(repeats)), max(
+        16, triton.next_power_of_2(config.head_dim)
+    )
+
+
+class StepList:
+    """The launches for `slots`, ascending, over `buffers`; keys and values in `store`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        outer: Outer,
+        layers: Sequence[Layer],
+        slots: Sequence[int],
+        buffers: Buffers,
+        store: torch.Tensor,
+        angles: Sequence[torch.Tensor],
+    ) -> None:
+        """`angles` (C, dim) float32, cosines and sines, one for each kind of rope in order."""
+        self.config, self.buffers, self.store = config, buffers, store
+        self.launches: list[Launch] = []
+        self._stream, self._other = buffers.streams
+        self._post: torch.Tensor | None = None  # weights of the norm that `delta` waits for
+        self._ropes = list(dict.fromkeys(e.rope for e in config.layers if e.rope is not None))
+        self._angles = angles
+        self._embed(outer)
+        for slot in slots:
+            self._layer(slot, config.layers[slot], layers[slot])
+        self._project(
+            "head", outer.projections["head"], self._stream, buffers.logits,
+            replace(self._normed(outer, "norm"), cap=config.logit_softcap or 0.0),
+        )  # fmt: skip
+        grid = (buffers.batch,)
+        self._add("choice", stream.choose_kernel[grid], grid, (buffers.logits, buffers.ids,
+                  config.vocab_size), {"BLOCK_V": BLOCK_V, "num_warps": 16},
+                  x=buffers.logits.nbytes, y=buffers.ids.nbytes)  # fmt: skip
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def run(self, clock: "Clock | None" = None) -> None:
+        """One step; captured by a GPU at the first call, unless a clock looks at each launch."""
+        if clock is not None:
+            clock.run(self.launches)
+            return
+        if self.store.device.type != "cuda":
+            for each in self.launches:
+                each()
+            return
+        if self._graph is None:
+            self._graph = self._captured()
+        self._graph.replay()
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        kept = self.buffers.inputs.clone()
+        self.buffers.inputs.zero_()  # nobody runs: what is loaded and compiled leaves no trace
+        for each in self.launches:
+            each()
+        torch.cuda.synchronize(self.store.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for each in self.launches:
+                each()
+        self.buffers.inputs.copy_(kept)
+        return graph
+
+    def _add(
+        self,
+        name: str,
+        run: Callable[..., None],
+        grid: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        options: dict[str, Any],
+        **moved: Any,
+    ) -> None:
+        self.launches.append(Launch(name, run, grid, arguments, options, **moved))
+
+    def _embed(self, outer: Outer) -> None:
+        batch, d, factor = self.buffers.batch, self.config.hidden_size, self.config.embedding_scale
+        tokens, x, matrix = self.buffers.tokens, self._stream, outer.embedding
+        moved = {"y": x.nbytes}
+        if isinstance(matrix, torch.Tensor):
+            grid = (batch, triton.cdiv(d, BLOCK_D))
+            moved["weights"] = batch * d * matrix.itemsize
+            self._add(
+                "embedding", stream.embed_plain_kernel[grid], grid, (tokens, matrix, x, factor, d),
+                {"BLOCK_D": BLOCK_D}, **moved,
+            )  # fmt: skip
+            return
+        kind = fused.format_of(matrix, d, 1)
+        grid = (batch, triton.cdiv(d, 16 * kind.chunk))
+        moved["weights"] = batch * matrix.nbytes // matrix.shape[0]
+        self._add(
+            "embedding", stream.embed_kernel[grid], grid,
+            (tokens, *fused.pointers(matrix), matrix.perm, x, factor, d),
+            {"FORMAT": kind, "DTYPE": fused.TRITON_TYPES[self.buffers.qkv.dtype], "num_warps": 2},
+            **moved,
+        )  # fmt: skip
+
+    def _layer(self, slot: int, entry: LayerConfig, layer: Layer) -> None:
+        config, buffers = self.config, self.buffers
+        projections, back = layer.projections, Around(live=buffers.live[slot])
+        normed = self._normed(layer, "attn_norm") if config.pre_norm else PLAIN
+        self._project("qkv", projections["qkv"], self._stream, buffers.qkv, normed)
+        before = self._stream
+        self._attend(slot, entry, layer)
+        self._return("o", projections["o"], buffers.mixed, layer, "attn_post_norm", back)
+        if config.pre_norm and not config.parallel:
+            normed = self._normed(layer, "mlp_norm")
+        self._widen(projections, before if config.parallel else self._stream, normed)
+        self._return("down", projections["down"], buffers.widened, layer, "mlp_post_norm", back)
+
+    def _normed(self, layer: Layer, role: str) -> Around:
+        weight, bias = layer.norms[role], layer.norms.get(f"{role}.bias")
+        return Around(self.config.norm, self.config.norm_eps, weight, bias)
+
+    def _return(
+        self,
+        name: str,
+        projection: Projection,
+        x: torch.Tensor,
+        layer: Layer,
+        post: str,
+        back: Around,
+    ) -> None:
+        """x through a matrix back to the stream; by way of `delta` where a norm stands between."""
+        if self.config.post_norm:
+            self._project(name, projection, x, self.buffers.delta, back)
+            self._post = layer.norms[post]
+            return
+        add = self._stream
+        if self.config.parallel and name == "o":  # the mlp still reads what was before
+            self._stream, self._other = self._other, self._stream
+        self._project(name, projection, x, self._stream, replace(back, add=add))
+
+    def _widen(self, projections: dict[str, Projection], x: torch.Tensor, normed: Around) -> None:
+        buffers = self.buffers
+        active = replace(normed, activation=self.config.activation)
+        if not self.config.gated:
+            self._project("up", projections["up"], x, buffers.widened, active)
+            return
+        both = projections["gate_up"]
+        if len(both.parts) == 1:
+            self._project("gate_up", both, x, buffers.widened, replace(active, gated=True))
+            return
+        gate, up = (Projection((part,), both.backend) for part in both.parts)
+        reads_stream = x is self._stream
+        self._project("gate", gate, x, buffers.gate, normed)
+        x = self._stream if reads_stream else x
+        self._project("up", up, x, buffers.widened, replace(active, gate=buffers.gate))
+
+    def _project(
+        self,
+        name: str,
+        projection: Projection,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        around: Around,
+    ) -> None:
+        """A launch for every part, whose outputs lie side by side in y.
+
+        The first that reads the stream also adds what waits in `delta`.
+        """
+        first = 0
+        for part in projection.parts:
+            whole = around
+            if x is self._stream and self._post is not None:
+                whole = replace(
+                    around, epsilon=self.config.norm_eps, delta=self.buffers.delta,
+                    post=self._post, stream=self._other,
+                )  # fmt: skip
+                self._stream, self._other, self._post = self._other, self._stream, None
+            outputs = part.matrix.shape[0] // 2 if around.gated else part.matrix.shape[0]
+            columns = slice(first, first + outputs)
+            beside = {
+                name: tensor[:, columns]
+                for name in ("gate", "add")
+                if (tensor := getattr(whole, name)) is not None
+            }
+            whole, own = replace(whole, **beside), y[:, columns]
+            self._multiply(name, projection.backend, part, x, own, whole)
+            x = self._stream if whole.delta is not None else x
+            first += outputs
+
+    def _multiply(
+        self,
+        name: str,
+        backend: str,
+        part: Part,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        around: Around,
+    ) -> None:
+        matrix, dtype = part.matrix, self.buffers.qkv.dtype
+        rows = 8 if around.gated else 16
+        tiles = triton.cdiv(y.shape[1], rows)
+        moved = {
+            "weights": sum(t.nbytes for t in part.tensors),
+            "x": x.nbytes * tiles * (1 if around.delta is None else 2),
+            "y": y.numel() * y.itemsize,
+        }
+        few = backend == "cuda" and len(x) <= cuda.MAX_ROWS
+        if few and not isinstance(matrix, torch.Tensor):
+            call = cuda.describe(x, matrix, y, part.bias, around, dtype)
+            self._add(name, cuda.launch, (tiles,), (call, x.device), {}, **moved)
+            return
+        weights: tuple[torch.Tensor | None, ...] = (None,) * 5
+        perm, bits = None, 16
+        if isinstance(matrix, torch.Tensor):
+            weights = matrix, *weights[1:]
+        else:
+            weights, perm, bits = fused.pointers(matrix), matrix.perm, matrix.spec.bits
+        streams = 0 if x.dtype == dtype else 1 if around.delta is None else 2
+        sizes = launch.step(len(x), x.shape[1], bits, streams)
+        grid = (tiles, triton.cdiv(len(x), sizes.BLOCK_M))
+        self._add(
+            name, gemv.gemv_kernel[grid], grid,
+            (x, *weights, part.bias, y, *x.shape[:1], matrix.shape[0], x.shape[1], x.stride(0),
+             y.stride(0)),
+            {
+                "FORMAT": format_of(part, x.shape[1], sizes.WARPS),
+                "DTYPE": fused.TRITON_TYPES[dtype],
+                "GATED": around.gated,
+                "BLOCK_M": sizes.BLOCK_M,
+                "WARPS": sizes.WARPS,
+                "perm_ptr": perm,
+                "delta_ptr": around.delta,
+                "post_ptr": around.post,
+                "stream_ptr": around.stream,
+                "norm_ptr": around.norm_weight,
+                "norm_bias_ptr": around.norm_bias,
+                "gate_ptr": around.gate,
+                "add_ptr": around.add,
+                "live_ptr": around.live,
+                "epsilon": around.epsilon,
+                "NORM": around.norm,
+                "ACTIVATION": around.activation,
+                "CAP": around.cap,
+                "num_warps": sizes.WARPS,
+                "num_stages": sizes.num_stages,
+                "maxnreg": sizes.maxnreg,
+            },
+            **moved,
+        )  # fmt: skip
+
+    def _attend(self, slot: int, entry: LayerConfig, layer: Layer) -> None:
+        config, buffers = self.config, self.buffers
+        rows, columns = blocks(config)
+        grid = (buffers.batch, config.kv_heads, buffers.splits)
+        angles = None if entry.rope is None else self._angles[self._ropes.index(entry.rope)]
+        norms = [
+            layer.norms.get(role) for role in ("q_norm", "q_norm.bias", "k_norm", "k_norm.bias")
+        ]
+        self._add(
+            "attention", attention.attention_kernel[grid], grid,
+            (
+                buffers.qkv, self.store, buffers.table, buffers.positions, buffers.live[slot],
+                angles, *norms, buffers.parts, buffers.counters, buffers.mixed, slot,
+                buffers.table.shape[1], config.norm_eps, config.attention_scale,
+            ),
+            {
+                "SLOTS": len(config.layers), "HEADS": config.heads, "KV_HEADS": config.kv_heads,
+                "E": config.head_dim, "BLOCK_E": columns, "BLOCK_R": rows, "PAGE": PAGE,
+                "ROPE": 0 if entry.rope is None else entry.rope.dim, "NORM": config.norm,
+                "SCOPE": config.qk_norm or "", "WINDOW": entry.window or 0,
+                "CAP": config.attention_softcap or 0.0, "SPLITS": buffers.splits,
+                "WIDE": knobs.runtime.interpret,
+            },
+            x=buffers.qkv.nbytes, y=buffers.mixed.nbytes,
+            kv=2 * config.kv_heads * config.head_dim * self.store.itemsize * buffers.batch,
+            window=entry.window,
+        )  # fmt: skip
+
+
+class Clock:
+    """How long launches of each name take, one after another outside of any graph."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._events = device.type == "cuda"
+
+    def run(self, launches: Sequence[Launch]) -> None:
+        marks = [self._mark()]
+        for each in launches:
+            each()
+            marks.append(self._mark())
+        if self._events:
+            marks[-1].synchronize()
+        for each, start, end in zip(launches, marks, marks[1:], strict=False):
+            elapsed = start.elapsed_time(end) / 1e3 if self._events else end - start
+            self.seconds[each.name] = self.seconds.get(each.name, 0.0) + elapsed
+
+    def _mark(self) -> Any:
+        if not self._events:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def format_of(part: Part, k: int, warps: int) -> Format:
+    """What the kernel is compiled for."""
+    if not isinstance(part.matrix, torch.Tensor):
+        return fused.format_of(part.matrix, k, warps)
+    even = k % (32 * warps) == 0
+    return Format("plain", 16, 0, even, asm=not knobs.runtime.interpret)
+
+
+def split_count(batch: int, kv_heads: int, cores: int) -> int:
+    """Programs that share the context of a sequence's group of heads."""
+    return max(1, min(launch.PROGRAMS_PER_CORE * cores // (batch * kv_heads), 32))

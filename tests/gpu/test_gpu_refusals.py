@@ -1,0 +1,96 @@
+"""What a GPU runtime refuses, and what is chosen instead: one sentence each, without a GPU."""
+
+import pytest
+import torch
+
+from engine import api
+from engine.errors import InputError
+from engine.kernels import dispatch
+from engine.runtime import check_backend
+from engine.runtime.gpu_cache import PAGE, Arena, GpuCache
+from engine.runtime.gpu_weights import check_memory
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+def pretend(monkeypatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+
+
+def test_an_old_gpu_is_named(monkeypatch):
+    pretend(monkeypatch, (7, 5))
+    assert dispatch.why_not("triton") == "Tesla T4 has compute capability 7.5, 8.0 is the least"
+    assert api.choose_backend(None, CUDA) == "reference"
+    pretend(monkeypatch, (8, 0))
+    assert dispatch.why_not("triton") is None
+
+
+def test_an_old_driver_is_named(monkeypatch):
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 9000).")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert "driver is too old" in dispatch.why_not("triton")
+    with pytest.raises(dispatch.BackendUnavailable, match="backend triton: the NVIDIA driver is"):
+        check_backend("triton", None)
+
+
+def test_the_default_on_a_gpu(monkeypatch):
+    pretend(monkeypatch, (9, 0))
+    assert api.choose_backend(None, CUDA) == "triton"
+    assert api.choose_backend(None, CUDA, "bfloat16") == "triton"
+    assert api.choose_backend(None, CUDA, "float32") == "reference"
+    assert api.choose_backend("triton", CUDA, torch.float16) == "triton"
+    with pytest.raises(InputError, match="backend: triton does not run on cpu"):
+        api.choose_backend("triton", CPU)
+    with pytest.raises(InputError, match="backend: cpu does not run on cuda"):
+        api.choose_backend("cpu", CUDA)
+    with pytest.raises(InputError, match="cuda has float16 and bfloat16, found float32"):
+        check_backend("cuda", "float32")
+
+
+def test_too_little_memory_says_what_fits(source):
+    checkpoint = source("llama")
+    config, stored = checkpoint.config, checkpoint.nbytes
+    outer = (2 * config.vocab_size + 1) * config.hidden_size * 2  # embedding, head, norm
+    layer = sum(stored(n) for n in checkpoint.names() if n.startswith("model.layers.0.")) // 2
+    check_memory(checkpoint, config, outer + 4 * layer, "cuda:0")
+    with pytest.raises(InputError, match=r"4 layers take .* GB free: 3 layers would fit"):
+        check_memory(checkpoint, config, outer + 4 * layer - 1, "cuda:0")
+    with pytest.raises(InputError, match="not one layer would fit"):
+        check_memory(checkpoint, config, outer, "cuda:0")
+
+
+def test_pages_beyond_memory_leave_the_cache_as_it_was(source, monkeypatch):
+    config = source("llama").config
+    arena = Arena(config, CPU, torch.float16)
+    cache = GpuCache(config, 2, arena)
+    cache.reserve(PAGE)
+    held = cache.table.clone()
+
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", full)
+    with pytest.raises(InputError, match=r"context: keys and values of \d+ positions need"):
+        cache.reserve(3 * PAGE)
+    assert torch.equal(cache.table, held)
+
+
+def test_pages_come_back(source):
+    config = source("llama").config
+    arena = Arena(config, CPU, torch.float16)
+    first, second = GpuCache(config, 1, arena), GpuCache(config, 2, arena)
+    first.reserve(PAGE + 1)
+    second.reserve(PAGE)
+    pages = {*first.table.flatten().tolist(), *second.table.flatten().tolist()}
+    assert len(pages) == 4 and first.nbytes == second.nbytes == 2 * arena.page_bytes
+    arena.store.fill_(torch.nan)
+    del first
+    third = GpuCache(config, 2, arena)
+    third.reserve(1)
+    assert len(arena.store) == 4 and set(third.table.flatten().tolist()) < pages
+    assert arena.store[third.table.flatten().long()].isfinite().all()

@@ -1,0 +1,75 @@
+"""The list of launches of a decode step at real shapes, on meta tensors: counts and bytes."""
+
+from dataclasses import replace
+
+import pytest
+from roofline import GPUS, MODELS, step, step_us
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine.runtime import gpu_step
+from engine.runtime.gpu_step import StepList
+
+LLAMA = MODELS["Llama-3-8B"]
+
+
+@pytest.mark.parametrize("family", ["sequential", "post norm", "parallel"])
+def test_five_launches_a_layer(family):
+    config = replace(LLAMA, post_norm=family == "post norm", parallel=family == "parallel")
+    names = [launch.name for launch in step(config, slots=[0, 5]).launches]
+    layers = ["qkv", "attention", "o", "gate_up", "down"] * 2
+    assert names == ["embedding", *layers, "head", "choice"]
+    assert len(step(config).launches) == 5 * 32 + 3
+
+
+def test_what_cannot_be_stacked_takes_a_launch_each():
+    names = [launch.name for launch in step(LLAMA, slots=[0], stacked=False).launches]
+    assert names[1:-2] == ["qkv"] * 3 + ["attention", "o", "gate", "up", "down"]
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_bytes_are_those_of_weights_and_cache(batch):
+    """Of Llama-3-8B; half the layers, half of what layers add."""
+
+    def packed(n: int, k: int) -> float:
+        return n * k / 2 + n * k / 128 * 2
+
+    context, f, d = 2048, LLAMA.ffn_size, LLAMA.hidden_size
+    one = packed(6144, d) + packed(d, d) + packed(2 * f, d) + packed(d, f)
+    one += batch * 2 * 8 * 128 * 2 * context
+    whole = 32 * one + packed(LLAMA.vocab_size, d)
+
+    def read(launches: StepList) -> int:
+        return sum(each.reads(context) - each.x for each in launches.launches)
+
+    found, half = read(step(LLAMA, batch)), read(step(LLAMA, batch, range(0, 32, 2)))
+    assert found == pytest.approx(whole, rel=0.01)
+    assert found - half == pytest.approx(16 * one, rel=0.01)
+
+
+def test_a_window_bounds_what_is_read():
+    config = replace(LLAMA, layers=tuple(replace(entry, window=512) for entry in LLAMA.layers))
+    wide, narrow = step(LLAMA, slots=[0]), step(config, slots=[0])
+    attention = wide.launches[2], narrow.launches[2]
+    assert attention[0].reads(2048) - attention[1].reads(2048) == 2 * 8 * 128 * 2 * (2048 - 512)
+
+
+def test_a_step_neither_allocates_nor_waits(monkeypatch):
+    """Nothing but launches: no operation of torch's, on the device or off it."""
+
+    class Refused(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            raise AssertionError(f"{function} inside a step")
+
+    ran = []
+    monkeypatch.setattr(gpu_step.Launch, "__call__", lambda launch: ran.append(launch.name))
+    launches = step(LLAMA, slots=[3])
+    with Refused():
+        launches.run()
+    assert ran == [launch.name for launch in launches.launches]
+
+
+def test_a_roofline_orders_gpus_and_halves():
+    whole, half = step(LLAMA), step(LLAMA, slots=range(16))
+    times = [step_us(whole, gpu, 2048) for gpu in GPUS.values()]
+    assert times[2] < times[1] < times[0] < times[3]
+    assert 1.7 < times[1] / step_us(half, GPUS["H100 SXM"], 2048) < 2

@@ -1,0 +1,285 @@
+"""The GPU runtime with its kernels interpreted, in a child process of test_gpu_runtime.py."""
+
+import dataclasses
+
+import pytest
+import torch
+from support import mixed, tiny
+from support.close import assert_close
+from support.emulated import build, run
+from support.mixed import MixedCheckpoint
+from support.w4_calls import Matmul
+from triton.runtime import interpreter
+
+import engine
+from engine.checkpoint import open_checkpoint
+from engine.errors import InputError
+from engine.kernels.w4 import cuda
+from engine.kernels.w4.around import PLAIN
+from engine.kernels.w4.format import Spec
+from engine.kernels.w4.layout_gpu import from_gpu
+from engine.runtime.gpu import GpuRuntime
+from engine.runtime.reference import ReferenceRuntime
+
+BOUNDS = {torch.bfloat16: 2e-2, torch.float16: 5e-3}
+SMALL = {  # two programs of a kernel where there must be two
+    "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "num_hidden_layers": 2, "vocab_size": 32,
+}  # fmt: skip
+
+
+def small(case: str) -> dict:
+    """What a case is made with here."""
+    settings = tiny.CASES[case][1]
+    sizes = SMALL | {name: settings[name] for name in ("head_dim",) if name in settings}
+    if "layer_types" in settings:
+        kinds = settings["layer_types"]
+        sizes["layer_types"] = [kinds[0], kinds[-1]]
+    return sizes
+
+
+@pytest.fixture(autouse=True)
+def no_overflow_checks(monkeypatch) -> None:
+    """Which the interpreter makes of every sum of integers: a fifth of its time."""
+    builder = interpreter.interpreter_builder
+    options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    monkeypatch.setattr(builder, "options", options)
+
+
+@pytest.fixture
+def pair(rng, tmp_path):
+    """A function: (runtime, the reference) of a tiny model of weights of every kind, or of some."""
+
+    def make(
+        case: str, dtype: torch.dtype, backend: str = "triton", kinds=(*mixed.SPECS, *mixed.PLAIN)
+    ):
+        seed = int(torch.randint(2**31, (1,), generator=rng))
+        tiny.write(case, tmp_path / "model", seed, spread=0.1, **small(case))
+        checkpoint = MixedCheckpoint(open_checkpoint(tmp_path / "model"), kinds=kinds)
+        gpu = GpuRuntime.load(checkpoint, checkpoint.config, "cpu", dtype, backend)
+        return gpu, ReferenceRuntime.load(checkpoint, checkpoint.config)
+
+    return make
+
+
+class Both:
+    """A runtime and the reference side by side, each with a cache; their logits so far.
+
+    Few logits err by twice what many do, so that what is alike is judged together.
+    """
+
+    def __init__(self, runtimes, batch: int) -> None:
+        self.runtimes, self.batch = runtimes, batch
+        self.caches, self.seen = [runtime.new_cache(batch) for runtime in runtimes], []
+
+    def run(self, tokens, slots=None, logits="last") -> None:
+        """One call of both: lengths are equal; logits, where there is a token, are kept."""
+        calls = zip(self.runtimes, self.caches, strict=True)
+        got, expected = (runtime.forward(tokens, c, slots, logits) for runtime, c in calls)
+        shown = (tokens if logits == "all" else tokens[:, -1:]) >= 0
+        self.seen.append((expected[shown], got[shown]))
+        assert torch.equal(self.caches[0].lengths, self.caches[1].lengths)
+
+    def judge(self, name: str) -> None:
+        expected, got = (torch.cat(each) for each in zip(*self.seen, strict=True))
+        self.seen = []
+        assert_close(name, expected, got, BOUNDS[self.runtimes[0].dtype])
+
+    def truncate(self, lengths) -> None:
+        for cache in self.caches:
+            cache.truncate(lengths)
+
+
+def draw(rng, *shape: int) -> torch.Tensor:
+    return torch.randint(0, SMALL["vocab_size"], shape, generator=rng)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", tiny.CASES)
+def test_every_family(rng, pair, case):
+    both = Both(pair(case, torch.bfloat16), 2)
+    both.run(draw(rng, 2, 14), logits="all")
+    both.judge("prompt")
+    for _ in range(2):
+        both.run(draw(rng, 2, 1))
+    for slots in ([[0], [1]], [1]):
+        both.truncate(0)
+        both.run(draw(rng, 2, 3), slots, "all")
+        both.run(draw(rng, 2, 1), slots)
+    both.judge("steps and slots")
+
+
+def test_the_whole_protocol(rng, pair):
+    whole_protocol(rng, pair("llama", torch.bfloat16, kinds=(Spec(4, 32, "zero"),)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("case", ["llama", "gemma3", "phi2"])
+def test_the_whole_protocol_with_every_kind_of_weight(rng, pair, case, dtype):
+    whole_protocol(rng, pair(case, dtype))
+
+
+def whole_protocol(rng, runtimes) -> None:
+    """Unequal prompts, steps with sequences that have finished, slots, a truncation, greedy ids."""
+    both, tokens = Both(runtimes, 3), draw(rng, 3, 11)
+    tokens[0, :6], tokens[2, :9] = -1, -1
+    both.run(tokens, logits="all")
+    both.judge("prompts")
+    for step in range(8):
+        tokens = draw(rng, 3, 1)
+        tokens[[0, 2]] = tokens[[0, 2]] if step < 4 else -1
+        both.run(tokens)
+    both.truncate([7, 3, 5])
+    both.run(draw(rng, 3, 1))
+    both.judge("steps, some after a truncation")
+    same_ids(rng, both)
+    for slots in ([1], [[0, 1], [0], [1]]):
+        both = Both(runtimes, 3)
+        both.run(draw(rng, 3, 2), slots, "all")
+        both.run(draw(rng, 3, 1), slots)
+        both.judge(f"slots {slots}")
+
+
+def same_ids(rng, both) -> None:
+    """Greedy ids of sequences, one finished: equal unless the reference's lead is in doubt."""
+    tokens = [*draw(rng, 2).tolist(), -1]
+    gpu, reference = both.runtimes
+    logits = reference.forward(torch.tensor(tokens)[:, None], both.caches[1])[:2, 0]
+    (best, second), doubt = logits.topk(2).values.T, BOUNDS[gpu.dtype] * logits.std(1)
+    ids = torch.tensor(gpu.greedy(tokens, both.caches[0]))
+    assert torch.equal(both.caches[0].lengths, both.caches[1].lengths)
+    assert ((ids == logits.argmax(1)) | (best - second < 6 * doubt)).all()  # 6: of two logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("case", ["llama", "gemma3", "phi2"])
+def test_with_cuda_kernels(rng, pair, case, dtype, tmp_path, monkeypatch):
+    """Up to 8 rows by the CUDA kernels, emulated, where our CUDA kernel has the matrix."""
+    executable = build("w4", "csrc/cuda/w4_matmul.cu", "tests/support/emulated.cpp")
+    seen = []
+
+    def launch(call, device):
+        x, weights, y, bias, around, products = call
+        beside = {"gate": around.gate, "add": around.add, "stream": around.stream}
+        copies = {name: None if t is None else t.clone() for name, t in beside.items()}
+        own = Matmul(
+            "step", x, from_gpu(weights), bias, dataclasses.replace(around, **copies),
+            out_dtype=y.dtype, products=products,
+        )  # fmt: skip
+        y.copy_(run(executable, [own], tmp_path)[0])
+        if around.stream is not None:
+            around.stream.copy_(copies["stream"])
+        seen.append((len(x), x.dtype))
+
+    def matmul(x, weights, bias=None, around=PLAIN, out_dtype=None):
+        y = x.new_empty(len(x), weights.shape[0], dtype=out_dtype)
+        launch((x, weights, y, bias, around, x.dtype), x.device)
+        return y
+
+    monkeypatch.setattr(cuda, "launch", launch)
+    monkeypatch.setattr(cuda, "describe", lambda *call: call)
+    monkeypatch.setattr(cuda, "matmul", matmul)
+    whole_protocol(rng, pair(case, dtype, "cuda"))
+    assert {x for _, x in seen} == {dtype, torch.float32} and max(m for m, _ in seen) <= 8
+
+
+@pytest.mark.slow
+def test_a_list_outlives_positions_and_caches(rng, pair):
+    """Replayed with other data in its buffers it gives, to the bit, what a list made anew does."""
+    gpu, _ = pair("qwen3", torch.float16)
+    prompt, tokens = draw(rng, 1, 60), draw(rng, 1, 8)
+    anew, kept, other = (gpu.new_cache(1, 80) for _ in range(3))
+    for cache in (anew, kept, other):
+        gpu.forward(prompt[:, : 50 if cache is other else 60], cache)
+    expected = []
+    for token in tokens.split(1, dim=1):
+        gpu._steps.clear()
+        expected.append(gpu.forward(token, anew))
+    (held,) = gpu._steps.values()
+    for token, logits in zip(tokens.split(1, dim=1), expected, strict=True):
+        assert torch.equal(gpu.forward(token, kept), logits)
+        assert not torch.equal(gpu.forward(token, other), logits)
+    assert list(gpu._steps.values()) == [held]
+
+
+@pytest.mark.slow
+def test_long_contexts(rng, pair):
+    """Many pages, grown as they come, beside another cache in the same arena."""
+    runtimes = pair("mistral", torch.float16)
+    both, other = Both(runtimes, 2), Both(runtimes, 1)
+    other.run(draw(rng, 1, 20))
+    tokens = draw(rng, 2, 150)
+    tokens[1, :70] = -1
+    for piece in (tokens, draw(rng, 2, 30), draw(rng, 2, 1)):
+        both.run(piece)
+        other.run(draw(rng, 1, 1))
+    both.judge("pages")
+    other.run(draw(rng, 1, 60))
+    other.judge("the other")
+    held = len(runtimes[0].arena.store)
+    del both
+    again = Both(runtimes, 2)
+    again.run(tokens, logits="all")
+    again.judge("in pages that were given back")
+    assert len(runtimes[0].arena.store) == held
+
+
+@pytest.mark.parametrize("permuted", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_stacked_and_permuted_matrices(rng, tmp_path, permuted):
+    """q, k and v of one spec are one launch, and what differs stays apart."""
+    tiny.write("qwen2", tmp_path, 1, **small("qwen2"))
+    stored = open_checkpoint(tmp_path)
+    checkpoint = MixedCheckpoint(stored, permuted, kinds=(Spec(4, 32, "zero"),))
+    gpu = GpuRuntime.load(checkpoint, checkpoint.config, "cpu", torch.float16)
+    parts = {name: len(p.parts) for name, p in gpu.layers[0].projections.items()}
+    apart = 3 if permuted else 1  # each has an order of its own
+    assert parts == {"qkv": apart, "gate_up": 2 if permuted else 1, "o": 1, "down": 1}
+    runtimes = gpu, ReferenceRuntime.load(checkpoint, checkpoint.config)
+    both = Both(runtimes, 2)
+    both.run(draw(rng, 2, 3), logits="all")
+    both.run(draw(rng, 2, 1))
+    both.judge("prompt and step")
+    assert gpu.launches_per_token == 2 * (5 + (3 if permuted else 0)) + 3
+    gpu.measure(True)
+    gpu.greedy([1, 2], both.caches[0])
+    times = gpu.times()
+    gpu.measure(False)
+    parts = {"embedding", "qkv", "attention", "o", "up", "down", "head", "choice"}
+    assert times.seconds.keys() == parts and times.whole == sum(times.seconds.values())
+    weights = sum(times.bytes[name] for name in ("qkv", "o", "up", "down", "head"))
+    assert weights == gpu.weight_bytes_per_token - sum(
+        norm.nbytes for layer in (gpu.outer, *gpu.layers) for norm in layer.norms.values()
+    )
+    assert 0 < gpu.weight_bytes_per_token < gpu.weight_bytes
+
+
+def test_bad_calls_leave_the_model_usable(rng, pair):
+    both, one = Both(pair("llama", torch.bfloat16), 2), torch.tensor([[5], [5]])
+    gpu, cache = both.runtimes[0], both.caches[0]
+    for message, call in {
+        "expected ids below 32, found 32": lambda: gpu.forward(one + 27, cache),
+        "positions, this call needs 257": lambda: gpu.forward(one.repeat(1, 257), cache),
+        r"expected shape \(2, T >= 1\), found \(3, 1\)": lambda: gpu.forward(one[[0, 0, 0]], cache),
+        "only stand to the left": lambda: gpu.forward(torch.tensor([[5, -1]] * 2), cache),
+        r"ascending numbers in 0-1, found \[3\]": lambda: gpu.forward(one, cache, [3]),
+        "'last' or 'all'": lambda: gpu.forward(one, cache, logits="none"),
+        "at least 1 sequence": lambda: gpu.new_cache(0),
+    }.items():
+        with pytest.raises(InputError, match=message):
+            call()
+        assert int(cache.lengths.sum()) == 0
+    both.run(one)
+    both.judge("usable")
+
+
+def test_loaded_by_name(tmp_path):
+    tiny.write("llama", tmp_path, 1, **small("llama"))
+    tiny.save_tokenizer(tmp_path)
+    with engine.load(tmp_path, backend="triton") as model:
+        assert model.runtime.name == "triton" and model.runtime.dtype == torch.bfloat16
+        found = model.generate([5, 6, 7], max_new_tokens=2, ignore_eos=True)
+        assert len(found.token_ids) == 2
+    with pytest.raises(InputError, match="triton has float16 and bfloat16, found float32"):
+        engine.load(tmp_path, backend="triton", dtype="float32")
