@@ -74,19 +74,22 @@ def work(seed: int, first: int, stop: int, step: int, count_memory: int, sound: 
 
     import engine.api  # noqa: F401 - what is imported is not to be counted
 
+    say = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what libraries print
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     place = Path(tempfile.mkdtemp(dir=sound.parent)) / "case"
     case(seed, -1, sound, place)
     for number in range(first, stop, step):
-        print(json.dumps({"begins": number}), flush=True)
+        print(json.dumps({"begins": number}), file=say, flush=True)
         start, before = time.monotonic(), reset_peak()
         outcome, size = case(seed, number, sound, place)
         grown = peak_bytes() - before
         if count_memory and grown > PER_BYTE * size + MEMORY_BYTES:
             outcome = f"{grown >> 20} MB of memory"
         taken = time.monotonic() - start
-        print(json.dumps({"ends": outcome, "seconds": taken, "grown": grown}), flush=True)
+        ends = {"ends": outcome, "seconds": taken, "grown": grown}
+        print(json.dumps(ends), file=say, flush=True)
 
 
 def write_sound(directory: Path) -> None:

@@ -1,0 +1,87 @@
+"""Weights that are no numbers, tokenizers that lie, templates without end: one sentence each."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import tiny
+from support.commands import call, refused
+
+import engine
+from engine.errors import InputError
+from engine.runtime import RUNTIMES
+from engine.text import load_text
+from engine.text.chat import render
+
+UP = "model.layers.1.mlp.up_proj.weight"
+WORDS = f"produced logits that are not finite numbers: {UP} holds NaN or infinity"
+
+
+@pytest.fixture(scope="module")
+def not_a_number(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny.write("llama", path, 1)
+    tiny.save_tokenizer(path)
+    tensors = {
+        name: tensor.clone() for name, tensor in load_file(path / "model.safetensors").items()
+    }
+    tensors[UP][3, 4] = torch.nan
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("backend", [name for name in RUNTIMES if name in ("reference", "cpu")])
+def test_weights_that_are_no_numbers(backend, not_a_number):
+    model = engine.load(not_a_number, backend=backend)
+    with pytest.raises(InputError, match=WORDS):
+        model.generate([3, 1, 4], max_new_tokens=2)
+    with pytest.raises(InputError, match=WORDS):
+        list(model.stream([3, 1, 4], max_new_tokens=2))
+
+
+def test_commands_on_them(not_a_number, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(str(n % 150) for n in range(100)))
+    refused(WORDS, "run", "--model", not_a_number, "--prompt", "3 1", "--raw", "--new-tokens", 2)
+    refused(WORDS, "eval", not_a_number, "--text", text, "--window", 16)
+    code, _, said = call("profile", not_a_number, "--out", tmp_path / "p", "--text", text)
+    assert code == 2 and "is not finite" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("tokenizer.json", lambda raw: raw["model"].update(unk_token="none")),
+        ("tokenizer.json", lambda raw: raw["model"]["vocab"].update({"\ud800": 7})),
+        ("tokenizer_config.json", lambda raw: raw.update(bos_token="\ud800")),
+        (
+            "tokenizer_config.json",
+            lambda raw: raw.update(added_tokens_decoder={"9" * 5000: {"content": "a"}}),
+        ),
+    ],
+)
+def test_tokenizers_that_lie(file, change, tmp_path):
+    tiny.save_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    path = tmp_path / file
+    raw = json.loads(path.read_text()) if path.exists() else {}
+    change(raw)
+    path.write_text(json.dumps(raw))
+    with pytest.raises(InputError, match="tokenizer is damaged"):
+        load_text(tmp_path).encode("3 what")
+
+
+def test_templates_that_take_too_much():
+    messages = [{"role": "user", "content": "a"}]
+    for program in ("{{ '%1000000000s' % 'a' }}", "{{ ''|center(10**9) }}"):
+        with pytest.raises(InputError, match="X: .* takes more than 512 MB of memory"):
+            render(program, messages, {}, "X")
+    assert render("{{ messages[0].content }}", messages, {}, "X") == "a"
+
+
+@pytest.mark.slow
+def test_templates_without_end():
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(InputError, match="takes more than 15 s, or 5 s of a processor"):
+        render(loop, [{"role": "user", "content": "a"}], {}, "X")
