@@ -196,8 +196,7 @@ def _verify(
     rows: list[list[int]] = [[] for _ in sequences]
     for row in running:
         rows[row] = [sequences[row].ids[-1], *drafts[row]]
-    tokens = left_padded(rows).to(runtime.device)
-    logits = runtime.forward(tokens, cache, slots=options.slots, logits="all")
+    logits = runtime.forward(left_padded(rows), cache, slots=options.slots, logits="all")
     lengths, found = cache.lengths.amax(dim=1), []
     for row in running:
         own, draft = logits[row, -len(rows[row]) :], drafts[row]

@@ -10,7 +10,7 @@ from engine.errors import InputError
 from engine.kernels.dtypes import name_of
 from engine.kernels.w4 import fused
 from engine.options import Slots
-from engine.reference.decoder import check_call
+from engine.reference.decoder import check_cache, check_call
 from engine.runtime import Times
 from engine.runtime.angles import DeviceAngles
 from engine.runtime.gpu_cache import Arena, GpuCache
@@ -106,7 +106,7 @@ class GpuRuntime:
     ) -> torch.Tensor:
         if logits not in ("last", "all"):
             raise InputError(f"logits: expected 'last' or 'all', found {logits!r}")
-        tokens = tokens.cpu()
+        tokens = tokens.cpu() if tokens.is_cuda else tokens
         positions, chosen = self._begin(tokens, cache, slots)
         if tokens.shape[1] == 1 and cache.batch <= BUCKETS[-1]:
             buffers = self._step(tokens, positions, chosen, cache)
@@ -158,6 +158,9 @@ class GpuRuntime:
         self, tokens: torch.Tensor, cache: GpuCache, slots: Slots | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What `check_call` gives for the call, which then has room."""
+        check_cache(self.config, cache, GpuCache)
+        if cache.arena is not self.arena:  # its pages are another's
+            raise InputError("cache: expected one that this model made, found another's")
         positions, chosen = check_call(self.config, tokens, cache, slots)
         length = int(positions.max()) + 1
         cache.reserve(length)

@@ -348,7 +348,7 @@ class StepList:
                 "ROPE": 0 if entry.rope is None else entry.rope.dim, "NORM": config.norm,
                 "SCOPE": config.qk_norm or "", "WINDOW": entry.window or 0,
                 "CAP": config.attention_softcap or 0.0, "SPLITS": buffers.splits,
-                "WIDE": knobs.runtime.interpret,
+                "WIDE": knobs.runtime.interpret, **launch.attention(columns),
             },
             x=buffers.qkv.nbytes, y=buffers.mixed.nbytes,
             kv=2 * config.kv_heads * config.head_dim * self.store.itemsize * buffers.batch,

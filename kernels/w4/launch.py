@@ -88,3 +88,9 @@ def step(m: int, k: int, bits: int, streams: int) -> Launch:
 def fitted(launch: Launch, chunks: int) -> Launch:
     """A gemv whose warps all have a chunk of K."""
     return replace(launch, WARPS=min(launch.WARPS, 1 << chunks.bit_length() - 1))
+
+
+def attention(width: int) -> dict[str, int]:
+    """Options of decode attention for heads so wide: pages in flight, and the registers of three
+    programs a multiprocessor, without which the assembler aims at more and spills."""
+    return {"num_warps": 4, "num_stages": 2 if width >= 256 else 3, "maxnreg": 168}

@@ -109,7 +109,8 @@ def test_attention_compiles(heads, kv_heads, e, options, arch):
         "CAP": 0.0, "SPLITS": 8, "WIDE": False,
     } | options  # fmt: skip
     odd = ("slot", "positions_ptr", "live_ptr")
-    compiled = build(attention_kernel, types, constexprs, arch, odd, num_warps=4)
+    sizes = launch.attention(constexprs["BLOCK_E"])
+    compiled = build(attention_kernel, types, constexprs, arch, odd, **sizes)
     hold(compiled, arch, 4, loads=2)
 
 

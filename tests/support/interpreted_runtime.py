@@ -19,6 +19,7 @@ from engine.kernels.w4.around import PLAIN
 from engine.kernels.w4.format import Spec
 from engine.kernels.w4.layout_gpu import from_gpu
 from engine.runtime.gpu import GpuRuntime
+from engine.runtime.gpu_cache import Arena, GpuCache
 from engine.runtime.reference import ReferenceRuntime
 
 BOUNDS = {torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -258,6 +259,7 @@ def test_stacked_and_permuted_matrices(rng, tmp_path, permuted):
 def test_bad_calls_leave_the_model_usable(rng, pair):
     both, one = Both(pair("llama", torch.bfloat16), 2), torch.tensor([[5], [5]])
     gpu, cache = both.runtimes[0], both.caches[0]
+    strange = Arena(gpu.config, gpu.device, gpu.dtype)
     for message, call in {
         "expected ids below 32, found 32": lambda: gpu.forward(one + 27, cache),
         "positions, this call needs 257": lambda: gpu.forward(one.repeat(1, 257), cache),
@@ -266,6 +268,8 @@ def test_bad_calls_leave_the_model_usable(rng, pair):
         r"ascending numbers in 0-1, found \[3\]": lambda: gpu.forward(one, cache, [3]),
         "'last' or 'all'": lambda: gpu.forward(one, cache, logits="none"),
         "at least 1 sequence": lambda: gpu.new_cache(0),
+        "cache: expected one that this": lambda: gpu.forward(one, both.caches[1]),
+        "found another's": lambda: gpu.forward(one, GpuCache(gpu.config, 2, strange)),
     }.items():
         with pytest.raises(InputError, match=message):
             call()
