@@ -58,7 +58,7 @@ def upload(model: Path, repo: str, text: str, private: bool) -> None:
     ]
     try:
         api = huggingface_hub.HfApi()
-        api.create_repo(repo, private=private, exist_ok=True)
+        api.create_repo(repo, private=private or None, exist_ok=True)  # None: as the owner has it
         api.create_commit(
             repo,
             [*adds, CommitOperationAdd("README.md", text.encode())],

@@ -29,7 +29,7 @@ class Hub:
         if path == "/api/repos/create":
             name = f"{asked['organization']}/{asked['name']}"
             self.repos.setdefault(name, {})
-            self.private[name] = asked.get("private", False)
+            self.private[name] = asked.get("visibility") == "private" or asked.get("private", False)
             return 200, {"url": f"{self.url}/{name}"}
         if path.endswith("/objects/batch"):
             objects = [self._batch(each) for each in asked["objects"]]
