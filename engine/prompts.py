@@ -56,17 +56,19 @@ def listed(values: Any, what: str) -> list[Any]:
         values = values.tolist()
     if isinstance(values, str | bytes | bytearray | memoryview) or not isinstance(values, Sequence):
         raise InputError(f"{what}: {_EXPECTED}, found {type(values).__name__}")
-    return [listed(each, what) if _is_array(each) else each for each in values]
+    return [_plain(each, what) for each in values]
 
 
-def _is_array(value: Any) -> bool:
-    return hasattr(value, "tolist") and getattr(value, "ndim", 0) > 0
+def _plain(value: Any, what: str) -> Any:
+    """A number for an array without dimensions, a list for another, and else the value."""
+    if not hasattr(value, "tolist"):
+        return value
+    return listed(value, what) if getattr(value, "ndim", 0) else value.tolist()
 
 
 def _single(prompt: Any) -> Prompt:
     """Ids or messages."""
     given = listed(prompt, "prompt")
-    given = [each.item() if hasattr(each, "item") else each for each in given]
     if not any(isinstance(each, dict) for each in given):
         if not all(type(token) is int for token in given):
             raise InputError(f"prompt: token ids are whole numbers, found {given!r:.80}")
@@ -96,7 +98,7 @@ def _rows(values: list[Any]) -> list[list[Any]]:
     rows = values if values and isinstance(values[0], list | tuple) else [values]
     if not rows[0] or not all(isinstance(row, list | tuple) for row in rows):
         raise InputError(f"input_ids: expected ids (B, T) or (T,), found {values!r:.80}")
-    return [[each.item() if hasattr(each, "item") else each for each in row] for row in rows]
+    return [[_plain(each, "input_ids") for each in row] for row in rows]
 
 
 def _checked(masks: list[list[Any]], rows: list[list[Any]]) -> list[list[Any]]:

@@ -6,6 +6,7 @@ data_offsets}}), then the data, which the tensors cover without gaps.
 
 import math
 import mmap
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -180,7 +181,7 @@ def _open_shards(index: Path) -> dict[str, SafetensorsFile]:
         if not isinstance(shard, str) or not shard or Path(shard).name != shard:
             raise InputError(f"{index}: tensor {name!r}: expected a file name, found {shard!r}")
         if shard not in shards:
-            if not (index.parent / shard).is_file():
+            if not os.path.isfile(index.parent / shard):  # False for names that no file can have
                 raise InputError(f"{index}: the shard {shard} is missing")
             shards[shard] = SafetensorsFile(index.parent / shard)
         if name not in shards[shard].entries:

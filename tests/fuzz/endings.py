@@ -145,11 +145,11 @@ def interrupts(rng: random.Random, count: int, base: Path, sound: Path) -> list[
 
 def disks(rng: random.Random, count: int, base: Path, sound: Path) -> list[str]:
     place, trouble = base / "disk", []
-    room = sum(file.stat().st_size for file in sound.rglob("*") if file.is_file())
+    held, full = sum(pages(file) for file in sound.rglob("*")), 0
     place.mkdir()
     for name, arguments in COMMANDS.items():
         for number in range(count):
-            size = (room >> 12) + 30 + rng.randrange(60)  # pages; from too few to nearly enough
+            size = held + 3 + rng.randrange(24)  # pages; the whole output takes some 20
             mount = ["mount", "-t", "tmpfs", "-o", f"size={size * 4096}", "tmpfs", str(place)]
             subprocess.run(mount, check=True)
             try:
@@ -160,6 +160,7 @@ def disks(rng: random.Random, count: int, base: Path, sound: Path) -> list[str]:
                 code = ended(forked(arguments, place))
                 text = said(place)
                 refused = code == 2 and len(re.findall("^engine: ", text, re.M)) == 1
+                full += code != 0
                 if code != 0 and (not refused or wrong_words(text)):
                     trouble.append(f"{name} {number}, {size} pages: exit {code}: {text[-300:]}")
                 out = place / "out"
@@ -167,7 +168,13 @@ def disks(rng: random.Random, count: int, base: Path, sound: Path) -> list[str]:
                     trouble.append(f"{name} {number}: the earlier output is not what it was")
             finally:
                 subprocess.run(["umount", str(place)], check=True)
+    print(f"{full} of {count * len(COMMANDS)} found the disk full")
     return trouble
+
+
+def pages(file: Path) -> int:
+    """Of a tmpfs."""
+    return -(-file.stat().st_size // 4096) if file.is_file() else 1
 
 
 def write_sound(sound: Path) -> None:
