@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 REPORT, RECORD = "report.html", "shrink.json"
 RECORDS = "records"  # in OUT: what every stage gave
-TEXT = "text.txt"
+TEXT, TAUGHT = "text.txt", "taught"  # in the work directory; what the teacher said
 MINUTES = 10.0
+SHARES = {"weights": 0.75, "scales": 0.25}  # of them
 SAMPLES = 64  # of the profile
 SPEED_TOKENS = 512, 128  # prompt and new ones, fewer where the context is shorter
 
@@ -165,7 +166,7 @@ class Run:
         if asked.rule not in RULES or asked.rule == "manual":
             known = ", ".join(RULES[:-1])
             raise InputError(f"rule: expected one of {known}, found {asked.rule!r}")
-        Settings(("distil",), **self.heal_options())
+        Settings(("distil",), **self.heal_options("weights"))
         total = self.config.total_layers
         if asked.drop.isdecimal():
             check_count(total, int(asked.drop), default_protection(total))
@@ -175,11 +176,12 @@ class Run:
         if asked.choices is not None:
             list(read_questions(asked.choices))
 
-    def heal_options(self) -> dict[str, Any]:
+    def heal_options(self, trained: str) -> dict[str, Any]:
+        """Of the two healings, of weights and of scales, which share the minutes."""
         asked = self.asked
         minutes = MINUTES if asked.minutes is None and asked.steps is None else asked.minutes
         return {
-            "minutes": minutes,
+            "minutes": None if minutes is None else minutes * SHARES[trained],
             "steps": asked.steps,
             "written": asked.written,
             "window": self.window,
@@ -198,18 +200,19 @@ class Run:
         texts = [_stamp(source) for source in asked.text]
         profile = named("profile", stamps, texts).with_suffix(".json")
         plan = named("plan", asked.rule, asked.drop, asked.windows).with_suffix(".json")
-        healed = named("healed", self.heal_options())
+        healed = named("healed", self.heal_options("weights"))
         packed = named("packed", asked.bits)
-        # Here training the scales of `packed` comes in, once `heal --train scales` is there: one
-        # Stage more, whose directory the judging then takes.
+        scaled = named("scaled", self.heal_options("scales"))
         judged = named("judged", [_stamp(str(file)) for file in asked.judge_text], asked.prompts,
                        None if asked.choices is None else _stamp(str(asked.choices)))  # fmt: skip
-        self.profile, self.plan, self.healed, self.packed = profile, plan, healed, packed
+        self.profile, self.plan, self.healed = profile, plan, healed
+        self.packed, self.scaled = packed, scaled
         return [
             Stage("profile", 0.03, profile, self._profile),
             Stage("plan", 0.2, plan, self._plan),
-            Stage("heal", 0.52, healed, self._heal),
-            Stage("quantize", 0.1, packed, self._quantize),
+            Stage("heal", 0.4, healed, self._heal),
+            Stage("quantize", 0.08, packed, self._quantize),
+            Stage("scales", 0.14, scaled, self._scales),
             Stage("judge", 0.15, judged, self._judge),
         ]
 
@@ -264,7 +267,7 @@ class Run:
         method = "distil" if self.config.post_norm else "linear,distil"
         heal(
             self.asked.model, out, plan=self.plan, method=method, text=self.texts,
-            threads=self.asked.threads, **self.heal_options(),
+            cache=self.work / TAUGHT, threads=self.asked.threads, **self.heal_options("weights"),
         )  # fmt: skip
 
     def _quantize(self, out: Path) -> None:
@@ -277,30 +280,40 @@ class Run:
             threads=self.asked.threads,
         )  # fmt: skip
 
+    def _scales(self, out: Path) -> None:
+        from engine.commands.heal import heal
+
+        heal(
+            str(self.packed), out, method="distil", train="scales", teacher=self.asked.model,
+            text=self.texts, cache=self.work / TAUGHT, threads=self.asked.threads,
+            **self.heal_options("scales"),
+        )  # fmt: skip
+
     def _judge(self, out: Path) -> None:
         """A directory with what both were judged by and how fast they ran."""
         beside = out.with_name(out.name + ".partial")
         beside.mkdir(exist_ok=True)
-        for name, ref in (("before", self.asked.model), ("after", str(self.packed))):
+        for name, ref in (("before", self.asked.model), ("after", str(self.scaled))):
             if not (beside / f"{name}-speed.json").exists():
                 judge_one(self.asked, name, ref, beside)
         beside.replace(out)
 
     def _finish(self, judged: Path) -> None:
         """The packed directory with the records and the page in it, renamed to OUT."""
-        records = self.packed / RECORDS
+        records = self.scaled / RECORDS
         records.mkdir(exist_ok=True)
         copies = {"profile": self.profile, "plan": self.plan, "heal": self.healed / "heal.json"}
+        copies["scales"] = self.scaled / "heal.json"
         copies |= {file.stem: file for file in judged.iterdir()}
         for name, file in copies.items():
             shutil.copyfile(file, records / f"{name}.json")
-        found = collect(self.asked.model, self.path, self.packed)
+        found = collect(self.asked.model, self.path, self.scaled)
         from engine.report.shrunk import quality_rows, save
 
-        save(found, self.packed / REPORT)
+        save(found, self.scaled / REPORT)
         rows = [*found.sizes, *quality_rows(found), *found.speeds]
-        write_text(self.packed / RECORD, json.dumps({"key": self.key, "rows": rows}, indent=1))
-        self.packed.replace(self.out)
+        write_text(self.scaled / RECORD, json.dumps({"key": self.key, "rows": rows}, indent=1))
+        self.scaled.replace(self.out)
 
 
 def judge_one(asked: Asked, name: str, ref: str, directory: Path) -> None:

@@ -57,6 +57,7 @@ def test_all_stages_and_the_page(tree, tmp_path):
     assert len(plan.drop) == 2 and plan.keep == healed.keep and healed.steps == 3
     assert plan.profile == Profile.load(records / "profile.json").hash
     before, after = (Judgement.load(records / f"{name}.json") for name in ("before", "after"))
+    assert HealRecord.load(records / "scales.json").settings["train"] == "scales"
     assert (before.layers_kept, after.layers_kept) == (LAYERS, LAYERS - 2)
     assert before.health and after.health
     speed = RunRecord.load(records / "after-speed.json")
