@@ -131,13 +131,13 @@ def stream_steps(
     ids = _run(runtime, tokens, cache, sequences, options, generators)
     found = [[token] for token in ids]  # a list a running sequence
     while True:
-        pieces = [""] * len(sequences)
+        pieces, before = [""] * len(sequences), sum(len(s.ids) for s in sequences)
         for row, given in zip(running, found, strict=True):
             pieces[row] = sequences[row].take(given)
             fed[row] = -1 if sequences[row].finish_reason else given[-1]
         running = [row for row in running if fed[row] >= 0]
         elapsed_ns = time.perf_counter_ns() - clock
-        yield Step(tuple(pieces), sum(map(len, found)), elapsed_ns)
+        yield Step(tuple(pieces), sum(len(s.ids) for s in sequences) - before, elapsed_ns)
         if not running:
             return
         clock = time.perf_counter_ns()

@@ -91,7 +91,10 @@ def test_text_of_the_teachers_own(tree, tmp_path):
         ("self: text that the teacher", ("--drop", 2, "--method", "linear", "--self", 9)),
         ("precision: expected one of auto,", ("--drop", 2, "--precision", "int3")),
         ("excludes scale", ("--method", "linear,scale")),
-        ("train: expected one of all, around, norms, lora, found 'some'", ("--train", "some")),
+        (
+            "train: expected one of all, around, norms, lora, scales, found 'some'",
+            ("--train", "some"),
+        ),
         ("nothing is dropped", ()),
         ("drop: layer 6 is out of range; the model has layers 0 to 5", ("--drop", 6)),
         ("linear: layer 0 is dropped and no kept layer before it", ("--drop", "0-1")),

@@ -1,6 +1,7 @@
 """heal and shrink, killed at any moment, go on to what an unkilled run gives."""
 
 import json
+import os
 import secrets
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 from support import tiny
 
-SUPPORT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +43,9 @@ def same_as_unkilled(command, tree, tmp_path, moments: int) -> None:
     seed, out = secrets.randbits(32), tmp_path / "out"
     print(f"seed of the moments {seed}")
     called = [sys.executable, "-m", "support.killed", seed, moments, out, *command(tree)]
+    found = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}  # tests/engine is not the package
     done = subprocess.run(
-        list(map(str, called)), cwd=SUPPORT, capture_output=True, text=True, check=False
+        list(map(str, called)), cwd=ROOT, env=found, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     whole, *killed = (

@@ -302,7 +302,7 @@ def test_a_plan_of_another_model(tree, planned, tmp_path):
     [
         (["{model}"], "profile: --out FILE says where the profile goes"),
         (["{model}", "{model}", "--out", "{out}"], "profile: expected one model, found 2"),
-        (["{model}", "--out", "/nowhere/p.json"], "expected a file in a directory that is there"),
+        (["{model}", "--out", "/nowhere/p.json"], "there is no directory"),
         (["{model}", "--out", "{out}", "--tokens", "first"], "tokens: expected 'last' or 'all'"),
         (
             ["{model}", "--out", "{out}", "--length", 65],

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,7 @@ def model(rng, monkeypatch):
     """What every command opens, in place of a checkpoint."""
     runtime = FakeRuntime(int(torch.randint(2**31, (1,), generator=rng)))
     model = SimpleNamespace(runtime=runtime, config=runtime.config, text=FakeText(LETTERS))
-    model.path, model.opened = "fake", []
+    model.path, model.opened, model.naming = "fake", [], nullcontext
 
     def open_model(ref, threads, **options):
         model.opened.append((ref, threads, options))
@@ -192,7 +193,7 @@ def test_eval_prints_the_protocol_and_the_record(model, tmp_path):
         (("--prompt", "", "--raw"), "the prompt is empty"),
         (("--prompt", "a", "--prompt-tokens", "3"), "exclude each other"),
         (("--prompt-file", "/nowhere/prompt.txt"), "/nowhere/prompt.txt"),
-        (("--json", "/nowhere/out.json"), "/nowhere/out.json: expected a file in a directory"),
+        (("--json", "/nowhere/out.json"), "/nowhere/out.json: there is no directory"),
         (
             ("--compare", "vllm"),
             "--compare knows llama.cpp, ik, openvino, transformers, not 'vllm'",

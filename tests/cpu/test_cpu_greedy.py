@@ -144,6 +144,7 @@ def test_generate_with_and_without_it(tmp_path, case):
     plain = SimpleNamespace(
         config=runtime.config,
         device=runtime.device,
+        prefill_chunk=runtime.prefill_chunk,
         new_cache=runtime.new_cache,
         forward=runtime.forward,
     )

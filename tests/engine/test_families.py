@@ -95,6 +95,9 @@ class RawSequence:
     def __init__(self, ids: list[int], count: int) -> None:
         self.ids, self.end, self.finish_reason = ids, len(ids) + count, None
 
+    def take(self, tokens: list[int]) -> str:
+        return "".join(map(self.push, tokens))
+
     def push(self, token: int) -> str:
         self.ids.append(token)
         self.finish_reason = "length" if len(self.ids) == self.end else None

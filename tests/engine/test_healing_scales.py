@@ -18,7 +18,7 @@ from engine.quantize.packing import pack
 from engine.quantize.recipe import Recipe
 
 SETTINGS = Settings(
-    ("distil",), train="scales", steps=30, lr=4e-3, window=WINDOW, batch_tokens=96, check_every=6,
+    ("distil",), train="scales", steps=30, lr=2e-3, window=WINDOW, batch_tokens=96, check_every=6,
     precision="float32", patience=100,
 )  # fmt: skip
 ROUGH = {

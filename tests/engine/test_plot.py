@@ -314,7 +314,7 @@ def test_profile_writes_its_report(draw, tmp_path):
             "x.pdf: expected a name that ends in .png or .svg or .html",
         ),
         (["profile"], ["--out", "x"], "x: expected a name that ends in .png"),
-        (["profile"], ["--out", "/nowhere/x.png"], "expected a file in a directory that is there"),
+        (["profile"], ["--out", "/nowhere/x.png"], "there is no directory"),
         (
             ["profile"],
             ["--kind", "pie"],

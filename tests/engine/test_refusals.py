@@ -45,7 +45,9 @@ def test_commands_on_them(not_a_number, tmp_path):
     text.write_text(" ".join(str(n % 150) for n in range(100)))
     refused(WORDS, "run", "--model", not_a_number, "--prompt", "3 1", "--raw", "--new-tokens", 2)
     refused(WORDS, "eval", not_a_number, "--text", text, "--window", 16)
-    code, _, said = call("profile", not_a_number, "--out", tmp_path / "p", "--text", text)
+    code, _, said = call(
+        "profile", not_a_number, "--out", tmp_path / "p", "--text", text, "--length", 16
+    )
     assert code == 2 and "is not finite" in said.splitlines()[-1]
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import tiny
+from support.runtimes import HERE
 
 import engine
 from engine.errors import InputError
-from engine.runtime import RUNTIMES
 
-every_backend = pytest.mark.parametrize("backend", RUNTIMES)
+every_backend = pytest.mark.parametrize("backend", HERE)
 LAYER = "model.layers.1."
 QKV, GATE_UP = LAYER + "self_attn.qkv_proj.weight", LAYER + "mlp.gate_up_proj.weight"
 Q, NORM = LAYER + "self_attn.q_proj.weight", LAYER + "input_layernorm.weight"

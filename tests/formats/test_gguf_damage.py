@@ -5,11 +5,11 @@ from functools import partial
 
 import pytest
 from support import llama_files
+from support.runtimes import HERE
 
 import engine
 from engine.checkpoint import open_checkpoint
 from engine.errors import InputError
-from engine.runtime import RUNTIMES
 
 
 def at(data: bytes, name: str) -> int:
@@ -54,7 +54,7 @@ DAMAGES = {
 }
 
 # Every way a file is opened.
-OPENED = (open_checkpoint, *(partial(engine.load, backend=backend) for backend in RUNTIMES))
+OPENED = (open_checkpoint, *(partial(engine.load, backend=backend) for backend in HERE))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

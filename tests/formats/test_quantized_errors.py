@@ -8,13 +8,13 @@ import pytest
 import torch
 from support.packed import random_packed
 from support.quantized import CASES, MODULE, compressed, nf4, write
+from support.runtimes import HERE
 
 import engine
 from engine.checkpoint import open_unchecked
 from engine.errors import InputError
 from engine.kernels.w4 import store
 from engine.kernels.w4.format import Spec
-from engine.runtime import RUNTIMES
 
 
 def refused(path: Path, words: str) -> None:
@@ -24,7 +24,7 @@ def refused(path: Path, words: str) -> None:
         for name in checkpoint.names():
             checkpoint.shape(name), checkpoint.packed(name), checkpoint.read(name)
     assert str(path) in str(caught.value)
-    for backend in RUNTIMES:
+    for backend in HERE:
         with pytest.raises(InputError, match=re.escape(str(path))):
             engine.load(path, backend=backend)
 
