@@ -28,8 +28,7 @@ from engine.scratch import write_text
 
 RESULTS = Path(__file__).parent / "results"
 COUNTS = 0, 3, 5, 8, 10
-TRAINED = "distil", "qlora"  # the methods that --minutes limit
-METHODS = "no healing", "linear", *TRAINED, "distil, 4 bits, scales"
+METHODS = "no healing", "linear", "distil", "distil, 4 bits, scales"
 
 
 @dataclass(frozen=True)
@@ -102,12 +101,10 @@ class Study:
             return str(self.small(count)), []
         out = self.work / f"{count}-{method}"
         if not out.exists():
-            train = ["--method", "linear" if method == "linear" else f"linear,{method}"]
-            if method == "qlora":
-                train = ["--method", "qlora"]
-            if method in TRAINED:
-                train += ["--minutes", str(self.asked.minutes), "--cache", str(self.work / "cache")]
-                train += ["--self", str(self.asked.self)] if self.asked.self else []
+            train = ["--method", "linear"]
+            if method == "distil":
+                train = ["--method", "linear,distil", "--minutes", str(self.asked.minutes)]
+                train += ["--cache", str(self.work / "cache"), "--self", str(self.asked.self)]
             self.engine(
                 "heal", self.asked.model, out, "--plan", self.plan(count), *train,
                 "--text", self.asked.train, "--seed", 0,
