@@ -184,7 +184,7 @@ def test_many_queries(tmp_path, case, settings, cache_dtype):
     """Attention of many rows, which may be rounded as well; weights are not, so it stands out."""
     seed = secrets.randbits(32)
     print(f"seed {seed}")
-    tiny.write(case, tmp_path, seed, **settings)
+    tiny.write(case, tmp_path, seed, spread=0.1, **settings)  # as `write` does
     checkpoint = open_checkpoint(tmp_path)
     reference = ReferenceRuntime.load(checkpoint, checkpoint.config)
     runtime = load(checkpoint, mode="int8", cache_dtype=cache_dtype)
@@ -196,7 +196,7 @@ def test_many_queries(tmp_path, case, settings, cache_dtype):
             each.forward(piece, cache, logits="all")[piece >= 0]
             for each, cache in zip((reference, runtime), caches, strict=True)
         )
-        bound = {"float16": 2e-2, "int8": 4e-2}[cache_dtype]
+        bound = {"float16": 2e-2, "int8": 3e-2}[cache_dtype]
         assert_close(f"{piece.shape[1]} tokens", expected, got, bound)
 
 
