@@ -23,6 +23,10 @@ test: .venv/test
 test-slow: .venv/test
 	$(PYTEST) -m slow
 
+# Exports in the engines that they are for: llama.cpp, vLLM, GPTQModel.
+test-peers: .venv/test
+	tests/formats/peers.sh
+
 # The CPU extension under AddressSanitizer and UBSan, or under ThreadSanitizer, in a build of its own.
 # First come bugs that it must report, then the tests; PYTEST_ARGS chooses among these.
 sanitize-address: export ASAN_OPTIONS := detect_leaks=0:$(ASAN_OPTIONS)
@@ -88,4 +92,4 @@ $(BIN)/pip:
 	    need 'a C++ compiler (Debian: apt install g++)'
 	$(PYTHON) -m venv .venv
 
-.PHONY: run test test-slow sanitize-address sanitize-thread fuzz fuzz-address nightly lint
+.PHONY: run test test-slow test-peers sanitize-address sanitize-thread fuzz fuzz-address nightly lint

@@ -101,6 +101,16 @@ def replacing(path: Path, nbytes: int | None = None) -> Iterator[Path]:
             scratch.remove()
 
 
+def clear_behind(out: Path, work: Path, name: str) -> None:
+    """Removes `work`, which a kill left behind its whole result: `out` holds the same file `name`."""
+    try:
+        same = (out / name).read_bytes() == (work / name).read_bytes()
+    except OSError:
+        return
+    if same:
+        Scratch(work).remove()
+
+
 def write_text(path: Path, text: str) -> None:
     data = text.encode()
     with replacing(path, len(data)) as beside:

@@ -7,6 +7,7 @@ import typer
 
 from engine.commands import common, output
 from engine.errors import InputError
+from engine.healing.place import check_new
 from engine.healing.settings import RATES
 
 if TYPE_CHECKING:
@@ -189,8 +190,7 @@ def speak(ref: str, text: "Text", device: "torch.device") -> "Spoken":
 
 def check_files(out: Path, text: list[str], held_out: str | None) -> None:
     """InputError, before anything is downloaded, for what is absent or in the way."""
-    if out.exists():
-        raise InputError(f"{out}: exists already; name a new directory")
+    check_new(out)
     if not out.absolute().parent.is_dir():
         raise InputError(f"{out}: there is no directory {out.parent}")
     if not text:

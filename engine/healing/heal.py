@@ -19,6 +19,7 @@ from engine.export import hf, packed
 from engine.healing.data import Data, perplexity
 from engine.healing.distil import distil
 from engine.healing.patch import patch
+from engine.healing.place import RECORD, check_new, place_of
 from engine.healing.replaced import Replaced
 from engine.healing.scales import ScaleStudent, check_packed
 from engine.healing.settings import Settings, check_model
@@ -29,9 +30,7 @@ from engine.healing.written import Write, written
 from engine.kernels.w4.format import Packed
 from engine.reference.cache import KVCache
 from engine.reference.decoder import Decoder, load_decoder
-from engine.scratch import Scratch
-
-RECORD = "heal.json"
+from engine.scratch import Scratch, write_text
 
 Reporting = Callable[[str], AbstractContextManager[Callable[..., None]]]  # label -> report
 
@@ -81,7 +80,7 @@ def heal(
         check_packed(pupil)
     settings = settings.on(device)
     healing = Healing(pupil, source, config, data, settings, device, reporting, spoken)
-    work = out.with_name(out.name + ".healing")
+    work = place_of(out)
     scratch = Scratch(work)
     run = work / healing.key
     run.mkdir(parents=True, exist_ok=True)
@@ -104,6 +103,7 @@ def heal(
     # What an earlier run left there may be shards of other weights under the same names.
     Scratch(out.with_name(out.name + ".partial")).remove()
     beside = {RECORD: json.dumps(record.to_json(), indent=1) + "\n"}
+    write_text(work / RECORD, beside[RECORD])
     write(beside=beside)
     scratch.remove()
     return record
@@ -116,8 +116,7 @@ def check_place(source: Checkpoint, config: ModelConfig, out: Path) -> None:
             f"{source.path}: a teacher of {source.config.vocab_size} tokens cannot teach a model "
             f"of {config.vocab_size}"
         )
-    if out.exists():
-        raise InputError(f"{out}: exists already; name a new directory")
+    check_new(out)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ its work. tests/commands/test_interrupt.py interrupts whole programs, from their
 import argparse
 import contextlib
 import hashlib
+import json
 import os
 import random
 import re
@@ -22,8 +23,13 @@ import tempfile
 import time
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: as the commands do
+
+import torch
+from safetensors import safe_open
+
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path[:0] = map(str, Path(__file__).parents[2:0:-1])  # tests/engine is not the package
 
 TEXT = "text.txt"
 COMMANDS = {
@@ -38,6 +44,17 @@ COMMANDS = {
         *("profile", "model", "--out", "out", "--text", TEXT, "--length", "16", "--stream"),
     ],
     "plan": ["plan", "profile.json", "--out", "out", "--count", "1", "--protect", "none"],
+    "export hf": ["export", "packed", "out", "--to", "hf"],
+    "export gptq": ["export", "packed", "out", "--to", "gptq"],
+    "export compressed-tensors": ["export", "packed", "out", "--to", "compressed-tensors"],
+    "prune packed": ["prune", "packed", "out", "--drop", "1"],
+}
+LEARNS = {  # its record says how long it took: tests/commands/test_killed.py compares the tensors
+    f"heal {method}": [
+        *("heal", "model", "out", "--drop", "1", "--method", method, "--text", TEXT),
+        *("--window", "16", "--batch-tokens", "32", "--steps", "3"),
+    ]
+    for method in ("linear", "distil")
 }
 FILES = ("profile", "profile --stream", "plan")  # whose output is a file, which may be there
 
@@ -82,11 +99,21 @@ def said(place: Path) -> str:
 
 
 def digest(out: Path) -> str:
-    """Of a directory's files or of a file, timestamps aside."""
+    """Of a directory's files or of a file, timestamps aside.
+
+    A safetensors file counts by what it holds: the order of its metadata changes.
+    """
     files = sorted(out.rglob("*")) if out.is_dir() else [out]
     whole = hashlib.sha256()
     for file in files:
-        if file.is_file():
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as opened:
+                whole.update(json.dumps(opened.metadata(), sort_keys=True).encode())
+                for name in sorted(opened.keys()):
+                    tensor = opened.get_tensor(name)
+                    whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                    whole.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif file.is_file():
             whole.update(file.name.encode() + file.read_bytes())
     return whole.hexdigest()
 
@@ -113,7 +140,8 @@ def kills(rng: random.Random, count: int, base: Path, sound: Path) -> list[str]:
             os.kill(child, signal.SIGKILL)
             if ended(child) == 0:
                 break
-        if not (place / "out").exists() and ended(forked(COMMANDS[name], place)) != 0:
+        stands = (place / "out").exists() and name not in FILES  # the next run refuses it
+        if ended(forked(COMMANDS[name], place)) != (2 if stands else 0):
             trouble.append(f"{number}: {name}: {said(place)[-200:]}")
         elif digest(place / "out") != expected[name]:
             trouble.append(f"{number}: {name}: another result")
@@ -124,7 +152,7 @@ def kills(rng: random.Random, count: int, base: Path, sound: Path) -> list[str]:
 
 def interrupts(rng: random.Random, count: int, base: Path, sound: Path) -> list[str]:
     place, trouble = base / "place", []
-    commands = COMMANDS | {
+    commands = COMMANDS | LEARNS | {
         "run": ["run", "--model", "model", "--prompt", "3 1", "--raw", "--new-tokens", "60"]
     }
     number = 0
@@ -147,7 +175,7 @@ def disks(rng: random.Random, count: int, base: Path, sound: Path) -> list[str]:
     place, trouble = base / "disk", []
     held, full = sum(pages(file) for file in sound.rglob("*")), 0
     place.mkdir()
-    for name, arguments in COMMANDS.items():
+    for name, arguments in (COMMANDS | LEARNS).items():
         for number in range(count):
             size = held + 3 + rng.randrange(24)  # pages; the whole output takes some 20
             mount = ["mount", "-t", "tmpfs", "-o", f"size={size * 4096}", "tmpfs", str(place)]
@@ -168,7 +196,7 @@ def disks(rng: random.Random, count: int, base: Path, sound: Path) -> list[str]:
                     trouble.append(f"{name} {number}: the earlier output is not what it was")
             finally:
                 subprocess.run(["umount", str(place)], check=True)
-    print(f"{full} of {count * len(COMMANDS)} found the disk full")
+    print(f"{full} of {count * len(COMMANDS | LEARNS)} found the disk full")
     return trouble
 
 
@@ -178,12 +206,18 @@ def pages(file: Path) -> int:
 
 
 def write_sound(sound: Path) -> None:
-    import torch
     from fuzz.readers import artefacts, model
+
+    from engine.checkpoint import open_checkpoint
+    from engine.quantize.packing import pack
+    from engine.quantize.recipe import Recipe
 
     sound.mkdir()
     (sound / "model").mkdir()
     model("llama", torch.Generator().manual_seed(0), sound / "model")
+    checkpoint = open_checkpoint(sound / "model")
+    recipe = Recipe("rtn", group=16, head=16)
+    pack(checkpoint, checkpoint.config, sound / "packed", recipe)
     (sound / TEXT).write_text(" ".join(str(n * 7 % 29 + 3) for n in range(200)))
     with tempfile.TemporaryDirectory() as place:
         artefacts(Path(place), torch.Generator().manual_seed(0))
@@ -196,11 +230,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
     asked = parser.parse_args()
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    import torch
-
     torch.set_num_threads(1)
-    for module in ("cli", "export.hf", "quantize.packing", "pruning.plan", "api"):
+    for module in ("cli", "export.hf", "quantize.packing", "pruning.plan", "healing.heal", "api"):
         __import__(f"engine.{module}")
     with tempfile.TemporaryDirectory() as base:
         write_sound(Path(base) / "sound")

@@ -1,0 +1,20 @@
+"""Where a healing run lies until it has ended, and what may be there already."""
+
+from pathlib import Path
+
+from engine.errors import InputError
+from engine.scratch import clear_behind
+
+RECORD = "heal.json"
+
+
+def place_of(out: Path) -> Path:
+    """Of the run that writes the directory `out`."""
+    return out.with_name(out.name + ".healing")
+
+
+def check_new(out: Path) -> None:
+    """InputError where `out` is there already; what a kill left behind it is removed."""
+    if out.exists():
+        clear_behind(out, place_of(out), RECORD)
+        raise InputError(f"{out}: exists already; name a new directory")
