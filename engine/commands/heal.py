@@ -82,7 +82,8 @@ def heal(
         str,
         typer.Option(
             rich_help_panel=_TRAINING,
-            help="Of products: float32 or bfloat16; auto: bfloat16 on a GPU and with AMX.",
+            help="Of products: float32 or bfloat16; auto: bfloat16 where its products are faster: "
+            "on a GPU, with AMX, with AVX512-BF16.",
         ),
     ] = "auto",
     seed: Annotated[int, typer.Option(rich_help_panel=_TRAINING, help="Of the text's order.")] = 0,

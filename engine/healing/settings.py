@@ -62,10 +62,10 @@ class Settings:
         """With the precision that is fast there, where none is asked for."""
         if self.precision != "auto":
             return self
-        from engine.kernels.dispatch import why_not
-        from engine.kernels.w4.cpu import isas
+        import torch  # whose older releases do not tell
 
-        fast = str(device) != "cpu" or (why_not("cpu") is None and isas()[0] == "amx")
+        able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = str(device) != "cpu" or able.get("amx_bf16") or able.get("avx512_bf16")
         return replace(self, precision="bfloat16" if fast else "float32")
 
     @property
