@@ -102,7 +102,7 @@ def replacing(path: Path, nbytes: int | None = None) -> Iterator[Path]:
 
 
 def clear_behind(out: Path, work: Path, name: str) -> None:
-    """Removes `work`, which a kill left behind its whole result: `out` holds the same file `name`."""
+    """Removes `work`, which a kill left behind its result: `out` holds the same file `name`."""
     try:
         same = (out / name).read_bytes() == (work / name).read_bytes()
     except OSError:

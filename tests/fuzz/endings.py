@@ -152,9 +152,11 @@ def kills(rng: random.Random, count: int, base: Path, sound: Path) -> list[str]:
 
 def interrupts(rng: random.Random, count: int, base: Path, sound: Path) -> list[str]:
     place, trouble = base / "place", []
-    commands = COMMANDS | LEARNS | {
-        "run": ["run", "--model", "model", "--prompt", "3 1", "--raw", "--new-tokens", "60"]
-    }
+    commands = (
+        COMMANDS
+        | LEARNS
+        | {"run": ["run", "--model", "model", "--prompt", "3 1", "--raw", "--new-tokens", "60"]}
+    )
     number = 0
     while number < count:
         name = rng.choice(list(commands))
