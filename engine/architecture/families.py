@@ -156,6 +156,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def model_type(family: str) -> str:
+    """What transformers calls a family."""
+    return {"phi2": "phi", "gemma3": "gemma3_text"}.get(family, family)
+
+
 def family_of(architecture: str, where: str) -> str:
     """The key in FAMILIES of a Hugging Face class name; InputError with the list otherwise."""
     for key, family in FAMILIES.items():

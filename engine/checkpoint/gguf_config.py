@@ -9,7 +9,7 @@ from ctypes import c_float
 from typing import Any
 
 from engine.architecture.config import Rope
-from engine.architecture.families import FAMILIES
+from engine.architecture.families import FAMILIES, model_type
 from engine.checkpoint.gguf_file import GgufFile, GgufTensor
 from engine.checkpoint.gguf_names import (
     ARCHITECTURES,
@@ -26,7 +26,6 @@ _END_TOKENS = {
     "<|end_of_text|>",
 }  # fmt: skip
 _CONTROL = 3  # tokenizer.ggml.token_type
-_MODEL_TYPES = {"phi2": "phi", "gemma3": "gemma3_text"}  # where they are not the family's key
 WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6}  # the last of so many layers sees everything
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}  # scores scaled by D / H, in the others by E
 _SMOLLM3_NOPE_PERIOD = 4
@@ -65,7 +64,7 @@ def config_from_gguf(file: GgufFile, family: str) -> dict[str, Any]:
     embedding = fields.tensor(f"{EMBEDDING}.weight")
     config = {
         "architectures": [FAMILIES[family].architecture],
-        "model_type": _MODEL_TYPES.get(family, family),
+        "model_type": model_type(family),
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
         "intermediate_size": fields.integer("feed_forward_length"),

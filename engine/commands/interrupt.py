@@ -81,8 +81,13 @@ def _wait(reading: int) -> None:
 
 
 def _unraisable(found: "sys.UnraisableHookArgs") -> None:
-    """An exception in a destructor: an interrupt is asked for anew, instead of a trace."""
+    """An exception in a destructor: an interrupt is asked for anew, instead of a trace.
+
+    Behind this call, in which it would be lost as well.
+    """
     if isinstance(found.exc_value, KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
+        again = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT))
+        again.daemon = True
+        again.start()
     else:
         sys.__unraisablehook__(found)

@@ -15,6 +15,7 @@ import torch
 
 from engine import scratch
 from engine.architecture.config import ModelConfig
+from engine.architecture.families import model_type
 from engine.checkpoint.safetensors import SafetensorsFile
 from engine.checkpoint.weights import Stored, values
 from engine.errors import InputError
@@ -140,6 +141,7 @@ def sliced_config(config: ModelConfig, dtype: torch.dtype | None = None) -> dict
         if key not in ("architectures", "eos_token_id") and isinstance(value, list):
             if len(value) == config.total_layers:
                 raw[key] = [value[layer] for layer in kept]
+    raw["model_type"] = model_type(config.family)  # which some leave out
     raw["num_hidden_layers"] = len(kept)
     if config.family in _WINDOWED:
         raw["layer_types"] = [
