@@ -132,8 +132,8 @@ class AdaptedCheckpoint:
 def places(
     config: ModelConfig, names: Collection[str]
 ) -> dict[str, tuple[tuple[int, ...], list[Place]]]:
-    """Module -> (N, K) and the tensors among `names` that hold its rows, of all layers' matrices."""
-    found = {}
+    """Module -> (N, K) and the tensors of `names` that hold its rows, of all layers' matrices."""
+    found: dict[str, tuple[tuple[int, ...], list[Place]]] = {}
     for layer in range(config.total_layers):
         parts = layer_parts(config, layer).values()
         for name, shape in layer_tensors(config, layer).values():
@@ -191,15 +191,17 @@ def open_adapted(path: Path) -> AdaptedCheckpoint:
 
 def _terms(where: Path, said: Mapping[str, Any]) -> tuple[int, float]:
     """(r, lora_alpha)."""
-    if said.get("peft_type") != "LORA":
-        raise InputError(f"{where}: peft_type: expected 'LORA', found {said.get('peft_type')!r:.80}")
+    if (kind := said.get("peft_type")) != "LORA":
+        raise InputError(f"{where}: peft_type: expected 'LORA', found {kind!r:.80}")
     for name, harmless in _UNREAD.items():
         if (found := said.get(name)) not in harmless:
             raise InputError(f"{where}: {name}: {found!r:.80} is not supported")
-    rank, alpha = said.get("r"), said.get("lora_alpha")
+    rank: Any = said.get("r")
+    alpha: Any = said.get("lora_alpha")
     if type(rank) is not int or not 0 < rank < 1 << 20:
         raise InputError(f"{where}: r: expected a rank of at least 1, found {rank!r:.80}")
-    if type(alpha) not in (int, float) or not 0 < alpha <= _LARGEST:
+    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not number or not 0 < alpha <= _LARGEST:
         raise InputError(f"{where}: lora_alpha: expected more than 0, found {alpha!r:.80}")
     return rank, float(alpha)
 

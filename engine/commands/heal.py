@@ -192,10 +192,13 @@ def heal(
 
     common.set_threads(threads)
     from engine.api import choose_device
+    from engine.healing import processes
     from engine.healing.data import read_data
     from engine.healing.heal import heal as run
     from engine.kernels.dtypes import dtype_of
 
+    if not processes.is_first():
+        output.hush()
     settings = settings.on(where := choose_device(device))
     if settings.trained:
         output.note(f"trains in {settings.precision} on {where}")

@@ -1,4 +1,4 @@
-"""The way through: patch, qlora, distil, write; what is unfinished lies beside and is found again."""
+"""The way through: patch, qlora, distil, write; what is unfinished lies beside and is found anew."""
 
 import hashlib
 import json
@@ -17,12 +17,12 @@ from engine.checkpoint.adapter import AdaptedCheckpoint
 from engine.checkpoint.weights import lineage_hash
 from engine.errors import InputError
 from engine.export import hf, packed
-from engine.healing import adapters
+from engine.healing import adapters, processes
 from engine.healing.data import Data, perplexity
 from engine.healing.distil import distil
 from engine.healing.patch import patch
-from engine.healing.replaced import Replaced
 from engine.healing.qlora import qlora
+from engine.healing.replaced import Replaced
 from engine.healing.scales import ScaleStudent, check_packed
 from engine.healing.settings import TRAINED, Settings, check_model
 from engine.healing.state import Standing, joined
@@ -83,6 +83,7 @@ def heal(
     and the adapter beside it.
     """
     source = teacher or pupil
+    processes.check(settings.methods)
     check_model(settings, config, teacher is not None)
     check_place(source, config, out)
     if settings.train == "scales":
@@ -90,8 +91,10 @@ def heal(
     settings = settings.on(device)
     healing = Healing(pupil, source, config, data, settings, device, reporting, spoken)
     work = out.with_name(out.name + ".healing")
-    scratch = Scratch(work)
     run = work / healing.key
+    if not processes.is_first():
+        return healing.follow(run, cache or work, out)
+    scratch = Scratch(work)
     run.mkdir(parents=True, exist_ok=True)
     if settings.written:
         healing = replace(healing, data=healing.extended(cache or work))
@@ -107,13 +110,14 @@ def heal(
         after = standing.best
         if settings.methods[-1] != "distil":
             after = healing.perplexity(healed, kept)
-        if settings.adapter:
+        if settings.adapter and isinstance(healed, AdaptedCheckpoint):
             write = partial(adapters.write, healed, settings, out)
     record = healing.record((name, teacher_name or name), standing, (before, after))
     # What an earlier run left there may be shards of other weights under the same names.
     Scratch(out.with_name(out.name + ".partial")).remove()
     beside = {RECORD: json.dumps(record.to_json(), indent=1) + "\n"}
     write(beside=beside)
+    processes.wait(device)
     scratch.remove()
     return record
 
@@ -165,6 +169,7 @@ class Healing:
             base = run / "base"
             if not base.exists():
                 pack(checkpoint, config, base)
+            processes.wait(self.device)
             with self.reporting(self._unit) as report:
                 standing, pairs = qlora(base, self.data, self.settings, run, self.device, report)
             if self.settings.adapter:
@@ -176,6 +181,14 @@ class Healing:
             checkpoint, later = self.distilled(checkpoint, config, run, cache)
             config, standing = checkpoint.config, joined(standing, later)
         return checkpoint, config, standing
+
+    def follow(self, run: Path, cache: Path, out: Path) -> HealRecord:
+        """What a process does that is not the first: learns along, and writes nothing."""
+        processes.wait(self.device)
+        data = self.extended(cache) if self.settings.written else self.data
+        qlora(run / "base", data, self.settings, run, self.device)
+        processes.wait(self.device)
+        return HealRecord.load(out / RECORD)
 
     def patched(self, run: Path) -> tuple[Checkpoint, ModelConfig]:
         """The pupil, or what the method without training makes of it, which lies in `run`."""

@@ -5,6 +5,7 @@ every quantized matrix, peft's LoRA on the feed-forward ones, and transformers' 
 """
 
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,7 +81,9 @@ def adapted_model(base: Checkpoint, settings: Settings, backend: str | None = No
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(settings.seed)
-    return peft.get_peft_model(model, adapt(lora))
+    with warnings.catch_warnings():  # peft asks transformers by names that are on their way out
+        warnings.simplefilter("ignore", FutureWarning)
+        return peft.get_peft_model(model, adapt(lora))
 
 
 def targets(config: ModelConfig) -> list[str]:

@@ -1,6 +1,8 @@
-"""The healing of "The Unreasonable Ineffectiveness of the Deeper Layers" (Gromov et al., 2403.17887,
-appendix A), as defaults: LoRA on the feed-forward matrices of a 4-bit base, AdamW, cosine, 100 steps
-of warm-up, dropout 0.05, alpha = rank, 16 windows a step, 5,000 steps."""
+"""The healing of "The Unreasonable Ineffectiveness of the Deeper Layers", as defaults.
+
+Gromov et al., 2403.17887, appendix A: LoRA on the feed-forward matrices of a 4-bit base, AdamW,
+cosine, 100 steps of warm-up, dropout 0.05, alpha = rank, 16 windows a step, 5,000 steps.
+"""
 
 import math
 from dataclasses import dataclass

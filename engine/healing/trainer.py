@@ -70,7 +70,7 @@ class Learner(Trainer):
         device: torch.device | str,
         report: Report | None,
     ) -> None:
-        self.data, self.settings, self.report = data, settings, report
+        self.pupil, self.data, self.settings, self.report = model, data, settings, report
         self.file, self.best = directory / "qlora.safetensors", directory / "qlora.best.safetensors"
         named = model.named_parameters()
         self.learning = {name: weight for name, weight in named if weight.requires_grad}
@@ -80,16 +80,16 @@ class Learner(Trainer):
         batch *= arguments.world_size
         left = (settings.steps or UNENDING) - self.standing.step
         arguments.max_steps = max(1, left)
-        windows = Windows(data, settings, batch, self.standing.step)
-        super().__init__(model, arguments, train_dataset=windows, callbacks=[Watch(self)])
+        self.windows = Windows(data, settings, batch, self.standing.step)
+        super().__init__(model, arguments, train_dataset=self.windows, callbacks=[Watch(self)])
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # the mean over windows of one length is the loss
         self.losses: list[torch.Tensor] = []  # of the windows of a step
 
     def run(self) -> None:
         """Returns with the best weights in the model."""
-        self.begun, self.earlier, self.first = time.monotonic(), 0.0, self.standing.step
-        self.earlier = self.standing.seconds
+        self.begun, self.earlier = time.monotonic(), self.standing.seconds
+        self.first = self.standing.step
         if self.standing.step:
             state.restore(self.file, self.learning)
         if not self.standing.checks:
@@ -106,7 +106,7 @@ class Learner(Trainer):
                 weight.copy_(weights[name])
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
+        return SequentialSampler(self.windows)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """By where the training stands, which a run that was taken up again is in the midst of."""
@@ -120,7 +120,11 @@ class Learner(Trainer):
         return self.lr_scheduler
 
     def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> torch.Tensor:
         loss: torch.Tensor = model(**inputs, use_cache=False).loss
         self.losses.append(loss.detach())
@@ -174,7 +178,7 @@ class Learner(Trainer):
         Every process computes it, the first one writes.
         """
         standing, first = self.standing, self.args.process_index == 0
-        self.model.eval()
+        self.pupil.eval()
         found = perplexity(self._logits, self.data.held_out)
         standing.checks.append(found)
         standing.missed += 1
@@ -187,7 +191,7 @@ class Learner(Trainer):
             state.save(self.file, standing, self.learning, self.optimizer)
 
     def _logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.model(tokens.to(self.args.device), use_cache=False).logits
+        found: torch.Tensor = self.pupil(tokens.to(self.args.device), use_cache=False).logits
         return found
 
 

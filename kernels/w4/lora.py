@@ -1,6 +1,7 @@
 """peft's LoRA (Hu et al., 2106.09685) around `W4Linear`: adapters in floats on a 4-bit base (QLoRA,
 Dettmers et al., 2305.14314)."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ def adapt(lora: Any) -> Any:
 
         def __init__(self, base: W4Linear, adapter_name: str, config: Any, **kwargs: Any) -> None:
             super().__init__()
-            LoraLayer.__init__(self, base)
+            with warnings.catch_warnings():  # peft takes the sizes of any module that has them
+                warnings.filterwarnings("ignore", "Unsupported layer type")
+                LoraLayer.__init__(self, base)
             self._active_adapter = adapter_name
             rank, alpha = kwargs.pop("r"), kwargs.pop("lora_alpha")
             self.update_layer(adapter_name, rank, lora_alpha=alpha, config=config)
