@@ -1,4 +1,4 @@
-"""The way through: patch, qlora, distil, write; what is unfinished lies beside and is found anew."""
+"""The way through: patch, qlora, distil, write; what is unfinished lies beside, found again."""
 
 import hashlib
 import json
