@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from engine.errors import InputError
 from engine.healing import state
 from engine.healing.data import Data, perplexity
 from engine.healing.distil import LOGITS, extent, rate, share, why_stop
@@ -83,6 +84,11 @@ class Learner(Trainer):
         self.windows = Windows(data, settings, batch, self.standing.step)
         super().__init__(model, arguments, train_dataset=self.windows, callbacks=[Watch(self)])
         self.remove_callback(PrinterCallback)
+        if self.is_fsdp_enabled:
+            raise InputError(
+                "FSDP: the 4-bit matrices are buffers, which it does not shard, so it would save "
+                "no memory; begin it in data parallel, as accelerate launch --multi_gpu does"
+            )
         self.model_accepts_loss_kwargs = False  # the mean over windows of one length is the loss
         self.losses: list[torch.Tensor] = []  # of the windows of a step
 
