@@ -3,9 +3,9 @@
     adapter_config.json         r, lora_alpha, base_model_name_or_path, ... as peft writes them
     adapter_model.safetensors   base_model.model.MODULE.lora_A.weight (r, K), .lora_B.weight (N, r)
 
-A matrix W of the base is then W + lora_alpha / r * B A. The base is a directory or a .gguf file, by
-a path of its own or one that begins at the adapter's directory; nothing is downloaded for a config.
-What `engine heal` writes also says in the metadata which base it learnt on, by its lineage hash.
+A matrix W of the base is then W + lora_alpha / r * B A. The base is a directory or a .gguf file
+within the adapter's directory: no name in a file becomes a path outside of it, nor a download. What
+`engine heal` writes also says in its metadata which base it learnt on, by lineage hash.
 """
 
 import os
@@ -159,18 +159,17 @@ def directories(path: Path) -> list[Path]:
 def base_path(path: Path) -> Path:
     """Of the model that an adapter's directory is for; InputError where it is not here."""
     name = read_json(path / CONFIG).get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
+    where = f"{path / CONFIG}: base_model_name_or_path"
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
         raise InputError(
-            f"{path / CONFIG}: base_model_name_or_path: expected a path, found {name!r:.80}"
+            f"{where}: expected the name of a directory or .gguf file that lies beside it, found "
+            f"{name!r:.200}; put the base model or a link to it there"
         )
-    base = os.path.join(path, name)  # an absolute one stays as it is
+    base = os.path.join(path, name)
     if not (os.path.isdir(base) or (base.endswith(".gguf") and os.path.isfile(base))):
-        raise InputError(
-            f"{path / CONFIG}: base_model_name_or_path: there is no directory or .gguf file "
-            f"{name!r:.200}; download it and name its path"
-        )
+        raise InputError(f"{where}: there is no directory or .gguf file {name!r:.200} beside it")
     if is_adapter(Path(base)):
-        raise InputError(f"{path / CONFIG}: its base {name!r:.200} is an adapter itself")
+        raise InputError(f"{where}: {name!r:.200} is an adapter itself")
     return Path(base)
 
 

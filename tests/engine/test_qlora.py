@@ -303,8 +303,10 @@ FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
         ("rank_pattern: {'a': 3} is not supported", {}, {"rank_pattern": {"a": 3}}),
         ("expected shape (5, K), found (4, ", {}, {"r": 5}),
         ("there is no directory or .gguf file 'gone'", {}, {"base_model_name_or_path": "gone"}),
-        ("expected a path, found None", {}, {"base_model_name_or_path": None}),
-        ("is an adapter itself", {}, {"base_model_name_or_path": "."}),
+        ("that lies beside it, found None", {}, {"base_model_name_or_path": None}),
+        ("that lies beside it, found '.'", {}, {"base_model_name_or_path": "."}),
+        ("that lies beside it, found '..'", {}, {"base_model_name_or_path": ".."}),
+        ("that lies beside it, found '/tmp'", {}, {"base_model_name_or_path": "/tmp"}),
         ("lacks " + FIRST, {FIRST: None}, {}),
         ("expected one of float32, float16, bfloat16", {FIRST: torch.zeros(4, 80).long()}, {}),
         ("expected an adapter of (48, 80)", {FIRST: torch.zeros(4, 64)}, {}),
@@ -328,7 +330,8 @@ def test_adapters_that_are_refused(sentence, tensors, config, adapter):
 def test_an_adapter_of_another_model_is_refused(adapter, rng, tmp_path):
     out = tmp_path / "out"
     tiny.write("llama", tmp_path / "other", 1, num_hidden_layers=3)
-    change = {"base_model_name_or_path": "../other"}
+    (out / "other").symlink_to("../other")
+    change = {"base_model_name_or_path": "other"}
     for_any = adapter(**change)  # its metadata gone: one that says nothing of its base
     assert len(open_checkpoint(for_any).config.layers) == 3
     tensors = load_file(out / "adapter_model.safetensors")
@@ -338,6 +341,9 @@ def test_an_adapter_of_another_model_is_refused(adapter, rng, tmp_path):
         {"base_lineage": "another"},
     )
     with pytest.raises(InputError, match="learnt on another model than .*other"):
+        open_checkpoint(out)
+    (tmp_path / "other" / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="'other' is an adapter itself"):
         open_checkpoint(out)
     nans = adapter({FIRST: torch.full((4, 80), torch.nan)})
     with pytest.raises(InputError, match="down_proj.weight holds NaN"), load(nans) as model:
