@@ -22,7 +22,7 @@ from engine.quantize.packing import pack
 from engine.quantize.recipe import Recipe
 
 STEPS = 20
-SIZES = {  # a fifth of a billion weights in layers: what matters is their products
+SIZES: dict[str, Any] = {  # a fifth of a billion weights in layers: what matters is their products
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12,
     "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 32000,
 }  # fmt: skip
@@ -30,7 +30,7 @@ SMALL = SIZES | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers"
 LINE = "{name:10} {tok_s:9.0f} tokens/s, {gib:6.2f} GiB, loss {first:.4f} -> {last:.4f}"
 
 
-def models(directory: Path, sizes: dict[str, int]) -> tuple[Path, Path]:
+def models(directory: Path, sizes: dict[str, Any]) -> tuple[Path, Path]:
     """(packed in NF4, the same values in bfloat16) of a random Llama."""
     import transformers
 

@@ -1,6 +1,5 @@
 """`engine heal`: a pruned model that has learnt again what it lost, as a Hugging Face directory."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from engine.architecture.config import ModelConfig
     from engine.checkpoint import Checkpoint
     from engine.healing.heal import Spoken
-    from engine.healing.recipe import Recipe
-    from engine.healing.settings import Settings
     from engine.options import Options
     from engine.text import Text
 
@@ -185,7 +182,7 @@ def heal(
     path, checkpoint = common.open_checkpoint(model)
     config = choose_layers(checkpoint, chosen)
     if "qlora" in methods:
-        settings = as_in_the_paper(settings, recipe_of(config), lr, rank, window, batch_tokens)
+        settings = recipe_of(config).fill(settings, lr, rank, window, batch_tokens)
     check_model(settings, config, teacher is not None)
     tokenizer = load_text(path)
     taught_by = None if teacher is None else open_teacher(teacher, checkpoint, tokenizer)
@@ -225,27 +222,6 @@ def heal(
     before, after = record.perplexity_before, record.perplexity_after
     output.say(f"held-out perplexity {before:.4f} before, {after:.4f} after {method}")
     output.say(f"{out}: {len(config.layers)} of {config.total_layers} layers, healed")
-
-
-def as_in_the_paper(
-    settings: "Settings",
-    recipe: "Recipe",
-    lr: float | None,
-    rank: int | None,
-    window: int | None,
-    batch_tokens: int | None,
-) -> "Settings":
-    """With the paper's healing of such a model where nothing else was asked for."""
-    from engine.healing.recipe import WINDOWS
-
-    width = recipe.window if window is None else window
-    return replace(
-        settings,
-        qlora_lr=recipe.lr if lr is None else lr,
-        rank=recipe.rank if rank is None else rank,
-        window=width,
-        batch_tokens=WINDOWS * width if batch_tokens is None else batch_tokens,
-    )
 
 
 def pack_base(checkpoint: "Checkpoint", config: "ModelConfig", out: Path) -> None:

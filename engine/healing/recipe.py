@@ -5,10 +5,11 @@ cosine, 100 steps of warm-up, dropout 0.05, alpha = rank, 16 windows a step, 5,0
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.architecture.config import ModelConfig
 from engine.architecture.families import layer_tensors, outer_tensors
+from engine.healing.settings import Settings
 
 STEPS = 5000
 WINDOWS = 16  # a step
@@ -23,6 +24,24 @@ class Recipe:
     window: int  # tokens
     lr: float  # peak
     rank: int
+
+    def fill(
+        self,
+        settings: Settings,
+        lr: float | None,
+        rank: int | None,
+        window: int | None,
+        batch_tokens: int | None,
+    ) -> Settings:
+        """`settings` with what the paper took where nothing else was asked for."""
+        width = self.window if window is None else window
+        return replace(
+            settings,
+            qlora_lr=self.lr if lr is None else lr,
+            rank=self.rank if rank is None else rank,
+            window=width,
+            batch_tokens=WINDOWS * width if batch_tokens is None else batch_tokens,
+        )
 
 
 PAPER = (

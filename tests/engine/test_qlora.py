@@ -49,12 +49,14 @@ def healed(checkpoint, rng, out, settings=SETTINGS, data=None, **options) -> Hea
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", ["llama", "phi3"])
-def test_twenty_steps_are_those_of_peft_on_the_dequantised_model(case, source, rng, tmp_path):
+@pytest.mark.parametrize("case, backend", [("llama", "cpu"), ("phi3", None)])
+def test_twenty_steps_are_those_of_peft_on_the_dequantised_model(
+    case, backend, source, rng, tmp_path
+):
     checkpoint = source(case)
     data = lesson(checkpoint, rng)
     pack_base(checkpoint, shortened(checkpoint), tmp_path / "base")
-    standing, pairs = qlora(tmp_path / "base", data, SETTINGS, tmp_path)
+    standing, pairs = qlora(tmp_path / "base", data, SETTINGS, tmp_path, backend=backend)
     expected = peers_losses(tmp_path / "base", data, SETTINGS, tmp_path)
     assert standing.losses == pytest.approx(expected, rel=1e-4)  # asked: 1e-2
     assert standing.step == 20 and standing.losses[-1] < standing.losses[0]
