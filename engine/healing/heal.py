@@ -21,7 +21,7 @@ from engine.healing import adapters, processes
 from engine.healing.data import Data, perplexity
 from engine.healing.distil import distil
 from engine.healing.patch import patch
-from engine.healing.qlora import qlora
+from engine.healing.qlora import check_installed, qlora
 from engine.healing.replaced import Replaced
 from engine.healing.scales import ScaleStudent, check_packed
 from engine.healing.settings import TRAINED, Settings, check_model
@@ -84,6 +84,8 @@ def heal(
     """
     source = teacher or pupil
     processes.check(settings.methods)
+    if "qlora" in settings.methods:
+        check_installed()
     check_model(settings, config, teacher is not None)
     check_place(source, config, out)
     if settings.train == "scales":

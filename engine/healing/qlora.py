@@ -48,18 +48,25 @@ def qlora(
     bits where `steps` end it. `backend` is that of the 4-bit products, the best for training on the
     device if not given. InputError where the disk is full: what was saved last stays.
     """
-    try:
-        from engine.healing.trainer import teach
-    except ImportError as error:
-        raise InputError(
-            f"method: qlora takes peft and accelerate: pip install 'shallow[heal]' ({error})"
-        ) from None
+    from engine.healing.trainer import teach
+
     if backend is None and torch.device(device).type == "cpu":
         backend = "dense"  # as fast as our kernel in float32, 2.4 times in bfloat16 with AVX-512
     with _own_randomness():
         model = adapted_model(open_checkpoint(base), settings, backend)
         standing = teach(model, data, settings.of_qlora, directory, device, report)
     return standing, pairs(model)
+
+
+def check_installed() -> None:
+    """InputError without peft, or accelerate, which transformers' Trainer needs."""
+    try:
+        import accelerate  # noqa: F401
+        import peft  # noqa: F401
+    except ImportError:
+        raise InputError(
+            "method: qlora takes peft and accelerate: pip install 'shallow[heal]'"
+        ) from None
 
 
 def adapted_model(base: Checkpoint, settings: Settings, backend: str | None = None) -> Any:

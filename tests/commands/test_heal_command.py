@@ -1,5 +1,7 @@
 """engine heal: from options to a directory that every other command takes; what it refuses."""
 
+import sys
+
 import pytest
 import torch
 from support import tiny
@@ -181,6 +183,12 @@ def test_refusals_of_what_is_named(tree, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_without_peft_it_says_what_to_install(tree, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    refused("pip install 'shallow[heal]'", *asked(tree, tmp_path / "out", "--drop", 2, *QLORA))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_plan_of_another_model_is_refused(tree, tmp_path):
     sampling = "--text", tree / "text.txt", "--length", 16, "--no-bos"
     profile, plan = tmp_path / "profile.json", tmp_path / "plan.json"
@@ -197,7 +205,6 @@ def test_a_plan_of_another_model_is_refused(tree, tmp_path):
 
 def test_a_refusal_needs_no_torch(tree, tmp_path):
     import subprocess
-    import sys
 
     code = (
         "import sys\nfrom engine.cli import app\nfrom engine.errors import InputError\n"
