@@ -28,7 +28,7 @@ from engine.scratch import write_text
 
 RESULTS = Path(__file__).parent / "results"
 COUNTS = 0, 3, 5, 8, 10
-METHODS = "no healing", "linear", "distil", "distil, 4 bits, scales"
+METHODS = "no healing", "linear", "qlora", "distil", "distil, 4 bits, scales"
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,9 @@ class Study:
             if method == "distil":
                 train = ["--method", "linear,distil", "--minutes", str(self.asked.minutes)]
                 train += ["--cache", str(self.work / "cache"), "--self", str(self.asked.self)]
+            if method == "qlora":  # the paper's rate and rank; its batch would be a step a minute
+                train = ["--method", "qlora", "--minutes", str(self.asked.minutes)]
+                train += ["--window", "512", "--batch-tokens", "2048"]
             self.engine(
                 "heal", self.asked.model, out, "--plan", self.plan(count), *train,
                 "--text", self.asked.train, "--seed", 0,

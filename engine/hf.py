@@ -22,28 +22,15 @@ from engine.checkpoint.safetensors import SafetensorsCheckpoint
 from engine.checkpoint.weights import packed_form
 from engine.export.tensors import Item, stored_tensors
 from engine.kernels.w4 import store
-from engine.kernels.w4.format import SHARED, Packed, rows_of, unpack
+from engine.kernels.w4.embedding import W4Embedding
+from engine.kernels.w4.format import Packed, rows_of
 from engine.kernels.w4.linear import W4Linear
+from engine.kernels.w4.lora import adapt
+
+__all__ = ["ShallowConfig", "ShallowQuantizer", "W4Embedding", "adapt"]
 
 METHOD = "shallow"
 _PARTS = rf"\.weight\.({'|'.join(store.PARTS)})$"
-
-
-class W4Embedding(nn.Module):
-    """ids (...) -> their rows (..., K) of a packed matrix (N, K), in `dtype` and times `scale`."""
-
-    def __init__(self, packed: Packed, scale: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.packed, self.scale, self.dtype = packed, scale, dtype
-        self.num_embeddings, self.embedding_dim = packed.shape
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        used, places = ids.unique(return_inverse=True)
-        self.packed = packed = self.packed.to(ids.device)
-        parts = packed.tensors().items()
-        rows = {name: tensor if name in SHARED else tensor[used] for name, tensor in parts}
-        values = unpack(Packed(packed.spec, (len(used), packed.shape[1]), **rows))
-        return values.to(self.dtype)[places] * torch.tensor(self.scale).to(self.dtype)
 
 
 class _Awaited(nn.Module):
@@ -130,35 +117,6 @@ class ShallowQuantizer(HfQuantizer):
             for role in fused[item.role]:
                 first = parts[role].first
                 yield parts[role].name, rows_of(packed, first, first + parts[role].shape[0])
-
-
-def adapt(lora: Any) -> Any:
-    """A `peft.LoraConfig` that knows `W4Linear`, itself; through peft's interface for such."""
-    from peft.tuners.lora.layer import LoraLayer
-
-    class LoraW4(nn.Module, LoraLayer):
-        """x -> W x + scaling * B A dropout(x)."""
-
-        def __init__(self, base: W4Linear, adapter_name: str, config: Any, **kwargs: Any) -> None:
-            super().__init__()
-            LoraLayer.__init__(self, base)
-            self._active_adapter = adapter_name
-            rank, alpha = kwargs.pop("r"), kwargs.pop("lora_alpha")
-            self.update_layer(adapter_name, rank, lora_alpha=alpha, config=config)
-            self.to(base.device)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            result = self.get_base_layer()(x)
-            for name in () if self.disable_adapters else self.active_adapters:
-                if name in self.lora_A:
-                    down, up = self.lora_A[name], self.lora_B[name]
-                    own = next(down.parameters()).dtype
-                    learnt = up(down(self.lora_dropout[name](x.to(own))))
-                    result = result + (learnt * self.scaling[name]).to(result.dtype)
-            return result
-
-    lora._register_custom_module({W4Linear: LoraW4})
-    return lora
 
 
 def _packed(checkpoint: Checkpoint) -> Iterator[tuple[Item, Packed]]:

@@ -51,7 +51,7 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a Hugging Face directory (safetensors) or a .gguf file.
+    """Opens a Hugging Face directory (safetensors), a .gguf file, or an adapter beside its base.
 
     Every tensor that its family names is there then, in the shape that the config asks for, and
     holds floats or is a quantized matrix (gate.py): nobody else checks that.
@@ -69,6 +69,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def open_unchecked(path: Path) -> Checkpoint:
     """The same for files that need not hold a whole model; no runtime may be given them."""
     path = Path(path)
+    if (path / "adapter_config.json").is_file():
+        from engine.checkpoint.adapter import open_adapted
+
+        return open_adapted(path)
     if path.is_dir():
         from engine.checkpoint.safetensors import SafetensorsCheckpoint, quantization_config
 
@@ -92,7 +96,7 @@ def stored_sizes(path: Path) -> "tuple[ModelConfig, dict[str, int]]":
     The tensors of a directory have the names they are stored under, companions of quantized ones
     too; those of a GGUF their Hugging Face names.
     """
-    if path.is_dir():
+    if path.is_dir() and not (path / "adapter_config.json").is_file():
         from engine.checkpoint.safetensors import SafetensorsCheckpoint
 
         opened: Checkpoint = SafetensorsCheckpoint(path)

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 
     import torch
 
+    from engine.architecture.config import ModelConfig
     from engine.checkpoint import Checkpoint
     from engine.healing.heal import Spoken
     from engine.options import Options
     from engine.text import Text
 
-_TRAINING = "Training of distil"
+_TRAINING = "Training of qlora and distil"
+_WINDOW, _BATCH_TOKENS, _RANK = 512, 2048, 16
 _RATES = ", ".join(f"{rate:g} for {train}" for train, rate in RATES.items())
 PROBE = 2000  # characters that teacher and pupil must tokenise alike
 
@@ -33,7 +35,8 @@ def heal(
     method: Annotated[
         str,
         typer.Option(
-            help="linear or scale, fitted without training; distil; or both by a comma, in order."
+            help="linear or scale, fitted without training; qlora, by the text, and distil, by the "
+            "whole model; or several by commas, in order."
         ),
     ] = "linear,distil",
     text: Annotated[
@@ -47,7 +50,10 @@ def heal(
         str | None,
         typer.Option(metavar="SOURCE", help="To measure with; the tail of the text if not given."),
     ] = None,
-    window: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    window: Annotated[
+        int | None,
+        typer.Option(help=f"Tokens a window; {_WINDOW}, of qlora the paper's if not given."),
+    ] = None,
     train: Annotated[
         str,
         typer.Option(
@@ -57,18 +63,52 @@ def heal(
         ),
     ] = "all",
     minutes: Annotated[
-        float | None, typer.Option(rich_help_panel=_TRAINING, help="It ends after them.")
+        float | None,
+        typer.Option(
+            rich_help_panel=_TRAINING,
+            help="Each training ends after them: of two, each takes so many.",
+        ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(rich_help_panel=_TRAINING, help="Or after them.")
+        int | None,
+        typer.Option(
+            rich_help_panel=_TRAINING,
+            help="Or after them, each; 5,000 for qlora alone if neither is given.",
+        ),
     ] = None,
     lr: Annotated[
         float | None,
-        typer.Option(rich_help_panel=_TRAINING, help=f"Its peak; if not given {_RATES}."),
+        typer.Option(
+            rich_help_panel=_TRAINING,
+            help=f"Its peak; if not given {_RATES}, of qlora the paper's for the model's size.",
+        ),
     ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=_TRAINING,
+            help=f"Of LoRA; {_RANK}, of qlora the paper's for the model's size if not given.",
+        ),
+    ] = None,
+    adapter: Annotated[
+        bool,
+        typer.Option(
+            "--adapter",
+            rich_help_panel=_TRAINING,
+            help="OUT is what qlora learnt beside its 4-bit base, instead of 16-bit weights.",
+        ),
+    ] = False,
+    check_every: Annotated[
+        int,
+        typer.Option(rich_help_panel=_TRAINING, help="Steps between two checks, which are saved."),
+    ] = 20,
     batch_tokens: Annotated[
-        int, typer.Option(rich_help_panel=_TRAINING, help="Tokens a step.")
-    ] = 2048,
+        int | None,
+        typer.Option(
+            rich_help_panel=_TRAINING,
+            help=f"Tokens a step; {_BATCH_TOKENS}, of qlora 16 windows if not given.",
+        ),
+    ] = None,
     written: Annotated[
         int,
         typer.Option(
@@ -113,46 +153,58 @@ def heal(
 ) -> None:
     """Drop layers and heal what is left; a killed run goes on where it was."""
     from engine.checkpoint import choose_layers
+    from engine.healing.recipe import STEPS, recipe_of
     from engine.healing.settings import Settings, check_model
     from engine.runtime import check_backend
     from engine.text import load_text
 
+    methods = tuple(part.strip() for part in method.split(",") if part.strip())
     settings = Settings(
-        tuple(part.strip() for part in method.split(",") if part.strip()),
+        methods,
         train=train,
-        steps=steps,
+        steps=STEPS if methods == ("qlora",) and steps is None and minutes is None else steps,
         minutes=minutes,
         lr=RATES.get(train, RATES["weights"]) if lr is None else lr,
+        qlora_lr=Settings.qlora_lr if lr is None else lr,
+        rank=_RANK if rank is None else rank,
         seed=seed,
-        window=window,
-        batch_tokens=batch_tokens,
+        window=_WINDOW if window is None else window,
+        batch_tokens=_BATCH_TOKENS if batch_tokens is None else batch_tokens,
+        check_every=check_every,
+        adapter=adapter,
         written=written,
         precision=precision,
     )
     check_backend(None, dtype)
-    if train == "scales" and dtype is not None:
-        raise InputError("dtype: a packed model keeps its own, so it excludes --train scales")
+    if dtype is not None and (adapter or train == "scales"):
+        kept = "--adapter" if adapter else "--train scales"
+        raise InputError(f"dtype: a packed model keeps its own, so it excludes {kept}")
     check_files(out, text or [], held_out)
     chosen = drop if plan is None else common.planned(plan, drop, None)
     path, checkpoint = common.open_checkpoint(model)
     config = choose_layers(checkpoint, chosen)
+    if "qlora" in methods:
+        settings = recipe_of(config).fill(settings, lr, rank, window, batch_tokens)
     check_model(settings, config, teacher is not None)
     tokenizer = load_text(path)
     taught_by = None if teacher is None else open_teacher(teacher, checkpoint, tokenizer)
 
     common.set_threads(threads)
     from engine.api import choose_device
+    from engine.healing import processes
     from engine.healing.data import read_data
     from engine.healing.heal import heal as run
     from engine.kernels.dtypes import dtype_of
 
+    if not processes.is_first():
+        output.hush()
     settings = settings.on(where := choose_device(device))
-    if "distil" in settings.methods:
+    if settings.trained:
         output.note(f"trains in {settings.precision} on {where}")
     record = run(
         checkpoint,
         config,
-        read_data(text or [], held_out, tokenizer, window, column),
+        read_data(text or [], held_out, tokenizer, settings.window, column),
         out,
         settings,
         teacher=taught_by,
@@ -161,7 +213,10 @@ def heal(
         dtype=None if dtype is None else dtype_of(dtype),
         device=where,
         cache=cache,
-        spoken=speak(teacher or model, tokenizer, where) if "distil" in settings.methods else None,
+        spoken=speak(teacher or model, tokenizer, where)
+        if "distil" in methods or settings.written
+        else None,
+        pack=pack_base,
         reporting=output.progress,
     )
     if record.stopped:
@@ -169,6 +224,20 @@ def heal(
     before, after = record.perplexity_before, record.perplexity_after
     output.say(f"held-out perplexity {before:.4f} before, {after:.4f} after {method}")
     output.say(f"{out}: {len(config.layers)} of {config.total_layers} layers, healed")
+
+
+def pack_base(checkpoint: "Checkpoint", config: "ModelConfig", out: Path) -> None:
+    """What qlora learns on: a quantized model as it is, any other in NF4, as QLoRA's are."""
+    from engine.checkpoint.weights import is_quantized
+    from engine.quantize.packing import pack
+    from engine.quantize.recipe import Recipe as Bits
+
+    if is_quantized(checkpoint):
+        bits = Bits("keep", head=None)
+    else:
+        bits = Bits("nf4", scheme="codebook", head=None)
+    with output.progress("layers in 4 bits") as report:
+        pack(checkpoint, config, out, bits, progress=report)
 
 
 def speak(ref: str, text: "Text", device: "torch.device") -> "Spoken":

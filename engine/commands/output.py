@@ -30,6 +30,12 @@ def set_verbose(asked: bool) -> bool:
     return asked
 
 
+def hush() -> None:
+    """Of several processes one speaks, and it is another."""
+    global _level
+    _level, how_far.silent = -1, True
+
+
 def _set_level(level: int) -> None:
     global _level
     if _level not in (0, level):

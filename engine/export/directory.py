@@ -15,13 +15,18 @@ import torch
 
 from engine import scratch
 from engine.architecture.config import ModelConfig
+<<<<<<< HEAD
 from engine.architecture.families import model_type
+=======
+from engine.checkpoint.adapter import directories
+>>>>>>> qlora
 from engine.checkpoint.safetensors import SafetensorsFile
 from engine.checkpoint.weights import Stored, values
 from engine.errors import InputError
 from engine.kernels.dtypes import name_of
 from engine.scratch import Scratch, replacing, write_text
 from engine.text import load_text
+from engine.text.load import tokenizer_path
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -57,7 +62,11 @@ def begin_empty(out: Path, source: Path, config: ModelConfig, described: str) ->
     """The same without a file in it but the note of what the run is."""
     check_new(out)
     partial = out.with_name(out.name + ".partial")
-    files = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
+    files = [
+        file
+        for place in directories(source)
+        for file in ([place] if place.is_file() else sorted(place.glob("*.safetensors")))
+    ]
     stamps = [[str(file.resolve()), file.stat().st_mtime_ns] for file in files]
     layers = [entry.layer for entry in config.layers]
     Scratch(partial, json.dumps({"source": stamps, "layers": layers, "config": described}))
@@ -82,6 +91,7 @@ def save_tensors(
 
 def copy_tokenizer(source: Path, out: Path) -> None:
     """The tokenizer's files as they are, or written anew from the metadata of a GGUF."""
+    source = tokenizer_path(source)
     if not source.is_dir():
         load_text(source).to_transformers().save_pretrained(out)
         return

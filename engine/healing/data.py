@@ -49,10 +49,11 @@ class Data:
 
     def batch(self, step: int, size: int, seed: int) -> list[int]:
         """The windows of a step: every one once an epoch, in an order that `seed` alone draws."""
-        places = range(step * size, (step + 1) * size)
-        return [self._drawn(seed, *divmod(place, len(self.windows))) for place in places]
+        return [self.drawn(place, seed) for place in range(step * size, (step + 1) * size)]
 
-    def _drawn(self, seed: int, epoch: int, place: int) -> int:
+    def drawn(self, place: int, seed: int) -> int:
+        """The window at a place of that order."""
+        epoch, place = divmod(place, len(self.windows))
         # The words of a seed apart: seed 0's second epoch is not seed 1's first.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         return int(torch.randperm(len(self.windows), generator=generator)[place])

@@ -1,4 +1,4 @@
-"""The way through: patch, distil, write; what is unfinished lies beside and is found again."""
+"""The way through: patch, qlora, distil, write; what is unfinished lies beside, found again."""
 
 import hashlib
 import json
@@ -13,17 +13,20 @@ import torch
 from engine.architecture.config import ModelConfig
 from engine.artifacts import HealRecord
 from engine.checkpoint import Checkpoint, open_checkpoint
+from engine.checkpoint.adapter import AdaptedCheckpoint
 from engine.checkpoint.weights import lineage_hash
 from engine.errors import InputError
 from engine.export import hf, packed
+from engine.healing import adapters, processes
 from engine.healing.data import Data, perplexity
 from engine.healing.distil import distil
 from engine.healing.patch import patch
 from engine.healing.place import RECORD, check_new, place_of
+from engine.healing.qlora import check_installed, qlora
 from engine.healing.replaced import Replaced
 from engine.healing.scales import ScaleStudent, check_packed
-from engine.healing.settings import Settings, check_model
-from engine.healing.state import Standing
+from engine.healing.settings import TRAINED, Settings, check_model
+from engine.healing.state import Standing, joined
 from engine.healing.student import Student
 from engine.healing.teacher import Logits, Teacher
 from engine.healing.written import Write, written
@@ -32,6 +35,8 @@ from engine.reference.cache import KVCache
 from engine.reference.decoder import Decoder, load_decoder
 from engine.scratch import Scratch, write_text
 
+# (what is to become a 4-bit base, its layers, a new directory)
+Pack = Callable[[Checkpoint, ModelConfig, Path], object]
 Reporting = Callable[[str], AbstractContextManager[Callable[..., None]]]  # label -> report
 
 
@@ -63,6 +68,7 @@ def heal(
     device: torch.device | str = "cpu",
     cache: Path | None = None,
     spoken: Spoken | None = None,
+    pack: Pack | None = None,
     reporting: Reporting = lambda label: nullcontext(_unheard),
 ) -> HealRecord:
     """Writes the layers of `pupil` that `config` keeps, healed, to the new directory `out`.
@@ -72,8 +78,13 @@ def heal(
     are trained stays one. Until it is finished a run lies in `out` + ".healing"; what the teacher
     says lies in `cache` instead, and stays, where it is given. `spoken` is asked for that in the
     place of the reference decoder; `settings.written`, tokens that the teacher writes, needs it.
+    `pack` writes the packed directory that qlora learns on; with `settings.adapter` `out` is that
+    and the adapter beside it.
     """
     source = teacher or pupil
+    processes.check(settings.methods)
+    if "qlora" in settings.methods:
+        check_installed()
     check_model(settings, config, teacher is not None)
     check_place(source, config, out)
     if settings.train == "scales":
@@ -81,8 +92,10 @@ def heal(
     settings = settings.on(device)
     healing = Healing(pupil, source, config, data, settings, device, reporting, spoken)
     work = place_of(out)
-    scratch = Scratch(work)
     run = work / healing.key
+    if not processes.is_first():
+        return healing.follow(run, cache or work, out)
+    scratch = Scratch(work)
     run.mkdir(parents=True, exist_ok=True)
     if settings.written:
         healing = replace(healing, data=healing.extended(cache or work))
@@ -92,19 +105,21 @@ def heal(
     if settings.train == "scales":
         changed, standing = healing.rescaled(run, cache or work)
         write, after = partial(packed.rewrite, pupil.path, out, changed), standing.best
-    elif "distil" in settings.methods:
-        healed, standing = healing.distilled(run, cache or work)
-        write, after = partial(hf.prune, healed, healed.config, out, dtype=dtype), standing.best
     else:
-        healed, standing = healing.patched(), Standing()
-        write = partial(hf.prune, healed, config, out, dtype=dtype)
-        after = healing.perplexity(healed, config)
+        healed, kept, standing = healing.healed(run, cache or work, pack)
+        write = partial(hf.prune, healed, kept, out, dtype=dtype)
+        after = standing.best
+        if settings.methods[-1] != "distil":
+            after = healing.perplexity(healed, kept)
+        if settings.adapter and isinstance(healed, AdaptedCheckpoint):
+            write = partial(adapters.write, healed, settings, out)
     record = healing.record((name, teacher_name or name), standing, (before, after))
     # What an earlier run left there may be shards of other weights under the same names.
     Scratch(out.with_name(out.name + ".partial")).remove()
     beside = {RECORD: json.dumps(record.to_json(), indent=1) + "\n"}
     write_text(work / RECORD, beside[RECORD])
     write(beside=beside)
+    processes.wait(device)
     scratch.remove()
     return record
 
@@ -145,15 +160,52 @@ class Healing:
         identity = [paths, self.lineage, layers, text, self.settings.to_json()]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
-    def patched(self) -> Checkpoint:
-        """The pupil, with tensors of the method without training in the place of its own."""
-        for method in self.settings.methods:
-            if method != "distil":
-                batches = self.data.spread()
-                with self.reporting("layers") as report:
-                    tensors = patch(method, self.pupil, self.config, batches, report)
-                return Replaced(self.pupil, tensors)
-        return self.pupil
+    def healed(
+        self, run: Path, cache: Path, pack: Pack | None
+    ) -> tuple[Checkpoint, ModelConfig, Standing]:
+        """The result, the layers of it that are kept, and how the trainings went."""
+        (checkpoint, config), standing = self.patched(run), Standing()
+        if "qlora" in self.settings.methods:
+            assert pack is not None, "qlora needs a base"
+            base = run / "base"
+            if not base.exists():
+                pack(checkpoint, config, base)
+            processes.wait(self.device)
+            with self.reporting(self._unit) as report:
+                standing, pairs = qlora(base, self.data, self.settings, run, self.device, report)
+            if self.settings.adapter:
+                checkpoint = AdaptedCheckpoint(open_checkpoint(base), pairs, 1.0)
+                config = checkpoint.config
+            else:
+                checkpoint = adapters.merged(checkpoint, config, pairs)
+        if "distil" in self.settings.methods:
+            checkpoint, later = self.distilled(checkpoint, config, run, cache)
+            config, standing = checkpoint.config, joined(standing, later)
+        return checkpoint, config, standing
+
+    def follow(self, run: Path, cache: Path, out: Path) -> HealRecord:
+        """What a process does that is not the first: learns along, and writes nothing."""
+        processes.wait(self.device)
+        data = self.extended(cache) if self.settings.written else self.data
+        qlora(run / "base", data, self.settings, run, self.device)
+        processes.wait(self.device)
+        return HealRecord.load(out / RECORD)
+
+    def patched(self, run: Path) -> tuple[Checkpoint, ModelConfig]:
+        """The pupil, or what the method without training makes of it, which lies in `run`."""
+        (method, *_) = self.settings.methods
+        if method in TRAINED:
+            return self.pupil, self.config
+        out = run / "patched"
+        if not out.exists():
+            with self.reporting("layers") as report:
+                tensors = patch(method, self.pupil, self.config, self.data.spread(), report)
+            changed = Replaced(self.pupil, tensors)
+            if len(self.settings.methods) == 1:
+                return changed, self.config
+            hf.prune(changed, self.config, out, dtype=torch.float32)
+        patched = open_checkpoint(out)
+        return patched, patched.config
 
     @property
     def known(self) -> str:
@@ -177,11 +229,13 @@ class Healing:
             )
         return self.data.extended(rows)
 
-    def distilled(self, run: Path, cache: Path) -> tuple[Checkpoint, Standing]:
+    def distilled(
+        self, checkpoint: Checkpoint, config: ModelConfig, run: Path, cache: Path
+    ) -> tuple[Checkpoint, Standing]:
         """The student with what it has learnt, layers numbered from 0, and how that went."""
-        start = run / "student"
+        start = checkpoint.path if checkpoint.path == run / "patched" else run / "student"
         if not start.exists():
-            hf.prune(self.patched(), self.config, start, dtype=torch.float32)
+            hf.prune(checkpoint, config, start, dtype=torch.float32)
         student = Student(start, self.config, self.settings, self.device)
         standing = self._taught(student, run, cache)
         return Replaced(open_checkpoint(start), student.tensors()), standing
@@ -196,8 +250,13 @@ class Healing:
         settings, size = self.settings, self.config.vocab_size
         taught = Teacher(self.data.windows, settings.top, size, cache, self.known)
         ask = partial(taught, logits=self.spoken.logits if self.spoken else self._decoder())
-        with self.reporting("seconds" if settings.steps is None else "steps") as report:
+        with self.reporting(self._unit) as report:
             return distil(student, ask, self.data, settings, run, report)
+
+    @property
+    def _unit(self) -> str:
+        """Of a training's progress."""
+        return "seconds" if self.settings.steps is None else "steps"
 
     def _decoder(self) -> Logits:
         return partial(_logits, load_decoder(self.source, self.source.config, self.device))

@@ -10,15 +10,19 @@ from engine.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-METHODS = ("linear", "scale", "distil")
+METHODS = ("linear", "scale", "qlora", "distil")
+TRAINED = ("qlora", "distil")  # each as long as `steps` or `minutes` say; the others are fitted
 RATES = {"weights": 1e-4, "scales": 1e-3}  # of scales: a step of Adam moves them by a thousandth
 TRAIN = ("all", "around", "norms", "lora", "scales")
 PRECISIONS = ("auto", "float32", "bfloat16")
+_POSITIVE = (
+    "steps", "minutes", "lr", "qlora_lr", "batch_tokens", "top", "check_every", "rank",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a whole run; distillation ends at `steps` or `minutes`, whichever comes first."""
+    """Of a whole run; each training ends at `steps` or `minutes`, whichever comes first."""
 
     methods: tuple[str, ...]
     train: str = "all"
@@ -34,6 +38,10 @@ class Settings:
     rank: int = 16  # of LoRA
     warm_up: float = 0.1  # share of the run
     clip: float = 1.0  # norm of the gradient
+    qlora_lr: float = 3e-4
+    dropout: float = 0.05  # of qlora, before A
+    warm_up_steps: int = 100  # of qlora, at most: `warm_up` holds for shorter runs
+    adapter: bool = False  # stays beside its 4-bit base
     written: int = 0  # tokens that the teacher writes, beside the text
     precision: str = "auto"  # of the student's products: float32, bfloat16
 
@@ -47,16 +55,22 @@ class Settings:
             )
         if self.written < 0:
             raise InputError(f"self: expected at least 0 tokens, found {self.written}")
-        if self.written and "distil" not in self.methods:
-            raise InputError("self: text that the teacher writes is for distil, not asked for")
-        for name in ("steps", "minutes", "lr", "batch_tokens", "top", "check_every", "rank"):
+        if self.written and not self.trained:
+            raise InputError("self: text that the teacher writes is for distil and qlora to learn")
+        for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise InputError(f"{name}: expected more than 0, found {value}")
+                said = name.removeprefix("qlora_")
+                raise InputError(f"{said}: expected more than 0, found {value}")
         if self.window < 2:
             raise InputError(f"window: expected at least 2 tokens, found {self.window}")
-        if "distil" in self.methods and self.steps is None and self.minutes is None:
-            raise InputError("distil: expected --minutes or --steps, found neither")
+        if self.trained and self.steps is None and self.minutes is None:
+            raise InputError(f"{self.trained[0]}: expected --minutes or --steps, found neither")
+        if self.adapter and self.methods[-1] != "qlora":
+            raise InputError(
+                "adapter: stays beside its base where qlora is the last method, found "
+                + ",".join(self.methods)
+            )
 
     def on(self, device: "torch.device | str") -> "Settings":
         """With the precision that is fast there, where none is asked for."""
@@ -67,6 +81,17 @@ class Settings:
         able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
         fast = str(device) != "cpu" or able.get("amx_bf16") or able.get("avx512_bf16")
         return replace(self, precision="bfloat16" if fast else "float32")
+
+    @property
+    def trained(self) -> list[str]:
+        """The methods that train, in order."""
+        return [name for name in self.methods if name in TRAINED]
+
+    @property
+    def of_qlora(self) -> "Settings":
+        """With the rate and the warm-up of qlora in the place of distil's."""
+        short = self.warm_up if self.steps is None else self.warm_up_steps / self.steps
+        return replace(self, lr=self.qlora_lr, warm_up=min(self.warm_up, short))
 
     @property
     def batch(self) -> int:
@@ -94,7 +119,7 @@ def find_cuts(config: ModelConfig) -> list[Cut]:
 
 def check_model(settings: Settings, config: ModelConfig, has_teacher: bool) -> None:
     """InputError where these methods cannot heal these layers; `has_teacher`: one that is named."""
-    patches = [name for name in settings.methods if name != "distil"]
+    patches = [name for name in settings.methods if name not in TRAINED]
     cuts = find_cuts(config)
     if settings.window > config.max_context:
         raise InputError(
@@ -113,7 +138,7 @@ def check_model(settings: Settings, config: ModelConfig, has_teacher: bool) -> N
                 f"{what}: speaks of the whole model's layers, so it excludes --teacher"
             )
         return
-    if not cuts:
+    if not cuts and settings.methods != ("qlora",):  # which needs no teacher
         raise InputError("nothing is dropped, so there is nothing to heal; give --plan or --drop")
     if patches and cuts[0].start == 0:
         raise InputError(
@@ -136,3 +161,5 @@ def _check_methods(methods: Sequence[str]) -> None:
         raise InputError("method: linear mends the magnitude too, so it excludes scale")
     if "distil" in methods[:-1]:
         raise InputError("method: distil comes last")
+    if "qlora" in methods and set(methods[methods.index("qlora") + 1 :]) - {"distil"}:
+        raise InputError("method: linear and scale come before qlora")

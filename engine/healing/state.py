@@ -31,6 +31,21 @@ class Standing:
     stopped: str = ""  # why, once it has
 
 
+def joined(one: Standing, two: Standing) -> Standing:
+    """Of a training and the one that went on from its best weights."""
+    if not one.stopped:
+        return two
+    return Standing(
+        step=one.step + two.step,
+        seconds=one.seconds + two.seconds,
+        losses=one.losses + two.losses,
+        checks=one.checks + two.checks,
+        best_step=one.step + two.best_step if two.best_step else one.best_step,
+        best=two.best,
+        stopped=f"{one.stopped}, then {two.stopped}",
+    )
+
+
 def save(
     path: Path,
     standing: Standing,
@@ -53,18 +68,29 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("weight."): file.read(name) for name in names}
 
 
-def restore(
-    path: Path, weights: Mapping[str, torch.Tensor], optimiser: torch.optim.Optimizer
-) -> Standing:
-    """Puts back what `save` wrote; a fresh standing where there is nothing."""
+def standing(path: Path) -> Standing:
+    """What `save` wrote of it; a fresh one where there is nothing."""
     if not path.is_file():
         return Standing()
+    return Standing(**json.loads(SafetensorsFile(path).metadata[KEY]))
+
+
+def restore(
+    path: Path,
+    weights: Mapping[str, torch.Tensor],
+    optimiser: torch.optim.Optimizer | None = None,
+) -> Standing:
+    """Puts back what `save` wrote; a fresh standing where there is nothing."""
+    found = standing(path)
+    if not path.is_file():
+        return found
     file = SafetensorsFile(path)
-    standing = Standing(**json.loads(file.metadata[KEY]))
     for name, weight in weights.items():
         with torch.no_grad():
             weight.copy_(file.read(f"weight.{name}"))
-        if f"{MOMENTS[0]}.{name}" in file.entries:
+        if optimiser is not None and f"{MOMENTS[0]}.{name}" in file.entries:
             moments = {k: file.read(f"{k}.{name}").clone().to(weight.device) for k in MOMENTS}
-            optimiser.state[weight] = {"step": torch.tensor(float(standing.step))} | moments
-    return standing
+            # Fused AdamW wants the step where the weight is.
+            step = torch.tensor(float(found.step), device=weight.device)
+            optimiser.state[weight] = {"step": step} | moments
+    return found

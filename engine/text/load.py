@@ -35,11 +35,19 @@ def load_text(path: str | Path) -> Text:
     """
     path = Path(path)
     with naming(path):
-        if path.is_dir():
+        if path.is_dir() and (path := tokenizer_path(path)).is_dir():
             return _from_directory(path)
         from engine.checkpoint.gguf_file import GgufFile
 
         return text_from_gguf(GgufFile(path).metadata, str(path))
+
+
+def tokenizer_path(path: Path) -> Path:
+    """Where a model's tokenizer lies: an adapter may have none but its base's."""
+    from engine.checkpoint.adapter import base_path, is_adapter
+
+    alone = not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    return base_path(path) if alone and is_adapter(path) else path
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """engine heal: from options to a directory that every other command takes; what it refuses."""
 
+import sys
+
 import pytest
 import torch
 from support import tiny
@@ -54,6 +56,39 @@ def test_the_result_goes_on_through_the_other_commands(tree, tmp_path):
     assert (record.model, record.teacher) == (str(out), str(tree / "model"))
 
 
+QLORA = (
+    "--method", "qlora", "--window", 16, "--batch-tokens", 32, "--steps", 3, "--check-every", 2,
+)  # fmt: skip
+
+
+def test_adapters_within_the_weights_and_beside_their_base(tree, tmp_path):
+    pytest.importorskip("peft")
+    out, beside = tmp_path / "healed", tmp_path / "beside"
+    code, said, err = call(*asked(tree, out, "--drop", "2-3", *QLORA))
+    assert code == 0, err
+    record = HealRecord.load(out / "heal.json")
+    assert record.methods == ("qlora",) and len(record.checks) == 3 and len(record.losses) == 3
+    assert (record.settings["rank"], record.settings["qlora_lr"]) == (2, 3e-4)  # of Llama 2 7B
+    assert "after qlora" in said and len(open_checkpoint(out).config.layers) == 4
+    assert call("quantize", out, tmp_path / "small", "--method", "rtn", "--group", 16)[0] == 0
+    options = *QLORA, "--adapter", "--rank", 3, "--lr", 1e-3
+    assert call("heal", out, beside, "--text", tree / "text.txt", *options)[0] == 0
+    assert {path.name for path in beside.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "base", "heal.json",
+    }  # fmt: skip
+    record = HealRecord.load(beside / "heal.json")
+    assert (record.settings["rank"], record.settings["qlora_lr"]) == (3, 1e-3)
+    assert call("run", "--model", beside, "--prompt", "3 4", "--new-tokens", 2)[0] == 0
+    assert call("prune", beside, tmp_path / "pruned", "--drop", 2)[0] == 0
+    assert call("export", beside, tmp_path / "hf", "--to", "hf")[0] == 0
+    assert call("quantize", beside, tmp_path / "again", "--method", "rtn", "--group", 16)[0] == 0
+    taught = "--method", "distil", "--train", "scales", "--teacher", tree / "model", *QLORA[2:]
+    refused(
+        "--train scales expected a packed directory",
+        "heal", beside, tmp_path / "no", "--text", tree / "text.txt", *taught,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("method", ["linear", "scale"])
 def test_without_training_torch_alone_is_enough(method, tree, tmp_path):
     out = tmp_path / "healed"
@@ -85,8 +120,21 @@ def test_text_of_the_teachers_own(tree, tmp_path):
         ("lr: expected more than 0, found -1.0", ("--drop", 2, "--lr", -1)),
         ("lr: expected more than 0, found nan", ("--drop", 2, "--lr", "nan")),
         ("steps: expected more than 0, found 0", ("--drop", 2, "--steps", 0)),
-        ("method: expected some of linear, scale, distil, found 'magic'", ("--method", "magic")),
+        (
+            "method: expected some of linear, scale, qlora, distil, found 'magic'",
+            ("--method", "magic"),
+        ),
         ("method: distil comes last", ("--method", "distil,linear")),
+        ("method: distil comes last", ("--method", "distil,qlora")),
+        ("method: linear and scale come before qlora", ("--method", "qlora,linear")),
+        ("lr: expected more than 0, found 0.0", ("--drop", 2, "--method", "qlora", "--lr", 0)),
+        ("rank: expected more than 0, found 0", ("--drop", 2, "--method", "qlora", "--rank", 0)),
+        ("check_every: expected more than 0", ("--drop", 2, "--check-every", 0)),
+        ("adapter: stays beside its base where qlora is the last", ("--drop", 2, "--adapter")),
+        (
+            "so it excludes --adapter",
+            ("--drop", 2, "--method", "qlora", "--adapter", "--dtype", "float16"),
+        ),
         ("self: expected at least 0 tokens, found -1", ("--drop", 2, "--self", -1)),
         ("self: text that the teacher", ("--drop", 2, "--method", "linear", "--self", 9)),
         ("precision: expected one of auto,", ("--drop", 2, "--precision", "int3")),
@@ -127,9 +175,17 @@ def test_refusals_of_what_is_named(tree, tmp_path):
         "linear: a norm follows the down projection in gemma3",
         *asked(tree, out, *dropped, model="gemma3"),
     )
+    teacher = "--method", "qlora", *TRAINED[2:], "--teacher", tree / "other"
+    refused("its vocabulary is another one", *asked(tree, out, *teacher))
     distil = "--method", "distil", *TRAINED[2:], "--teacher"
     refused("its vocabulary is another one", *asked(tree, out, *distil, tree / "other"))
     refused("excludes --teacher", *asked(tree, out, *distil, tree / "wide", "--drop", 2))
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_peft_it_says_what_to_install(tree, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    refused("pip install 'shallow[heal]'", *asked(tree, tmp_path / "out", "--drop", 2, *QLORA))
     assert not list(tmp_path.iterdir())
 
 
@@ -149,7 +205,6 @@ def test_a_plan_of_another_model_is_refused(tree, tmp_path):
 
 def test_a_refusal_needs_no_torch(tree, tmp_path):
     import subprocess
-    import sys
 
     code = (
         "import sys\nfrom engine.cli import app\nfrom engine.errors import InputError\n"

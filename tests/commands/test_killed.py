@@ -32,6 +32,16 @@ def heal(tree) -> tuple:
     return "heal", tree / "model", "OUT", "--drop", "2", *learnt
 
 
+def qlora(tree) -> tuple:
+    learnt = ("--text", tree / "text.txt", "--window", 16, "--batch-tokens", 16, "--steps", 30)
+    method = ("--method", "qlora", "--check-every", 4)
+    return "heal", tree / "model", "OUT", "--drop", "2", *method, *learnt
+
+
+def beside(tree) -> tuple:
+    return *qlora(tree), "--adapter"
+
+
 def shrink(tree) -> tuple:
     text, sizes = tree / "text.txt", ("--window", 16, "--windows", 2, "--steps", 3)
     return (
@@ -87,6 +97,6 @@ def test_killed_at_a_few_moments(command, tree, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [heal, shrink])
+@pytest.mark.parametrize("command", [heal, qlora, beside, shrink])
 def test_killed_at_twenty_moments(command, tree, tmp_path):
     same_as_unkilled(command, tree, tmp_path, 20)

@@ -157,6 +157,26 @@ def leftovers(directory: Path, rng: torch.Generator) -> None:
     )
 
 
+def adapter(directory: Path, rng: torch.Generator) -> None:
+    """Beside a packed base."""
+    from engine.checkpoint import open_checkpoint
+    from engine.checkpoint.adapter import AdaptedCheckpoint, Pair, places
+    from engine.healing import adapters
+    from engine.healing.settings import Settings
+
+    (directory / "work").mkdir()
+    packed(directory / "work", rng)
+    base, pairs = open_checkpoint(directory / "work"), {}
+    for module, (shape, _) in places(base.config, base.names()).items():
+        a, b = (torch.randn(size, generator=rng) for size in ((2, shape[1]), (shape[0], 2)))
+        pairs[module] = Pair(a / 8, b / 8)
+    settings = Settings(("qlora",), steps=1, rank=2)
+    adapters.write(AdaptedCheckpoint(base, pairs, 1.0), settings, directory / "out", beside={})
+    for file in (directory / "out").iterdir():
+        shutil.move(file, directory / file.name)
+    (directory / "out").rmdir()
+
+
 def run(path: Path) -> object:
     import engine
 
@@ -212,6 +232,7 @@ READERS = {
         packed, ("model-00001-of-00003.safetensors", "model.safetensors.index.json", *CONFIG), run
     ),
     **{case: Reader(of_others(case), (*HEADERS, *CONFIG), run) for case in OTHERS},
+    "adapter": Reader(adapter, ("adapter_config.json", "adapter_model.safetensors"), run),
     "tokenizer": Reader(
         lambda d, g: model("llama", g, d), ("tokenizer.json", "tokenizer_config.json"), chat
     ),

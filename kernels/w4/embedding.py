@@ -1,0 +1,23 @@
+"""`W4Embedding`: rows of a packed matrix, as an embedding of transformers' models."""
+
+import torch
+from torch import nn
+
+from engine.kernels.w4.format import SHARED, Packed, unpack
+
+
+class W4Embedding(nn.Module):
+    """ids (...) -> their rows (..., K) of a packed matrix (N, K), in `dtype` and times `scale`."""
+
+    def __init__(self, packed: Packed, scale: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.packed, self.scale, self.dtype = packed, scale, dtype
+        self.num_embeddings, self.embedding_dim = packed.shape
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        used, places = ids.unique(return_inverse=True)
+        self.packed = packed = self.packed.to(ids.device)
+        parts = packed.tensors().items()
+        rows = {name: tensor if name in SHARED else tensor[used] for name, tensor in parts}
+        values = unpack(Packed(packed.spec, (len(used), packed.shape[1]), **rows))
+        return values.to(self.dtype)[places] * torch.tensor(self.scale).to(self.dtype)
