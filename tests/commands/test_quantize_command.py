@@ -130,7 +130,7 @@ def test_a_plan_goes_into_the_directory(tmp_path):
         ({"group": 48}, r"group must be one of \(0, 16, 32, 64, 128\).*, found 48"),
         ({"group": -1}, "group must be one of .*, found -1"),
         ({"method": "awq"}, "method: expected one of gptq, hqq, rtn, nf4, keep, found 'awq'"),
-        ({"scheme": "kquant"}, "scheme: expected one of symmetric, zero, minimum, found"),
+        ({"scheme": "kquant"}, "scheme: expected one of symmetric, zero, minimum, codebook, f"),
         ({"method": "nf4", "scheme": "zero"}, "scheme: expected one of codebook, found 'zero'"),
         ({"method": "nf4", "bits": 8}, "scheme 'codebook' has 4 bits, found 8"),
         ({"scale_dtype": "float64"}, "scale_dtype: expected one of .*bfloat16, found 'float64'"),

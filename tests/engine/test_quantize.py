@@ -259,7 +259,7 @@ def test_weights_that_are_not_numbers_are_named(bad):
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda w: methods.rtn(w, Spec(4, 32, "codebook")), "one of .*, found 'codebook'"),
+        (lambda w: methods.hqq(w, Spec(4, 32, "codebook")), "one of .*, found 'codebook'"),
         (lambda w: methods.rtn(w, Spec(4, 32, "kquant")), "found 'kquant'"),
         (lambda w: methods.nf4(w, Spec(4, 32, "zero")), "found 'zero'"),
         (lambda w: methods.rtn(w, Spec(4, 32, "zero"), "half"), "clip must be .*, found 'half'"),

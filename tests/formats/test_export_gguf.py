@@ -58,6 +58,15 @@ def test_blocks_come_back_byte_for_byte(kind, rng):
     assert isinstance(again, GgufBlocks) and again.type == kind and torch.equal(again.data, data)
 
 
+def test_iq4_nl_comes_back_byte_for_byte(rng):
+    data = torch.randint(0, 256, (3 * 4, 18), generator=rng, dtype=torch.uint8)
+    data[:, :2] = torch.randn(3 * 4, 1, generator=rng).half().view(torch.uint8)
+    packed = from_blocks("IQ4_NL", (3, 128), data)
+    again = to_blocks(packed)
+    assert isinstance(again, GgufBlocks) and again.type == "IQ4_NL"
+    assert torch.equal(again.data.flatten(), data.flatten())
+
+
 @pytest.mark.parametrize("kind", ["Q5_0", "Q5_K", "Q6_K"])
 def test_blocks_that_became_eight_bits_go_back(kind, rng):
     """Their values and our codes; the two factors of a scale may be others of the same product."""
