@@ -37,7 +37,7 @@ from engine.quantize.recipe import Recipe
 from engine.reference.decoder import Decoder, load_decoder
 from engine.reference.stream import open_states, pad_batches, step
 from engine.runtime.reference import ReferenceRuntime
-from engine.text import Text, load_text, mixed_text, read_text_file
+from engine.text import Text, heldout_text, load_text, mixed_text, read_text_file
 from engine.text.samples import read_samples
 
 HEADING = "\n## Beside llama.cpp"
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, help="where libggml-base.so lies")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--source", choices=("on-grid", "off-grid"), default="off-grid")
-    parser.add_argument("--text", action="append", required=True, help="to judge by, repeatable")
+    parser.add_argument("--text", action="append", help="to judge by, repeatable")
     parser.add_argument("--windows", type=int, default=10, help="of 512 tokens, of each text")
     parser.add_argument("--samples", type=int, default=16, help="of 512 tokens, to calibrate on")
     given = parser.parse_args()
@@ -114,7 +114,10 @@ def compare(given: argparse.Namespace) -> None:
     if given.source == "off-grid":
         checkpoint = off_grid(checkpoint, given.work / "plain")
     judge = Judge(
-        checkpoint, text, [read_text_file(Path(file)) for file in given.text], given.windows
+        checkpoint,
+        text,
+        [read_text_file(Path(file)) for file in given.text or ()] or [heldout_text()],
+        given.windows,
     )
     samples, _ = read_samples(None, text, 512, most=given.samples, built_in=mixed_text)
     rows = [judge("the source", bits_of_layers(checkpoint), None)]
@@ -260,13 +263,13 @@ def off_grid(checkpoint: Checkpoint, out: Path) -> Checkpoint:
 
 def write(given: argparse.Namespace, rows: list[Row]) -> None:
     """This source's section of quality.md; the other sections stay."""
-    names = [Path(file).name for file in given.text]
+    names = [Path(file).name for file in given.text or ("heldout.txt",)]
     heading = f"{HEADING}, {given.source}\n"
     lines = [
         f"`{given.model}`, {SOURCES[given.source]}; perplexity and KL to the source in nats on "
         f"{given.windows} windows of 512 tokens of each text, by the float32 reference; "
         f"{given.samples} samples of 512 tokens of the built-in mixed text for GPTQ and for the "
-        "importance matrix. Q4_K's rows that are no multiple of 256 are Q5_0. On "
+        "importance matrix. Q4_K is Q5_0 where the inputs are no multiple of 256. On "
         f"{device_name(torch.device('cpu'))}. By `benchmarks/llama_quantizers.py`.",
         "",
         f"| | bits a weight | {' | '.join(names)} | KL, mean of the texts |",
