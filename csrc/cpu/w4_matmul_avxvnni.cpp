@@ -4,10 +4,6 @@ namespace shallow {
 namespace {
 
 struct AvxVnni : Avx2 {
-    template <Codes C, int First, int Last>
-    static Chunks<C, Last - First> codes(const TileView& w, const uint8_t* block) {
-        return codes_of<C, First, Last, false>(w, block);
-    }
     template <Codes C, int Halves>
     static F dot(const Chunks<C, Halves>& codes, const int8_t* q) {
         __m256i even = _mm256_setzero_si256(), odd = even;

@@ -80,19 +80,14 @@ struct Avx2 {
         odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-65536)));
     }
 
-    // Chunks of code bytes, four a half-block; what a table gives is looked up nibble by nibble,
-    // the high ones in `above`.
+    // Chunks of code bytes, four a half-block.
     template <Codes C, int Halves>
     struct Chunks {
-        __m256i chunk[4 * Halves], above[C == Codes::nibble_table ? 4 * Halves : 1];
+        __m256i chunk[4 * Halves];
     };
 
     template <Codes C, int First, int Last>
     static Chunks<C, Last - First> codes(const TileView& w, const uint8_t* block) {
-        return codes_of<C, First, Last, true>(w, block);
-    }
-    template <Codes C, int First, int Last, bool Split>
-    static Chunks<C, Last - First> codes_of(const TileView& w, const uint8_t* block) {
         Chunks<C, Last - First> out;
         for (int half = First; half < Last; ++half)
             for (int j = 0; j < 4; ++j) {
@@ -105,13 +100,7 @@ struct Avx2 {
                 if (half) chunk = _mm256_srli_epi16(chunk, 4);
                 chunk = _mm256_and_si256(chunk, _mm256_set1_epi8(15));
                 if constexpr (C == Codes::nibble_table) {
-                    __m256i table = _mm256_broadcastsi128_si256(load_16_bytes(w.values8));
-                    if constexpr (Split) {
-                        const __m256i nibble = _mm256_set1_epi8(15);
-                        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(table, 4), nibble);
-                        out.above[4 * (half - First) + j] = _mm256_shuffle_epi8(high, chunk);
-                        table = _mm256_and_si256(table, nibble);
-                    }
+                    const __m256i table = _mm256_broadcastsi128_si256(load_16_bytes(w.values8));
                     chunk = _mm256_shuffle_epi8(table, chunk);
                 }
             }
@@ -130,13 +119,8 @@ struct Avx2 {
             if constexpr (C == Codes::nibble) {
                 low = _mm256_add_epi16(low, _mm256_maddubs_epi16(code, x));
             } else {
-                __m256i above, below = code;
-                if constexpr (C == Codes::nibble_table) {
-                    above = codes.above[j];
-                } else {
-                    above = _mm256_and_si256(_mm256_srli_epi16(code, 4), nibble);
-                    below = _mm256_and_si256(code, nibble);
-                }
+                const __m256i above = _mm256_and_si256(_mm256_srli_epi16(code, 4), nibble);
+                const __m256i below = _mm256_and_si256(code, nibble);
                 low = _mm256_add_epi16(low, _mm256_maddubs_epi16(below, x));
                 high = _mm256_add_epi16(high, _mm256_maddubs_epi16(above, x));
             }
