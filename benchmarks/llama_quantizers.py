@@ -120,7 +120,7 @@ def compare(given: argparse.Namespace) -> None:
         given.windows,
     )
     samples, _ = read_samples(None, text, 512, most=given.samples, built_in=mixed_text)
-    rows = [judge("the source", bits_of_layers(checkpoint), None)]
+    rows = [source_row(given, checkpoint, judge)]
     for row in chain(*(of(given, checkpoint, judge, samples) for of in (ours, theirs))):
         rows.append(row)
         print(row, flush=True)
@@ -148,6 +148,14 @@ class Judge:
         return Row(
             name, bits, [each.perplexity for each in found], [each.kl or 0 for each in found]
         )
+
+
+def source_row(given: argparse.Namespace, checkpoint: Checkpoint, judge: Judge) -> Row:
+    note = given.work / f"{given.source} source.json"
+    if not note.is_file():
+        row = judge("the source", bits_of_layers(checkpoint), None)
+        note.write_text(json.dumps(asdict(row)))
+    return Row(**json.loads(note.read_text()))
 
 
 def theirs(
