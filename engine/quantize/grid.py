@@ -89,7 +89,7 @@ def fit_grid(
     """(N, G, g) -> the grid over the range, or ("mse") over the part of it with the least error.
 
     With `cost` (G, g), what a squared error costs at each place, it is the sum of these costs that
-    is least; a coarser search, and the scale of least squares under the codes that it ends with.
+    is least; a coarser search, then least squares under the codes that it ends with.
     """
     if clip not in ("minmax", "mse"):
         raise InputError(f"clip must be 'minmax' or 'mse', found {clip!r}")
@@ -111,8 +111,9 @@ def fit_grid(
         take(grid)
         if spec.scheme == "codebook":  # the longer side of the table to the shorter of the values
             take(replace(grid, scale=-grid.scale))
-    if cost is not None:
-        take(_least_squares(best, values, cost))
+    if cost is not None:  # with an offset to fit, each fit moves codes that the next one profits by
+        for _ in range(4 if spec.scheme == "minimum" else 1):
+            take(_least_squares(best, values, cost))
     return best
 
 

@@ -93,8 +93,8 @@ def test_round_to_nearest_is_half_a_step_away(spec, dtype, rng):
 
 @pytest.mark.parametrize("spec", [*FOUR_BITS, Spec(4, 64, "codebook")], ids=str)
 def test_searched_scales_lower_the_error_of_the_output(spec, rng):
-    """Of the whole matrix: the cost that is searched by is GPTQ's own."""
-    weight, hessian = spread(rng, 24, 200), correlated(rng, 200)
+    """Of the whole matrix, by 0.5 to 30 % (12 seeds): the search goes by GPTQ's own cost."""
+    weight, hessian = spread(rng, 96, 256), correlated(rng, 256)
     plain, searched = (
         output_error(weight, methods.gptq(weight, hessian, spec, clip=clip), hessian)
         for clip in ("minmax", "mse")
