@@ -1,14 +1,17 @@
 """What each quantizer loses: perplexity and divergence of the default model, by method and group.
 
-    python benchmarks/quality.py WORK [--model M] [--text SOURCE] [--samples N]
+    python benchmarks/quality.py WORK [--model M] [--text SOURCE] [--samples N] [--llama DIR]
 
 The layers' matrices of the source, in float32, are quantized anew; embedding, head and norms stay
 the source's own. Packed directories and finished rows are kept in WORK, where a run that was killed
-goes on. Writes benchmarks/results/quality.md.
+goes on. Writes benchmarks/results/quality.md; with `--llama`, where libggml-base.so lies, also the
+sections of benchmarks/llama_quantizers.py.
 """
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +31,7 @@ from engine.quantize.recipe import Recipe
 from engine.reference.cache import KVCache
 from engine.reference.decoder import Decoder, load_decoder
 from engine.runtime.reference import ReferenceRuntime
-from engine.text import Text, heldout_text, load_text
+from engine.text import Text, heldout_text, load_text, mixed_text
 from engine.text.samples import read_samples
 
 Samples = list[list[int]]
@@ -38,14 +41,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "RTN, MSE": {"method": "rtn", "clip": "mse"},
     "HQQ": {"method": "hqq"},
     "NF4": {"method": "nf4", "scheme": "codebook"},
-    "GPTQ": {"method": "gptq"},
-    "GPTQ, activation order": {"method": "gptq", "act_order": True},
+    "GPTQ": {"method": "gptq", "clip": "minmax"},
+    "GPTQ, MSE": {"method": "gptq"},
+    "GPTQ, MSE, activation order": {"method": "gptq", "act_order": True},
 }
 SIZES = {  # (group, scheme) -> methods
-    (128, "symmetric"): ("RTN", "RTN, MSE", "HQQ", "NF4", "GPTQ", "GPTQ, activation order"),
-    (128, "minimum"): ("RTN", "HQQ", "GPTQ"),
-    (64, "symmetric"): ("RTN", "GPTQ"),
-    (32, "minimum"): ("RTN", "GPTQ"),
+    (128, "symmetric"): ("RTN", "RTN, MSE", "HQQ", "NF4", "GPTQ", "GPTQ, MSE"),
+    (128, "minimum"): ("RTN", "HQQ", "GPTQ, MSE"),
+    (64, "symmetric"): ("RTN", "GPTQ", "GPTQ, MSE", "GPTQ, MSE, activation order"),
+    (64, "codebook"): ("GPTQ", "GPTQ, MSE"),
+    (32, "minimum"): ("RTN", "GPTQ, MSE"),
 }
 
 
@@ -88,14 +93,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--text", help="to calibrate gptq on; the built-in prose if not given")
+    parser.add_argument("--text", help="to calibrate gptq on; the built-in text if not given")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="at most, of that text")
     parser.add_argument("--dtype", default="float32", help="that the models are evaluated in")
+    parser.add_argument("--llama", type=Path, help="where libggml-base.so lies: compare with it")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     path = locate(given.model)
     text = load_text(path)
-    samples, _ = read_samples(given.text, text, LENGTH, most=given.samples)
+    samples, _ = read_samples(given.text, text, LENGTH, most=given.samples, built_in=mixed_text)
     checkpoint, device = open_checkpoint(path), choose_device(None)
     decoder = load_decoder(checkpoint, checkpoint.config, device, parse_dtype(given.dtype))
     replayed = Replayed(decoder)
@@ -115,6 +121,11 @@ def main() -> None:
             rows.append(Row(**json.loads(note.read_text())))
             print(rows[-1], flush=True)
     write(given, own, bits_of_layers(checkpoint), rows, samples)
+    if given.llama is not None:
+        script = Path(__file__).with_name("llama_quantizers.py")
+        for source in ("on-grid", "off-grid"):
+            command = [sys.executable, script, given.work, "--llama", given.llama]
+            subprocess.run([*command, "--model", given.model, "--source", source], check=True)
 
 
 def packed(checkpoint: Checkpoint, recipe: Recipe, samples: Samples, out: Path) -> float:
@@ -158,7 +169,7 @@ def bits_of_layers(checkpoint: Checkpoint) -> float:
 def write(
     given: argparse.Namespace, own: Evaluation, own_bits: float, rows: list[Row], samples: Samples
 ) -> None:
-    """The table, with what it depends on; the section on time behind it stays."""
+    """The table, with what it depends on; the sections behind it stay."""
     lines = [
         "# Quality of the quantizers",
         "",
@@ -166,7 +177,7 @@ def write(
         f"head and norms are the source's. Perplexity and KL to the source, in nats, on "
         f"`engine/data/heldout.txt`: {own.windows} windows of {own.window} tokens without BOS, "
         f"{given.dtype}. GPTQ is calibrated on {len(samples)} samples of {len(samples[0])} "
-        f"tokens of {Path(given.text).name if given.text else 'the built-in prose'}. CPU seconds "
+        f"tokens of {Path(given.text).name if given.text else 'the built-in text'}. CPU seconds "
         "of all threads together, reading and writing included, on "
         f"{device_name(torch.device('cpu'))}. By `benchmarks/quality.py`.",
         "",
@@ -180,7 +191,7 @@ def write(
         for row in rows
     ]
     RESULT.parent.mkdir(exist_ok=True)
-    _, heading, kept = RESULT.read_text().partition("\n## Time\n") if RESULT.exists() else ("",) * 3
+    _, heading, kept = RESULT.read_text().partition("\n## ") if RESULT.exists() else ("",) * 3
     RESULT.write_text("\n".join(lines) + "\n" + heading + kept)
 
 

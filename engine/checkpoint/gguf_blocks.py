@@ -42,6 +42,7 @@ BLOCK_TYPES = {
     12: BlockType("Q4_K", 256, 144),
     13: BlockType("Q5_K", 256, 176),
     14: BlockType("Q6_K", 256, 210),
+    20: BlockType("IQ4_NL", 32, 18),
     30: BlockType("BF16", 1, 2, "bfloat16"),
 }
 

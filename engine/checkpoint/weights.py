@@ -12,7 +12,7 @@ from engine.checkpoint import Checkpoint
 from engine.checkpoint.gguf_blocks import GgufBlocks, dequantize
 from engine.errors import InputError
 from engine.kernels.dtypes import DTYPES, name_of
-from engine.kernels.w4.format import Packed, rows_of, unpack
+from engine.kernels.w4.format import Packed, Spec, rows_of, unpack
 from engine.kernels.w4.from_gguf import from_blocks
 
 Weights = dict[str, torch.Tensor]  # role ("q", "q.bias", "attn_norm") -> tensor
@@ -111,12 +111,15 @@ def describe(stored: Stored) -> str:
         return name_of(stored.dtype)
     if isinstance(stored, GgufBlocks):
         return stored.type
-    spec = stored.spec
+    spec = describe_spec(stored.spec)
+    return spec if stored.perm is None else f"{spec}, activation order"
+
+
+def describe_spec(spec: Spec) -> str:
+    """Such as "4 bits, group 64, symmetric"."""
     words = [f"{spec.bits} bits", f"group {spec.group}" if spec.group else "a row", spec.scheme]
     if spec.scale_dtype != torch.float16:
         words.append(f"{spec.to_json()['scale_dtype']} scales")
-    if stored.perm is not None:
-        words.append("activation order")
     return ", ".join(words)
 
 

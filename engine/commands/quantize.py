@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 SAMPLES = 128  # at most, where --samples does not say
 LENGTH = 512  # tokens a sample
-SCHEMES = {"nf4": "codebook", "hqq": "minimum"}  # where the method decides
+WHY = {  # a scheme was chosen; measured in benchmarks/results/quality.md
+    "codebook": "the least loss in these; gptq and compressed-tensors take --scheme symmetric",
+    "minimum": "the least loss in groups so small; gptq and compressed-tensors take --scheme "
+    "symmetric",
+}
 
 _CALIBRATION = "Calibration of gptq"
 
@@ -36,13 +40,16 @@ def quantize(
     ] = None,
     scheme: Annotated[
         str | None,
-        typer.Option(help="symmetric, zero or minimum.  [default: symmetric; hqq: minimum]"),
+        typer.Option(
+            help="symmetric, zero, minimum or codebook (IQ4_NL's).  [default: gptq: codebook, in "
+            "groups of 16 and 32 minimum; hqq: minimum; rtn and 8 bits: symmetric]"
+        ),
     ] = None,
     scale_dtype: Annotated[
         str | None, typer.Option(help="float16, bfloat16, float32.  [default: float16]")
     ] = None,
     clip: Annotated[
-        str | None, typer.Option(help="minmax or mse, of rtn and gptq.  [default: minmax]")
+        str | None, typer.Option(help="minmax or mse, of rtn and gptq.  [default: gptq: mse]")
     ] = None,
     head: Annotated[
         str | None, typer.Option(help="Bits of the head: 4, 8, 16 or keep.  [default: 8]")
@@ -58,8 +65,8 @@ def quantize(
         typer.Option(
             metavar="SOURCE",
             rich_help_panel=_CALIBRATION,
-            help="Text file or directory, .jsonl, .parquet or hub:NAME; built-in prose if not "
-            "given.",
+            help="Text file or directory, .jsonl, .parquet or hub:NAME; built-in prose, handbook "
+            "and code if not given.",
         ),
     ] = None,
     column: Annotated[
@@ -80,7 +87,7 @@ def quantize(
     asked = {name: value for name, value in asked.items() if value is not None}
 
     from engine.checkpoint import choose_layers
-    from engine.text import load_text
+    from engine.text import load_text, mixed_text
     from engine.text.samples import read_samples
 
     given = None if plan is None else common.planned(plan, drop, keep)
@@ -96,7 +103,13 @@ def quantize(
     tokens: list[list[int]] = []
     if recipe.method == "gptq":
         tokens, _ = read_samples(
-            text, load_text(path), length, count=samples, most=SAMPLES, column=column
+            text,
+            load_text(path),
+            length,
+            count=samples,
+            most=SAMPLES,
+            column=column,
+            built_in=mixed_text,
         )
     with output.progress("files") as progress:
         entries = pack(
@@ -109,7 +122,8 @@ def quantize(
             progress=progress,
         )
     show(entries)
-    output.say(f"{out}: {len(config.layers)} of {config.total_layers} layers, {recipe.method}")
+    layers = f"{len(config.layers)} of {config.total_layers} layers"
+    output.say(f"{out}: {layers}, {outcome(recipe, entries, 'scheme' not in asked)}")
 
 
 def as_recipe(asked: dict[str, Any]) -> "Recipe":
@@ -120,8 +134,6 @@ def as_recipe(asked: dict[str, Any]) -> "Recipe":
         if extra:
             raise InputError(f"{extra[0].replace('_', '-')}: says nothing with --method keep")
         asked.setdefault("head", "keep")
-    if asked.get("method") in SCHEMES:
-        asked.setdefault("scheme", SCHEMES[asked["method"]])
     if (head := asked.get("head")) is not None:
         if head not in ("4", "8", "16", "keep"):
             raise InputError(f"head: expected 4, 8, 16 or keep, found {head!r}")
@@ -129,6 +141,21 @@ def as_recipe(asked: dict[str, Any]) -> "Recipe":
     from engine.quantize.recipe import Recipe
 
     return Recipe(**asked)
+
+
+def outcome(recipe: "Recipe", entries: list["Entry"], by_default: bool) -> str:
+    """How the matrices are stored, the bits that take them, and why where nobody asked for it."""
+    if recipe.method == "keep":
+        return "keep"
+    from engine.checkpoint.weights import describe_spec
+
+    spec = describe_spec(recipe.spec)
+    made = [entry for entry in entries if entry.stored.startswith(spec)]
+    bits = 8 * sum(entry.nbytes for entry in made) / sum(entry.weights for entry in made)
+    said = f"{recipe.method}: {spec}, {bits:.2f} bits a weight"
+    if by_default and recipe.method == "gptq" and recipe.scheme in WHY:
+        return f"{said}, {WHY[recipe.scheme]}"
+    return said
 
 
 def show(entries: list["Entry"]) -> None:

@@ -276,8 +276,8 @@ class Run:
         bits = None if self.asked.bits == 4 else self.asked.bits
         length = min(512, self.config.max_context)
         quantize(
-            str(self.healed), out, bits=bits, text=self.source, length=length,
-            threads=self.asked.threads,
+            str(self.healed), out, bits=bits, text=self.source if self.asked.text else None,
+            length=length, threads=self.asked.threads,
         )  # fmt: skip
 
     def _scales(self, out: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from engine.checkpoint.gguf_blocks import BLOCK_TYPES, GgufBlocks
 from engine.export.quantized import as_half
-from engine.kernels.w4.format import SUPER, Packed, unpack_codes
+from engine.kernels.w4.format import IQ4_NL, SUPER, Packed, unpack_codes
 
 BLOCK = 32
 TYPES = {kind.name: number for number, kind in BLOCK_TYPES.items()}
@@ -19,8 +19,8 @@ def to_blocks(packed: Packed) -> GgufBlocks | str:
     spec, (_, k) = packed.spec, packed.shape
     if packed.perm is not None:
         return "GGUF has no activation order"
-    if spec.scheme == "codebook":
-        return "GGUF has no codebook of its own choice"
+    if packed.codebook is not None and packed.codebook.tolist() != [*IQ4_NL]:
+        return "GGUF has no codebook but that of IQ4_NL, which `engine quantize` takes for gptq"
     if spec.scheme == "kquant":
         return _kquant(packed) if k % SUPER == 0 else f"{k} inputs in blocks of {SUPER}"
     if spec.bits == 8 and spec.scale_dtype == torch.float32 and k % SUPER == 0:
@@ -32,8 +32,9 @@ def to_blocks(packed: Packed) -> GgufBlocks | str:
     if scales is None:
         return f"its {spec.scale_dtype} scales are no float16"
     codes = unpack_codes(packed).unflatten(1, (-1, BLOCK))  # (N, B, 32)
-    if spec.scheme == "symmetric" and spec.bits == 4:
-        return _blocks(packed, "Q4_0", scales, _low_high(codes))
+    if spec.scheme in ("symmetric", "codebook") and spec.bits == 4:
+        kind = "Q4_0" if spec.scheme == "symmetric" else "IQ4_NL"
+        return _blocks(packed, kind, scales, _low_high(codes))
     if spec.scheme == "symmetric":
         low, high = (int(end) for end in codes.aminmax())
         if 112 <= low and high < 144:  # 16 to either side of the middle

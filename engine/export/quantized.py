@@ -128,5 +128,6 @@ def require_rope(config: ModelConfig) -> None:
 def require_scheme(item: Item, spec: Spec, *allowed: str) -> None:
     if spec.scheme not in allowed:
         raise Unsayable(
-            f"{item.source}: expected scheme {' or '.join(allowed)}, found {spec.scheme}"
+            f"{item.source}: expected scheme {' or '.join(allowed)}, found {spec.scheme} "
+            f"(`engine quantize --scheme {allowed[0]}` makes one that it holds)"
         )

@@ -11,17 +11,21 @@ from dataclasses import dataclass, replace
 import torch
 
 from engine.errors import InputError
-from engine.kernels.w4.format import Packed, Spec, concatenate, pack_codes, validate
+from engine.kernels.w4.format import IQ4_NL, Packed, Spec, concatenate, pack_codes, validate
 
 UNIFORM = ("symmetric", "zero", "minimum")
+FITTED = (*UNIFORM, "codebook")  # what `fit_grid` knows; the codebook is IQ4_NL's
 _CHUNK_WEIGHTS = 1 << 23  # bounds the float32 temporaries
+_SHARES = torch.linspace(0.98, 0.5, 25)  # of the range
+_COARSE = torch.tensor([0.95, 0.85, 0.75])
 
 
 @dataclass(frozen=True)
 class Grid:
     """The values that codes 0 .. 2**bits - 1 stand for; scale and shift are (N, G, 1) float32.
 
-    `shift` is the code of zero, or for scheme "minimum" the value of code 0.
+    `shift` is the code of zero, or for scheme "minimum" the value of code 0; 0 for a codebook,
+    whose scale may be negative: its values reach further on one side.
     """
 
     spec: Spec
@@ -30,6 +34,10 @@ class Grid:
 
     def encode(self, values: torch.Tensor) -> torch.Tensor:
         """(N, G, g) -> the nearest codes, as float32."""
+        if self.spec.scheme == "codebook":
+            table = codebook(values.device)
+            middles = (table[1:] + table[:-1]) / 2
+            return torch.bucketize(values / nonzero(self.scale), middles).float()
         if self.spec.scheme == "minimum":
             codes = (values - self.shift) / nonzero(self.scale)
         else:
@@ -38,6 +46,8 @@ class Grid:
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """The format's formula."""
+        if self.spec.scheme == "codebook":
+            return codebook(codes.device)[codes.int()] * self.scale
         if self.spec.scheme == "minimum":
             return codes * self.scale + self.shift
         return (codes - self.shift) * self.scale
@@ -51,9 +61,17 @@ class Grid:
         )
 
 
+def codebook(device: torch.device) -> torch.Tensor:
+    """(16,) float32"""
+    return torch.tensor(IQ4_NL, dtype=torch.float32, device=device)
+
+
 def make_grid(spec: Spec, low: torch.Tensor, high: torch.Tensor) -> Grid:
     """A grid from `low` to `high` (N, G, 1), as far as the scheme can follow them."""
     top = (1 << spec.bits) - 1
+    if spec.scheme == "codebook":
+        scale = stored(torch.where(-low > high, low, high) / IQ4_NL[0], spec)
+        return Grid(spec, scale, torch.zeros_like(scale))
     if spec.scheme == "symmetric":
         scale = stored(torch.maximum(low.abs(), high.abs()) / (top / 2), spec)
         return Grid(spec, scale, torch.full_like(scale, (top + 1) / 2))
@@ -65,8 +83,14 @@ def make_grid(spec: Spec, low: torch.Tensor, high: torch.Tensor) -> Grid:
     return Grid(spec, scale, zero)
 
 
-def fit_grid(values: torch.Tensor, spec: Spec, clip: str = "minmax") -> Grid:
-    """(N, G, g) -> the grid over the range, or ("mse") over the part of it with the least error."""
+def fit_grid(
+    values: torch.Tensor, spec: Spec, clip: str = "minmax", cost: torch.Tensor | None = None
+) -> Grid:
+    """(N, G, g) -> the grid over the range, or ("mse") over the part of it with the least error.
+
+    With `cost` (G, g), what a squared error costs at each place, it is the sum of these costs that
+    is least; a coarser search, then least squares under the codes that it ends with.
+    """
     if clip not in ("minmax", "mse"):
         raise InputError(f"clip must be 'minmax' or 'mse', found {clip!r}")
     low, high = values.aminmax(dim=-1, keepdim=True)
@@ -74,26 +98,54 @@ def fit_grid(values: torch.Tensor, spec: Spec, clip: str = "minmax") -> Grid:
     if clip == "minmax":
         return best
     centre = (low + high) / 2 if spec.scheme == "minimum" else torch.zeros_like(low)
-    least = _squared_error(values, best)
-    for share in torch.linspace(0.98, 0.5, 25).tolist():
-        ends = (centre + share * (end - centre) for end in (low, high))
-        grid = make_grid(spec, *ends)
-        error = _squared_error(values, grid)
+    least = _squared_error(values, best, cost)
+
+    def take(grid: Grid) -> None:
+        nonlocal best, least
+        error = _squared_error(values, grid, cost)
         best = best.better(grid, error < least)
         least = torch.minimum(error, least)
+
+    for share in (_SHARES if cost is None else _COARSE).tolist():
+        grid = make_grid(spec, *(centre + share * (end - centre) for end in (low, high)))
+        take(grid)
+        if spec.scheme == "codebook":  # the longer side of the table to the shorter of the values
+            take(replace(grid, scale=-grid.scale))
+    if cost is not None:  # with an offset to fit, each fit moves codes that the next one profits by
+        for _ in range(4 if spec.scheme == "minimum" else 1):
+            take(_least_squares(best, values, cost))
     return best
 
 
-def _squared_error(values: torch.Tensor, grid: Grid) -> torch.Tensor:
+def _least_squares(grid: Grid, values: torch.Tensor, cost: torch.Tensor) -> Grid:
+    """The scale, and the minimum, of least cost under the codes that `grid` gives."""
+    steps = grid.decode(grid.encode(values))
+    if grid.spec.scheme == "minimum":
+        steps = (steps - grid.shift) / nonzero(grid.scale)
+        total = cost.sum(-1, keepdim=True)
+        mean, middle = ((cost * part).sum(-1, keepdim=True) / total for part in (steps, values))
+        steps, values = steps - mean, values - middle
+    else:
+        steps = steps / nonzero(grid.scale)
+        mean = middle = torch.zeros_like(grid.scale)
+    weighted = cost * steps
+    scale = (weighted * values).sum(-1, keepdim=True)
+    scale = stored(scale / nonzero((weighted * steps).sum(-1, keepdim=True)), grid.spec)
+    if grid.spec.scheme == "minimum":
+        return replace(grid, scale=scale, shift=stored(middle - mean * scale, grid.spec))
+    return replace(grid, scale=scale)
+
+
+def _squared_error(values: torch.Tensor, grid: Grid, cost: torch.Tensor | None) -> torch.Tensor:
     """(N, G, 1)"""
-    return (values - grid.decode(grid.encode(values))).square_().sum(-1, keepdim=True)
+    squares = (values - grid.decode(grid.encode(values))).square_()
+    return (squares if cost is None else squares.mul_(cost)).sum(-1, keepdim=True)
 
 
 def by_group(
     weight: torch.Tensor, spec: Spec, fit: Callable[[torch.Tensor], Grid], name: str
 ) -> Packed:
     """Each group rounded to the nearest code of the grid that `fit` gives it."""
-    require_scheme(spec, UNIFORM, name)
 
     def rows(part: torch.Tensor) -> Packed:
         pieces = groups_of(part, spec)
@@ -127,6 +179,7 @@ def packed_grids(
         scales.to(spec.scale_dtype),
         zeros=shift.to(torch.uint8) if spec.scheme == "zero" else None,
         mins=shift.to(spec.scale_dtype) if spec.scheme == "minimum" else None,
+        codebook=codebook(codes.device) if spec.scheme == "codebook" else None,
         perm=None if perm is None else perm.int(),
     )
     return validate(packed, name)

@@ -11,6 +11,7 @@ import torch
 from engine.errors import InputError
 from engine.kernels.w4.format import NF4, Packed, Spec, pack_codes, validate
 from engine.quantize.grid import (
+    FITTED,
     UNIFORM,
     Grid,
     by_group,
@@ -30,6 +31,7 @@ _HQQ_STEPS = 20
 
 def rtn(weight: torch.Tensor, spec: Spec, clip: str = "minmax", name: str = "weight") -> Packed:
     """Round to nearest, over each group's range or ("mse") the clipped range of least error."""
+    require_scheme(spec, FITTED, name)
     return by_group(weight, spec, lambda values: fit_grid(values, spec, clip), name)
 
 
@@ -40,6 +42,7 @@ def hqq(weight: torch.Tensor, spec: Spec, name: str = "weight") -> Packed:
     the paper does, but from the clipped range. It is made for scheme "minimum": where no offset is
     free the scale is fitted, which gives up the largest weights and can cost more than rounding.
     """
+    require_scheme(spec, UNIFORM, name)
 
     def fit(values: torch.Tensor) -> Grid:
         grid = best = fit_grid(values, spec, "mse")
@@ -104,18 +107,24 @@ def gptq(
     `block` columns are rounded before the columns after them hear of it. InputError where the
     damped Hessian is not positive definite.
     """
-    require_scheme(spec, UNIFORM, name)
+    require_scheme(spec, FITTED, name)
     weight = checked(weight, name)
     k = weight.shape[1]
     if hessian.shape != (k, k) or not hessian.isfinite().all():
         raise InputError(f"{name}: the Hessian must be finite and {(k, k)}")
     width, late = spec.group or k, spec.group > 0 and (act_order or not descending)
-    grids = [] if late else [fit_grid(part[:, None], spec, clip) for part in weight.split(width, 1)]
     order = torch.arange(k, device=hessian.device)
     if descending:
         order = hessian.diagonal().argsort(descending=True, stable=True)
-    weight, group = weight[:, order], (order // width).tolist()
     factor = _inverse_factor(hessian[order][:, order], damp, name).to(weight.dtype)
+    # An error costs its square over this one's, once the columns after it have made up for it.
+    cost = factor.diagonal().square().reciprocal()
+    grids = []
+    if not late:
+        costs = cost[order.argsort()].split(width)
+        pieces = zip(weight.split(width, 1), costs, strict=True)
+        grids = [fit_grid(part[:, None], spec, clip, at[None]) for part, at in pieces]
+    weight, group = weight[:, order], (order // width).tolist()
     if late:  # a group ends in the block it starts in, where every error is known
         block = width * max(1, block // width)
     codes = torch.empty_like(weight)
@@ -124,7 +133,8 @@ def gptq(
         errors = torch.empty_like(weight[:, start:stop])
         for i in range(start, stop):
             if late and i % width == 0:
-                grids.append(fit_grid(weight[:, None, i : i + width], spec, clip))
+                columns = slice(i, i + width)
+                grids.append(fit_grid(weight[:, None, columns], spec, clip, cost[None, columns]))
             grid = grids[-1] if late else grids[group[i]]
             column = weight[:, i, None, None]
             code = grid.encode(column)

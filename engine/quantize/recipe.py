@@ -15,9 +15,10 @@ from engine.errors import InputError
 from engine.kernels.dtypes import DTYPES, dtype_of
 from engine.kernels.w4.format import VERSION, Packed, Spec
 from engine.quantize import methods
-from engine.quantize.grid import UNIFORM
+from engine.quantize.grid import FITTED, UNIFORM
 
 METHODS = ("gptq", "hqq", "rtn", "nf4", "keep")
+SCHEMES = {"nf4": ("codebook",), "hqq": UNIFORM, "rtn": FITTED, "gptq": FITTED, "keep": FITTED}
 
 # Tensors to store and what each of them was, both by their names in a packed directory.
 Packing = tuple[dict[str, Packed | torch.Tensor], dict[str, str]]
@@ -29,21 +30,26 @@ class Recipe:
 
     "keep" leaves every matrix in the bits that it has, the head aside. `head` is of the head, and
     of the embedding where that is tied; None leaves it as it is. `clip` is for rtn and gptq.
+    A `scheme` and `clip` of "" are chosen: `default_scheme`, and "mse" for gptq.
     """
 
     method: str = "gptq"
     bits: int = 4
     group: int = 64  # 0: a row
-    scheme: str = "symmetric"
+    scheme: str = ""
     scale_dtype: str = "float16"
-    clip: str = "minmax"
+    clip: str = ""
     act_order: bool = False
     head: int | None = 8
 
     def __post_init__(self) -> None:
+        if not self.scheme:
+            object.__setattr__(self, "scheme", default_scheme(self.method, self.bits, self.group))
+        if not self.clip:
+            object.__setattr__(self, "clip", "mse" if self.method == "gptq" else "minmax")
         choices = {
             "method": METHODS,
-            "scheme": ("codebook",) if self.method == "nf4" else UNIFORM,
+            "scheme": SCHEMES.get(self.method, ()),
             "scale_dtype": DTYPES,
             "clip": ("minmax", "mse"),
             "head": (4, 8, 16, None),
@@ -70,6 +76,20 @@ class Recipe:
         """What a packed directory's `quantization_config` says."""
         said = {"method": self.method, "head": self.head} if self.method == "keep" else asdict(self)
         return {"quant_method": "shallow", "version": VERSION} | said
+
+
+def default_scheme(method: str, bits: int, group: int) -> str:
+    """What loses least in about the same bits, by `benchmarks/results/quality.md`.
+
+    Rounding alone keeps the scheme that every format knows.
+    """
+    if method == "nf4":
+        return "codebook"
+    if method == "hqq":
+        return "minimum"
+    if method != "gptq" or bits == 8:
+        return "symmetric"
+    return "minimum" if group in (16, 32) else "codebook"
 
 
 def pack_layer(

@@ -1,6 +1,6 @@
 """Calibration samples: token ids from a text, a directory, a JSONL or parquet column, a hub set."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from engine.errors import InputError
@@ -20,13 +20,14 @@ def read_samples(
     column: str = "text",
     split: str = "train",
     bos: bool | None = None,
+    built_in: Callable[[], str] = default_text,
 ) -> tuple[list[list[int]], bool]:
     """(samples of at most `length` tokens, do they begin with BOS?).
 
     `source`: a text file or a directory of them, cut into consecutive samples of `length` tokens;
     a .jsonl or .parquet file, one sample a row from `column`, the first `length` tokens of each;
     "hub:NAME", a dataset of the Hugging Face hub (the extra `heal` brings `datasets`), likewise;
-    None, the built-in prose. `bos` puts BOS first; by default where the tokenizer has the habit.
+    None, the `built_in` text. `bos` puts BOS first; by default where the tokenizer has the habit.
     `count` takes so many, `most` no more: of rows the first, of running text ones spread evenly
     over it. InputError when there is nothing, or less than `count`.
     """
@@ -41,7 +42,8 @@ def read_samples(
     where = source or "the built-in text"
     samples: list[list[int]] = []
     whole, wanted = is_running_text(source), count or most
-    for piece in _pieces(source, column, split):
+    pieces = [built_in()] if source is None else _pieces(source, column, split)
+    for piece in pieces:
         ids = text.encode(piece, add_special=False)
         starts = range(0, len(ids) - room + 1, room) if whole else range(min(len(ids), 1))
         samples += [prefix + ids[start : start + room] for start in starts]
@@ -72,10 +74,8 @@ def is_running_text(source: str | None) -> bool:
     return source is None or not source.endswith((".jsonl", ".parquet")) and source[:4] != "hub:"
 
 
-def _pieces(source: str | None, column: str, split: str) -> Iterator[str]:
-    if source is None:
-        yield default_text()
-    elif source.startswith("hub:"):
+def _pieces(source: str, column: str, split: str) -> Iterator[str]:
+    if source.startswith("hub:"):
         yield from _hub_rows(source, column, split)
     elif source.endswith(".jsonl"):
         yield from _jsonl_rows(Path(source), column)

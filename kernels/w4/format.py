@@ -24,6 +24,10 @@ NF4 = (
     *(-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105003625, 0.0),
     *(0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0),
 )  # quantiles of a Gaussian, scaled to [-1, 1]; float32 in every file
+IQ4_NL = (
+    *(-127, -104, -83, -65, -49, -35, -22, -10),
+    *(1, 13, 25, 38, 53, 69, 89, 113),
+)  # llama.cpp's `kvalues_iq4nl`: whole numbers, so int8 products have no other error
 
 
 @dataclass(frozen=True)

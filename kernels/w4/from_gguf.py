@@ -1,7 +1,7 @@
 """GGUF blocks (llama.cpp) to the packed group format, without loss.
 
-Q4_0, Q4_1, Q8_0 and Q4_K keep their bits. Q5_0, Q5_1, Q5_K and Q6_K become 8-bit codes under the
-exact scales. Unpacking gives what `gguf.quants.dequantize` gives, bit for bit.
+Q4_0, Q4_1, IQ4_NL, Q8_0 and Q4_K keep their bits. Q5_0, Q5_1, Q5_K and Q6_K become 8-bit codes
+under the exact scales. Unpacking gives what `gguf.quants.dequantize` gives, bit for bit.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.kernels.w4.format import Packed, Spec, check_finite, validate
+from engine.kernels.w4.format import IQ4_NL, Packed, Spec, check_finite, validate
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,11 @@ def _q4_1(blocks: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"codes": _pairs(low, 16), "scales": _halves(d), "mins": _halves(m)}
 
 
+def _iq4_nl(blocks: torch.Tensor) -> dict[str, torch.Tensor]:
+    table = torch.tensor(IQ4_NL, dtype=torch.float32, device=blocks.device)
+    return _q4_0(blocks) | {"codebook": table}
+
+
 def _q5_0(blocks: torch.Tensor) -> dict[str, torch.Tensor]:
     d, high, low = blocks.split((2, 4, 16), -1)
     codes = _nibbles(low, 16) | _bits(high, 1, 1) << 4  # 0..31, means code - 16
@@ -137,6 +142,7 @@ def _q6_k(blocks: torch.Tensor) -> dict[str, torch.Tensor]:
 BLOCKS = {
     "Q4_0": Block(32, 18, Spec(4, 32, "symmetric"), _q4_0),
     "Q4_1": Block(32, 20, Spec(4, 32, "minimum"), _q4_1),
+    "IQ4_NL": Block(32, 18, Spec(4, 32, "codebook"), _iq4_nl),
     "Q5_0": Block(32, 22, Spec(8, 32, "symmetric"), _q5_0),
     "Q5_1": Block(32, 24, Spec(8, 32, "minimum"), _q5_1),
     "Q8_0": Block(32, 34, Spec(8, 32, "symmetric"), _q8_0),

@@ -55,7 +55,7 @@ SHORT = ("--samples", "4", "--length", "32")
 def test_by_default_gptq_in_4_bits_with_a_head_of_8(model, tmp_path):
     output = quantize(model, tmp_path / "out", *SHORT)
     found = stored(tmp_path / "out")
-    assert found[UP].spec == Spec(4, 64, "symmetric")
+    assert found[UP].spec == Spec(4, 64, "codebook")
     assert found["lm_head.weight"].spec == Spec(8, 64, "symmetric")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     said = config["quantization_config"]
@@ -64,9 +64,10 @@ def test_by_default_gptq_in_4_bits_with_a_head_of_8(model, tmp_path):
     assert said == {"quant_method": "shallow", "version": 1} | Recipe().__dict__
     rows = [line for line in output.splitlines() if "float32" in line]
     assert len(rows) == 4  # matrices, norms, embedding, head
-    assert any("28" in row and "4 bits, group 64, symmetric" in row for row in rows)
+    assert any("28" in row and "4 bits, group 64, codebook" in row for row in rows)
     assert any("as it was" in row and "9" in row for row in rows)
-    assert "4 of 4 layers, gptq" in output
+    (last,) = [line for line in output.splitlines() if "4 of 4 layers" in line]
+    assert re.search(r"gptq: 4 bits, group 64, codebook, \d\.\d\d bits a weight, the least", last)
     opened = load(tmp_path / "out", backend="reference")
     assert opened.generate("The sea", max_new_tokens=4).text is not None
     judged = evaluate(opened.runtime, opened.text, default_text(), window=32, count=2)
@@ -81,7 +82,7 @@ def test_options_reach_the_directory(model, tmp_path):
     assert found["lm_head.weight"].dtype == torch.float16
     options = ("--act-order", "--group", "0", "--text", ROOT / "README.md", *SHORT)
     quantize(model, tmp_path / "row", *options)
-    assert stored(tmp_path / "row")[UP].spec == Spec(4, 0, "symmetric")
+    assert stored(tmp_path / "row")[UP].spec == Spec(4, 0, "codebook")
 
 
 def test_a_quantized_source_is_kept_unless_asked_otherwise(model, tmp_path):
@@ -123,6 +124,24 @@ def test_a_plan_goes_into_the_directory(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "options, scheme, clip",
+    [
+        ({}, "codebook", "mse"),
+        ({"group": 32}, "minimum", "mse"),
+        ({"group": 128}, "codebook", "mse"),
+        ({"bits": 8}, "symmetric", "mse"),
+        ({"method": "rtn"}, "symmetric", "minmax"),
+        ({"method": "hqq"}, "minimum", "minmax"),
+        ({"method": "nf4"}, "codebook", "minmax"),
+        ({"scheme": "symmetric", "clip": "minmax"}, "symmetric", "minmax"),
+    ],
+)
+def test_what_is_chosen_where_nothing_is_said(options, scheme, clip):
+    recipe = as_recipe(options)
+    assert (recipe.scheme, recipe.clip) == (scheme, clip)
+
+
+@pytest.mark.parametrize(
     "options, words",
     [
         ({"bits": 3}, "bits must be 4 or 8, found 3"),
@@ -130,7 +149,7 @@ def test_a_plan_goes_into_the_directory(tmp_path):
         ({"group": 48}, r"group must be one of \(0, 16, 32, 64, 128\).*, found 48"),
         ({"group": -1}, "group must be one of .*, found -1"),
         ({"method": "awq"}, "method: expected one of gptq, hqq, rtn, nf4, keep, found 'awq'"),
-        ({"scheme": "kquant"}, "scheme: expected one of symmetric, zero, minimum, found"),
+        ({"scheme": "kquant"}, "scheme: expected one of symmetric, zero, minimum, codebook, f"),
         ({"method": "nf4", "scheme": "zero"}, "scheme: expected one of codebook, found 'zero'"),
         ({"method": "nf4", "bits": 8}, "scheme 'codebook' has 4 bits, found 8"),
         ({"scale_dtype": "float64"}, "scale_dtype: expected one of .*bfloat16, found 'float64'"),

@@ -8,7 +8,7 @@ from gguf import quants as gguf_quants
 
 from engine.errors import InputError
 from engine.kernels.dtypes import DTYPES, dtype_of
-from engine.kernels.w4.format import GROUPS, NF4, Spec, unpack, unpack_codes, validate
+from engine.kernels.w4.format import GROUPS, IQ4_NL, NF4, Spec, unpack, unpack_codes, validate
 from engine.quantize import grid, methods
 
 UNIFORM = [
@@ -46,15 +46,17 @@ def per_group(values: torch.Tensor, spec: Spec) -> torch.Tensor:
 
 
 def each_method(spec: Spec, k: int, rng: torch.Generator) -> dict:
-    if spec.scheme == "codebook":
-        return {"nf4": lambda w: methods.nf4(w, spec)}
     hessian = correlated(rng, k)
-    return {
+    if spec.scheme == "codebook":
+        only = {"nf4": lambda w: methods.nf4(w, spec)}
+    else:
+        only = {"hqq": lambda w: methods.hqq(w, spec)}
+    return only | {
         "rtn": lambda w: methods.rtn(w, spec),
         "mse": lambda w: methods.rtn(w, spec, "mse"),
-        "hqq": lambda w: methods.hqq(w, spec),
         "gptq": lambda w: methods.gptq(w, hessian, spec),
         "gptq-ordered": lambda w: methods.gptq(w, hessian, spec, act_order=True),
+        "gptq-mse": lambda w: methods.gptq(w, hessian, spec, clip="mse"),
     }
 
 
@@ -87,6 +89,34 @@ def test_round_to_nearest_is_half_a_step_away(spec, dtype, rng):
     if spec.scheme == "zero":
         slack += step / 2  # the integer zero point may cut half a step off one end
     assert ((unpack(packed) - weight).abs() <= step / 2 + slack).all()
+
+
+@pytest.mark.parametrize("spec", [*FOUR_BITS, Spec(4, 64, "codebook")], ids=str)
+def test_searched_scales_lower_the_error_of_the_output(spec, rng):
+    """Of the whole matrix, by 0.5 to 30 % (12 seeds): the search goes by GPTQ's own cost."""
+    weight, hessian = spread(rng, 96, 256), correlated(rng, 256)
+    plain, searched = (
+        output_error(weight, methods.gptq(weight, hessian, spec, clip=clip), hessian)
+        for clip in ("minmax", "mse")
+    )
+    assert searched < plain
+
+
+def test_codebook_is_nearest_and_exact_on_its_own_values(rng):
+    """IQ4_NL blocks keep their values; other weights get the nearest of sixteen."""
+    spec = Spec(4, 32, "codebook")
+    scales = torch.randn(6, 4, 1, generator=rng).half().float()
+    codes = torch.randint(0, 16, (6, 4, 32), generator=rng)
+    codes[..., 0] = 0  # the largest value is there
+    weight = (scales * torch.tensor(IQ4_NL)[codes]).flatten(1)
+    assert torch.equal(unpack(methods.rtn(weight, spec)), weight)
+    hessian = correlated(rng, 128)
+    assert torch.equal(unpack(methods.gptq(weight, hessian, spec, clip="mse")), weight)
+    weight = spread(rng, 6, 128)
+    packed = methods.rtn(weight, spec, "mse")
+    values = packed.scales.float().repeat_interleave(32, 1)[..., None] * packed.codebook
+    nearest = (values - weight[..., None]).abs().amin(-1)
+    torch.testing.assert_close((unpack(packed) - weight).abs(), nearest, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("scheme", ["symmetric", "zero", "minimum"])
@@ -259,7 +289,7 @@ def test_weights_that_are_not_numbers_are_named(bad):
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda w: methods.rtn(w, Spec(4, 32, "codebook")), "one of .*, found 'codebook'"),
+        (lambda w: methods.hqq(w, Spec(4, 32, "codebook")), "one of .*, found 'codebook'"),
         (lambda w: methods.rtn(w, Spec(4, 32, "kquant")), "found 'kquant'"),
         (lambda w: methods.nf4(w, Spec(4, 32, "zero")), "found 'zero'"),
         (lambda w: methods.rtn(w, Spec(4, 32, "zero"), "half"), "clip must be .*, found 'half'"),

@@ -18,7 +18,15 @@ from support.vocabularies import (
 from tokenizers import AddedToken, Tokenizer, processors
 
 from engine.errors import InputError
-from engine.text import Text, default_text, heldout_text, load_text, read_text_file, windows
+from engine.text import (
+    Text,
+    default_text,
+    heldout_text,
+    load_text,
+    mixed_text,
+    read_text_file,
+    windows,
+)
 
 
 def save(tokenizer: Tokenizer, path: Path, **config) -> Path:
@@ -160,5 +168,7 @@ def test_shipped_texts_are_apart():
     """What is calibrated on is not what is measured on."""
     heldout = heldout_text()
     assert 100_000 < len(heldout) < 130_000 < len(default_text()) < 210_000
-    paragraphs = [line for line in default_text().split("\n") if len(line) > 40]
-    assert not any(line in heldout for line in paragraphs)
+    assert 130_000 < len(mixed_text()) < 150_000
+    for text in (default_text(), mixed_text()):
+        paragraphs = [line for line in text.split("\n") if len(line) > 40]
+        assert not any(line in heldout for line in paragraphs)

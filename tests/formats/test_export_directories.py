@@ -86,7 +86,7 @@ def _gptq_values(stored: dict[str, torch.Tensor], module: str, bits: int) -> tor
 
 @pytest.mark.parametrize("recipe", [
     {"group": 32}, {"group": 0}, {"group": 16, "bits": 8},
-    {"group": 16, "method": "gptq", "act_order": True},
+    {"group": 16, "method": "gptq", "scheme": "symmetric", "act_order": True},
     {"group": 32, "scale_dtype": "bfloat16"},
 ], ids=str)  # fmt: skip
 def test_gptq_by_its_formula(recipe, source, rng, tmp_path):
@@ -127,12 +127,16 @@ def test_hf_is_what_the_values_are(source, rng, tmp_path):
 
 @pytest.mark.parametrize("recipe, to, sentence", [
     ({"method": "nf4", "scheme": "codebook"}, "compressed-tensors",
-     "expected scheme symmetric or zero, found codebook; the nearest format that can is hf"),
+     r"expected scheme symmetric or zero, found codebook \(`engine quantize --scheme symmetric` "
+     r"makes one that it holds\); the nearest format that can is hf"),
+    ({"method": "rtn", "scheme": "codebook"}, "gptq",
+     r"expected scheme symmetric, found codebook \(`engine quantize --scheme symmetric` makes one "
+     r"that it holds\); the nearest format that can is hf"),
     ({"scheme": "zero"}, "gptq",
-     "expected scheme symmetric, found zero; the nearest format that can is compressed-tensors"),
+     r"expected scheme symmetric, found zero \(.*\); the nearest format that can is compressed-t"),
     ({"head": 8}, "compressed-tensors", "embed_tokens.weight: a quantized tied embedding"),
     ({"head": 8}, "gptq", "with --dtype it is written in 16 bits"),
-    ({"method": "gptq", "act_order": True}, "compressed-tensors",
+    ({"method": "gptq", "scheme": "symmetric", "act_order": True}, "compressed-tensors",
      "no longer has an activation order; the nearest format that can is gptq"),
     ({"scale_dtype": "float32"}, "gptq", "scales are no float16"),
 ])  # fmt: skip

@@ -58,6 +58,15 @@ def test_blocks_come_back_byte_for_byte(kind, rng):
     assert isinstance(again, GgufBlocks) and again.type == kind and torch.equal(again.data, data)
 
 
+def test_iq4_nl_comes_back_byte_for_byte(rng):
+    data = torch.randint(0, 256, (3 * 4, 18), generator=rng, dtype=torch.uint8)
+    data[:, :2] = torch.randn(3 * 4, 1, generator=rng).half().view(torch.uint8)
+    packed = from_blocks("IQ4_NL", (3, 128), data)
+    again = to_blocks(packed)
+    assert isinstance(again, GgufBlocks) and again.type == "IQ4_NL"
+    assert torch.equal(again.data.flatten(), data.flatten())
+
+
 @pytest.mark.parametrize("kind", ["Q5_0", "Q5_K", "Q6_K"])
 def test_blocks_that_became_eight_bits_go_back(kind, rng):
     """Their values and our codes; the two factors of a scale may be others of the same product."""
@@ -154,7 +163,7 @@ def test_cuts_that_gguf_has_no_word_for(case, keep, sentence, tmp_path):
 
 @pytest.mark.parametrize("recipe", [
     {"group": 32}, {"group": 64}, {"group": 0}, {"group": 32, "scheme": "minimum", "head": 8},
-    {"group": 64, "bits": 8},
+    {"group": 64, "bits": 8}, {"group": 64, "scheme": "codebook"},
 ], ids=str)  # fmt: skip
 def test_packed_models_keep_their_bits(recipe, source, rng, tmp_path):
     sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}

@@ -10,7 +10,7 @@ from engine.kernels.w4.format import unpack, unpack_codes, validate
 from engine.kernels.w4.from_gguf import BLOCKS, from_blocks
 
 HALVES = {  # byte offsets of the float16 fields of a block
-    "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0],
+    "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "IQ4_NL": [0],
     "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208],
 }  # fmt: skip
 

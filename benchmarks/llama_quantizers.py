@@ -1,0 +1,298 @@
+"""llama.cpp's own 4-bit quantizers beside ours, at the bits that they really take.
+
+    python benchmarks/llama_quantizers.py WORK [--llama DIR] [--source on-grid|off-grid] ...
+
+`DIR` holds libggml-base.so; if not given, the installed llama-cpp-python's. Its function
+`ggml_quantize_chunk` is what `llama-quantize` calls for each matrix; here every matrix of a layer
+gets the one type, but Q4_K where the inputs are no multiple of 256: then Q5_0, as llama.cpp falls
+back. The importance matrix is the mean square of every input, as `llama-imatrix` takes it, of the
+samples that GPTQ is calibrated on. The source is a model whose layers may lie on a grid already (a
+Q4_1 file's), or the same function off it: columns and the rows before them rescaled against each
+other.
+"""
+
+import argparse
+import ctypes
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from quality import RESULT, Replayed, bits_of_layers
+from safetensors.torch import load_file, save_file
+
+from engine.benchmark.machine import device_name
+from engine.checkpoint import Checkpoint, open_checkpoint
+from engine.checkpoint.gguf_blocks import GgufBlocks, dequantize
+from engine.checkpoint.locate import locate
+from engine.checkpoint.weights import layer_weights, values
+from engine.evaluate import evaluate
+from engine.export.formats import export
+from engine.quantize.packing import hessians, pack
+from engine.quantize.recipe import Recipe
+from engine.reference.decoder import Decoder, load_decoder
+from engine.reference.stream import open_states, pad_batches, step
+from engine.runtime.reference import ReferenceRuntime
+from engine.text import Text, heldout_text, load_text, mixed_text, read_text_file
+from engine.text.samples import read_samples
+
+HEADING = "\n## Beside llama.cpp"
+OURS = (
+    *((64, "codebook"), (64, "symmetric"), (128, "minimum")),
+    *((32, "codebook"), (64, "minimum"), (32, "minimum")),
+)
+THEIRS = ("Q4_0", "IQ4_NL", "Q4_1", "Q4_K")
+FALLBACK = {"Q4_K": "Q5_0"}  # where a row is not whole blocks
+SOURCES = {
+    "on-grid": "whose own file is Q4_1",
+    "off-grid": "its columns rescaled so that no matrix lies on a grid of 4 bits",
+}
+Importance = list[dict[str, torch.Tensor]]  # by slot and role, (K,) float32
+
+
+@dataclass(frozen=True)
+class Row:
+    """Perplexity and mean KL(source || this) in nats, text by text."""
+
+    name: str
+    bits: float  # a weight of the layers' matrices
+    perplexity: list[float]
+    kl: list[float]
+
+
+class Ggml:
+    """libggml-base, where llama.cpp's quantizers are."""
+
+    def __init__(self, directory: Path) -> None:
+        (library,) = directory.glob("libggml-base.so")
+        quantize = ctypes.CDLL(str(library)).ggml_quantize_chunk
+        quantize.restype = ctypes.c_size_t
+        whole = ctypes.c_int64
+        pointer = ctypes.c_void_p
+        quantize.argtypes = [ctypes.c_int, pointer, pointer, whole, whole, whole, pointer]
+        self._quantize = quantize
+
+    def blocks(
+        self, kind: str, weight: torch.Tensor, importance: torch.Tensor | None
+    ) -> GgufBlocks:
+        """(N, K) float32 as `kind`, or what replaces it where K is not whole blocks of it."""
+        n, k = weight.shape
+        if k % GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]:
+            kind = FALLBACK[kind]
+        number = GGMLQuantizationType[kind]
+        weights, nbytes = GGML_QUANT_SIZES[number]
+        data = torch.empty(n, k // weights * nbytes, dtype=torch.uint8)
+        weight = weight.float().contiguous()
+        at = None if importance is None else importance.float().contiguous().data_ptr()
+        written = self._quantize(number, weight.data_ptr(), data.data_ptr(), 0, n, k, at)
+        assert written == data.numel(), (kind, written, data.shape)
+        return GgufBlocks(kind, (n, k), data)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--llama", type=Path, help="where libggml-base.so lies")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--source", choices=("on-grid", "off-grid"), default="off-grid")
+    parser.add_argument("--text", action="append", help="to judge by, repeatable")
+    parser.add_argument("--windows", type=int, default=10, help="of 512 tokens, of each text")
+    parser.add_argument("--samples", type=int, default=16, help="of 512 tokens, to calibrate on")
+    given = parser.parse_args()
+    compare(given)
+
+
+def compare(given: argparse.Namespace) -> None:
+    """Rows that are done are kept in `given.work`; the section of quality.md is written anew."""
+    given.work.mkdir(parents=True, exist_ok=True)
+    checkpoint = open_checkpoint(locate(given.model))
+    text = load_text(checkpoint.path)
+    if given.source == "off-grid":
+        checkpoint = off_grid(checkpoint, given.work / "plain")
+    judge = Judge(
+        checkpoint,
+        text,
+        [read_text_file(Path(file)) for file in given.text or ()] or [heldout_text()],
+        given.windows,
+    )
+    samples, _ = read_samples(None, text, 512, most=given.samples, built_in=mixed_text)
+    rows = [source_row(given, checkpoint, judge)]
+    for row in chain(*(of(given, checkpoint, judge, samples) for of in (ours, theirs))):
+        rows.append(row)
+        print(row, flush=True)
+    write(given, rows)
+
+
+class Judge:
+    """Rows of what replaces the layers of one source, embedding and head left as they are."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, text: Text, texts: Sequence[str], count: int
+    ) -> None:
+        self.source = load_decoder(checkpoint, checkpoint.config)
+        self.text, self.texts, self.count = text, texts, count
+        self.replayed = [Replayed(self.source) for _ in texts]
+
+    def __call__(self, name: str, bits: float, layers: Sequence[dict] | None) -> Row:
+        decoder = Decoder(self.source.config, self.source.outer, layers or self.source.layers)
+        found = [
+            evaluate(
+                ReferenceRuntime(decoder), self.text, text, count=self.count, second=again.rewind()
+            )
+            for text, again in zip(self.texts, self.replayed, strict=True)
+        ]
+        return Row(
+            name, bits, [each.perplexity for each in found], [each.kl or 0 for each in found]
+        )
+
+
+def source_row(given: argparse.Namespace, checkpoint: Checkpoint, judge: Judge) -> Row:
+    note = given.work / f"{given.source} source.json"
+    if not note.is_file():
+        row = judge("the source", bits_of_layers(checkpoint), None)
+        note.write_text(json.dumps(asdict(row)))
+    return Row(**json.loads(note.read_text()))
+
+
+def theirs(
+    given: argparse.Namespace, checkpoint: Checkpoint, judge: Judge, samples: list[list[int]]
+) -> Iterator[Row]:
+    directory = given.llama
+    if directory is None:
+        spec = find_spec("llama_cpp")
+        assert spec is not None and spec.origin is not None, (
+            "--llama, or pip install llama-cpp-python"
+        )
+        directory = Path(spec.origin).parent / "lib"
+    ggml, known = Ggml(directory), importance(checkpoint, samples)
+    for kind in THEIRS:
+        for weighed in (None, known):
+            name = f"llama.cpp {kind}" + (", importance matrix" if weighed else "")
+            note = given.work / f"{given.source} {name}.json"
+            if not note.is_file():
+                layers, nbytes, count = [], 0, 0
+                for slot, weights in enumerate(judge.source.layers):
+                    made = {}
+                    for role, weight in weights.items():
+                        if weight.dim() == 2:
+                            scores = weighed[slot][role] if weighed else None
+                            blocks = ggml.blocks(kind, weight, scores)
+                            nbytes, count = nbytes + blocks.data.numel(), count + weight.numel()
+                            weight = dequantize(blocks)
+                        made[role] = weight
+                    layers.append(made)
+                note.write_text(json.dumps(asdict(judge(name, 8 * nbytes / count, layers))))
+            yield Row(**json.loads(note.read_text()))
+
+
+def ours(
+    given: argparse.Namespace, checkpoint: Checkpoint, judge: Judge, samples: list[list[int]]
+) -> Iterator[Row]:
+    for group, scheme in OURS:
+        name = f"GPTQ, {scheme}, groups of {group}"
+        note = given.work / f"{given.source} {name}.json"
+        if not note.is_file():
+            out = note.with_suffix("")
+            if not out.exists():
+                recipe = Recipe("gptq", 4, group, scheme, head=None)
+                pack(checkpoint, checkpoint.config, out, recipe, samples)
+            packed = open_checkpoint(out)
+            layers = load_decoder(packed, packed.config).layers
+            note.write_text(json.dumps(asdict(judge(name, bits_of_layers(packed), layers))))
+        yield Row(**json.loads(note.read_text()))
+
+
+@torch.no_grad()
+def importance(checkpoint: Checkpoint, samples: list[list[int]]) -> Importance:
+    """The mean square of every input of every matrix, of the source as it is."""
+    config, batches = checkpoint.config, list(pad_batches(samples, 2048))
+    states = open_states(checkpoint, config, batches)
+    count = sum(map(len, samples))
+    found = []
+    for slot, entry in enumerate(config.layers):
+        stored = layer_weights(checkpoint, config, entry.layer)
+        weights = {role: values(matrix) for role, matrix in stored}
+        sums = hessians(config, slot, weights, states, batches)
+        found.append({role: total.diagonal() / count for role, total in sums.items()})
+        for index, tokens in enumerate(batches):
+            states.put(index, step(config, slot, weights, states[index], tokens))
+        states.advance()
+    return found
+
+
+def off_grid(checkpoint: Checkpoint, out: Path) -> Checkpoint:
+    """The same function in float32, a Llama's, every matrix's columns rescaled at random.
+
+    By a factor of 0.8 to 1.25: what feeds a column, a norm's weight or a matrix's row, is divided.
+    """
+    if out.exists():
+        return open_checkpoint(out)
+    plain = out.with_name("as-it-was")
+    if not plain.exists():
+        export(checkpoint, checkpoint.config, plain, "hf", dtype=torch.float32)
+    rng = torch.Generator().manual_seed(0)
+    config = checkpoint.config
+    files = {file: load_file(file) for file in sorted(plain.glob("*.safetensors"))}
+    where = {name: tensors for tensors in files.values() for name in tensors}
+
+    def part(layer: int, name: str) -> torch.Tensor:
+        key = f"model.layers.{layer}.{name}.weight"
+        return where[key][key]
+
+    def factors(size: int) -> torch.Tensor:
+        return torch.empty(size).uniform_(-1, 1, generator=rng).mul_(0.2231).exp_()
+
+    for layer in range(len(config.layers)):
+        for norm, read in (
+            ("input_layernorm", [f"self_attn.{name}_proj" for name in "qkv"]),
+            ("post_attention_layernorm", ["mlp.gate_proj", "mlp.up_proj"]),
+        ):
+            scale = factors(config.hidden_size)
+            part(layer, norm).div_(scale)
+            for name in read:
+                part(layer, name).mul_(scale)
+        scale = factors(part(layer, "mlp.up_proj").shape[0])
+        part(layer, "mlp.up_proj").div_(scale[:, None])
+        part(layer, "mlp.down_proj").mul_(scale)
+        v, o = part(layer, "self_attn.v_proj"), part(layer, "self_attn.o_proj")
+        scale = factors(v.shape[0])
+        v.div_(scale[:, None])
+        repeats = o.shape[1] // v.shape[0]
+        o.mul_(scale.view(-1, 1, config.head_dim).expand(-1, repeats, -1).flatten())
+    for file, tensors in files.items():
+        save_file(tensors, file, metadata={"format": "pt"})
+    plain.rename(out)
+    return open_checkpoint(out)
+
+
+def write(given: argparse.Namespace, rows: list[Row]) -> None:
+    """This source's section of quality.md; the other sections stay."""
+    names = [Path(file).name for file in given.text or ("heldout.txt",)]
+    heading = f"{HEADING}, {given.source}\n"
+    lines = [
+        f"`{given.model}`, {SOURCES[given.source]}; perplexity and KL to the source in nats on "
+        f"{given.windows} windows of 512 tokens of each text, by the float32 reference; "
+        f"{given.samples} samples of 512 tokens of the built-in mixed text for GPTQ and for the "
+        "importance matrix. Q4_K is Q5_0 where the inputs are no multiple of 256. On "
+        f"{device_name(torch.device('cpu'))}. By `benchmarks/llama_quantizers.py`.",
+        "",
+        f"| | bits a weight | {' | '.join(names)} | KL, mean of the texts |",
+        "|---|---:|" + "---:|" * (len(names) + 1),
+    ]
+    for row in sorted(rows, key=lambda row: (round(row.bits, 2), sum(row.kl))):
+        cells = " | ".join(f"{each:.3f}" for each in row.perplexity)
+        lines.append(f"| {row.name} | {row.bits:.2f} | {cells} | {sum(row.kl) / len(row.kl):.5f} |")
+    before, found, after = RESULT.read_text().partition(heading)
+    rest = ""
+    if found:
+        _, mark, rest = after.partition("\n## ")
+        rest = mark + rest
+    RESULT.write_text(before.rstrip("\n") + "\n" + heading + "\n".join(lines) + "\n" + rest)
+
+
+if __name__ == "__main__":
+    main()
