@@ -15,11 +15,8 @@ import torch
 
 from engine import scratch
 from engine.architecture.config import ModelConfig
-<<<<<<< HEAD
 from engine.architecture.families import model_type
-=======
 from engine.checkpoint.adapter import directories
->>>>>>> qlora
 from engine.checkpoint.safetensors import SafetensorsFile
 from engine.checkpoint.weights import Stored, values
 from engine.errors import InputError
