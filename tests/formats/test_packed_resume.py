@@ -18,8 +18,12 @@ from engine.quantize.packing import pack
 from engine.quantize.recipe import Recipe
 
 
-def _kill_after(files: int, path: Path, out: Path, samples) -> None:
-    """Runs in a process of its own, which does not survive."""
+def _kill_after(files: int, path: Path, out: Path, samples, threads: int) -> None:
+    """Runs in a process of its own, which does not survive.
+
+    In as many threads as the runs that it is compared with: torch's sums depend on them.
+    """
+    torch.set_num_threads(threads)
 
     def progress(done: int, total: int) -> None:
         if done == files:
@@ -35,7 +39,7 @@ def test_a_killed_run_goes_on(files, source, tmp_path, rng, monkeypatch):
     samples = torch.randint(3, tiny.VOCAB, (6, 24), generator=rng).tolist()
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     child = multiprocessing.get_context("spawn").Process(
-        target=_kill_after, args=(files, checkpoint.path, out, samples)
+        target=_kill_after, args=(files, checkpoint.path, out, samples, torch.get_num_threads())
     )
     child.start()
     child.join(120)
