@@ -29,7 +29,8 @@ import torch
 from safetensors import safe_open
 
 if __name__ == "__main__":
-    sys.path[:0] = map(str, Path(__file__).parents[2:0:-1])  # tests/engine is not the package
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.append(str(Path(__file__).parents[2]))  # behind a build that PYTHONPATH names
 
 TEXT = "text.txt"
 COMMANDS = {

@@ -22,9 +22,13 @@ from collections import Counter
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[:0] = map(str, Path(__file__).parents[2:0:-1])  # tests/engine is not the package
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.append(str(Path(__file__).parents[2]))  # behind a build that PYTHONPATH names
 
 SECONDS = 20.0  # of one case
+# A sanitizer's library is for what reads, not for the processes that templates run in, which have
+# little memory.
+PRELOAD = {key: os.environ.pop(key) for key in ("LD_PRELOAD",) if key in os.environ}
 MEMORY_BYTES, PER_BYTE = 256 << 20, 4  # above the start, and for each byte of the file
 
 
@@ -117,7 +121,7 @@ class Worker:
             [sys.executable, "-P", __file__, "--work", *numbers, str(sound)],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            env=os.environ | PRELOAD | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             bufsize=0,
         )
         self.lines, self.since = b"", time.monotonic() + 300  # imports
