@@ -161,9 +161,15 @@ def naming(path: Path, nbytes: int | None = None) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{_short(path)}: {_reason(error)}{_needed(nbytes)}") from error
     except Exception as error:
-        if type(error).__name__ != "SafetensorError":
+        if not _of_rust(error):
             raise
         raise InputError(f"{_short(path)}: {_reason(error)}{_needed(nbytes)}") from error
+
+
+def _of_rust(error: Exception) -> bool:
+    """Whether safetensors or tokenizers could not write: they raise no OSError."""
+    bare = type(error) is Exception and "(os error " in str(error)
+    return bare or type(error).__name__ == "SafetensorError"
 
 
 def _reason(error: Exception) -> str:

@@ -90,7 +90,8 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     """The tokenizer's files as they are, or written anew from the metadata of a GGUF."""
     source = tokenizer_path(source)
     if not source.is_dir():
-        load_text(source).to_transformers().save_pretrained(out)
+        with scratch.naming(out):
+            load_text(source).to_transformers().save_pretrained(out)
         return
     for name in TOKENIZER_FILES:
         if (source / name).is_file():

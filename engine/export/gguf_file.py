@@ -76,7 +76,7 @@ def write_gguf(
     `source`, `config` and the header are what a run that was killed must have had to be gone on
     with. InputError where the file exists or the disk is full.
     """
-    with tempfile.TemporaryDirectory() as work:
+    with naming(out), tempfile.TemporaryDirectory() as work:
         header = _header(Path(work) / "header", fields, places)
     digest = hashlib.sha256(header).hexdigest()
     partial = directory.begin_empty(out, source, config, digest)

@@ -12,6 +12,7 @@ from support.exported import WIDE, assert_same_matrices, logits, packed_model
 
 from engine.checkpoint import open_checkpoint
 from engine.errors import InputError
+from engine.export import directory
 from engine.export.formats import export
 from engine.export.hf import prune
 from engine.kernels.w4.format import Packed
@@ -204,3 +205,16 @@ def test_a_full_disk_is_one_sentence(source, rng, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     export(ours, ours.config, tmp_path / "out", "compressed-tensors")
     assert exported.logits(open_checkpoint(tmp_path / "out"), torch.tensor([[3]])).isfinite().all()
+
+
+def test_a_tokenizer_that_finds_no_room_is_one_sentence(default_model, tmp_path):
+    """Written anew from a GGUF by tokenizers, which raises no OSError."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(InputError, match="File too large"):
+            directory.copy_tokenizer(default_model, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
