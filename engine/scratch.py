@@ -125,7 +125,10 @@ def save_tensors(
 
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     with replacing(path, nbytes) as beside:
+        beside.touch()
+        mode = beside.stat().st_mode  # as the umask has it; safetensors lets the owner read alone
         save_file(dict(tensors), beside, dict(metadata))
+        beside.chmod(mode)
 
 
 def allocate(path: Path, nbytes: int) -> None:

@@ -293,9 +293,10 @@ class Run:
         """A directory with what both were judged by and how fast they ran."""
         beside = out.with_name(out.name + ".partial")
         beside.mkdir(exist_ok=True)
-        for name, ref in (("before", self.asked.model), ("after", str(self.scaled))):
+        model, becomes = self.asked.model, str(self.out)
+        for name, label, ref in (("before", model, model), ("after", becomes, str(self.scaled))):
             if not (beside / f"{name}-speed.json").exists():
-                judge_one(self.asked, name, ref, beside)
+                judge_one(self.asked, name, label, ref, beside)
         beside.replace(out)
 
     def _finish(self, judged: Path) -> None:
@@ -316,8 +317,11 @@ class Run:
         self.scaled.replace(self.out)
 
 
-def judge_one(asked: Asked, name: str, ref: str, directory: Path) -> None:
-    """`name`.json, how well a model speaks, and `name`-speed.json, how fast it runs."""
+def judge_one(asked: Asked, name: str, label: str, ref: str, directory: Path) -> None:
+    """`name`.json, how well the model at `ref` speaks, and `name`-speed.json, how fast it runs.
+
+    The records call it `label`: where it lies now is not where it will.
+    """
     from engine.benchmark.speed import benchmark
     from engine.commands.evaluate import read_texts
     from engine.evaluate import Asked as Judging
@@ -338,13 +342,13 @@ def judge_one(asked: Asked, name: str, ref: str, directory: Path) -> None:
         prompts=asked.prompts if asked.prompts and new_tokens >= LAST else None,
         new_tokens=new_tokens,
     )
-    judge(opened.runtime, opened.text, judging, name=ref, progress=output.progress).save(
+    judge(opened.runtime, opened.text, judging, name=label, progress=output.progress).save(
         directory / f"{name}.json"
     )
     prompt, new = (min(size, context // 2) for size in SPEED_TOKENS)
     ids = opened.text.encode(default_text()[: 16 * prompt], add_special=False)[:prompt]
     options = Options(max_new_tokens=new, ignore_eos=True)
-    record = benchmark(opened, ids, options, name=ref, load_ms=load_ms, repeats=3)
+    record = benchmark(opened, ids, options, name=label, load_ms=load_ms, repeats=3)
     record.save(directory / f"{name}-speed.json")
 
 

@@ -144,3 +144,12 @@ def test_another_run_begins_anew(tmp_path):
     assert (Scratch(tmp_path / "a", "one").path / "half").exists()
     assert not (Scratch(tmp_path / "a", "two").path / "half").exists()
     assert json.loads((tmp_path / "a" / MARKER).read_text())["key"] == "two"
+
+
+def test_tensors_are_for_whom_the_umask_lets(tmp_path):
+    held = os.umask(0o027)
+    try:
+        save_tensors(tmp_path / "t.safetensors", {"a": torch.ones(2)}, {})
+    finally:
+        os.umask(held)
+    assert (tmp_path / "t.safetensors").stat().st_mode & 0o777 == 0o640
