@@ -24,6 +24,7 @@ RECORDS = "records"  # in OUT: what every stage gave
 TEXT, TAUGHT = "text.txt", "taught"  # in the work directory; what the teacher said
 MINUTES = 10.0
 SHARES = {"weights": 0.75, "scales": 0.25}  # of them
+WRITTEN = 60_000  # tokens, to three times what ships: that alone is learnt by heart in 20 steps
 SAMPLES = 64  # of the profile
 SPEED_TOKENS = 512, 128  # prompt and new ones, fewer where the context is shorter
 
@@ -68,8 +69,14 @@ def shrink(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Of healing, instead.")] = None,
     written: Annotated[
-        int, typer.Option("--self", metavar="N", help="Tokens that MODEL writes to heal on.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            "--self",
+            metavar="N",
+            help="Tokens that MODEL writes to heal on; if not given, "
+            f"{WRITTEN:,} without --text, which is little, and none with it.",
+        ),
+    ] = None,
     rule: Annotated[str, typer.Option(help="As of plan.")] = "greedy",
     windows: Annotated[int, typer.Option(help="As of plan.")] = 8,
     window: Annotated[int, typer.Option(help="Tokens of a window of text.")] = 512,
@@ -87,6 +94,8 @@ def shrink(
     """Fewer layers, healed, in few bits, and judged; a killed run goes on where it was."""
     from engine.artifacts import read_raw
 
+    if written is None:
+        written = 0 if text else WRITTEN
     asked = Asked(
         model, drop, bits, tuple(text or ()), minutes, steps, written, rule, windows, window,
         tuple(judge_text or ()), choices, prompts, seed, threads,
@@ -100,7 +109,10 @@ def shrink(
     else:
         run.check()
         if not asked.text:
-            output.say("heals on the built-in prose; more text (--text) heals more")
+            output.say(
+                f"heals on the built-in text and {written:,} tokens that {model} writes; more text "
+                "(--text) heals more"
+            )
         with output.joint("shrink") as bar:
             run.all(bar)
     run.clear()
