@@ -103,10 +103,10 @@ class Study:
         if not out.exists():
             train = ["--method", "linear"]
             if method == "distil":
-                train = ["--method", "linear,distil", "--minutes", str(self.asked.minutes)]
+                train = ["--method", "linear,distil", *self.length]
                 train += ["--cache", str(self.work / "cache"), "--self", str(self.asked.self)]
             if method == "qlora":  # the paper's rate and rank; its batch would be a step a minute
-                train = ["--method", "qlora", "--minutes", str(self.asked.minutes)]
+                train = ["--method", "qlora", *self.length]
                 train += ["--window", "512", "--batch-tokens", "2048"]
             self.engine(
                 "heal", self.asked.model, out, "--plan", self.plan(count), *train,
@@ -123,9 +123,16 @@ class Study:
             self.engine(
                 "heal", packed, out, "--method", "distil", "--train", "scales",
                 "--teacher", self.asked.model, "--text", self.asked.train,
-                "--minutes", self.asked.minutes, "--seed", 0,
+                *self.length, "--seed", 0,
             )  # fmt: skip
         return out
+
+    @property
+    def length(self) -> list[str]:
+        """Of a training."""
+        if self.asked.steps:
+            return ["--steps", str(self.asked.steps)]
+        return ["--minutes", str(self.asked.minutes)]
 
     def plan(self, count: int) -> Path:
         profile, out = self.work / "profile.json", self.work / f"plan-{count}.json"
@@ -224,6 +231,7 @@ def main() -> None:
     parser.add_argument("--text", action="append", required=True, help="to judge by; repeatable")
     parser.add_argument("--choices", required=True, help="JSONL of questions")
     parser.add_argument("--minutes", type=float, default=15.0, help="a trained cell")
+    parser.add_argument("--steps", type=int, help="of 2,048 tokens, in the place of minutes")
     parser.add_argument("--self", type=int, default=200_000, help="tokens the teacher writes")
     parser.add_argument("--windows", type=int, default=16, help="of 512 tokens, of each text")
     parser.add_argument("--only", action="append", help="a cell as 5:distil; repeatable")
