@@ -4,6 +4,7 @@
 #include "cpu/bindings.h"
 #include "cpu/borrowed.h"
 #include "cpu/threads.h"
+#include "cpu/w4_gguf.h"
 #include "cpu/w4_matmul.h"
 
 namespace py = pybind11;
@@ -63,10 +64,7 @@ void bind_w4_matmul(py::module_& m) {
     using release = py::call_guard<py::gil_scoped_release>;
     py::class_<TiledMatrix>(m, "TiledMatrix", py::buffer_protocol(),
                             "A matrix in the CPU kernels' layout; a buffer of its bytes.")
-        .def(py::init<const w4::Matrix&, std::int64_t, int>(), release(), py::arg("packed"),
-             py::arg("n"), py::arg("threads"), "Of n rows, the first of them packed.")
-        .def("fill", &TiledMatrix::fill, release(), py::arg("packed"), py::arg("first"),
-             py::arg("threads"), "Copies rows from `first` on, a multiple of 16.")
+        .def(py::init<const w4::Matrix&, int>(), release(), py::arg("packed"), py::arg("threads"))
         .def(py::init([](const TensorTuple& weights, std::int64_t n, std::int64_t k, int threads) {
                  const Borrowed from(weights, "weights");
                  return TiledMatrix(from.rows(from.dtype(), n, k, k), float_type(from.dtype()), n,
@@ -91,6 +89,20 @@ void bind_w4_matmul(py::module_& m) {
             "shape", [](const TiledMatrix& w) { return std::pair(w.view().n, w.view().k); })
         .def_property_readonly("permuted", [](const TiledMatrix& w) { return w.perm() != nullptr; })
         .def_property_readonly("nbytes", &TiledMatrix::nbytes);
+    m.def(
+        "tile_gguf",
+        [](const std::string& type, std::int64_t n, std::int64_t k, const TensorTuple& blocks,
+           const TensorTuple& codebook, int threads) {
+            const std::int64_t size = std::get<1>(blocks);
+            return tile_gguf(
+                type, n, k,
+                static_cast<const std::uint8_t*>(Borrowed(blocks, "blocks").need("uint8", size)),
+                size, static_cast<const float*>(Borrowed(codebook, "codebook").need("float32", 16)),
+                threads);
+        },
+        release(), py::arg("type"), py::arg("n"), py::arg("k"), py::arg("blocks"),
+        py::arg("codebook"), py::arg("threads"),
+        "A TiledMatrix of GGUF blocks; None where a scale is NaN or Inf.");
     m.def("w4_matmul", &run, release(), py::arg("x"), py::arg("m"), py::arg("x_stride"),
           py::arg("w"), py::arg("y"), py::arg("y_stride"), py::arg("bias"), py::arg("mode"),
           py::arg("isa"), py::arg("threads"),

@@ -220,10 +220,15 @@ TiledMatrix::TiledMatrix(std::uint8_t* bytes, std::size_t size) : bytes_(bytes),
 
 std::size_t TiledMatrix::nbytes() const { return size_ - sizeof(Header); }
 
-TiledMatrix::TiledMatrix(const w4::Matrix& matrix, int64_t n, int threads) {
+TiledMatrix::TiledMatrix(const w4::Matrix& matrix, int threads) : TiledMatrix(matrix) {
+    if (matrix.perm) std::copy(matrix.perm, matrix.perm + matrix.k, perm_);
+    copy_tiles<Way::tile>(matrix, view_, threads);
+}
+
+TiledMatrix::TiledMatrix(const w4::Matrix& matrix) {
     TileView& v = view_;
     const int64_t element = scale_bytes(matrix);
-    v.n = n;
+    v.n = matrix.n;
     v.k = matrix.k;
     v.tiles = w4::ceil_div(v.n, kTileRows);
     v.blocks = w4::ceil_div(v.k, kBlock);
@@ -236,7 +241,8 @@ TiledMatrix::TiledMatrix(const w4::Matrix& matrix, int64_t n, int threads) {
     v.center = matrix.bits == 8 ? 128.0f : 8.0f;
     v.record_bytes = kTileRows * element;
     if (v.scheme == w4::Scheme::zero) v.record_bytes += kTileRows;
-    if (matrix.mins) v.record_bytes += kTileRows * element;
+    if (v.scheme == w4::Scheme::minimum || v.scheme == w4::Scheme::kquant)
+        v.record_bytes += kTileRows * element;
     for (int i = 0; i < 16; ++i) v.values[i] = static_cast<float>(i);
     if (v.scheme == w4::Scheme::codebook) {
         constexpr float kWorstFit = 0.005f;  // NF4: 0.0033
@@ -249,19 +255,6 @@ TiledMatrix::TiledMatrix(const w4::Matrix& matrix, int64_t n, int threads) {
         }
     }
     allocate(matrix.perm);
-    if (matrix.perm) std::copy(matrix.perm, matrix.perm + v.k, perm_);
-    fill(matrix, 0, threads);
-}
-
-void TiledMatrix::fill(const w4::Matrix& rows, int64_t first, int threads) {
-    if (!of_kind(rows) || first % kTileRows || first + rows.n > view_.n)
-        throw std::invalid_argument("rows of another matrix");
-    const int64_t tile = first / kTileRows;
-    TileView some = view_;
-    some.tiles = w4::ceil_div(rows.n, kTileRows);
-    some.data += tile * some.tile_bytes;
-    if (some.supers) some.supers += tile * w4::ceil_div(some.k, w4::kSuper) * 32;
-    copy_tiles<Way::tile>(rows, some, threads);
 }
 
 bool TiledMatrix::of_kind(const w4::Matrix& m) const {

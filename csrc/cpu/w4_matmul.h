@@ -70,17 +70,15 @@ struct TileView {
 // know of it, so that a copy of them is the matrix too.
 class TiledMatrix {
 public:
-    // Copies from the canonical arrays, the first of `n` rows; `threads` share the work. Throws
-    // std::bad_alloc.
-    TiledMatrix(const w4::Matrix& rows, std::int64_t n, int threads);
+    // Copies from the canonical arrays; `threads` share the work. Throws std::bad_alloc.
+    TiledMatrix(const w4::Matrix& matrix, int threads);
+    // Of that shape, spec and codebook, whose tiles are zeros yet.
+    explicit TiledMatrix(const w4::Matrix& matrix);
     // (n, k) float32, float16 or bfloat16 weights, contiguous.
     TiledMatrix(const void* weights, ScaleType type, std::int64_t n, std::int64_t k, int threads);
     // Borrows a copy of another's bytes. Throws std::invalid_argument where they are none.
     TiledMatrix(std::uint8_t* bytes, std::size_t size);
 
-    // Copies further rows, from `first` on, a multiple of 16. Throws std::invalid_argument for rows
-    // of another spec or beyond n.
-    void fill(const w4::Matrix& rows, std::int64_t first, int threads);
     // Writes the canonical arrays that it was made from; `to` has their sizes and spec.
     void restore(const w4::Matrix& to, int threads) const;
 

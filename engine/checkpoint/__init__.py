@@ -49,6 +49,9 @@ class Checkpoint(Protocol):
         None where it is not quantized, or stored in a way that no packed form follows.
         """
 
+    def forget(self) -> None:
+        """Gives the pages read so far back to the system's cache; views of them stay good."""
+
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Opens a Hugging Face directory (safetensors), a .gguf file, or an adapter beside its base.

@@ -128,6 +128,9 @@ class AdaptedCheckpoint:
     def packed(self, name: str) -> "GgufBlocks | Packed | None":
         return None if name in self._held else self.base.packed(name)
 
+    def forget(self) -> None:
+        self.base.forget()
+
 
 def places(
     config: ModelConfig, names: Collection[str]

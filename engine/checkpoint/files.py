@@ -38,6 +38,12 @@ def map_file(path: Path) -> mmap.mmap:
         raise InputError(f"{path}: the file is empty") from error
 
 
+def forget(mapped: mmap.mmap) -> None:
+    """Lets go of a mapped file's pages, which come back from the system's cache when touched."""
+    if sys.platform == "linux":
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
 def view(
     data: "torch.Tensor", offset: int, dtype: "torch.dtype", shape: tuple[int, ...]
 ) -> "torch.Tensor":

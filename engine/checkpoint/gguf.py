@@ -88,6 +88,9 @@ class GgufCheckpoint:
             return None
         return GgufBlocks(source.tensor.type.name, source.shape, self._data(source))
 
+    def forget(self) -> None:
+        self.file.forget()
+
     def _source(self, name: str) -> _Source:
         if name not in self._sources:
             raise InputError(f"{self.path}: there is no tensor {name!r}")

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.checkpoint.files import map_file
+from engine.checkpoint.files import forget, map_file
 from engine.checkpoint.gguf_blocks import BLOCK_TYPES, BlockType, type_name
 from engine.errors import InputError
 
@@ -125,6 +125,9 @@ class GgufFile:
         import torch
 
         return torch.frombuffer(self._mapped, dtype=torch.uint8)
+
+    def forget(self) -> None:
+        forget(self._mapped)
 
 
 class _Header:

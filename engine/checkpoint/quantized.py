@@ -69,6 +69,9 @@ class QuantizedCheckpoint:
             return None
         return self._named(self._method.packed, module)
 
+    def forget(self) -> None:
+        self._stored.forget()
+
     def _named(self, load: Callable[[str], Any], module: str) -> Any:
         try:
             return load(module)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from engine.architecture.hf_config import from_hf
-from engine.checkpoint.files import map_file, parse_json, read_json, view
+from engine.checkpoint.files import forget, map_file, parse_json, read_json, view
 from engine.errors import InputError
 from engine.kernels.dtypes import dtype_of
 
@@ -76,6 +76,9 @@ class SafetensorsFile:
         entry = self.entries[name]
         return view(self._data, entry.offset, dtype_of(entry.dtype), entry.shape)
 
+    def forget(self) -> None:
+        forget(self._mapped)
+
     @cached_property
     def _data(self) -> "torch.Tensor":
         import torch
@@ -118,6 +121,10 @@ class SafetensorsCheckpoint:
 
     def packed(self, name: str) -> None:
         self._file(name)
+
+    def forget(self) -> None:
+        for file in set(self._files.values()):
+            file.forget()
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._files:

@@ -37,3 +37,6 @@ class Replaced:
 
     def packed(self, name: str) -> GgufBlocks | Packed | None:
         return None if name in self.tensors else self.base.packed(name)
+
+    def forget(self) -> None:
+        self.base.forget()

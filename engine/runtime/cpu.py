@@ -10,7 +10,7 @@ import torch
 from engine.architecture.config import ModelConfig
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.gguf_blocks import GgufBlocks
-from engine.checkpoint.weights import Stored, layer_weights, outer_weights, packed_form
+from engine.checkpoint.weights import Stored, layer_weights, outer_weights
 from engine.errors import InputError, NotFiniteError
 from engine.kernels import native
 from engine.kernels.w4.cpu import CpuWeight, isas
@@ -24,7 +24,6 @@ from engine.sample import NOT_FINITE
 PAGE = 128  # positions of a page of the cache
 CACHE_DTYPES = ("float32", "float16", "int8")
 MODES = ("int8", "exact")
-PART_WEIGHTS = 4 << 20  # converted at a time
 
 
 class CpuCache(Lengths):
@@ -108,6 +107,7 @@ class CpuRuntime:
             rows=rows,
             columns=columns,
         )
+        checkpoint.forget()
         for entry in config.layers:
             matrices, vectors = native_layer(checkpoint, config, entry.layer)
             decoder.add_layer(
@@ -117,6 +117,7 @@ class CpuRuntime:
                 -1 if entry.rope is None else angles.ropes.index(entry.rope),
                 0 if entry.rope is None else entry.rope.dim,
             )
+            checkpoint.forget()  # weights are in memory once
             if progress is not None:
                 progress(entry.layer)
         return cls(config, decoder, embedding, cache_dtype, mode, threads, isa or isas()[0])
@@ -286,18 +287,15 @@ def _vector(config: ModelConfig, role: str, stored: torch.Tensor) -> torch.Tenso
 
 
 def _tiles(stored: Stored, where: str) -> Any:
-    """A matrix in the kernels' layout, a GGUF one converted a few rows at a time."""
+    """A matrix in the kernels' layout."""
     if isinstance(stored, torch.Tensor):
         return CpuWeight.from_tensor(stored).tiles
     if not isinstance(stored, GgufBlocks):
         return CpuWeight.from_packed(stored).tiles
-    n, k = stored.shape
-    step = max(PART_WEIGHTS // k // 16 * 16, 16)
-    parts = (
-        packed_form(GgufBlocks(stored.type, (len(data), k), data), where)
-        for data in stored.data.split(step)
-    )
-    return CpuWeight.from_parts(parts, n).tiles
+    try:
+        return CpuWeight.from_blocks(stored.type, stored.shape, stored.data, where).tiles
+    except ValueError as error:  # scales of NaN
+        raise InputError(str(error)) from None
 
 
 def rules(config: ModelConfig, mode: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The CPU matmul (csrc/cpu/w4_matmul.h): packed or 16-bit weights in its own layout."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,7 +7,8 @@ import torch
 
 from engine.kernels import native
 from engine.kernels.dtypes import DTYPES, name_of
-from engine.kernels.w4.format import Packed, Spec, validate, zeros
+from engine.kernels.w4.format import IQ4_NL, Packed, Spec, validate, zeros
+from engine.kernels.w4.from_gguf import check_blocks, from_blocks
 
 MODES = ("int8", "exact")
 BLOCK_WEIGHTS = 1 << 22  # unpacked at a time: 16 MiB
@@ -26,28 +26,32 @@ class CpuWeight:
     @classmethod
     def from_packed(cls, packed: Packed, isa: str | None = None) -> "CpuWeight":
         """Copies; `packed` may go. Raises ValueError or TypeError for what it cannot hold."""
-        return cls.from_parts([packed], packed.shape[0], isa)
+        validate(packed)
+        if packed.device.type != "cpu":
+            raise ValueError(f"packed weight must be on the CPU, found {packed.device}")
+        cpu = native.load("cpu")
+        tiles = cpu.TiledMatrix(cpu.Packed(**packed.native_fields()), cpu.pool_threads())
+        return cls(packed.shape, _isa(isa), tiles)
 
     @classmethod
-    def from_parts(cls, parts: Iterable[Packed], n: int, isa: str | None = None) -> "CpuWeight":
-        """The same of `n` rows in order, of which no more than one part need exist at a time.
-
-        Every part but the last has a multiple of 16 rows.
-        """
-        cpu, tiles, first = native.load("cpu"), None, 0
-        for part in parts:
-            validate(part)
-            if part.device.type != "cpu":
-                raise ValueError(f"packed weight must be on the CPU, found {part.device}")
-            matrix = cpu.Packed(**part.native_fields())
-            if tiles is None:
-                tiles = cpu.TiledMatrix(matrix, n, cpu.pool_threads())
-            else:
-                tiles.fill(matrix, first, cpu.pool_threads())
-            first += part.shape[0]
-        if first != n:
-            raise ValueError(f"parts must have {n} rows, found {first}")
-        return cls((n, part.shape[1]), _isa(isa), tiles)
+    def from_blocks(
+        cls,
+        type_name: str,
+        shape: tuple[int, int],
+        data: torch.Tensor,
+        name: str = "tensor",
+        isa: str | None = None,
+    ) -> "CpuWeight":
+        """`from_packed` of what `from_gguf.from_blocks` gives, whose errors these are, without the
+        copy between."""
+        check_blocks(type_name, shape, data, name)
+        cpu, data = native.load("cpu"), data.contiguous()
+        codebook = torch.tensor(IQ4_NL, dtype=torch.float32)
+        spans = native.span(data), native.span(codebook)
+        tiles = cpu.tile_gguf(type_name, *shape, *spans, cpu.pool_threads())
+        if tiles is None:  # a scale is NaN or Inf
+            return cls.from_packed(from_blocks(type_name, shape, data, name), isa)
+        return cls(shape, _isa(isa), tiles)
 
     @classmethod
     def from_tensor(cls, weight: torch.Tensor, isa: str | None = None) -> "CpuWeight":

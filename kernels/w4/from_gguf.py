@@ -31,6 +31,18 @@ def from_blocks(
     Raises ValueError or TypeError naming `name`: a type without a group format, K that is no
     multiple of the block, bytes that do not fit the shape, scales that are NaN or Inf.
     """
+    block = check_blocks(type_name, shape, data, name)
+    n, k = shape
+    parts = block.split(data.reshape(n, k // block.weights, block.nbytes))
+    parts["codes"] = parts["codes"].reshape(n, block.spec.row_bytes(k))
+    parts = {part: tensor.contiguous() for part, tensor in parts.items()}
+    return check_finite(validate(Packed(block.spec, (n, k), **parts), name), name)
+
+
+def check_blocks(
+    type_name: str, shape: tuple[int, int], data: torch.Tensor, name: str = "tensor"
+) -> Block:
+    """The type's block, where `data` holds (N, K) of it; raises as `from_blocks` does."""
     block = BLOCKS.get(type_name)
     if block is None:
         raise ValueError(f"{name}: GGUF type must be one of {tuple(BLOCKS)}, found {type_name!r}")
@@ -45,10 +57,7 @@ def from_blocks(
             f"{name}: {type_name} {tuple(shape)} has {n * blocks * block.nbytes} bytes, "
             f"found {data.numel()}"
         )
-    parts = block.split(data.reshape(n, blocks, block.nbytes))
-    parts["codes"] = parts["codes"].reshape(n, block.spec.row_bytes(k))
-    parts = {part: tensor.contiguous() for part, tensor in parts.items()}
-    return check_finite(validate(Packed(block.spec, (n, k), **parts), name), name)
+    return block
 
 
 def _halves(data: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from support.packed import every_spec, random_packed, spec_id
 
 from engine.kernels import native
 from engine.kernels.w4.cpu import MODES, CpuWeight, isas, matmul
-from engine.kernels.w4.format import Spec, rows_of, unpack
+from engine.kernels.w4.format import Spec, unpack
 
 ISAS = native.load("cpu").isas() if native.error("cpu") is None else []
 BOUND = {"exact": 1e-5, "int8": 1e-2}
@@ -237,14 +237,3 @@ def test_what_is_wrong_is_named(rng):
             call()
     assert isas() == ISAS and ISAS[-1] == "generic"
     assert rms_ratio(x[:, :8] + 1, matmul(x, weight) + 1) == 0
-
-
-@pytest.mark.parametrize("spec", every_spec(), ids=spec_id)
-def test_parts_make_the_whole(spec, rng):
-    packed = random_packed(rng, 83, 288, spec)
-    whole = CpuWeight.from_packed(packed)
-    parts = [rows_of(packed, start, min(start + 32, 83)) for start in range(0, 83, 32)]
-    assert torch.equal(CpuWeight.from_parts(iter(parts), 83).to_bytes(), whole.to_bytes())
-    for wrong, n in ((parts[:2], 83), (parts, 80), ([rows_of(packed, 0, 30), *parts[1:]], 81)):
-        with pytest.raises(ValueError, match="rows"):
-            CpuWeight.from_parts(wrong, n)

@@ -6,6 +6,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf import quants as gguf_quants
 from support.bits import assert_same_bits
 
+from engine.kernels.w4.cpu import CpuWeight
 from engine.kernels.w4.format import unpack, unpack_codes, validate
 from engine.kernels.w4.from_gguf import BLOCKS, from_blocks
 
@@ -34,6 +35,27 @@ def test_gguf_random_blocks(name, n, blocks, rng):
     expected = gguf_quants.dequantize(data.numpy(), GGMLQuantizationType[name])
     assert_same_bits(torch.from_numpy(expected), unpack(packed))
     assert packed.shape == (n, k)
+
+
+@pytest.mark.parametrize("n, blocks", [(1, 1), (15, 2), (16, 3), (17, 9), (83, 5)])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_gguf_tiled_at_once(name, n, blocks, rng):
+    """The CPU kernels' layout is the same, by way of the packed format or past it."""
+    shape = n, blocks * BLOCKS[name].weights
+    data = random_blocks(rng, name, *shape)
+    expected = CpuWeight.from_packed(from_blocks(name, shape, data))
+    assert torch.equal(CpuWeight.from_blocks(name, shape, data).to_bytes(), expected.to_bytes())
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_gguf_tiled_finds_what_is_not_finite(name, rng):
+    shape = 17, 3 * BLOCKS[name].weights
+    for offset in HALVES[name]:
+        data = random_blocks(rng, name, *shape)
+        row = int(torch.randint(17, (), generator=rng))
+        data[row, offset : offset + 2] = torch.tensor([1, 0x7C], dtype=torch.uint8)
+        with pytest.raises(ValueError, match="x: (scales|mins|supers) must be finite"):
+            CpuWeight.from_blocks(name, shape, data, "x")
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])

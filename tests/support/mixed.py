@@ -59,6 +59,9 @@ class MixedCheckpoint:
             self._packed[name] = quantize(self._stored.read(name), kind, self._permuted)
         return self._packed[name]
 
+    def forget(self) -> None:
+        self._stored.forget()
+
 
 def quantize(weight: torch.Tensor, spec: Spec, permuted: bool = False) -> Packed:
     """(N, K) rounded to the nearest code of its group."""

@@ -1,0 +1,268 @@
+#include "cpu/w4_gguf.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <stdexcept>
+#include <tuple>
+
+#include "cpu/threads.h"
+
+namespace shallow {
+namespace {
+
+using std::int64_t;
+using std::uint16_t;
+using std::uint8_t;
+
+// What a tile keeps of 32 weights of a row.
+struct Part {
+    uint8_t codes[32];     // bytes; nibbles: the first 16, columns 0..15 low and 16..31 high
+    uint8_t scales[2][4];  // float16, float32 or a byte; the second for groups of 16
+    uint8_t minimum[4];    // of the same type
+};
+
+uint16_t half_at(const uint8_t* bytes) {
+    uint16_t half;
+    std::memcpy(&half, bytes, 2);
+    return half;
+}
+
+bool finite(uint16_t half) { return (half & 0x7c00) != 0x7c00; }
+
+void store(uint8_t* to, float value) { std::memcpy(to, &value, 4); }
+
+// Adds bit `i` of `bits` to code i, as its bit 4.
+void add_fifth(uint8_t* codes, std::uint32_t bits) {
+    for (int i = 0; i < 32; ++i) codes[i] |= static_cast<uint8_t>((bits >> i & 1) << 4);
+}
+
+void spread_nibbles(const uint8_t* pairs, uint8_t* codes) {
+    for (int i = 0; i < 16; ++i) codes[i] = pairs[i] & 15, codes[i + 16] = pairs[i] >> 4;
+}
+
+// 32 codes below 16 -> 16 bytes.
+void join_nibbles(const uint8_t* codes, uint8_t* pairs) {
+    for (int i = 0; i < 16; ++i) pairs[i] = static_cast<uint8_t>(codes[i] | codes[i + 16] << 4);
+}
+
+// The 6-bit scale and minimum of part `i` of a K-quant's 12 bytes.
+std::pair<uint8_t, uint8_t> sub_scale(const uint8_t* packed, int i) {
+    const int j = i & 3;
+    if (i < 4) return {packed[j] & 63, packed[j + 4] & 63};
+    return {static_cast<uint8_t>((packed[j + 8] & 15) | packed[j] >> 6 << 4),
+            static_cast<uint8_t>(packed[j + 8] >> 4 | packed[j + 4] >> 6 << 4)};
+}
+
+// Each type: its block, the spec that holds it, and its parts of 32 weights. `read` returns whether
+// the block's scales are finite.
+struct Q4_0 {
+    static constexpr int64_t weights = 32, bytes = 18, group = 32;
+    static constexpr int bits = 4;
+    static constexpr auto scheme = w4::Scheme::symmetric;
+    static constexpr auto scale = ScaleType::float16;
+    static bool read(const uint8_t* block, int, Part& part) {
+        std::memcpy(part.scales[0], block, 2);
+        std::memcpy(part.codes, block + 2, 16);
+        return finite(half_at(block));
+    }
+};
+
+struct Iq4Nl : Q4_0 {
+    static constexpr auto scheme = w4::Scheme::codebook;
+};
+
+struct Q4_1 : Q4_0 {
+    static constexpr int64_t bytes = 20;
+    static constexpr auto scheme = w4::Scheme::minimum;
+    static bool read(const uint8_t* block, int, Part& part) {
+        std::memcpy(part.scales[0], block, 2);
+        std::memcpy(part.minimum, block + 2, 2);
+        std::memcpy(part.codes, block + 4, 16);
+        return finite(half_at(block)) && finite(half_at(block + 2));
+    }
+};
+
+struct Q5_0 : Q4_0 {
+    static constexpr int64_t bytes = 22;
+    static constexpr int bits = 8;
+    static bool read(const uint8_t* block, int, Part& part) {
+        std::uint32_t high;
+        std::memcpy(part.scales[0], block, 2);
+        std::memcpy(&high, block + 2, 4);
+        spread_nibbles(block + 6, part.codes);
+        add_fifth(part.codes, high);
+        for (uint8_t& code : part.codes) code = static_cast<uint8_t>(code + 128 - 16);
+        return finite(half_at(block));
+    }
+};
+
+struct Q5_1 : Q4_1 {
+    static constexpr int64_t bytes = 24;
+    static constexpr int bits = 8;
+    static bool read(const uint8_t* block, int, Part& part) {
+        std::uint32_t high;
+        std::memcpy(part.scales[0], block, 2);
+        std::memcpy(part.minimum, block + 2, 2);
+        std::memcpy(&high, block + 4, 4);
+        spread_nibbles(block + 8, part.codes);
+        add_fifth(part.codes, high);
+        return finite(half_at(block)) && finite(half_at(block + 2));
+    }
+};
+
+struct Q8_0 : Q4_0 {
+    static constexpr int64_t bytes = 34;
+    static constexpr int bits = 8;
+    static bool read(const uint8_t* block, int, Part& part) {
+        std::memcpy(part.scales[0], block, 2);
+        for (int i = 0; i < 32; ++i) part.codes[i] = block[2 + i] ^ 128;
+        return finite(half_at(block));
+    }
+};
+
+// Nibbles of a K-quant's part `i`: two parts share 32 bytes, the first the low halves.
+void read_pairs(const uint8_t* low, int i, uint8_t* codes) {
+    const uint8_t* const bytes = low + i / 2 * 32;
+    for (int j = 0; j < 32; ++j) codes[j] = i & 1 ? bytes[j] >> 4 : bytes[j] & 15;
+}
+
+struct Q4_K {
+    static constexpr int64_t weights = 256, bytes = 144, group = 32;
+    static constexpr int bits = 4;
+    static constexpr auto scheme = w4::Scheme::kquant;
+    static constexpr auto scale = ScaleType::float16;
+    static bool read(const uint8_t* block, int i, Part& part) {
+        uint8_t codes[32];
+        std::tie(part.scales[0][0], part.minimum[0]) = sub_scale(block + 4, i);
+        read_pairs(block + 16, i, codes);
+        join_nibbles(codes, part.codes);
+        return finite(half_at(block)) && finite(half_at(block + 2));
+    }
+};
+
+struct Q5_K {
+    static constexpr int64_t weights = 256, bytes = 176, group = 32;
+    static constexpr int bits = 8;
+    static constexpr auto scheme = w4::Scheme::minimum;
+    static constexpr auto scale = ScaleType::float32;
+    static bool read(const uint8_t* block, int i, Part& part) {
+        const auto [step, low] = sub_scale(block + 4, i);
+        store(part.scales[0], w4::half_to_float(half_at(block)) * step);
+        store(part.minimum, -(w4::half_to_float(half_at(block + 2)) * low));
+        read_pairs(block + 48, i, part.codes);
+        for (int j = 0; j < 32; ++j)
+            part.codes[j] |= static_cast<uint8_t>((block[16 + j] >> i & 1) << 4);
+        return finite(half_at(block)) && finite(half_at(block + 2));
+    }
+};
+
+struct Q6_K {
+    static constexpr int64_t weights = 256, bytes = 210, group = 16;
+    static constexpr int bits = 8;
+    static constexpr auto scheme = w4::Scheme::symmetric;
+    static constexpr auto scale = ScaleType::float32;
+    static bool read(const uint8_t* block, int i, Part& part) {
+        const float d = w4::half_to_float(half_at(block + 208));
+        const auto* const steps = reinterpret_cast<const std::int8_t*>(block + 192);
+        for (int half = 0; half < 2; ++half) store(part.scales[half], d * steps[2 * i + half]);
+        const int run = i / 4, quarter = i % 4;  // of 128 weights, of which two share a nibble
+        const uint8_t* const low = block + run * 64 + quarter % 2 * 32;
+        const uint8_t* const high = block + 128 + run * 32;
+        for (int j = 0; j < 32; ++j) {
+            const int code = (low[j] >> (quarter < 2 ? 0 : 4) & 15) | (high[j] >> 2 * quarter & 3)
+                                                                          << 4;
+            part.codes[j] = static_cast<uint8_t>(code + 128 - 32);
+        }
+        return finite(half_at(block + 208));
+    }
+};
+
+// One part into its place in the tiles.
+template <class Type>
+void write(const TileView& w, int64_t row, int64_t block, const Part& part) {
+    constexpr bool nibble = Type::bits == 4;
+    constexpr int64_t element = Type::scheme == w4::Scheme::kquant  ? 1
+                                : Type::scale == ScaleType::float32 ? 4
+                                                                    : 2;
+    const int64_t tile = row / kTileRows, lane = row % kTileRows;
+    auto* const codes = const_cast<uint8_t*>(w.block(tile, block)) + lane * 4;
+    for (int i = 0; i < (nibble ? 4 : 8); ++i) std::memcpy(codes + i * 64, part.codes + i * 4, 4);
+    constexpr int64_t groups = 32 / Type::group;
+    for (int64_t i = 0; i < groups; ++i) {
+        auto* const record =
+            const_cast<uint8_t*>(w.record(tile, block * groups + i)) + lane * element;
+        std::memcpy(record, part.scales[i], element);
+        if (Type::scheme == w4::Scheme::minimum || Type::scheme == w4::Scheme::kquant)
+            std::memcpy(record + kTileRows * element, part.minimum, element);
+    }
+}
+
+// Block `b` of a row; whether its scales are finite.
+template <class Type>
+bool copy(const TileView& w, int64_t row, int64_t b, const uint8_t* block) {
+    constexpr int64_t parts = Type::weights / 32;
+    bool all = true;
+    for (int i = 0; i < parts; ++i) {
+        Part part;
+        all &= Type::read(block, i, part);
+        write<Type>(w, row, b * parts + i, part);
+    }
+    if constexpr (Type::scheme == w4::Scheme::kquant) {
+        auto* const super = const_cast<uint16_t*>(w.supers) +
+                            (row / kTileRows * w4::ceil_div(w.blocks, parts) + b) * 2 * kTileRows +
+                            row % kTileRows;
+        super[0] = half_at(block);
+        super[kTileRows] = half_at(block + 2);
+    }
+    return all;
+}
+
+template <class Type>
+std::optional<TiledMatrix> tile(int64_t n, int64_t k, const uint8_t* blocks, int64_t size,
+                                const float* codebook, int threads) {
+    const int64_t in_row = k / Type::weights;
+    if (n < 1 || k < 1 || k % Type::weights || size != n * in_row * Type::bytes)
+        throw std::invalid_argument("blocks of another size");
+    w4::Matrix kind{};
+    kind.n = n;
+    kind.k = k;
+    kind.bits = Type::bits;
+    kind.group = Type::group;
+    kind.scheme = Type::scheme;
+    kind.scale_type = Type::scale;
+    kind.codebook = codebook;
+    TiledMatrix made(kind);
+    const TileView& w = made.view();
+    std::atomic<bool> good{true};
+    parallel_for(threads, w.tiles, 4, [&](int64_t begin, int64_t end) {
+        bool all = true;
+        for (int64_t tile = begin; tile < end; ++tile)
+            for (int64_t b = 0; b < in_row; ++b)
+                for (int64_t row = tile * kTileRows; row < std::min(n, (tile + 1) * kTileRows);
+                     ++row)
+                    all &= copy<Type>(w, row, b, blocks + (row * in_row + b) * Type::bytes);
+        if (!all) good = false;
+    });
+    if (!good) return std::nullopt;
+    return made;
+}
+
+}  // namespace
+
+std::optional<TiledMatrix> tile_gguf(const std::string& type, int64_t n, int64_t k,
+                                     const uint8_t* blocks, int64_t size, const float* codebook,
+                                     int threads) {
+    if (type == "Q4_0") return tile<Q4_0>(n, k, blocks, size, nullptr, threads);
+    if (type == "Q4_1") return tile<Q4_1>(n, k, blocks, size, nullptr, threads);
+    if (type == "IQ4_NL") return tile<Iq4Nl>(n, k, blocks, size, codebook, threads);
+    if (type == "Q5_0") return tile<Q5_0>(n, k, blocks, size, nullptr, threads);
+    if (type == "Q5_1") return tile<Q5_1>(n, k, blocks, size, nullptr, threads);
+    if (type == "Q8_0") return tile<Q8_0>(n, k, blocks, size, nullptr, threads);
+    if (type == "Q4_K") return tile<Q4_K>(n, k, blocks, size, nullptr, threads);
+    if (type == "Q5_K") return tile<Q5_K>(n, k, blocks, size, nullptr, threads);
+    if (type == "Q6_K") return tile<Q6_K>(n, k, blocks, size, nullptr, threads);
+    throw std::invalid_argument("no group format for GGUF type " + type);
+}
+
+}  // namespace shallow
