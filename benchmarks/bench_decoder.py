@@ -13,6 +13,7 @@ from statistics import median
 from time import perf_counter_ns
 
 import pytest
+import scaling
 import torch
 from ceiling import times_ns
 
@@ -116,6 +117,15 @@ def test_two_threads(model):
     report(
         "two threads, of the read's gain", one_ns / two_ns / (reads[1].gb_s / reads[0].gb_s), 0.85
     )
+
+
+def test_more_threads():
+    """A step on two threads is what its parts on one predict; prints what they predict for more."""
+    one, nbytes, heads = scaling.measured("smollm2-135m", 1)
+    two, _, _ = scaling.measured("smollm2-135m", 2)
+    print("\npredicted, not measured but for 1 and 2 threads; tok/s by what the memory gives:")
+    print("\n".join(scaling.table(one, two, nbytes, heads)))
+    assert two.stream < one.stream
 
 
 @pytest.mark.parametrize("isa", [isa for isa in isas() if isa in (isas()[0], "avx512")])
