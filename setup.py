@@ -20,17 +20,24 @@ PACKAGES = [
     *("engine.kernels", *(f"engine.kernels.{op}" for op in ("angular", "layer", "w4"))),
 ]
 
-X86 = platform.machine() in ("x86_64", "AMD64")
+MACHINE = platform.machine()
+X86, ARM = MACHINE in ("x86_64", "AMD64"), MACHINE in ("aarch64", "arm64")
 AVX2 = "-mavx2 -mfma -mf16c".split()
 AVX512 = [*AVX2, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni".split()]
-ISA_FLAGS = {  # csrc/cpu/<op>_<isa>.cpp is compiled on x86 alone, with these; every other with none
-    "": [],
+X86_FLAGS = {  # csrc/cpu/<op>_<isa>.cpp is compiled on x86 alone, with these
     "avx2": AVX2,
     "avxvnni": [*AVX2, "-mavxvnni"],
     "avx512": AVX512,
     "avx512bf16": [*AVX512, "-mavx512bf16"],
     "amx": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mavx512bf16"],
 }
+ARM_FLAGS = {  # and these on 64-bit ARM
+    "neon": [],
+    "dotprod": ["-march=armv8.2-a+dotprod"],
+    "i8mm": ["-march=armv8.2-a+dotprod+i8mm"],
+}
+HERE = X86_FLAGS if X86 else ARM_FLAGS if ARM else {}
+MACRO = "SHALLOW_X86" if X86 else "SHALLOW_ARM" if ARM else "SHALLOW_GENERIC"
 CXX_FLAGS = "-std=c++17 -O3 -g0 -fvisibility=hidden -pthread".split()
 LINK_FLAGS = ["-pthread"]
 SANITIZERS = {
@@ -50,15 +57,16 @@ NVCC_FLAGS += ["-gencode=arch=compute_100,code=compute_100"]  # PTX, for what co
 def isa(source: str) -> str:
     """The instruction set that a file's name asks for, "" for a portable file."""
     suffix = Path(source).stem.rpartition("_")[2]
-    return suffix if suffix in ISA_FLAGS else ""
+    return suffix if suffix in X86_FLAGS or suffix in ARM_FLAGS else ""
 
 
 def sources(folder: str) -> list[str]:
     # Portable files first: the linker keeps the first copy of an inline function, and one that
     # was compiled for AVX-512 would stop an older processor.
     found = [str(path) for path in Path(folder).iterdir() if path.suffix in (".cpp", ".cu")]
-    found.sort(key=lambda source: (list(ISA_FLAGS).index(isa(source)), source))
-    return [source for source in found if X86 or not isa(source)]
+    order = ["", *HERE]
+    found = [source for source in found if isa(source) in order]
+    return sorted(found, key=lambda source: (order.index(isa(source)), source))
 
 
 def find_nvcc() -> str | None:
@@ -109,9 +117,9 @@ class BuildExt(build_ext):
             self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
-                macros=[("SHALLOW_X86" if X86 else "SHALLOW_GENERIC", None)],
+                macros=[(MACRO, None)],
                 include_dirs=["csrc", pybind11.get_include()],
-                extra_postargs=[*CXX_FLAGS, *ISA_FLAGS[isa(source)]],
+                extra_postargs=[*CXX_FLAGS, *HERE.get(isa(source), [])],
             )
         return target
 

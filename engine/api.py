@@ -261,7 +261,7 @@ def load(
     take weights as they are stored, and so does "cpu". What it multiplies by quantized ones it
     rounds to 8 bits, and keys and values to 16, unless dtype is float32. `cache_dtype` ("float32",
     "float16", "int8"), `threads` (torch's number by default) and `isa` (by default the best set of
-    instructions here, or "avx512", "avxvnni", "avx2", "generic") are for it alone.
+    instructions here, or "avx512", "avxvnni", "avx2", "neon", "generic") are for it alone.
 
     Raises `InputError` with one sentence for whatever the caller can mend.
     """

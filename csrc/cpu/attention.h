@@ -61,6 +61,8 @@ std::int64_t attention_scratch(const KvShape& shape, std::int64_t rows);
 
 #if defined(SHALLOW_X86)
 extern const AttentionKernels kAttentionAvx2, kAttentionAvx512, kAttentionAmx;
+#elif defined(SHALLOW_ARM)
+extern const AttentionKernels kAttentionNeon;
 #endif
 extern const AttentionKernels kAttentionGeneric;
 // rounds: many rows may be rounded to bfloat16 where that is fastest.

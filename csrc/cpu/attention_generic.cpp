@@ -15,6 +15,8 @@ const AttentionKernels& attention_kernels(Isa isa, bool rounds) {
     if (isa >= Isa::amx && rounds) return kAttentionAmx;
     if (isa >= Isa::avx512) return kAttentionAvx512;
     if (isa >= Isa::avx2) return kAttentionAvx2;
+#elif defined(SHALLOW_ARM)
+    if (isa >= Isa::neon) return kAttentionNeon;
 #endif
     (void)isa, (void)rounds;
     return kAttentionGeneric;

@@ -3,7 +3,6 @@
 
 #include <pybind11/pybind11.h>
 
-void bind_features(pybind11::module_& m);
 void bind_bandwidth(pybind11::module_& m);
 void bind_w4_format(pybind11::module_& m);
 void bind_angular(pybind11::module_& m);

@@ -2,8 +2,6 @@
 
 #include <cstdint>
 
-#include "cpu/bindings.h"
-
 #if defined(__x86_64__)
 #include <cpuid.h>
 #elif defined(__aarch64__) && defined(__linux__)
@@ -62,8 +60,14 @@ Features detect() {
     f.neon = true;
 #if defined(__linux__)
     f.neon_dotprod = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
-#elif defined(__ARM_FEATURE_DOTPROD)
+    f.neon_i8mm = getauxval(AT_HWCAP2) & HWCAP2_I8MM;
+#else
+#if defined(__ARM_FEATURE_DOTPROD)
     f.neon_dotprod = true;
+#endif
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    f.neon_i8mm = true;
+#endif
 #endif
     return f;
 }
@@ -82,16 +86,3 @@ const Features& features() {
 }
 
 }  // namespace shallow
-
-void bind_features(pybind11::module_& m) {
-    m.def(
-        "cpu_features",
-        [] {
-            pybind11::dict named;
-#define SHALLOW_ENTRY(name) named[#name] = shallow::features().name;
-            SHALLOW_FEATURES(SHALLOW_ENTRY)
-#undef SHALLOW_ENTRY
-            return named;
-        },
-        "dict of bool: the instruction sets that the processor has and the system supports.");
-}

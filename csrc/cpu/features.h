@@ -1,13 +1,13 @@
 // What this processor can run and this system lets it run (registers saved on a task switch).
 #pragma once
 
-// Named as in Linux's /proc/cpuinfo, but for NEON, which that calls asimd and asimddp.
+// Named as in Linux's /proc/cpuinfo, but for NEON, which that calls asimd, asimddp and i8mm.
 // clang-format off
 #define SHALLOW_FEATURES(X)                                                                   \
     X(avx2) X(fma) X(f16c) X(avx_vnni)                                                        \
     X(avx512f) X(avx512bw) X(avx512vl) X(avx512dq) X(avx512_vnni) X(avx512_bf16) X(avx512_fp16) \
     X(amx_tile) X(amx_int8) X(amx_bf16)                                                       \
-    X(neon) X(neon_dotprod)
+    X(neon) X(neon_dotprod) X(neon_i8mm)
 // clang-format on
 
 namespace shallow {

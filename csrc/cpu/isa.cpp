@@ -12,7 +12,8 @@
 namespace shallow {
 namespace {
 
-constexpr const char* kNames[kIsas] = {"generic", "avx2", "avxvnni", "avx512", "amx"};
+constexpr const char* kNames[kIsas] = {"generic", "avx2", "avxvnni", "avx512",
+                                       "amx",     "neon", "dotprod", "i8mm"};
 
 // Linux grants the 8 KiB of tile state only to a process that asks.
 bool tiles_granted() {
@@ -37,6 +38,9 @@ bool detect(Isa isa) {
         case Isa::amx:
             return avx512 && f.amx_tile && f.amx_int8 && f.amx_bf16 && f.avx512_bf16 &&
                    tiles_granted();
+        case Isa::neon: return f.neon;
+        case Isa::dotprod: return f.neon && f.neon_dotprod;
+        case Isa::i8mm: return f.neon && f.neon_dotprod && f.neon_i8mm;
     }
     return false;
 }
@@ -48,8 +52,9 @@ const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 Isa isa_from_name(const std::string& name) {
     for (int i = 0; i < kIsas; ++i)
         if (name == kNames[i]) return static_cast<Isa>(i);
-    throw std::invalid_argument("isa must be generic, avx2, avxvnni, avx512 or amx, found '" +
-                                name + "'");
+    std::string known;
+    for (const char* each : kNames) known += std::string(known.empty() ? "" : ", ") + each;
+    throw std::invalid_argument("isa must be one of " + known + ", found '" + name + "'");
 }
 
 bool isa_supported(Isa isa) {

@@ -13,8 +13,11 @@ enum class Isa : int {
     avxvnni,  // avx2 and 256-bit int8 dot products
     avx512,   // AVX-512 F, BW, DQ, VL, VNNI
     amx,      // avx512 and tile products of int8 and bfloat16
+    neon,     // 64-bit ARM
+    dotprod,  // neon and int8 dot products
+    i8mm,     // dotprod and products of unsigned and signed bytes
 };
-constexpr int kIsas = 5;
+constexpr int kIsas = 8;
 
 const char* isa_name(Isa isa);
 Isa isa_from_name(const std::string& name);  // throws std::invalid_argument

@@ -33,6 +33,8 @@ struct RowKernels {
 
 #if defined(SHALLOW_X86)
 extern const RowKernels kRowsAvx2, kRowsAvx512;
+#elif defined(SHALLOW_ARM)
+extern const RowKernels kRowsNeon;
 #endif
 extern const RowKernels kRowsGeneric;
 const RowKernels& row_kernels(Isa isa);  // of the widest kind that `isa` includes

@@ -63,16 +63,19 @@ void multiply(const Rows& x, const TiledMatrix& matrix, const Output& y, Path pa
 const Kernels& kernels(Isa isa) {
     if (!isa_supported(isa))
         throw std::invalid_argument(std::string("this processor does not run ") + isa_name(isa));
-#if defined(SHALLOW_X86)
     switch (isa) {
-        case Isa::generic: break;
+#if defined(SHALLOW_X86)
         case Isa::avx2: return kKernelsAvx2;
         case Isa::avxvnni: return kKernelsAvxvnni;
         case Isa::avx512: return kKernelsAvx512;
         case Isa::amx: return kKernelsAmx;
-    }
+#elif defined(SHALLOW_ARM)
+        case Isa::neon: return kKernelsNeon;
+        case Isa::dotprod: return kKernelsDotprod;
+        case Isa::i8mm: return kKernelsI8mm;
 #endif
-    return kKernelsGeneric;
+        default: return kKernelsGeneric;
+    }
 }
 
 void matmul(const Rows& x, const TiledMatrix& matrix, const Output& y, Mode mode, Isa isa,

@@ -163,6 +163,8 @@ constexpr int kSliceBlocks = 18;  // blocks of two tiles in bfloat16 that stay i
 
 #if defined(SHALLOW_X86)
 extern const Kernels kKernelsAvx2, kKernelsAvxvnni, kKernelsAvx512, kKernelsAmx;
+#elif defined(SHALLOW_ARM)
+extern const Kernels kKernelsNeon, kKernelsDotprod, kKernelsI8mm;
 #endif
 extern const Kernels kKernelsGeneric;
 const Kernels& kernels(Isa isa);  // throws std::invalid_argument where this machine lacks it

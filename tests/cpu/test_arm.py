@@ -1,0 +1,71 @@
+"""The decoder on 64-bit ARM: every family by every instruction set, under an emulator."""
+
+import subprocess
+
+import pytest
+import torch
+from support import crossed, tiny
+from support.close import assert_close
+from support.mixed import MixedCheckpoint
+
+from engine.checkpoint import open_checkpoint
+from engine.kernels import native
+from engine.runtime.reference import ReferenceRuntime
+
+if native.error("cpu") is not None:
+    pytest.skip(f"engine._cpu does not load: {native.error('cpu')}", allow_module_level=True)
+if crossed.missing():
+    pytest.skip(crossed.missing(), allow_module_level=True)
+
+from engine.runtime.cpu import CpuRuntime
+
+LENGTH = 70
+BOUNDS = {("exact", "float32"): 1e-4, ("int8", "float16"): 3e-2, ("int8", "int8"): 4e-2}
+
+
+@pytest.fixture(scope="module")
+def program():
+    return crossed.build()
+
+
+@pytest.fixture(scope="module", params=tiny.CASES)
+def pair(request, tmp_path_factory):
+    """(checkpoint of mixed weights, its reference runtime)."""
+    path = tmp_path_factory.mktemp("model")
+    tiny.write(request.param, path, 0, spread=0.1)
+    checkpoint = MixedCheckpoint(open_checkpoint(path))
+    return checkpoint, ReferenceRuntime.load(checkpoint, checkpoint.config)
+
+
+@pytest.mark.parametrize("isa", crossed.CPUS)
+def test_the_best_is_chosen(program, isa):
+    ran = subprocess.run(crossed.command(program, "best", crossed.CPUS[isa]), capture_output=True)
+    assert ran.stdout.decode().split() == [isa]
+
+
+@pytest.mark.parametrize(("mode", "cache_dtype"), BOUNDS)
+@pytest.mark.parametrize("isa", crossed.CPUS)
+def test_logits_of_every_family(pair, program, monkeypatch, rng, isa, mode, cache_dtype):
+    """A prompt of two rows, one of them padded and with slots of its own, then steps."""
+    checkpoint, reference = pair
+    ids = torch.randint(3, tiny.VOCAB, (2, LENGTH), generator=rng)
+    ids[1, :9] = -1
+    monkeypatch.setattr(native.load("cpu"), "Decoder", crossed.decoders(program, isa))
+    runtime = CpuRuntime.load(checkpoint, checkpoint.config, 2, mode=mode, cache_dtype=cache_dtype)
+    try:
+        caches = reference.new_cache(2), runtime.new_cache(2)
+        for piece in (ids[:, :40], *ids[:, 40:44].split(1, dim=1), ids[:, 44:]):
+            expected = reference.forward(piece, caches[0], logits="all")
+            got = runtime.forward(piece, caches[1], logits="all")
+            real = piece >= 0
+            assert_close(isa, expected[real], got[real], BOUNDS[mode, cache_dtype])
+        assert torch.equal(caches[0].lengths, caches[1].lengths)
+        slots = [[0, 2], list(range(len(checkpoint.config.layers)))]
+        caches = reference.new_cache(2), runtime.new_cache(2)
+        expected, got = (
+            each.forward(ids, cache, slots)
+            for each, cache in zip((reference, runtime), caches, strict=True)
+        )
+        assert_close(f"{isa}, slots", expected, got, BOUNDS[mode, cache_dtype])
+    finally:
+        runtime.decoder.close()
