@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from engine.api import load
 from engine.generation import Options, generate
+from engine.runtime import Timed
 
 THREADS = 1, 2, 4, 8, 16, 32
 SOCKETS = {  # GB/s that a socket's memory gives all of its cores: assumed, not measured
@@ -41,6 +42,7 @@ def measured(ref: str, threads: int, context: int = 128) -> tuple[Parts, int, in
     with load(ref, backend="cpu", threads=threads) as model:
         took: list[int] = []
         runtime = model.runtime
+        assert isinstance(runtime, Timed)
 
         def after(step) -> None:
             if not took:

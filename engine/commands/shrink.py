@@ -23,8 +23,9 @@ REPORT, RECORD = "report.html", "shrink.json"
 RECORDS = "records"  # in OUT: what every stage gave
 TEXT, TAUGHT = "text.txt", "taught"  # in the work directory; what the teacher said
 MINUTES = 10.0
-SHARES = {"weights": 0.75, "scales": 0.25}  # of them
+SHARES = {"weights": 0.6, "scales": 0.25}  # of them; the second round takes what is left
 WRITTEN = 60_000  # tokens, to three times what ships: that alone is learnt by heart in 20 steps
+OWN = 30_000  # tokens that the healed model writes, to go round in circles less
 SAMPLES = 64  # of the profile
 SPEED_TOKENS = 512, 128  # prompt and new ones, fewer where the context is shorter
 
@@ -40,6 +41,7 @@ class Asked:
     minutes: float | None
     steps: int | None
     written: int
+    own: int
     rule: str
     windows: int
     window: int
@@ -77,6 +79,9 @@ def shrink(
             f"{WRITTEN:,} without --text, which is little, and none with it.",
         ),
     ] = None,
+    own: Annotated[
+        int, typer.Option(metavar="N", help="As of heal; 0: without its second round.")
+    ] = OWN,
     rule: Annotated[str, typer.Option(help="As of plan.")] = "greedy",
     windows: Annotated[int, typer.Option(help="As of plan.")] = 8,
     window: Annotated[int, typer.Option(help="Tokens of a window of text.")] = 512,
@@ -97,7 +102,7 @@ def shrink(
     if written is None:
         written = 0 if text else WRITTEN
     asked = Asked(
-        model, drop, bits, tuple(text or ()), minutes, steps, written, rule, windows, window,
+        model, drop, bits, tuple(text or ()), minutes, steps, written, own, rule, windows, window,
         tuple(judge_text or ()), choices, prompts, seed, threads,
     )  # fmt: skip
     run = Run(asked, out)
@@ -196,6 +201,7 @@ class Run:
             "minutes": None if minutes is None else minutes * SHARES[trained],
             "steps": asked.steps,
             "written": asked.written,
+            "own": asked.own if trained == "weights" else 0,
             "window": self.window,
             "seed": asked.seed,
         }

@@ -27,8 +27,9 @@ def distil(
     settings: Settings,
     directory: Path,
     report: Report | None = None,
+    keep_last: bool = False,
 ) -> state.Standing:
-    """Trains `student` and leaves it with the weights of its best check.
+    """Trains `student` and leaves it with the weights of its best check, or of the last.
 
     `directory` holds what a killed run is taken up from, to the same bits where `steps` end it.
     """
@@ -51,7 +52,8 @@ def distil(
             spent = standing.seconds - earlier
             said = f"loss {standing.losses[-1]:.4f}, {tokens / spent:.0f} tokens/s"
             report(*extent(standing, settings), said)
-    student.take(state.load_weights(training.best))
+    if not keep_last:
+        student.take(state.load_weights(training.best))
     return standing
 
 

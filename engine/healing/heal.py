@@ -20,6 +20,7 @@ from engine.export import hf, packed
 from engine.healing import adapters, processes
 from engine.healing.data import Data, perplexity
 from engine.healing.distil import distil
+from engine.healing.own import avoiding, digest, own_data, second
 from engine.healing.patch import patch
 from engine.healing.place import RECORD, check_new, place_of
 from engine.healing.qlora import check_installed, qlora
@@ -37,6 +38,7 @@ from engine.scratch import Scratch, write_text
 
 # (what is to become a 4-bit base, its layers, a new directory)
 Pack = Callable[[Checkpoint, ModelConfig, Path], object]
+Voice = Callable[[Path], Write]  # a directory -> what its model writes
 Reporting = Callable[[str], AbstractContextManager[Callable[..., None]]]  # label -> report
 
 
@@ -68,6 +70,7 @@ def heal(
     device: torch.device | str = "cpu",
     cache: Path | None = None,
     spoken: Spoken | None = None,
+    voice: Voice | None = None,
     pack: Pack | None = None,
     reporting: Reporting = lambda label: nullcontext(_unheard),
 ) -> HealRecord:
@@ -77,7 +80,8 @@ def heal(
     `dtype` is that of `out`, the pupil's own 16 bits by default; a packed directory whose scales
     are trained stays one. Until it is finished a run lies in `out` + ".healing"; what the teacher
     says lies in `cache` instead, and stays, where it is given. `spoken` is asked for that in the
-    place of the reference decoder; `settings.written`, tokens that the teacher writes, needs it.
+    place of the reference decoder; `settings.written`, tokens that the teacher writes, needs it,
+    and `settings.own`, which the student writes, `voice`.
     `pack` writes the packed directory that qlora learns on; with `settings.adapter` `out` is that
     and the adapter beside it.
     """
@@ -90,7 +94,7 @@ def heal(
     if settings.train == "scales":
         check_packed(pupil)
     settings = settings.on(device)
-    healing = Healing(pupil, source, config, data, settings, device, reporting, spoken)
+    healing = Healing(pupil, source, config, data, settings, device, reporting, spoken, voice)
     work = place_of(out)
     run = work / healing.key
     if not processes.is_first():
@@ -146,6 +150,7 @@ class Healing:
     device: torch.device | str
     reporting: Reporting
     spoken: Spoken | None
+    voice: Voice | None
 
     @cached_property
     def lineage(self) -> str:
@@ -238,6 +243,8 @@ class Healing:
             hf.prune(checkpoint, config, start, dtype=torch.float32)
         student = Student(start, self.config, self.settings, self.device)
         standing = self._taught(student, run, cache)
+        if self.settings.own:
+            standing = joined(standing, self._second(student, start, run))
         return Replaced(open_checkpoint(start), student.tensors()), standing
 
     def rescaled(self, run: Path, cache: Path) -> tuple[dict[str, Packed], Standing]:
@@ -252,6 +259,33 @@ class Healing:
         ask = partial(taught, logits=self.spoken.logits if self.spoken else self._decoder())
         with self.reporting(self._unit) as report:
             return distil(student, ask, self.data, settings, run, report)
+
+    def _second(self, student: Student, start: Path, run: Path) -> Standing:
+        """A round on what the student writes as it stands; how that went."""
+        assert self.voice is not None, "text of its own needs a runtime"
+        settings, place = second(self.settings), run / "own"
+        place.mkdir(exist_ok=True)
+        base, weights = open_checkpoint(start), student.tensors()
+        name, writer = digest(weights), place / "model"
+        if not writer.exists():
+            dtype = hf.stored_dtype(self.pupil, self.config)
+            hf.prune(Replaced(base, weights), base.config, writer, dtype=dtype)
+        with self.reporting("tokens of its own") as report:
+            data, texts = own_data(
+                self.data, self.settings.own, self.voice(writer), place,
+                name=name, seed=settings.seed, report=report,
+            )  # fmt: skip
+        taught = Teacher(data.windows, settings.top, self.config.vocab_size, place, name)
+        plain = self.spoken.logits if self.spoken else self._decoder()
+
+        def ask(window: int) -> tuple[torch.Tensor, torch.Tensor]:
+            if window < texts:
+                return taught(window, plain)
+            return taught(window, lambda tokens: avoiding(plain(tokens), tokens))
+
+        with self.reporting(self._unit) as report:
+            found = distil(student, ask, data, settings, place, report, keep_last=True)
+        return replace(found, best=found.checks[-1], best_step=found.step)
 
     @property
     def _unit(self) -> str:

@@ -43,6 +43,7 @@ class Settings:
     warm_up_steps: int = 100  # of qlora, at most: `warm_up` holds for shorter runs
     adapter: bool = False  # stays beside its 4-bit base
     written: int = 0  # tokens that the teacher writes, beside the text
+    own: int = 0  # tokens that the healed model writes, for a second round
     precision: str = "auto"  # of the student's products: float32, bfloat16
 
     def __post_init__(self) -> None:
@@ -55,6 +56,10 @@ class Settings:
             )
         if self.written < 0:
             raise InputError(f"self: expected at least 0 tokens, found {self.written}")
+        if self.own < 0:
+            raise InputError(f"own: expected at least 0 tokens, found {self.own}")
+        if self.own and (self.methods[-1] != "distil" or self.train == "scales"):
+            raise InputError("own: text that the healed model writes is for distil of weights")
         if self.written and not self.trained:
             raise InputError("self: text that the teacher writes is for distil and qlora to learn")
         for name in _POSITIVE:

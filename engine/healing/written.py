@@ -1,4 +1,4 @@
-"""Text that the teacher writes itself: what keeps a healed model's own text alive.
+"""Text that a model writes: the teacher's own keeps what the healed model writes alive.
 
 Half of the rows go on from the beginnings of windows of the text to learn from, spread over it;
 the others, where the tokenizer has BOS, from nothing but that: what the teacher says unasked is of
@@ -8,6 +8,7 @@ likely as the likeliest, which keeps out what a nucleus keeps out and sorts noth
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from engine.reference.stream import storage
 
 PROMPT = 16  # tokens
 ROWS = 32  # at once
+SAMPLED = Options(temperature=1.0, min_p=0.02, ignore_eos=True)
 
 Write = Callable[[Sequence[Sequence[int]], Options], Sequence[Sequence[int]]]  # what follows each
 Report = Callable[[int, int], None]  # (tokens done, in all)
@@ -41,6 +43,7 @@ def written(
     name: str,
     seed: int,
     report: Report,
+    options: Options = SAMPLED,
 ) -> torch.Tensor:
     """(M, W) int64: at least `tokens` tokens, in rows as long as those of `windows` (N, W).
 
@@ -59,11 +62,8 @@ def written(
         taken = slice(start, min(start + ROWS, count))
         if not done[taken].all():
             length = width - min(map(len, given[taken]))
-            options = Options(
-                temperature=1.0, min_p=0.02, seed=seed * 1_000_003 + start,
-                max_new_tokens=length, ignore_eos=True,
-            )  # fmt: skip
-            more = write(given[taken], options)
+            drawn = replace(options, seed=seed * 1_000_003 + start, max_new_tokens=length)
+            more = write(given[taken], drawn)
             whole = [[*one, *two][:width] for one, two in zip(given[taken], more, strict=True)]
             rows[taken] = torch.tensor(whole, dtype=torch.int32)
             done[taken] = 1

@@ -114,6 +114,14 @@ def test_text_of_the_teachers_own(tree, tmp_path):
     assert record.settings["written"] == 100 and record.settings["precision"] != "auto"
 
 
+def test_text_of_its_own(tree, tmp_path):
+    out = tmp_path / "healed"
+    done = call(*asked(tree, out, "--drop", 2, *TRAINED, "--own", 100))
+    assert done[0] == 0, done[2]
+    record = HealRecord.load(out / "heal.json")
+    assert record.settings["own"] == 100 and ", then " in record.stopped
+
+
 @pytest.mark.parametrize(
     "sentence, options",
     [
@@ -137,6 +145,8 @@ def test_text_of_the_teachers_own(tree, tmp_path):
         ),
         ("self: expected at least 0 tokens, found -1", ("--drop", 2, "--self", -1)),
         ("self: text that the teacher", ("--drop", 2, "--method", "linear", "--self", 9)),
+        ("own: expected at least 0 tokens, found -1", ("--drop", 2, "--own", -1)),
+        ("own: text that the healed model", ("--drop", 2, "--method", "linear", "--own", 9)),
         ("precision: expected one of auto,", ("--drop", 2, "--precision", "int3")),
         ("excludes scale", ("--method", "linear,scale")),
         (

@@ -54,7 +54,7 @@ def test_all_stages_and_the_page(tree, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
     assert len(open_checkpoint(out).config.layers) == LAYERS - 2
     plan, healed = Plan.load(records / "plan.json"), HealRecord.load(records / "heal.json")
-    assert len(plan.drop) == 2 and plan.keep == healed.keep and healed.steps == 3
+    assert len(plan.drop) == 2 and plan.keep == healed.keep and healed.steps == 3 + 1
     assert plan.profile == Profile.load(records / "profile.json").hash
     before, after = (Judgement.load(records / f"{name}.json") for name in ("before", "after"))
     assert HealRecord.load(records / "scales.json").settings["train"] == "scales"

@@ -1,0 +1,107 @@
+"""The second round of healing: what circles are, how the teacher leaves them, a kill in it."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.healing import WINDOW, draw, shortened
+
+from engine.checkpoint import open_checkpoint
+from engine.evaluate.health import loops
+from engine.healing.heal import heal
+from engine.healing.own import LEAST, LONGEST, PENALTY, avoiding, circling
+from engine.healing.settings import Settings
+from engine.options import Options
+from engine.runtime.reference import ReferenceRuntime
+
+SETTINGS = Settings(
+    ("distil",), steps=8, lr=3e-3, window=WINDOW, batch_tokens=96, check_every=4, own=6 * WINDOW
+)
+
+
+def by_definition(row: list[int]) -> list[int]:
+    found = []
+    for at in range(1, len(row)):
+        for p in range(1, LONGEST + 1):
+            need = max(p, LEAST) + 1
+            if (
+                at + 1 - need - p >= 0
+                and row[at + 1 - need : at + 1] == row[at + 1 - need - p : at + 1 - p]
+            ):
+                found.append(at - 1)
+                break
+    return found
+
+
+def test_circles_are_found(rng):
+    """Of every period, behind other text, against the definition; and health's loops are full of
+    them."""
+    for period in (1, 2, 7, LEAST, LEAST + 1, LONGEST, LONGEST + 1):
+        before = torch.randint(100, 200, (5,), generator=rng).tolist()
+        cycle = torch.randperm(90, generator=rng)[:period].tolist()
+        row = before + (cycle * 70)[:140]
+        assert circling(row) == by_definition(row)
+        first = len(before) + period + max(period, LEAST)  # the first token that may not go on
+        expected = list(range(first - 1, len(row) - 1)) if period <= LONGEST else []
+        assert circling(row) == expected
+        assert loops(row) == bool(expected)
+    row = torch.randint(3, (400,), generator=rng).tolist()
+    assert circling(row) == by_definition(row)
+    assert circling([]) == circling([1]) == []
+
+
+def test_the_teacher_lowers_what_goes_on_in_a_circle(rng):
+    tokens = torch.tensor([[5, 6] * 12])
+    logits = torch.randn(1, 24, 9, generator=rng)
+    found = avoiding(logits, tokens)
+    changed = (logits - found).nonzero()
+    at = torch.tensor(circling(tokens[0].tolist()))
+    assert torch.equal(changed, torch.stack((torch.zeros_like(at), at, tokens[0, at + 1]), 1))
+    assert torch.allclose((logits - found)[0, at, tokens[0, at + 1]], torch.tensor(PENALTY))
+
+
+def writer(path):
+    """A directory's model by the reference runtime, greedily."""
+    checkpoint = open_checkpoint(path)
+    runtime = ReferenceRuntime.load(checkpoint, checkpoint.config)
+
+    def write(prompts, options: Options):
+        assert options.temperature == 0 and options.ignore_eos
+        cache, tokens = runtime.new_cache(len(prompts)), torch.tensor(prompts)
+        rows = []
+        for _ in range(options.max_new_tokens):
+            tokens = runtime.forward(tokens, cache)[:, -1:].argmax(-1)
+            rows.append(tokens)
+        return torch.cat(rows, 1).tolist()
+
+    return write
+
+
+def test_a_killed_second_round_comes_to_the_same_bits(source, rng, tmp_path):
+    checkpoint = source("llama")
+    config, data = shortened(checkpoint), draw(checkpoint, rng)
+    given = {"voice": writer, "dtype": torch.float32}
+    plain = heal(
+        checkpoint, config, data, tmp_path / "plain", replace(SETTINGS, own=0), dtype=torch.float32
+    )
+    straight = heal(checkpoint, config, data, tmp_path / "a", SETTINGS, **given)
+    assert straight.steps == plain.steps + 2 and straight.losses[:8] == plain.losses
+    assert straight.perplexity_after == straight.checks[-1]
+
+    @contextmanager
+    def second_killed(label):
+        def report(done, total, note=""):
+            if label == "steps" and total == 2 and done == 1:
+                raise KeyboardInterrupt
+
+        yield report
+
+    with pytest.raises(KeyboardInterrupt):
+        heal(checkpoint, config, data, tmp_path / "b", SETTINGS, reporting=second_killed, **given)
+    assert not (tmp_path / "b").exists()
+    resumed = heal(checkpoint, config, data, tmp_path / "b", SETTINGS, **given)
+    assert resumed.losses == straight.losses and resumed.checks == straight.checks
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)
