@@ -2,8 +2,9 @@
 // Everything is local to the including file: an inline function shared by files compiled for
 // different instruction sets could be linked into the wrong one.
 //
-// V names its vector F of V::lanes floats (16 or 8 rows of a tile), V::max_rows rows of x that its
-// registers hold, whether it gains from unpacked tiles (V::unpacks), and the functions used below.
+// V names its vector F of V::lanes floats (16, 8 or 4 rows of a tile), V::max_rows rows of x that meet
+// a block at once, whether it gains from unpacked tiles (V::unpacks), whether its registers hold a
+// block's codes (V::keeps_codes) or else how many sums (V::sums), and the functions used below.
 #pragma once
 
 #include <type_traits>
@@ -13,7 +14,7 @@
 namespace shallow {
 namespace {
 
-// Bytes of weights prefetched, into L2. With 8 KiB instead of 2 a model in L3 decodes at 493 tok/s
+// Bytes of weights prefetched, into L1: from memory 3-6 % faster than into L2. With 8 KiB instead of 2 a model in L3 decodes at 493 tok/s
 // instead of 464; from memory 8 rows are 5 % faster, but one row 4-8 % slower, so that its long
 // streams take the smaller (benchmarks/results/decoder.md).
 constexpr int64_t kAhead = 8192, kAheadOfLong = 2048;
@@ -21,6 +22,10 @@ constexpr int64_t kLong = 512 << 10;  // bytes of a stream
 
 template <class V>
 constexpr int kParts = kTileRows / V::lanes;  // vectors a tile's 16 rows take
+
+// Of a block of codes.
+template <Codes C>
+constexpr int kBlockBytes = C == Codes::byte || C == Codes::unpacked ? 512 : 256;
 
 // The group's scale and min for the tile's rows from `lane` on: value = scale * code + min.
 template <class V, Codes C>
@@ -83,7 +88,7 @@ struct Stream {
     }
     SHALLOW_INLINE const uint8_t* block() {
         const uint8_t* const here = at;
-        at += w.block_bytes;
+        at += kBlockBytes<C>;
         return here;
     }
     // For int8 products, where a codebook is a table of bytes around 128.
@@ -142,10 +147,11 @@ struct Planes {
     int64_t plane;
 };
 
-// Adds the products of half-blocks First..Last-1 of a block with R rows of x.
+// Adds the products of half-blocks First..Last-1 of a block with R rows of x: their codes stay in
+// registers, and rows meet them one by one.
 template <class V, Codes C, int R, int First, int Last>
-inline void add_block(const TileView& w, const uint8_t* block, const Planes& x, typename V::F scale,
-                      typename V::F (&total)[R]) {
+SHALLOW_INLINE void add_to_codes(const TileView& w, const uint8_t* block, const Planes& x,
+                                 typename V::F scale, typename V::F (&total)[R]) {
     const auto codes = V::template codes<C, First, Last>(w, block);
     const auto add = [&](int i, const int8_t* q, const float* scales) {
         const typename V::F dot = V::dot(codes, q + i * kBlock + 16 * First);
@@ -157,6 +163,39 @@ inline void add_block(const TileView& w, const uint8_t* block, const Planes& x, 
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
         if (scales[i] > 0) add(i, x.q + x.plane * kBlock, scales);
+}
+
+// The same where 16 registers hold the sums of rows, and codes pass by a chunk at a time: N rows from
+// `first` on, of one plane, and all parts of the tile.
+template <class V, Codes C, int First, int Last, int N, int R>
+SHALLOW_INLINE void add_rows(const TileView& w, const uint8_t* block, const int8_t* q,
+                             const float* scales, const typename V::F (&scale)[kParts<V>],
+                             typename V::F (&total)[kParts<V>][R], int first) {
+    constexpr int P = N * kParts<V> <= V::sums ? kParts<V> : 1;
+#pragma GCC unroll 2
+    for (int p = 0; p < kParts<V>; p += P) {
+        typename V::F dots[P][N];
+        V::template dots<C, First, Last>(w, block + p * V::lanes * 4,
+                                         q + first * kBlock + 16 * First, dots);
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i)
+            for (int part = 0; part < P; ++part) {
+                const typename V::F step = V::mul(scale[p + part], V::set(scales[first + i]));
+                typename V::F& sum = total[p + part][first + i];
+                sum = V::fma(dots[part][i], step, sum);
+            }
+    }
+}
+
+template <class V, Codes C, int R, int First, int Last>
+SHALLOW_INLINE void add_to_sums(const TileView& w, const uint8_t* block, const Planes& x,
+                                const typename V::F (&scale)[kParts<V>],
+                                typename V::F (&total)[kParts<V>][R]) {
+    add_rows<V, C, First, Last, R>(w, block, x.q, x.scales, scale, total, 0);
+    const int8_t* const q = x.q + x.plane * kBlock;
+    const float* const scales = x.scales + x.plane;
+    for (int i = 0; i < R; ++i)
+        if (scales[i] > 0) add_rows<V, C, First, Last, 1>(w, block, q, scales, scale, total, i);
 }
 
 // The products of one tile with R rows of x, block by block. Split: group 16, two groups a block.
@@ -182,17 +221,25 @@ struct TileSums {
     SHALLOW_INLINE void add(const TileView& w, const Planes& x) {
         const uint8_t* const block = stream.block();
         if constexpr (C != Codes::unpacked)
-            for (int line = 0; line < w.block_bytes; line += 64)
-                __builtin_prefetch(block + stream.ahead + line, 0, 2);
-        for (int p = 0; p < kParts<V>; ++p) {
-            const uint8_t* const rows = block + p * V::lanes * 4;
-            if constexpr (Split) {
-                add_block<V, C, R, 0, 1>(w, rows, x, scale[0][p], total[p]);
-                add_block<V, C, R, 1, 2>(w, rows, x, scale[1][p], total[p]);
-            } else {
-                add_block<V, C, R, 0, 2>(w, rows, x, scale[0][p], total[p]);
-            }
+#pragma GCC unroll 8
+            for (int line = 0; line < kBlockBytes<C>; line += 64)
+                __builtin_prefetch(block + stream.ahead + line, 0, 3);
+        if constexpr (Split) {
+            add_half<0, 1>(w, block, x, scale[0]);
+            add_half<1, 2>(w, block, x, scale[1]);
+        } else {
+            add_half<0, 2>(w, block, x, scale[0]);
         }
+    }
+    template <int First, int Last>
+    SHALLOW_INLINE void add_half(const TileView& w, const uint8_t* block, const Planes& x,
+                                 const F (&steps)[kParts<V>]) {
+        if constexpr (V::keeps_codes)
+            for (int p = 0; p < kParts<V>; ++p)
+                add_to_codes<V, C, R, First, Last>(w, block + p * V::lanes * 4, x, steps[p],
+                                                   total[p]);
+        else
+            add_to_sums<V, C, R, First, Last>(w, block, x, steps, total);
     }
 };
 

@@ -4,15 +4,32 @@ namespace shallow {
 namespace {
 
 struct AvxVnni : Avx2 {
-    template <Codes C, int Halves>
-    static F dot(const Chunks<C, Halves>& codes, const int8_t* q) {
-        __m256i even = _mm256_setzero_si256(), odd = even;
+    template <Codes C, int First, int Last, int P, int R>
+    SHALLOW_INLINE static void dots(const TileView& w, const uint8_t* block, const int8_t* q,
+                                    F (&out)[P][R]) {
+        __m256i sums[P][R] = {};
+        load_anew(block, q);
 #pragma GCC unroll 4
-        for (int j = 0; j < 4 * Halves; j += 2) {
-            even = _mm256_dpbusd_avx_epi32(even, codes.chunk[j], word(q + 4 * j));
-            odd = _mm256_dpbusd_avx_epi32(odd, codes.chunk[j + 1], word(q + 4 * j + 4));
-        }
-        return _mm256_cvtepi32_ps(_mm256_add_epi32(even, odd));
+        for (int j = 0; j < 4; ++j)
+#pragma GCC unroll 2
+            for (int half = First; half < Last; ++half) {
+                __m256i code[P];
+                for (int p = 0; p < P; ++p) {
+                    code[p] = codes<C>(block, half, j, p);
+                    if constexpr (C == Codes::nibble_table)
+                        code[p] = _mm256_shuffle_epi8(table(w), code[p]);
+                }
+#pragma GCC unroll 8
+                for (int i = 0; i < R; ++i) {
+                    const __m256i x = word(q + i * kBlock + 16 * (half - First) + 4 * j);
+                    for (int p = 0; p < P; ++p) {
+                        sums[p][i] = _mm256_dpbusd_avx_epi32(sums[p][i], code[p], x);
+                        in_this_order(sums[p][i]);
+                    }
+                }
+            }
+        for (int i = 0; i < R; ++i)
+            for (int p = 0; p < P; ++p) out[p][i] = _mm256_cvtepi32_ps(sums[p][i]);
     }
 };
 

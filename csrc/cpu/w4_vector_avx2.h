@@ -12,8 +12,9 @@ namespace {
 
 struct Avx2 {
     using F = __m256;
-    static constexpr int lanes = 8, max_rows = 4;
-    static constexpr bool unpacks = false;
+    static constexpr int lanes = 8, max_rows = 8;
+    static constexpr int sums = 8;  // of 16 registers, while codes pass by
+    static constexpr bool unpacks = false, keeps_codes = false;
 
     static F set(float v) { return _mm256_set1_ps(v); }
     static F add(F a, F b) { return _mm256_add_ps(a, b); }
@@ -80,55 +81,76 @@ struct Avx2 {
         odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-65536)));
     }
 
-    // Chunks of code bytes, four a half-block.
-    template <Codes C, int Halves>
-    struct Chunks {
-        __m256i chunk[4 * Halves];
-    };
+    // 8 rows x 4 columns of codes: chunk j of a half-block, part p of the tile.
+    template <Codes C>
+    static __m256i codes(const uint8_t* block, int half, int j, int p) {
+        if constexpr (C == Codes::byte || C == Codes::unpacked)
+            return load_32_bytes(block + 64 * (4 * half + j) + 32 * p);
+        const __m256i both = load_32_bytes(block + 64 * j + 32 * p);
+        return nibble(half ? _mm256_srli_epi16(both, 4) : both);
+    }
+    static __m256i nibble(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
 
-    template <Codes C, int First, int Last>
-    static Chunks<C, Last - First> codes(const TileView& w, const uint8_t* block) {
-        Chunks<C, Last - First> out;
-        for (int half = First; half < Last; ++half)
-            for (int j = 0; j < 4; ++j) {
-                __m256i& chunk = out.chunk[4 * (half - First) + j];
-                if constexpr (C == Codes::byte) {
-                    chunk = load_32_bytes(block + 64 * (4 * half + j));
-                    continue;
-                }
-                chunk = load_32_bytes(block + 64 * j);
-                if (half) chunk = _mm256_srli_epi16(chunk, 4);
-                chunk = _mm256_and_si256(chunk, _mm256_set1_epi8(15));
-                if constexpr (C == Codes::nibble_table) {
-                    const __m256i table = _mm256_broadcastsi128_si256(load_16_bytes(w.values8));
-                    chunk = _mm256_shuffle_epi8(table, chunk);
-                }
-            }
-        return out;
+    // For the compiler, which otherwise keeps what two calls load alike, and sums as a tree: more than
+    // 16 registers hold, and a block takes a third longer (benchmarks/results/decoder.md).
+    static void load_anew(const uint8_t*& block, const int8_t*& q) {
+        asm("" : "+r"(block), "+r"(q));
+    }
+    static void in_this_order(__m256i& sum) { asm("" : "+x"(sum)); }
+
+    // Four bits of each code's value: nibbles have no other; of bytes and a codebook's the low or the
+    // high ones.
+    template <Codes C>
+    static __m256i factors(const TileView& w, __m256i code, bool high) {
+        if constexpr (C == Codes::nibble) return code;
+        const auto some = [&](__m256i v) { return nibble(high ? _mm256_srli_epi16(v, 4) : v); };
+        if constexpr (C == Codes::nibble_table)
+            return _mm256_shuffle_epi8(some(table(w)), code);
+        else
+            return some(code);
+    }
+    static __m256i table(const TileView& w) {
+        return _mm256_broadcastsi128_si256(load_16_bytes(w.values8));
     }
 
+    // The dot products of half-blocks First..Last-1 with R rows of x, P vectors of the tile's rows.
     // Pairs of products are summed in 16 bits: 8 chunks of nibbles reach 8 * 2 * 15 * 127 = 30480.
-    // Bytes are split into their nibbles to keep that bound.
-    template <Codes C, int Halves>
-    static F dot(const Chunks<C, Halves>& codes, const int8_t* q) {
-        const __m256i nibble = _mm256_set1_epi8(15);
-        __m256i low = _mm256_setzero_si256(), high = low;
+    template <Codes C, int First, int Last, int P, int R>
+    SHALLOW_INLINE static void dots(const TileView& w, const uint8_t* block, const int8_t* q,
+                                    F (&out)[P][R]) {
+        load_anew(block, q);
+        __m256i sums[P][R];
+#pragma GCC unroll 2
+        for (int high = 0; high < (C == Codes::nibble ? 1 : 2); ++high) {
+            __m256i pairs[P][R];
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j)
+#pragma GCC unroll 2
+                for (int half = First; half < Last; ++half) {
+                    __m256i code[P];
+                    for (int p = 0; p < P; ++p)
+                        code[p] = factors<C>(w, codes<C>(block, half, j, p), high);
 #pragma GCC unroll 8
-        for (int j = 0; j < 4 * Halves; ++j) {
-            const __m256i x = word(q + 4 * j), code = codes.chunk[j];
-            if constexpr (C == Codes::nibble) {
-                low = _mm256_add_epi16(low, _mm256_maddubs_epi16(code, x));
-            } else {
-                const __m256i above = _mm256_and_si256(_mm256_srli_epi16(code, 4), nibble);
-                const __m256i below = _mm256_and_si256(code, nibble);
-                low = _mm256_add_epi16(low, _mm256_maddubs_epi16(below, x));
-                high = _mm256_add_epi16(high, _mm256_maddubs_epi16(above, x));
-            }
+                    for (int i = 0; i < R; ++i) {
+                        const __m256i x = word(q + i * kBlock + 16 * (half - First) + 4 * j);
+                        for (int p = 0; p < P; ++p) {
+                            const __m256i more = _mm256_maddubs_epi16(code[p], x);
+                            const bool first = j == 0 && half == First;
+                            pairs[p][i] = first ? more : _mm256_add_epi16(pairs[p][i], more);
+                            in_this_order(pairs[p][i]);
+                        }
+                    }
+                }
+#pragma GCC unroll 8
+            for (int i = 0; i < R; ++i)
+                for (int p = 0; p < P; ++p) {
+                    const __m256i ones = _mm256_set1_epi16(high ? 16 : 1);
+                    const __m256i sum = _mm256_madd_epi16(pairs[p][i], ones);
+                    sums[p][i] = high ? _mm256_add_epi32(sums[p][i], sum) : sum;
+                }
         }
-        __m256i sum = _mm256_madd_epi16(low, _mm256_set1_epi16(1));
-        if constexpr (C != Codes::nibble)
-            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
-        return _mm256_cvtepi32_ps(sum);
+        for (int i = 0; i < R; ++i)
+            for (int p = 0; p < P; ++p) out[p][i] = _mm256_cvtepi32_ps(sums[p][i]);
     }
     static __m256i word(const int8_t* p) {
         int bits;
