@@ -19,8 +19,9 @@ from torch.nn.functional import linear
 from triton.runtime.errors import OutOfResources
 
 from engine.kernels.w4 import launch
+from engine.kernels.w4.dequantize import Format
 from engine.kernels.w4.format import unpack
-from engine.kernels.w4.fused import limits, matmul
+from engine.kernels.w4.fused import format_of, limits, matmul
 from engine.kernels.w4.launch import DENSE, Launch
 from engine.kernels.w4.layout_gpu import to_gpu
 
@@ -52,12 +53,16 @@ print(time.perf_counter() - start)
 """
 
 
-def candidates(m: int, n: int, k: int, bits: int, device: torch.device) -> list[Launch]:
+def candidates(m: int, n: int, k: int, kind: Format, device: torch.device) -> list[Launch]:
     """What the table says, first, and what it might say instead."""
-    found = [launch.choose(m, n, k, bits, *limits(device))]
+    found, bits = [launch.choose(m, n, k, kind, *limits(device))], kind.bits
     for _, sizes in launch.TABLE:
         if sizes.kernel == "gemv" and m <= sizes.BLOCK_M:
-            found += [replace(sizes, num_stages=stages) for stages in (3, 4, 6)]
+            found += [
+                replace(found[0], num_stages=stages, TILES=tiles)
+                for stages in (3, 4)
+                for tiles in {1, found[0].TILES, 2 * found[0].TILES}
+            ]
         elif sizes.kernel == "gemm" and (sizes.BLOCK_M <= 2 * m or sizes.BLOCK_M == 32):
             most = min(k * bits // 512 // launch.SPLIT_CHUNKS, k * bits // (64 * m))
             found += [replace(sizes, SPLITS=n) for n in (1, 2, 4, 8) if n <= max(most, 1)]
@@ -76,7 +81,7 @@ def measure(name: str, label: str, m: int) -> list[dict]:
     times = math.ceil(16 / len(weights))
     dense_us = time_us([partial(linear, x, w) for w in dense_cycle * times])[0]
     records = []
-    for sizes in candidates(m, n, k, spec.bits, x.device):
+    for sizes in candidates(m, n, k, format_of(weights[0], k, 1), x.device):
         try:
             y = matmul(x, weights[0], out_dtype=torch.float32, sizes=sizes)
         except OutOfResources as error:  # of a table made for a larger GPU

@@ -37,6 +37,7 @@ GPUS = {
     "RTX 4090": Gpu(1008, 4000, 24),
 }
 EFFICIENCY = 0.80  # assumed: of the read bandwidth within a kernel (Machete's GEMV: 78-80 %)
+CORES = 132  # that launches are made for: an H100's
 BOUNDARY_US = 1.3  # assumed: from kernel to kernel within a graph (measured by others on an H100)
 CONTEXTS, BATCHES = (128, 2048, 8192), (1, 8)
 
@@ -57,28 +58,29 @@ MODELS = {
 }
 
 
-def matrix(n: int, k: int) -> GpuMatrix:
-    """Symmetric, groups of 128, without memory."""
+def matrix(n: int, k: int, spec: Spec) -> GpuMatrix:
+    """Without memory."""
     tensors = {
         name: torch.empty(shape, dtype=dtype, device=META)
-        for name, (shape, dtype) in expected_tensors(G128, (n, k)).items()
+        for name, (shape, dtype) in expected_tensors(spec, (n, k)).items()
     }
-    return GpuMatrix(G128, (n, k), **tensors)
+    return GpuMatrix(spec, (n, k), **tensors)
 
 
-def projection(*shapes: tuple[int, ...]) -> Projection:
-    return Projection(tuple(Part(matrix(n, k)) for n, k in shapes), "triton")
+def projection(*shapes: tuple[int, ...], spec: Spec) -> Projection:
+    return Projection(tuple(Part(matrix(n, k, spec)) for n, k in shapes), "triton")
 
 
-def layer(config: ModelConfig, stacked: bool = True) -> Layer:
+def layer(config: ModelConfig, stacked: bool, spec: Spec) -> Layer:
     """`stacked`: q, k and v are one matrix, gate and up another."""
     shapes = {role: role_shape(config, role) for role in ("q", "k", "v", "o", "gate", "up", "down")}
     projections = {}
     for name, roles in JOINED.items():
         rows = sum(shapes[role][0] for role in roles)
         whole: list[tuple[int, ...]] = [(rows, config.hidden_size)]
-        projections[name] = projection(*(whole if stacked else [shapes[role] for role in roles]))
-    projections |= {role: projection(shapes[role]) for role in ("o", "down")}
+        parts = whole if stacked else [shapes[role] for role in roles]
+        projections[name] = projection(*parts, spec=spec)
+    projections |= {role: projection(shapes[role], spec=spec) for role in ("o", "down")}
     roles = ("attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm")
     return Layer(
         projections, {role: torch.empty(config.hidden_size, device=META) for role in roles}
@@ -90,16 +92,17 @@ def step(
     batch: int = 1,
     slots: Sequence[int] | None = None,
     stacked: bool = True,
+    spec: Spec = G128,
 ) -> StepList:
     """The list of a model of these shapes, its head in 4 bits, its embedding in float16."""
     shape = config.vocab_size, config.hidden_size
     norm = {"norm": torch.empty(config.hidden_size, device=META)}
     embedding = torch.empty(shape, dtype=torch.float16, device=META)
-    outer = Outer({"head": projection(shape)}, norm, embedding)
-    layers = [layer(config, stacked)] * len(config.layers)
-    buffers = Buffers(config, batch, META, torch.float16, splits=8)
+    outer = Outer({"head": projection(shape, spec=spec)}, norm, embedding)
+    layers = [layer(config, stacked, spec)] * len(config.layers)
+    buffers = Buffers(config, batch, META, torch.bfloat16, CORES)
     pages = (1, len(layers), 2, config.kv_heads, PAGE, config.head_dim)
-    store = torch.empty(pages, dtype=torch.float16, device=META)
+    store = torch.empty(pages, dtype=torch.bfloat16, device=META)
     angles = [torch.empty(config.max_context, config.head_dim, device=META)]
     slots = range(len(layers)) if slots is None else slots
     return StepList(config, outer, layers, slots, buffers, store, angles)
@@ -110,7 +113,7 @@ def step_us(launches: StepList, gpu: Gpu, context: int) -> float:
     total = 0.0
     for each in launches.launches:
         moved = each.reads(context) - each.x + each.y
-        slower = max(moved / gpu.read_gb_s, (moved + each.x) / gpu.l2_gb_s)
+        slower = max(moved / gpu.read_gb_s, (moved + each.x + each.parts) / gpu.l2_gb_s)
         total += slower / EFFICIENCY / 1e3 + BOUNDARY_US
     return total
 

@@ -1,27 +1,34 @@
 // Runs CUDA kernels on a CPU, for tests: kernel.h includes this where the compiler is not nvcc.
 //
 // The threads of a block are fibers of one CPU thread. A fiber runs until it waits: at a barrier,
-// for the other lanes of a shuffle, or of an mma. Blocks run one after another. What a GPU leaves
-// undefined ends the process with a message that names the thread and the line:
+// for the other lanes of a shuffle, or of an mma. Blocks run one after another, in another order at
+// every launch. What a GPU leaves undefined ends the process with a message that names the thread and
+// the line:
 //   a barrier, shuffle or mma that some thread of the block or lane of the mask never reaches
 //   a shuffle from a lane outside the mask
 //   a read of shared memory that no thread of this block wrote, an index outside it, and two
 //   threads that touch one element, one of them writing, with no barrier between them
 //   a 16-byte load off its alignment
+//   threads or shared memory beyond what the smallest GPU allows that kernels are made for
+//   shared memory touched before a copy to it is waited for (emulate_shared.h)
+//   a touch of what the kernel before writes without a wait for it, or no wait (emulate_overlap.h)
 // AddressSanitizer, where on, sees accesses outside the memory that a kernel was given.
 #pragma once
 
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
+#include <random>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -54,12 +61,21 @@ struct Gate {
     unsigned long round = 0;
 };
 
+// To shared memory, not yet waited for; groups are counted from 0.
+struct Copy {
+    unsigned long group;
+    std::function<void()> finish;
+};
+
 struct Fiber {
     ucontext_t context;
     void* fake_stack = nullptr;  // AddressSanitizer's, while the fiber is switched out
     uint3 index;
     int number;
     bool finished = false;
+    bool waited = false;  // for the kernel before
+    unsigned long copy_groups = 0;
+    std::deque<Copy> copies;
     const Gate* waits_at = nullptr;
     unsigned long round = 0;
     bool runnable() const { return !finished && (!waits_at || waits_at->round != round); }
@@ -77,7 +93,9 @@ struct Warp {
 
 struct Block {
     dim3 grid, size;
-    std::size_t shared_bytes = 0;
+    std::size_t shared_bytes = 0;  // dynamic
+    std::size_t static_bytes = 0;  // of shared memory that this block has touched
+    bool overlap = false;
     uint3 index{};
     unsigned long serial = 0;  // of this block among all, for shared memory to know it is new
     Gate barrier;
@@ -96,6 +114,12 @@ inline Block block;
 
 inline Fiber& self() { return *block.current; }
 inline int lane() { return self().number % kLanes; }
+
+// Of compute capability 8.6, 8.9 and 12.0.
+constexpr std::size_t kMaxThreads = 1024;          // of a block
+constexpr std::size_t kMaxSharedBytes = 99 << 10;  // of a block, opted in
+constexpr std::size_t kMaxStaticBytes = 48 << 10;  // of it, without its size at the launch
+constexpr unsigned kMaxGridYZ = 65535;
 
 [[noreturn]] inline void fail(const char* format, ...) {
     std::fprintf(stderr, "emulate: block (%u, %u, %u)", block.index.x, block.index.y,
@@ -144,8 +168,11 @@ inline void fiber_main() {
     switch_to_scheduler(self());
 }
 
+void protect_outputs(bool on);  // emulate_overlap.h
+
 inline void switch_to(Fiber& fiber) {
     block.current = &fiber;
+    protect_outputs(block.overlap && !fiber.waited);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(&block.scheduler_fake_stack, stack_of(fiber.number),
                                    kStackBytes);
@@ -154,6 +181,9 @@ inline void switch_to(Fiber& fiber) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(block.scheduler_fake_stack, nullptr, nullptr);
 #endif
+    protect_outputs(false);
+    if (fiber.finished && block.overlap && !fiber.waited)
+        fail("returns, and has not waited for the kernel before");
     block.current = nullptr;
 }
 
@@ -258,6 +288,7 @@ inline void run_block(uint3 index) {
     block.index = index;
     ++block.serial;
     block.arrived = 0;
+    block.static_bytes = 0;
     const int threads = block.size.x * block.size.y * block.size.z;
     block.fibers = std::vector<Fiber>(threads);
     block.warps = std::vector<Warp>((threads + kLanes - 1) / kLanes);
@@ -286,8 +317,20 @@ inline void run_block(uint3 index) {
     }
 }
 
+// The blocks of a grid in an order that no kernel may rely on; it is another at every launch.
+inline std::vector<uint3> shuffled_blocks(dim3 grid) {
+    static std::mt19937 random(2026);
+    std::vector<uint3> blocks;
+    for (unsigned z = 0; z < grid.z; ++z)
+        for (unsigned y = 0; y < grid.y; ++y)
+            for (unsigned x = 0; x < grid.x; ++x) blocks.push_back({x, y, z});
+    std::shuffle(blocks.begin(), blocks.end(), random);
+    return blocks;
+}
+
 }  // namespace emulate
 
+#include "cuda/emulate_overlap.h"
 #include "cuda/emulate_shared.h"
 
 // ---- CUDA's names ----
@@ -376,6 +419,16 @@ inline uint4 load_stream(const void* address) {
     return *static_cast<const uint4*>(address);
 }
 
+template <typename Array>
+void copy_async(Array&& to, int i, const void* from) {
+    to[i].copy(load_stream(from));
+}
+inline void commit_copies() { ++emulate::self().copy_groups; }
+template <int LEFT>
+void wait_copies() {
+    emulate::wait_copies(LEFT);
+}
+
 inline float half_of(__half, std::uint32_t bits) {
     return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
@@ -397,7 +450,7 @@ void mma(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]
     }
 }
 
-inline void wait_for_previous_kernel() {}
+inline void wait_for_previous_kernel() { emulate::wait_for_previous_kernel(); }
 inline void allow_next_kernel() {}
 
 inline void prepare(const void*, std::size_t) {}  // nothing to load
@@ -407,14 +460,22 @@ void launch(const Launch& where, void (*kernel)(Parameters...), Parameters... ar
     if (where.shared_bytes > where.max_shared_bytes)
         emulate::fail("launch: %zu bytes of shared memory, more than the %zu announced",
                       where.shared_bytes, where.max_shared_bytes);
+    const std::size_t threads = std::size_t{where.block.x} * where.block.y * where.block.z;
+    if (threads == 0 || threads > emulate::kMaxThreads)
+        emulate::fail("launch: %zu threads, a block has 1 to %zu", threads, emulate::kMaxThreads);
+    if (where.max_shared_bytes > emulate::kMaxSharedBytes)
+        emulate::fail("launch: %zu bytes of shared memory, a block has %zu at most",
+                      where.max_shared_bytes, emulate::kMaxSharedBytes);
+    if (std::max(where.grid.y, where.grid.z) > emulate::kMaxGridYZ)
+        emulate::fail("launch: a grid of (%u, %u, %u) blocks", where.grid.x, where.grid.y,
+                      where.grid.z);
     const std::function<void()> body = [&] { kernel(arguments...); };
     emulate::block.kernel = &body;
     emulate::block.grid = where.grid;
     emulate::block.size = where.block;
     emulate::block.shared_bytes = where.shared_bytes;
-    for (unsigned z = 0; z < where.grid.z; ++z)
-        for (unsigned y = 0; y < where.grid.y; ++y)
-            for (unsigned x = 0; x < where.grid.x; ++x) emulate::run_block({x, y, z});
+    emulate::block.overlap = where.overlap;
+    for (const uint3 index : emulate::shuffled_blocks(where.grid)) emulate::run_block(index);
 }
 
 }  // namespace shallow

@@ -1,6 +1,6 @@
 // Shared memory of kernels that run on a CPU; a part of emulate.h. Every access is checked: the
 // element exists, a thread of this block wrote it, and a barrier lies between two threads' accesses
-// of which one writes.
+// of which one writes. What is copied to it asynchronously is there when its thread has waited.
 #pragma once
 
 #include "cuda/emulate.h"
@@ -10,6 +10,7 @@ namespace emulate {
 struct Shadow {
     static constexpr int kNone = -1, kSeveral = -2;
     int writer = kNone, reader = kNone;
+    bool copied = false;                            // to: not yet waited for
     unsigned long write_round = 0, read_round = 0;  // of the block's barrier
 };
 
@@ -21,6 +22,8 @@ public:
         Shadow& shadow = shadow_of(i);
         const unsigned long round = block.barrier.round;
         const int number = self().number;
+        if (shadow.copied)
+            fail("shared memory: element %d is read before the copy to it is waited for", i);
         if (shadow.writer == Shadow::kNone)
             fail("shared memory: element %d is read and was never written", i);
         if (shadow.writer != number && shadow.write_round == round)
@@ -38,6 +41,8 @@ public:
         Shadow& shadow = shadow_of(i);
         const unsigned long round = block.barrier.round;
         const int number = self().number;
+        if (shadow.copied)
+            fail("shared memory: element %d is written before the copy to it is waited for", i);
         const auto races = [&](int other, unsigned long since) {
             return other != Shadow::kNone && other != number && since == round;
         };
@@ -51,9 +56,27 @@ public:
         values_[i] = value;
     }
 
-    void start_block(std::size_t size) {
+    // Ends when this thread waits for it: until then nobody may touch the element.
+    void copy(int i, const T& value) {
+        write(i, value);
+        shadow_of(i).copied = true;
+        self().copies.push_back({self().copy_groups, [this, i] {
+                                     Shadow& shadow = shadow_of(i);
+                                     shadow.copied = false;
+                                     shadow.write_round = block.barrier.round;
+                                 }});
+    }
+
+    // Of `static_bytes` bytes that the launch does not know of.
+    void start_block(std::size_t size, std::size_t static_bytes) {
         if (serial_ == block.serial) return;
         serial_ = block.serial;
+        block.static_bytes += static_bytes;
+        const std::size_t whole = block.static_bytes + block.shared_bytes;
+        if (block.static_bytes > kMaxStaticBytes || whole > kMaxSharedBytes)
+            fail(
+                "shared memory: %zu bytes, %zu of them static; a block has %zu, %zu static at most",
+                whole, block.static_bytes, kMaxSharedBytes, kMaxStaticBytes);
         values_.assign(size, T{});
         shadows_.assign(size, Shadow{});
     }
@@ -80,6 +103,7 @@ public:
         return *this;
     }
     SharedElement& operator=(const SharedElement& other) { return *this = static_cast<T>(other); }
+    void copy(const T& value) { memory_.copy(i_, value); }
     SharedElement& operator+=(T value) { return *this = static_cast<T>(*this) + value; }
 
 private:
@@ -91,7 +115,7 @@ template <typename T, int N>
 class Shared {
 public:
     SharedElement<T> operator[](int i) {
-        memory_.start_block(N);
+        memory_.start_block(N, N * sizeof(T));
         return {memory_, i};
     }
 
@@ -114,8 +138,18 @@ private:
 template <typename T>
 SharedArray<T> dynamic_shared() {
     static SharedMemory<T> memory;
-    memory.start_block(block.shared_bytes / sizeof(T));
+    memory.start_block(block.shared_bytes / sizeof(T), 0);
     return {memory, 0};
+}
+
+// Waits for this thread's copies but those of its last `left` groups.
+inline void wait_copies(unsigned long left) {
+    Fiber& fiber = self();
+    const unsigned long done = fiber.copy_groups < left ? 0 : fiber.copy_groups - left;
+    while (!fiber.copies.empty() && fiber.copies.front().group < done) {
+        fiber.copies.front().finish();
+        fiber.copies.pop_front();
+    }
 }
 
 }  // namespace emulate

@@ -1,7 +1,7 @@
 // All that kernels use of the machine beyond plain CUDA C++. nvcc compiles them for a GPU; the C++
 // compiler compiles the same .cu files for a CPU, where emulate.h provides what is in here.
-// defines: shallow::Shared, SharedArray, dynamic_shared, and_or, load_stream, mma,
-//          wait_for_previous_kernel, allow_next_kernel, Launch, prepare, launch
+// defines: shallow::Shared, SharedArray, dynamic_shared, and_or, load_stream, copy_async,
+//          commit_copies, wait_copies, mma, wait_for_previous_kernel, allow_next_kernel, Launch, prepare, launch
 #pragma once
 
 #include <cuda_bf16.h>
@@ -67,6 +67,26 @@ __device__ inline uint4 load_stream(const void* address) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(address), "l"(policy));
     return v;
+}
+
+// Copies 16 bytes from global memory to element i, a uint4, of an array in shared memory; they are
+// there when this thread has waited, and for others after a barrier too.
+template <typename Array>
+__device__ void copy_async(Array&& to, int i, const void* from) {
+    uint4* element = &to[i];
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                 :
+                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(element))), "l"(from)
+                 : "memory");
+}
+
+// Makes one group of the copies since the last.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for all groups but the last LEFT.
+template <int LEFT>
+__device__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
 // c (16 x 8, float) += a (16 x 16) * b (16 x 8), a and b of T, by the lanes of a warp. Lane 4 g + t

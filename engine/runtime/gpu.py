@@ -15,7 +15,7 @@ from engine.runtime import Times
 from engine.runtime.angles import DeviceAngles
 from engine.runtime.gpu_cache import Arena, GpuCache
 from engine.runtime.gpu_layers import ManyTokens
-from engine.runtime.gpu_step import BUCKETS, Buffers, Clock, StepList, split_count
+from engine.runtime.gpu_step import BUCKETS, Buffers, Clock, StepList
 from engine.runtime.gpu_weights import Layer, Outer, Part, Placement, check_memory
 from engine.sample import NOT_FINITE
 
@@ -199,8 +199,8 @@ class GpuRuntime:
 
     def _build(self, bucket: int, slots: tuple[int, ...]) -> StepList:
         if bucket not in self._buffers:
-            splits = split_count(bucket, self.config.kv_heads, fused.limits(self.device)[0])
-            self._buffers[bucket] = Buffers(self.config, bucket, self.device, self.dtype, splits)
+            cores = fused.limits(self.device)[0]
+            self._buffers[bucket] = Buffers(self.config, bucket, self.device, self.dtype, cores)
             self._tabled = None
         return StepList(
             self.config, self.outer, self.layers, slots, self._buffers[bucket], self.arena.store,

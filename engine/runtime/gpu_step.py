@@ -7,13 +7,14 @@ graph on a GPU, by calls where kernels are interpreted.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import triton
 from triton import knobs
+from triton.runtime.jit import KernelInterface
 
 from engine.architecture.config import LayerConfig, ModelConfig
 from engine.kernels.layer import attention, stream
@@ -32,18 +33,20 @@ class Launch:
     """One kernel with all its arguments, and the bytes that it moves."""
 
     name: str
-    run: Callable[..., None]
-    grid: tuple[int, ...]  # that `run` is bound to
+    kernel: Any  # Triton's, or a function
+    grid: tuple[int, ...]  # of programs, or blocks
     arguments: tuple[Any, ...]
     options: dict[str, Any] = field(repr=False)
     weights: int = 0  # bytes read of matrices and vectors
     x: int = 0  # bytes of activations that all programs read
+    parts: int = 0  # bytes of sums in parts, written and read again
     y: int = 0  # bytes written
     kv: int = 0  # bytes of keys and values read for every position of the context
     window: int | None = None  # positions read at most
 
     def __call__(self) -> None:
-        self.run(*self.arguments, **self.options)
+        run = self.kernel[self.grid] if isinstance(self.kernel, KernelInterface) else self.kernel
+        run(*self.arguments, **self.options)
 
     def reads(self, context: int) -> int:
         """Bytes at so many positions."""
@@ -55,15 +58,17 @@ class Buffers:
     """What the lists of a bucket read and write, B sequences."""
 
     def __init__(
-        self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype, splits: int
+        self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype, cores: int
     ) -> None:
+        """`cores`: multiprocessors, that the launches are to keep busy."""
         queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
         width = -(-config.max_context // PAGE)
 
         def zeros(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
             return torch.zeros(shape, dtype=kind, device=device)
 
-        self.batch, self.splits = batch, splits
+        self.batch, self.cores = batch, cores
+        self.splits = splits = split_count(batch, config.kv_heads, cores)
         self.inputs = zeros(2 + len(config.layers), batch, kind=torch.int32)
         self.tokens, self.positions, self.live = self.inputs[0], self.inputs[1], self.inputs[2:]
         self.table = zeros(batch, width, kind=torch.int32)
@@ -79,6 +84,18 @@ class Buffers:
         parts = batch * config.kv_heads * splits * rows * (columns + 2) if splits > 1 else 0
         self.parts = zeros(parts, kind=torch.float32)
         self.counters = zeros(batch * config.kv_heads, kind=torch.int32)
+        # What norms need of each stream, in as many parts as its writer had: (parts, 2, B).
+        ranges = triton.cdiv(config.hidden_size, 16)
+        self.sums = [zeros(ranges, 2, batch, kind=torch.float32) for _ in self.streams]
+        self.scratch = zeros(0, kind=torch.float32)
+        self.arrivals = zeros(0, kind=torch.int32)
+
+    def reserve(self, values: int, arrivals: int) -> None:
+        """Room in `scratch` and zeros in `arrivals`; launches keep what they were made with."""
+        if values > len(self.scratch):
+            self.scratch = self.scratch.new_empty(values)
+        if arrivals > len(self.arrivals):
+            self.arrivals = self.arrivals.new_zeros(arrivals)
 
 
 def blocks(config: ModelConfig) -> tuple[int, int]:
@@ -107,6 +124,7 @@ class StepList:
         self.launches: list[Launch] = []
         self._stream, self._other = buffers.streams
         self._post: torch.Tensor | None = None  # weights of the norm that `delta` waits for
+        self._known = [0, 0]  # parts that the sums over a stream are there in, 0 where they are not
         self._ropes = list(dict.fromkeys(e.rope for e in config.layers if e.rope is not None))
         self._angles = angles
         self._embed(outer)
@@ -117,7 +135,7 @@ class StepList:
             replace(self._normed(outer, "norm"), cap=config.logit_softcap or 0.0),
         )  # fmt: skip
         grid = (buffers.batch,)
-        self._add("choice", stream.choose_kernel[grid], grid, (buffers.logits, buffers.ids,
+        self._add("choice", stream.choose_kernel, grid, (buffers.logits, buffers.ids,
                   config.vocab_size), {"BLOCK_V": BLOCK_V, "num_warps": 16},
                   x=buffers.logits.nbytes, y=buffers.ids.nbytes)  # fmt: skip
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -151,35 +169,39 @@ class StepList:
     def _add(
         self,
         name: str,
-        run: Callable[..., None],
+        kernel: Any,
         grid: tuple[int, ...],
         arguments: tuple[Any, ...],
         options: dict[str, Any],
         **moved: Any,
     ) -> None:
-        self.launches.append(Launch(name, run, grid, arguments, options, **moved))
+        self.launches.append(Launch(name, kernel, grid, arguments, options, **moved))
 
     def _embed(self, outer: Outer) -> None:
         batch, d, factor = self.buffers.batch, self.config.hidden_size, self.config.embedding_scale
         tokens, x, matrix = self.buffers.tokens, self._stream, outer.embedding
-        moved = {"y": x.nbytes}
+        sums, moved = self.buffers.sums[0], {"y": x.nbytes}
         if isinstance(matrix, torch.Tensor):
             grid = (batch, triton.cdiv(d, BLOCK_D))
             moved["weights"] = batch * d * matrix.itemsize
             self._add(
-                "embedding", stream.embed_plain_kernel[grid], grid, (tokens, matrix, x, factor, d),
-                {"BLOCK_D": BLOCK_D}, **moved,
+                "embedding", stream.embed_plain_kernel, grid,
+                (tokens, matrix, x, sums, factor, d), {"BLOCK_D": BLOCK_D}, **moved,
             )  # fmt: skip
-            return
-        kind = fused.format_of(matrix, d, 1)
-        grid = (batch, triton.cdiv(d, 16 * kind.chunk))
-        moved["weights"] = batch * matrix.nbytes // matrix.shape[0]
-        self._add(
-            "embedding", stream.embed_kernel[grid], grid,
-            (tokens, *fused.pointers(matrix), matrix.perm, x, factor, d),
-            {"FORMAT": kind, "DTYPE": fused.TRITON_TYPES[self.buffers.qkv.dtype], "num_warps": 2},
-            **moved,
-        )  # fmt: skip
+        else:
+            kind = fused.format_of(matrix, d, 1)
+            grid = (batch, triton.cdiv(d, 16 * kind.chunk))
+            moved["weights"] = batch * matrix.nbytes // matrix.shape[0]
+            self._add(
+                "embedding", stream.embed_kernel, grid,
+                (tokens, *fused.pointers(matrix), matrix.perm, x, sums, factor, d),
+                {
+                    "FORMAT": kind, "DTYPE": fused.TRITON_TYPES[self.buffers.qkv.dtype],
+                    "num_warps": 2,
+                },
+                **moved,
+            )  # fmt: skip
+        self._known[0] = grid[1]
 
     def _layer(self, slot: int, entry: LayerConfig, layer: Layer) -> None:
         config, buffers = self.config, self.buffers
@@ -245,15 +267,18 @@ class StepList:
 
         The first that reads the stream also adds what waits in `delta`.
         """
-        first = 0
+        first, written = 0, self._number(y)
         for part in projection.parts:
-            whole = around
+            whole, read = around, self._number(x)
             if x is self._stream and self._post is not None:
                 whole = replace(
                     around, epsilon=self.config.norm_eps, delta=self.buffers.delta,
                     post=self._post, stream=self._other,
                 )  # fmt: skip
                 self._stream, self._other, self._post = self._other, self._stream, None
+                read = self._number(self._stream)
+                assert read is not None
+                self._known[read] = 0
             outputs = part.matrix.shape[0] // 2 if around.gated else part.matrix.shape[0]
             columns = slice(first, first + outputs)
             beside = {
@@ -262,9 +287,13 @@ class StepList:
                 if (tensor := getattr(whole, name)) is not None
             }
             whole, own = replace(whole, **beside), y[:, columns]
-            self._multiply(name, projection.backend, part, x, own, whole)
+            self._multiply(name, projection.backend, part, x, own, whole, read, written)
             x = self._stream if whole.delta is not None else x
             first += outputs
+
+    def _number(self, x: torch.Tensor) -> int | None:
+        """Which of the two streams it is, None for others."""
+        return next((i for i, each in enumerate(self.buffers.streams) if each is x), None)
 
     def _multiply(
         self,
@@ -274,39 +303,46 @@ class StepList:
         x: torch.Tensor,
         y: torch.Tensor,
         around: Around,
+        read: int | None,
+        written: int | None,
     ) -> None:
-        matrix, dtype = part.matrix, self.buffers.qkv.dtype
-        rows = 8 if around.gated else 16
-        tiles = triton.cdiv(y.shape[1], rows)
-        moved = {
-            "weights": sum(t.nbytes for t in part.tensors),
-            "x": x.nbytes * tiles * (1 if around.delta is None else 2),
-            "y": y.numel() * y.itemsize,
-        }
+        """y = what stands around x @ W; `read` and `written` are the streams that x and y are."""
+        matrix, dtype, buffers = part.matrix, self.buffers.qkv.dtype, self.buffers
+        (n, k), m = matrix.shape, len(x)
+        moved = {"weights": sum(t.nbytes for t in part.tensors), "y": y.numel() * y.itemsize}
         few = backend == "cuda" and len(x) <= cuda.MAX_ROWS
         if few and not isinstance(matrix, torch.Tensor):
+            if written is not None:
+                self._known[written] = 0
+            tiles = triton.cdiv(y.shape[1], 8 if around.gated else 16)
+            moved["x"] = x.nbytes * tiles * _passes(around, known=False)
             call = cuda.describe(x, matrix, y, part.bias, around, dtype)
             self._add(name, cuda.launch, (tiles,), (call, x.device), {}, **moved)
             return
         weights: tuple[torch.Tensor | None, ...] = (None,) * 5
-        perm, bits = None, 16
+        perm = None
         if isinstance(matrix, torch.Tensor):
-            weights = matrix, *weights[1:]
+            weights, kind = (matrix, *weights[1:]), plain_format()
         else:
-            weights, perm, bits = fused.pointers(matrix), matrix.perm, matrix.spec.bits
-        streams = 0 if x.dtype == dtype else 1 if around.delta is None else 2
-        sizes = launch.step(len(x), x.shape[1], bits, streams)
-        grid = (tiles, triton.cdiv(len(x), sizes.BLOCK_M))
+            weights, perm, kind = fused.pointers(matrix), matrix.perm, fused.format_of(matrix, k, 1)
+        sizes = launch.step(m, n, k, kind, buffers.cores, around.gated)
+        grid = sizes.grid(m, n, k, kind, around.gated)
+        values = sizes.part_values(m, grid)
+        buffers.reserve(values, grid[0] * grid[2])
+        parts = self._known[read] if read is not None and around.norm else 0
+        sums = buffers.sums[read] if read is not None and parts else None
+        moved["parts"] = 2 * 4 * values
+        whole = x.nbytes * (_passes(around, known=parts > 0) - 1)  # that every program reads
+        moved["x"] = grid[0] * (x.nbytes * (1 if around.delta is None else 2) + grid[1] * whole)
+        moved["x"] += grid[0] * grid[1] * parts * 2 * m * 4
         self._add(
-            name, gemv.gemv_kernel[grid], grid,
-            (x, *weights, part.bias, y, *x.shape[:1], matrix.shape[0], x.shape[1], x.stride(0),
-             y.stride(0)),
+            name, gemv.gemv_kernel, grid,
+            (x, *weights, part.bias, y, buffers.scratch, buffers.arrivals, m, n, k, x.stride(0),
+             y.stride(0), sizes.TILES),
             {
-                "FORMAT": format_of(part, x.shape[1], sizes.WARPS),
+                "FORMAT": kind,
                 "DTYPE": fused.TRITON_TYPES[dtype],
                 "GATED": around.gated,
-                "BLOCK_M": sizes.BLOCK_M,
-                "WARPS": sizes.WARPS,
                 "perm_ptr": perm,
                 "delta_ptr": around.delta,
                 "post_ptr": around.post,
@@ -316,16 +352,19 @@ class StepList:
                 "gate_ptr": around.gate,
                 "add_ptr": around.add,
                 "live_ptr": around.live,
+                "sums_ptr": sums,
+                "out_sums_ptr": None if written is None else buffers.sums[written],
+                "ranges": parts,
                 "epsilon": around.epsilon,
                 "NORM": around.norm,
                 "ACTIVATION": around.activation,
                 "CAP": around.cap,
-                "num_warps": sizes.WARPS,
-                "num_stages": sizes.num_stages,
-                "maxnreg": sizes.maxnreg,
+                **fused.gemv_options(sizes),
             },
             **moved,
         )  # fmt: skip
+        if written is not None:
+            self._known[written] = grid[0]
 
     def _attend(self, slot: int, entry: LayerConfig, layer: Layer) -> None:
         config, buffers = self.config, self.buffers
@@ -336,7 +375,7 @@ class StepList:
             layer.norms.get(role) for role in ("q_norm", "q_norm.bias", "k_norm", "k_norm.bias")
         ]
         self._add(
-            "attention", attention.attention_kernel[grid], grid,
+            "attention", attention.attention_kernel, grid,
             (
                 buffers.qkv, self.store, buffers.table, buffers.positions, buffers.live[slot],
                 angles, *norms, buffers.parts, buffers.counters, buffers.mixed, slot,
@@ -382,12 +421,19 @@ class Clock:
         return event
 
 
-def format_of(part: Part, k: int, warps: int) -> Format:
-    """What the kernel is compiled for."""
-    if not isinstance(part.matrix, torch.Tensor):
-        return fused.format_of(part.matrix, k, warps)
-    even = k % (32 * warps) == 0
-    return Format("plain", 16, 0, even, asm=not knobs.runtime.interpret)
+def plain_format() -> Format:
+    """Of a matrix that is not quantized."""
+    return Format("plain", 16, 0, even=True, asm=not knobs.runtime.interpret)
+
+
+def _passes(around: Around, known: bool) -> int:
+    """Over x, that a program makes: for the sums of norms, where they are not known, and for W."""
+    return (
+        1
+        + (around.delta is not None)
+        + 2 * (around.delta is not None and around.norm != "")
+        + (around.delta is None and around.norm != "" and not known)
+    )
 
 
 def split_count(batch: int, kv_heads: int, cores: int) -> int:

@@ -36,6 +36,15 @@ class Format:
         return 1 << (self.bits - 1) if self.scheme == "symmetric" else 0
 
     @property
+    def whole(self) -> bool:
+        """A chunk lies in one group: it can be scaled after it is multiplied."""
+        return (
+            self.scheme not in ("plain", "kquant")
+            and self.group in (0, 64, 128)
+            and (self.group == 0 or self.group >= self.chunk)
+        )
+
+    @property
     def halves(self) -> bool:
         """The two halves of a word may lie in two groups."""
         return self.bits == 4 and self.group == 16
@@ -189,24 +198,31 @@ def scaled(code, scale, offset, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def join_four(a, b, c, d, scale, offset, FORMAT: tl.constexpr):
-    """A lane's weights 0, 1, 8 and 9 of 16, scaled: (R, 16, 2, 2), the last 8 apart."""
-    a = scaled(a, scale, offset, FORMAT)
-    b = scaled(b, scale, offset, FORMAT)
-    c = scaled(c, scale, offset, FORMAT)
-    d = scaled(d, scale, offset, FORMAT)
+def join_four(a, b, c, d):
+    """A lane's weights 0, 1, 8 and 9 of 16: (R, 16, 2, 2), the last 8 apart."""
     return tl.join(tl.join(a, b), tl.join(c, d))
 
 
 @triton.jit
+def scale_four(a, b, c, d, groups, COMPUTE: tl.constexpr, FORMAT: tl.constexpr):
+    scale, offset = lifted(groups, COMPUTE, FORMAT)
+    a = scaled(a, scale, offset, FORMAT)
+    b = scaled(b, scale, offset, FORMAT)
+    c = scaled(c, scale, offset, FORMAT)
+    return a, b, c, scaled(d, scale, offset, FORMAT)
+
+
+@triton.jit
 def dequantize(words, groups, table, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
-    """(R, 16) words with the groups of their halves -> (R, CHUNK) weights times LIFT, in DTYPE."""
+    """(R, 16) words -> (R, CHUNK) in DTYPE: weights times LIFT, by the groups of the words' halves;
+    without groups what codes stand for before they are scaled, which DTYPE holds exactly."""
     R: tl.constexpr = words.shape[0]
     COMPUTE: tl.constexpr = DTYPE if FORMAT.asm else tl.float32
-    scale, offset = lifted(groups[0], COMPUTE, FORMAT)
     if FORMAT.bits == 8:
         a, b, c, d = code_bytes(words, DTYPE, FORMAT)
-        tile = join_four(a, b, c, d, scale, offset, FORMAT)
+        if groups is not None:
+            a, b, c, d = scale_four(a, b, c, d, groups[0], COMPUTE, FORMAT)
+        tile = join_four(a, b, c, d)
         tile = tl.permute(tl.reshape(tile, (R, 4, 4, 2, 2)), (0, 2, 4, 1, 3))
     else:
         if FORMAT.scheme == "codebook":
@@ -214,9 +230,10 @@ def dequantize(words, groups, table, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
             b, d, f, h = look_up(words >> 16, table, DTYPE, FORMAT)
         else:
             a, b, c, d, e, f, g, h = nibbles(words, DTYPE, FORMAT)
-        tile = join_four(a, b, c, d, scale, offset, FORMAT)
-        scale, offset = lifted(groups[1], COMPUTE, FORMAT)
-        tile = tl.join(tile, join_four(e, f, g, h, scale, offset, FORMAT))
+        if groups is not None:
+            a, b, c, d = scale_four(a, b, c, d, groups[0], COMPUTE, FORMAT)
+            e, f, g, h = scale_four(e, f, g, h, groups[1], COMPUTE, FORMAT)
+        tile = tl.join(join_four(a, b, c, d), join_four(e, f, g, h))
         tile = tl.reshape(tile, (R, 4, 4, 2, 2, 2))  # lane, word, weight of 2, pair, half
         tile = tl.permute(tile, (0, 2, 5, 4, 1, 3))
     return tl.reshape(tile, (R, FORMAT.chunk)).to(DTYPE)

@@ -44,7 +44,8 @@ def matmul(
         if weight.perm is not None:
             rows = rows.index_select(1, weight.perm)
         if sizes is None:
-            sizes = launch.choose(len(rows), n, k, weight.spec.bits, *limits(x.device))
+            kind = format_of(weight, k, 1)
+            sizes = launch.choose(len(rows), n, k, kind, *limits(x.device))
         with torch.cuda.device_of(x):
             RUN[sizes.kernel](aligned(rows), weight, bias, y, gated, sizes)
     return y.view(*x.shape[:-1], outputs)
@@ -115,13 +116,22 @@ def check_operand(name: str, x: Tensor, width: int, weight: GpuMatrix) -> None:
 def run_gemv(
     x: Tensor, weight: GpuMatrix, bias: Tensor | None, y: Tensor, gated: bool, sizes: Launch
 ) -> None:
-    programs = triton.cdiv(y.shape[1], 8 if gated else 16)
-    gemv.gemv_kernel[(programs,)](
-        x, *pointers(weight), bias, y, len(x), weight.shape[0], x.shape[1], x.stride(0), y.shape[1],
-        FORMAT=format_of(weight, x.shape[1], sizes.WARPS), DTYPE=TRITON_TYPES[x.dtype], GATED=gated,
-        BLOCK_M=sizes.BLOCK_M, WARPS=sizes.WARPS, ACTIVATION="silu" if gated else "",
-        num_warps=sizes.WARPS, num_stages=sizes.num_stages, maxnreg=sizes.maxnreg,
+    (n, k), m, kind = weight.shape, len(x), format_of(weight, x.shape[1], 1)
+    grid = sizes.grid(m, n, k, kind, gated)
+    parts = torch.empty(sizes.part_values(m, grid), dtype=torch.float32, device=x.device)
+    counters = torch.zeros(grid[0] * grid[2], dtype=torch.int32, device=x.device)
+    gemv.gemv_kernel[grid](
+        x, *pointers(weight), bias, y, parts, counters, m, n, x.shape[1], x.stride(0), y.shape[1],
+        sizes.TILES, FORMAT=kind, DTYPE=TRITON_TYPES[x.dtype], GATED=gated,
+        ACTIVATION="silu" if gated else "", **gemv_options(sizes),
     )  # fmt: skip
+
+
+def gemv_options(sizes: Launch) -> dict[str, int | None]:
+    return {
+        "BLOCK_M": sizes.BLOCK_M, "WARPS": sizes.WARPS, "CHUNKS": sizes.CHUNKS,
+        "num_warps": sizes.WARPS, "num_stages": sizes.num_stages, "maxnreg": sizes.maxnreg,
+    }  # fmt: skip
 
 
 def run_gemm(

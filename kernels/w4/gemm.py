@@ -36,7 +36,7 @@ def gemm_kernel(
     tile = tl.program_id(0) // tiles_m
     m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     warp, place = tile_rows(WARPS)
-    rows, _ = weight_rows(tile, warp * 16 + place, N, ROWS, GATED)
+    rows, _ = weight_rows(tile * ROWS + warp * 16 + place, N, GATED)
     k = tl.arange(0, CHUNK)[:, None]
     x_ptr += tl.minimum(m, M - 1).to(tl.int64)[None, :] * stride_xm + k
     table = load_table(codebook_ptr, DTYPE) if codebook_ptr is not None else ()
@@ -59,9 +59,11 @@ def gemm_kernel(
     if SPLITS == 1:
         outputs = N // 2 if GATED else N
         kind: tl.constexpr = ACTIVATION if GATED else ""
-        store_tile(acc, bias_ptr, y_ptr, tile, m, M, N, outputs, None, None, None, GATED, kind, 0.0)
+        store_tile(
+            acc / LIFT, bias_ptr, y_ptr, tile, m, M, N, outputs, None, None, None, GATED, kind, 0.0
+        )  # fmt: skip
     else:
-        rows, has = weight_rows(tile, tl.arange(0, ROWS), N, ROWS, GATED)
+        rows, has = weight_rows(tile * ROWS + tl.arange(0, ROWS), N, GATED)
         at = (split * M + m).to(tl.int64)[None, :] * N + rows[:, None]
         tl.store(y_ptr + at, acc / LIFT, mask=has[:, None] & (m < M)[None, :])
 
@@ -104,7 +106,7 @@ def dense_kernel(
     CHUNK: tl.constexpr = FORMAT.chunk
     ROWS: tl.constexpr = 16 * WARPS
     tile = tl.program_id(0)
-    rows, _ = weight_rows(tile, tl.arange(0, ROWS), N - first, ROWS, False)
+    rows, _ = weight_rows(tile * ROWS + tl.arange(0, ROWS), N - first, False)
     chunk = rows * 0 + tl.program_id(1)
     table = load_table(codebook_ptr, DTYPE) if codebook_ptr is not None else ()
     words = load_words(codes_ptr, first + rows, chunk, K, FORMAT, "")

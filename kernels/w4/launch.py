@@ -5,31 +5,45 @@ instructions are those of the compiled kernels (tests/gpu/test_w4_triton.py), ba
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
+
+from engine.kernels.w4.dequantize import Format
 
 
 @dataclass(frozen=True)
 class Launch:
     kernel: str  # "gemv", "gemm", or "dense": dequantize, then torch.matmul
     BLOCK_M: int  # rows of x of a program
-    WARPS: int  # gemv: chunks of K a step, 16 rows of W; gemm: 16 rows of W each
+    WARPS: int  # of 16 rows of W each
     num_stages: int  # of Triton's pipeline
-    SPLITS: int = 1  # parts of K, added up by a second kernel
+    SPLITS: int = 1  # gemm: parts of K, added up by a second kernel
+    CHUNKS: int = 1  # gemv: of K, that a program has x of in registers
+    TILES: int = 1  # gemv: of 16 * WARPS rows of W, that a program goes down
 
     @property
     def maxnreg(self) -> int | None:
-        """Registers of a thread at most: what PROGRAMS_PER_CORE gemv programs share.
+        """Registers of a thread at most: a gemv's programs have a multiprocessor each.
 
         Untold how many it is to fit, the assembler aims at three or four, and spills for them.
         """
         if self.kernel != "gemv":
             return None
-        return min(REGISTERS // (PROGRAMS_PER_CORE * 32 * self.WARPS), 255)
+        return min(REGISTERS // (32 * self.WARPS), 255)
+
+    def grid(self, m: int, n: int, k: int, kind: Format, gated: bool) -> tuple[int, int, int]:
+        """Programs of a gemv: ranges of W's rows, slices of K, blocks of x's rows."""
+        ranges, slices = _ceil(_tiles(n, gated, self), self.TILES), _ceil(k, kind.chunk)
+        return ranges, _ceil(slices, self.CHUNKS), _ceil(m, self.BLOCK_M)
+
+    def part_values(self, m: int, grid: tuple[int, int, int]) -> int:
+        """float32 of a gemv's scratch."""
+        return grid[1] * m * grid[0] * self.TILES * 16 * self.WARPS
 
 
-# By the most rows of x. A gemv keeps (num_stages - 1) * WARPS KiB of codes in flight; with two
-# programs on a multiprocessor that is 48 KiB, where an H100's latency times its bandwidth is 18.
+# By the most rows of x. A gemv keeps (num_stages - 1) * WARPS * CHUNKS KiB of codes in flight: 64,
+# where an H100's latency times its bandwidth is 25 a multiprocessor.
 TABLE = (
-    (8, Launch("gemv", BLOCK_M=8, WARPS=8, num_stages=4)),
+    (8, Launch("gemv", BLOCK_M=8, WARPS=8, num_stages=3)),
     (16, Launch("gemv", BLOCK_M=16, WARPS=8, num_stages=3)),
     (32, Launch("gemm", BLOCK_M=32, WARPS=4, num_stages=5)),
     (64, Launch("gemm", BLOCK_M=64, WARPS=4, num_stages=4)),
@@ -38,13 +52,15 @@ TABLE = (
 # Two stages where a block has no room for three (114,688 bytes, 147,472 on sm_100): 99 KiB on
 # sm_86, 89 and 120.
 NARROW_TABLE = (*TABLE[:-1], (1023, replace(TABLE[-1][1], num_stages=2)))
-STEP_TABLE = TABLE[:2]  # of a decode step: see `step`
+GEMV_TABLE = TABLE[:2]
 WIDE_BYTES = 160 << 10  # of shared memory a block, that TABLE asks for
 DENSE = Launch("dense", BLOCK_M=0, WARPS=4, num_stages=1)
 DENSE_ROWS = 1024  # from here on dequantizing once costs less than again for every 128 rows of x
+MOST_CHUNKS = 4  # that a gemv's warp takes at once: what lies in shared memory
+COLUMNS = 4096  # of x, times its rows, that a warp's registers hold
 DENSE_WEIGHTS = 1 << 26  # dequantized at a time: 128 MiB
 SPLIT_CHUNKS = 8  # the fewest worth a program of their own
-PROGRAMS_PER_CORE = 2  # that a gemv's registers and a gemm's splits aim at
+PROGRAMS_PER_CORE = 2  # that a gemm's splits aim at
 REGISTERS = 65536  # of a multiprocessor
 
 
@@ -53,41 +69,57 @@ def table(shared_bytes: int) -> tuple[tuple[int, Launch], ...]:
     return TABLE if shared_bytes >= WIDE_BYTES else NARROW_TABLE
 
 
-def choose(m: int, n: int, k: int, bits: int, cores: int, shared_bytes: int) -> Launch:
+def choose(m: int, n: int, k: int, kind: Format, cores: int, shared_bytes: int) -> Launch:
     """The launch for x (m, k) and W (n, k), on a GPU of so many multiprocessors, whose blocks have
     so much shared memory at most."""
     if m >= DENSE_ROWS:
         return DENSE
     launch = next(launch for most, launch in table(shared_bytes) if m <= most)
-    chunks = -(-k * bits // 512)
     if launch.kernel == "gemv":
-        return fitted(launch, chunks)
-    programs = -(-n // (16 * launch.WARPS)) * -(-m // launch.BLOCK_M)
+        return step(m, n, k, kind, cores)
+    chunks = _ceil(k, kind.chunk)
+    programs = _ceil(n, 16 * launch.WARPS) * _ceil(m, launch.BLOCK_M)
     splits = min(
         PROGRAMS_PER_CORE * cores // programs,
         chunks // SPLIT_CHUNKS,
-        k * bits // (256 * m),  # parts, written and read in float32: a quarter of the codes' bytes
+        k * kind.bits // (256 * m),  # parts, written and read in float32: a quarter of the codes
     )
     return replace(launch, SPLITS=max(splits, 1))
 
 
-def step(m: int, k: int, bits: int, streams: int) -> Launch:
-    """The launch of a decode step's gemv for x (m, k) and W of so many bits.
+@cache
+def step(m: int, n: int, k: int, kind: Format, cores: int, gated: bool = False) -> Launch:
+    """The gemv for x (m, k) and W (n, k): more than 16 rows of x are more programs, which find W in
+    the L2.
 
-    `streams` rows of float32 make a row of x, 0 where it comes in 16 bits. They pass through shared
-    memory too, so that there are fewer warps; more than 16 rows of x are more programs, which find
-    W in the L2.
+    Programs are as long as leaves the busiest multiprocessor the least to do, where staging x takes
+    a program as long as a tile does; of lengths alike the longest reads x and adds up the least.
     """
-    launch = next((launch for most, launch in STEP_TABLE if m <= most), STEP_TABLE[-1][1])
-    if streams:
-        stages = 2 if streams * launch.BLOCK_M > 16 else 3
-        launch = replace(launch, WARPS=4, num_stages=stages)
-    return fitted(launch, -(-k * bits // 512))
+    launch = next((launch for most, launch in GEMV_TABLE if m <= most), GEMV_TABLE[-1][1])
+    columns = COLUMNS // launch.BLOCK_M
+    if not (kind.whole or kind.scheme == "plain"):
+        columns //= 2  # scales take registers too
+    chunks = _ceil(k, kind.chunk)
+    held = min(columns // kind.chunk, MOST_CHUNKS, 1 << (chunks - 1).bit_length())
+    launch = replace(launch, CHUNKS=held)
+    total = _tiles(n, gated, launch)
+    others = _ceil(chunks, held) * _ceil(m, launch.BLOCK_M)
+
+    def busiest(tiles: int) -> int:
+        return _ceil(_ceil(total, tiles) * others, cores) * (tiles + 1)
+
+    length = min(range(1, total + 1), key=lambda tiles: (busiest(tiles), -tiles))
+    return replace(launch, TILES=length)
 
 
-def fitted(launch: Launch, chunks: int) -> Launch:
-    """A gemv whose warps all have a chunk of K."""
-    return replace(launch, WARPS=min(launch.WARPS, 1 << chunks.bit_length() - 1))
+def _tiles(n: int, gated: bool, launch: Launch) -> int:
+    """That a gemv parts W's rows into."""
+    sixteens = _ceil(n // 2, 8) if gated else _ceil(n, 16)
+    return _ceil(sixteens, launch.WARPS)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def attention(width: int) -> dict[str, int]:

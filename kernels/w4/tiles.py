@@ -3,8 +3,6 @@
 import triton
 import triton.language as tl
 
-from engine.kernels.w4.dequantize import LIFT
-
 
 @triton.jit
 def tile_rows(WARPS: tl.constexpr):
@@ -56,6 +54,16 @@ def group_at(rows, chunk, K, HALF: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def group_of(rows, chunk, K, FORMAT: tl.constexpr):
+    """Where the group of a chunk lies among (N, G), of rows and chunk of one shape, in formats that
+    are `whole`."""
+    at = rows.to(tl.int64)
+    if FORMAT.group != 0:
+        at = at * tl.cdiv(K, FORMAT.group) + chunk // (FORMAT.group // FORMAT.chunk)
+    return at
+
+
+@triton.jit
 def load_half(
     scales_ptr, offsets_ptr, supers_ptr, rows, chunk, K, HALF: tl.constexpr, FORMAT: tl.constexpr
 ):
@@ -94,19 +102,20 @@ def add_product(acc, w, x, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def weight_rows(tile, place, N, ROWS: tl.constexpr, GATED: tl.constexpr):
-    """The rows of W at places 0 .. ROWS - 1 of an output tile, and whether W has them.
+def weight_rows(position, N, GATED: tl.constexpr):
+    """The rows of W at positions 0, 1, .. of the order that tiles take them in, and whether W has
+    them.
 
-    GATED tiles hold 8 rows of gate, the same 8 of up, and so on; rows that W lacks repeat its last.
+    GATED that order has 8 rows of gate, the same 8 of up, and so on; rows that W lacks repeat its
+    last.
     """
     if GATED:
-        row = tile * (ROWS // 2) + place // 16 * 8 + place % 8
+        row = position // 16 * 8 + position % 8
         inside = row < N // 2
-        row = tl.minimum(row, N // 2 - 1) + place // 8 % 2 * (N // 2)
+        row = tl.minimum(row, N // 2 - 1) + position // 8 % 2 * (N // 2)
     else:
-        row = tile * ROWS + place
-        inside = row < N
-        row = tl.minimum(row, N - 1)
+        inside = position < N
+        row = tl.minimum(position, N - 1)
     return row, inside
 
 
@@ -155,15 +164,16 @@ def store_tile(
     acc, bias_ptr, y_ptr, tile, m, M, N, stride_ym, gate_ptr, add_ptr, live_ptr,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """acc (ROWS, BLOCK_M) with LIFT -> rows m of y, `stride_ym` apart.
+    """acc (ROWS, BLOCK_M) of a tile -> rows m of y, `stride_ym` apart. Gives what it stored in
+    float32, 0 elsewhere.
 
     In this order, each where it is given: bias, the gate that W holds or that `gate_ptr` does (as y
     lies), or else the activation alone, the cap, 0 for rows that are not `live`, and `add_ptr`
     (float32, as y lies, which may be y itself).
     """
     ROWS: tl.constexpr = acc.shape[0]
-    rows, _ = weight_rows(tile, tl.arange(0, ROWS), N, ROWS, GATED)
-    y = add_bias(acc / LIFT, bias_ptr, rows)
+    rows, _ = weight_rows(tile * ROWS + tl.arange(0, ROWS), N, GATED)
+    y = add_bias(acc, bias_ptr, rows)
     if GATED:
         y = gate_up(y, ACTIVATION)
         N = N // 2
@@ -181,3 +191,4 @@ def store_tile(
     if add_ptr is not None:
         y += tl.load(add_ptr + at, mask=inside, other=0)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    return tl.where(inside, y, 0)

@@ -1,9 +1,9 @@
 """The Triton kernel: interpreted against the reference, and compiled for GPUs that are not here."""
 
+import aot
 import pytest
 import torch
 import triton
-from support import aot
 from support.angular_cases import CASES, DTYPES, boundaries
 from support.interpreted import run_interpreted
 

@@ -9,11 +9,15 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from aot import disassembled
 from filelock import FileLock
+from static import main_loop
 
 ROOT = Path(__file__).parents[2]
 SOURCE = "csrc/cuda/w4_matmul.cu"
-KERNELS = 10  # 2 dtypes x (4 bits: centred, plain, table; 8 bits: centred, plain)
+# 2 dtypes x (4 bits: centred, plain, table, and with a group a chunk shifted too; 8 bits: 2)
+KERNELS = 18
+MOST = {"0ELb1": 160, "1ELb1": 190}  # instructions for a KiB of codes: symmetric, zero point
 MAX_REGISTERS = 65536 // (2 * 256)  # two blocks of 256 threads to a multiprocessor
 X_BYTES = (64 << 10) + 960  # the most that a block holds of x
 SHARED_BYTES = {  # of a multiprocessor
@@ -97,3 +101,20 @@ def test_weights_arrive_in_16_byte_loads(compiled):
         assert len(wide) >= 16, f"{name}: {len(wide)} wide loads; 4 chunks x 2 rows, twice"
         assert "HMMA" in kernel, f"{name}: no tensor core instruction"
         assert not re.search(r"\b(LDL|STL)\b", kernel), f"{name}: local memory"
+
+
+@each_target
+def test_groups_of_a_chunk_take_few_instructions(compiled):
+    kernels = re.split(r"\n\s*\.section\s+\.text\.", disassembled(compiled[0]))[1:]
+    found = 0
+    for kernel in kernels:
+        name = kernel.partition(",")[0]
+        for variant, most in MOST.items():
+            if f"Li4ELNS_6ValuesE{variant}" not in name:
+                continue
+            loop = main_loop(kernel)
+            assert loop is not None and loop.barriers == 0, name
+            print(name, loop.per_kib)
+            assert loop.per_kib <= most, f"{name}: {loop.per_kib}"
+            found += 1
+    assert found == 4

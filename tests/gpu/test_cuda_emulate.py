@@ -24,6 +24,18 @@ REPORTS = {
     "two_writers": r"element 0 is written, and another thread .* a race",
     "global_out_of_bounds": r"AddressSanitizer: heap-buffer-overflow",
     "load_off_its_alignment": r"16-byte load from .* off its alignment",
+    "order_of_blocks": r"results differ with the order of blocks",
+    "copy_without_a_wait": r"element 0 is read before the copy to it is waited for",
+    "copy_without_a_group": r"element 0 is read before the copy to it is waited for",
+    "write_over_a_copy": r"element 0 is written before the copy to it is waited for",
+    "copy_read_without_a_barrier": r"element \d+ is read, and thread \d+ wrote it .* a race",
+    "too_much_static_memory": r"51452 bytes, 51200 of them static; a block has",
+    "too_much_shared_memory": r"launch: 102400 bytes of shared memory, a block has 101376 at most",
+    "too_many_threads": r"launch: 1056 threads, a block has 1 to 1024",
+    "read_before_the_wait": r"thread 33: touches what the kernel before writes, and has not waited",
+    "write_before_the_wait": r"thread 5: touches what the kernel before writes, and has not waited",
+    "another_threads_wait": r"thread 1: touches what the kernel before writes, and has not waited",
+    "exit_without_a_wait": r"thread 40: returns, and has not waited for the kernel before",
 }
 
 
@@ -38,10 +50,14 @@ def run(kernels, name: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_sound_kernel_runs(kernels):
-    ran = run(kernels, "sound")
+SOUND = {"sound": "2016 2016", "sound_copy": "-2 -2", "sound_overlap": "0 0"}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_sound_kernels_run(kernels, name):
+    ran = run(kernels, name)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout == "2016 2016\n"
+    assert ran.stdout == f"{SOUND[name]}\n"
 
 
 @pytest.mark.parametrize("name", REPORTS)
@@ -54,4 +70,4 @@ def test_bug_is_reported(kernels, name):
 def test_every_bug_is_tested():
     source = (ROOT / "tests" / "support" / "emulated_bugs.cu").read_text()
     kernels = re.findall(r"__global__ void (\w+)", source)
-    assert set(kernels) == {"sound", *REPORTS}
+    assert set(kernels) == {*SOUND, *REPORTS}

@@ -70,6 +70,16 @@ def test_hard_values(kernels, rng, tmp_path):
     check_all(kernels, [tiny, large], tmp_path)
 
 
+@pytest.mark.parametrize("dtype", BOUND)
+def test_zero_points_beyond_the_codes(kernels, rng, tmp_path, dtype):
+    """GPTQ stores zero points of 16; products of what the codes become are exact up to 128."""
+    case = make(rng, Spec(4, 128, "zero"), dtype, 3, 33, 384, out_dtype=torch.float32)
+    far = torch.tensor([0, 16, 128], dtype=torch.uint8)
+    zeros = far[torch.randint(0, 3, case.packed.zeros.shape, generator=rng)]
+    packed = dataclasses.replace(case.packed, zeros=zeros)
+    check_all(kernels, [dataclasses.replace(case, packed=packed)], tmp_path)
+
+
 def around_step(rng, dtype) -> tuple[Matmul, torch.Tensor, torch.Tensor]:
     """A launch as a decode step makes it, and the stream and y in float64."""
 

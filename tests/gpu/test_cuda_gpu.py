@@ -95,10 +95,12 @@ def test_chain_in_a_graph(rng, overlap):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = chain(overlap)
-    for _ in range(10):
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
         y.fill_(torch.nan)
         graph.replay()
-        assert torch.equal(y, expected)
+        wrong += (y != expected).sum()
+    assert int(wrong) == 0
 
 
 def test_tensors_off_the_gpu_are_refused(rng):

@@ -46,6 +46,17 @@ def test_bytes_are_those_of_weights_and_cache(batch):
     assert found - half == pytest.approx(16 * one, rel=0.01)
 
 
+@pytest.mark.parametrize("name", ["Llama-3-8B", "Llama-2-70B"])
+def test_x_is_read_again_for_few_rows_of_weights(name):
+    """By 8 rows of it, beside which sums in parts move less than a third of the weights."""
+    launches = [each for each in step(MODELS[name], 8).launches if each.weights]
+    weights = sum(each.weights for each in launches)
+    products = [each for each in launches if each.parts]
+    assert len(products) == len(launches) - 1  # all but the embedding
+    assert sum(each.x for each in products) <= 0.1 * weights
+    assert sum(each.parts for each in products) <= 0.33 * weights
+
+
 def test_a_window_bounds_what_is_read():
     config = replace(LLAMA, layers=tuple(replace(entry, window=512) for entry in LLAMA.layers))
     wide, narrow = step(LLAMA, slots=[0]), step(config, slots=[0])

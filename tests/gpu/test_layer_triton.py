@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
+import aot
 import pytest
 import triton.language as tl
-from support import aot
 from support.interpreted import run_interpreted
 
 from engine.kernels.layer.attention import attention_kernel
@@ -51,19 +51,21 @@ def build(kernel, types, constexprs, arch, odd=(), **options) -> aot.Compiled:
 
 
 @pytest.mark.parametrize("arch", sm_90_first)
-@pytest.mark.parametrize("row", range(len(launch.STEP_TABLE)))
+@pytest.mark.parametrize("row", range(len(launch.GEMV_TABLE)))
 @pytest.mark.parametrize(
     "kind, role",
     [(G128, "qkv"), (ZERO, "gate_up"), (G128, "down"), (PLAIN, "head"), (G128, "gemma")],
 )
 def test_matmuls_of_a_step_compile(kind, role, row, arch):
     """What stands before and after the product leaves the loop without spills."""
-    dtype, most = "bf16", launch.STEP_TABLE[row][0]
-    sizes = launch.step(most, 4096, 4, {"down": 0, "gemma": 2}.get(role, 1))
+    dtype, most = "bf16", launch.GEMV_TABLE[row][0]
+    sizes = launch.step(most, 4096, 4096, kind, 132)
     extra = ("bias", "perm", "delta", "post", "stream", "norm", "norm_bias", "gate", "add", "live")
+    extra += ("sums", "out_sums")
     types = weight_types(kind, dtype) | dict.fromkeys(f"{name}_ptr" for name in extra)
     types |= {"x_ptr": "*fp32", "y_ptr": f"*{dtype}", "norm_ptr": "*fp32"}
-    types |= dict.fromkeys(("M", "N", "K", "stride_xm", "stride_ym"), "i32")
+    types |= {"parts_ptr": "*fp32", "counters_ptr": "*i32", "sums_ptr": "*fp32"}
+    types |= dict.fromkeys(("M", "N", "K", "stride_xm", "stride_ym", "tiles", "ranges"), "i32")
     types["epsilon"] = "fp32"
     more = {"NORM": "rms", "ACTIVATION": "", "CAP": 0.0, "GATED": role == "gate_up"}
     if role == "gate_up":
@@ -71,14 +73,16 @@ def test_matmuls_of_a_step_compile(kind, role, row, arch):
     elif role == "down":
         types |= {"x_ptr": f"*{dtype}", "norm_ptr": None, "add_ptr": "*fp32", "live_ptr": "*i32"}
         types["y_ptr"], more["NORM"] = "*fp32", ""
+        types |= {"sums_ptr": None, "out_sums_ptr": "*fp32"}
     elif role == "head":
         types["y_ptr"], more["CAP"] = "*fp32", 30.0
     elif role == "gemma":
         types |= {"delta_ptr": "*fp32", "post_ptr": "*fp32", "stream_ptr": "*fp32"}
+        types["sums_ptr"] = None
     constexprs = {"FORMAT": kind, "DTYPE": HALVES[dtype], "BLOCK_M": sizes.BLOCK_M}
-    constexprs |= {"WARPS": sizes.WARPS} | more
+    constexprs |= {"WARPS": sizes.WARPS, "CHUNKS": sizes.CHUNKS} | more
     compiled = build(
-        gemv_kernel, types, constexprs, arch, odd=("M",),
+        gemv_kernel, types, constexprs, arch, odd=("M", "tiles", "ranges"),
         num_warps=sizes.WARPS, num_stages=sizes.num_stages, maxnreg=sizes.maxnreg,
     )  # fmt: skip
     hold(compiled, arch, sizes.WARPS)
@@ -117,11 +121,12 @@ def test_attention_compiles(heads, kv_heads, e, options, arch):
 @pytest.mark.parametrize("arch", sm_90_first)
 def test_embedding_and_choice_compile(arch):
     types = weight_types(ZERO, "bf16") | {"tokens_ptr": "*i32", "perm_ptr": None, "x_ptr": "*fp32"}
+    types["sums_ptr"] = "*fp32"
     types |= {"factor": "fp32", "D": "i32"}
     constexprs = {"FORMAT": replace(ZERO, group=64), "DTYPE": tl.bfloat16}
     hold(build(embed_kernel, types, constexprs, arch, num_warps=2), arch, 2)
     plain = {"tokens_ptr": "*i32", "table_ptr": "*bf16", "x_ptr": "*fp32"}
-    plain |= {"factor": "fp32", "D": "i32"}
+    plain |= {"sums_ptr": "*fp32", "factor": "fp32", "D": "i32"}
     hold(build(embed_plain_kernel, plain, {"BLOCK_D": 1024}, arch), arch, 4)
     choice = {"logits_ptr": "*fp32", "ids_ptr": "*i32", "V": "i32"}
     hold(build(choose_kernel, choice, {"BLOCK_V": 8192}, arch, num_warps=16), arch, 16)

@@ -2,10 +2,11 @@
 //
 // CALLS holds calls, one after another, in integers of 8 bytes:
 //   bytes of the op's argument struct, the struct, and how many arrays follow; for each of these:
-//   where its pointer lies in the struct, whether it is an output, its offset from a multiple of
-//   16 bytes, its bytes, and these bytes
+//   where its pointer lies in the struct, whether it is an output, whether the kernel before writes
+//   it, its offset from a multiple of 16 bytes, its bytes, and these bytes
 // RESULTS gets for each call: the bytes of an error's message and the message; or 0 and the bytes
-// of its outputs. Arrays are allocated to the byte, for AddressSanitizer to guard.
+// of its outputs. Arrays are allocated to the byte, for AddressSanitizer to guard, and those of the
+// kernel before to 16 bytes before a page that is guarded.
 #include <cstdint>
 #include <cstring>
 #include <exception>
@@ -14,14 +15,16 @@
 #include <memory>
 #include <vector>
 
+#include "cuda/kernel.h"
 #include "cuda/w4_matmul.h"
 
 namespace {
 
 struct Array {
-    std::int64_t place, output, offset, bytes;
+    std::int64_t place, output, before, offset, bytes;
     std::unique_ptr<char[]> memory;
-    char* data() { return memory.get() + offset; }
+    std::unique_ptr<emulate::Output> guarded;
+    char* data() { return guarded ? guarded->data() : memory.get() + offset; }
 };
 
 std::int64_t read_integer(std::istream& in) {
@@ -36,9 +39,13 @@ void write_integer(std::ostream& out, std::int64_t value) {
 
 Array read_array(std::istream& in) {
     Array array{};
-    for (std::int64_t* field : {&array.place, &array.output, &array.offset, &array.bytes})
+    for (std::int64_t* field :
+         {&array.place, &array.output, &array.before, &array.offset, &array.bytes})
         *field = read_integer(in);
-    array.memory.reset(new char[array.offset + array.bytes]);
+    if (array.before)
+        array.guarded = std::make_unique<emulate::Output>(array.bytes, array.offset);
+    else
+        array.memory.reset(new char[array.offset + array.bytes]);
     in.read(array.data(), array.bytes);
     return array;
 }

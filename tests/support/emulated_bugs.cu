@@ -1,4 +1,5 @@
 // Kernels that break one rule each, for tests of csrc/cuda/emulate.h: `bugs NAME` runs one.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <vector>
@@ -105,6 +106,97 @@ __global__ void load_off_its_alignment(int* result) {
     result[0] = shallow::load_stream(result + 1).x;
 }
 
+__global__ void order_of_blocks(int* result) {
+    if (threadIdx.x) return;
+    if (blockIdx.x == 0) result[1] = 7;
+    if (blockIdx.x == 1) result[0] = result[1];
+}
+
+// What a copy waits for, and what it does not.
+__global__ void sound_copy(int* result) {
+    __shared__ Shared<uint4, 128> values;
+    for (int group = 0; group < 2; ++group) {
+        shallow::copy_async(values, 64 * group + threadIdx.x, result + 16 + 4 * (threadIdx.x % 8));
+        shallow::commit_copies();
+    }
+    shallow::wait_copies<1>();
+    const uint4 own = values[threadIdx.x];
+    __syncthreads();
+    const uint4 other = values[63 - threadIdx.x];
+    shallow::wait_copies<0>();
+    if (threadIdx.x == 0) result[blockIdx.x] = own.x + other.x;
+}
+
+__global__ void copy_without_a_wait(int* result) {
+    __shared__ Shared<uint4, 64> values;
+    shallow::copy_async(values, threadIdx.x, result + 16);
+    shallow::commit_copies();
+    shallow::wait_copies<1>();
+    const uint4 value = values[threadIdx.x];
+    result[0] = value.x;
+}
+
+__global__ void copy_without_a_group(int* result) {
+    __shared__ Shared<uint4, 64> values;
+    shallow::copy_async(values, threadIdx.x, result + 16);
+    shallow::wait_copies<0>();
+    const uint4 value = values[threadIdx.x];
+    result[0] = value.x;
+}
+
+__global__ void write_over_a_copy(int* result) {
+    __shared__ Shared<uint4, 64> values;
+    shallow::copy_async(values, threadIdx.x, result + 16);
+    shallow::commit_copies();
+    values[threadIdx.x] = uint4{};
+}
+
+__global__ void copy_read_without_a_barrier(int* result) {
+    __shared__ Shared<uint4, 64> values;
+    shallow::copy_async(values, threadIdx.x, result + 16);
+    shallow::commit_copies();
+    shallow::wait_copies<0>();
+    const uint4 value = values[threadIdx.x / 2];
+    result[0] = value.x;
+}
+
+__global__ void too_much_static_memory(int*) {
+    __shared__ Shared<uint4, 3200> values;
+    values[threadIdx.x] = uint4{};
+}
+
+__global__ void too_much_shared_memory(int*) { shallow::dynamic_shared<int>()[threadIdx.x] = 1; }
+
+__global__ void too_many_threads(int*) {}
+
+__global__ void sound_overlap(int* result) {
+    shallow::wait_for_previous_kernel();
+    if (threadIdx.x == 0) result[blockIdx.x] = result[2] + 1;
+}
+
+__global__ void read_before_the_wait(int* result) {
+    const int value = threadIdx.x == 33 ? result[2] : 0;
+    shallow::wait_for_previous_kernel();
+    if (threadIdx.x == 33) result[blockIdx.x] = value;
+}
+
+__global__ void write_before_the_wait(int* result) {
+    if (threadIdx.x == 5) result[blockIdx.x] = 1;
+    shallow::wait_for_previous_kernel();
+}
+
+__global__ void another_threads_wait(int* result) {
+    if (threadIdx.x == 0) shallow::wait_for_previous_kernel();
+    __syncthreads();
+    if (threadIdx.x == 1) result[blockIdx.x] = 1;
+    shallow::wait_for_previous_kernel();
+}
+
+__global__ void exit_without_a_wait(int*) {
+    if (threadIdx.x == 40) return;
+    shallow::wait_for_previous_kernel();
+}
+
 const struct {
     const char* name;
     void (*kernel)(int*);
@@ -128,18 +220,51 @@ const struct {
     KERNEL(two_writers),
     KERNEL(global_out_of_bounds),
     KERNEL(load_off_its_alignment),
+    KERNEL(order_of_blocks),
+    KERNEL(sound_copy),
+    KERNEL(copy_without_a_wait),
+    KERNEL(copy_without_a_group),
+    KERNEL(write_over_a_copy),
+    KERNEL(copy_read_without_a_barrier),
+    KERNEL(too_much_static_memory),
+    KERNEL(too_much_shared_memory),
+    KERNEL(too_many_threads),
+    KERNEL(sound_overlap),
+    KERNEL(read_before_the_wait),
+    KERNEL(write_before_the_wait),
+    KERNEL(another_threads_wait),
+    KERNEL(exit_without_a_wait),
 };
+
+constexpr int kLaunches = 16;  // each with its blocks in another order
+
+void run(const char* name, void (*kernel)(int*)) {
+    const std::size_t shared_bytes =
+        std::strcmp(name, "too_much_shared_memory") ? 63 * sizeof(int) : 100 << 10;
+    const unsigned threads = std::strcmp(name, "too_many_threads") ? 64 : 1056;
+    const bool overlap = std::strstr(name, "overlap") || std::strstr(name, "the_wait") ||
+                         std::strstr(name, "threads_wait") || std::strstr(name, "exit_without");
+    const shallow::Launch where{2, threads, shared_bytes, shared_bytes, nullptr, overlap};
+    std::vector<int> first;
+    for (int launch = 0; launch < kLaunches; ++launch) {
+        const emulate::Output output(64 * sizeof(int), 0);
+        std::vector<int> heap(64, -1);
+        int* result = overlap ? reinterpret_cast<int*>(output.data()) : heap.data();
+        std::fill_n(result, 64, -1);
+        shallow::launch(where, kernel, result);
+        const std::vector<int> found(result, result + 2);
+        if (launch && found != first) emulate::fail("results differ with the order of blocks");
+        first = found;
+    }
+    std::printf("%d %d\n", first[0], first[1]);
+}
 
 }  // namespace
 
 int main(int count, char** arguments) {
-    std::vector<int> result(64, -1);
     for (const auto& entry : kKernels) {
         if (count != 2 || std::strcmp(entry.name, arguments[1])) continue;
-        const std::size_t shared_bytes = 63 * sizeof(int);
-        shallow::launch({2, 64, shared_bytes, shared_bytes, nullptr, false}, entry.kernel,
-                        result.data());
-        std::printf("%d %d\n", result[0], result[1]);
+        run(entry.name, entry.kernel);
         return 0;
     }
     std::fprintf(stderr, "no such kernel\n");

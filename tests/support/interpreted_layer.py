@@ -1,5 +1,6 @@
 """The kernels of a decode step interpreted on a CPU, against kernels/layer/reference.py."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -13,7 +14,7 @@ from support.w4_calls import scaled
 from engine.kernels.layer import reference
 from engine.kernels.layer.attention import attention_kernel
 from engine.kernels.layer.stream import choose_kernel, embed_kernel
-from engine.kernels.w4 import fused
+from engine.kernels.w4 import fused, launch
 from engine.kernels.w4.dequantize import Format
 from engine.kernels.w4.format import Packed, unpack
 from engine.kernels.w4.gemv import gemv_kernel
@@ -79,20 +80,31 @@ def normal(x, weight, bias, kind):
     return reference.normalised(x, weight, bias, EPSILON, kind)
 
 
-def step(x, weights: Packed | torch.Tensor, y, bias=None, gated=False, warps=2, **options) -> None:
-    """One launch of the step's matmul, with y (M, N)."""
+def step(
+    x, weights: Packed | torch.Tensor, y, bias=None, gated=False, cores=1, **options
+) -> torch.Tensor:
+    """One launch of the step's matmul, with y (M, N); the sums that it leaves, (ranges, 2, M)."""
     (m, k), extra = x.shape, {"perm_ptr": None}
     if isinstance(weights, torch.Tensor):
         pointers = (weights, None, None, None, None)
-        kind = Format("plain", 16, 0, k % (32 * warps) == 0, asm=False)
+        kind = Format("plain", 16, 0, even=True, asm=False)
     else:
         matrix = to_gpu(weights)
         pointers, extra["perm_ptr"] = fused.pointers(matrix), matrix.perm
-        kind = fused.format_of(matrix, k, warps)
-    gemv_kernel[(triton.cdiv(y.shape[1], 8 if gated else 16), triton.cdiv(m, 16))](
-        x, *pointers, bias, y, m, weights.shape[0], k, x.stride(0), y.stride(0), FORMAT=kind,
-        DTYPE=tl.float16, GATED=gated, BLOCK_M=16, WARPS=warps, epsilon=EPSILON, **extra, **options,
+        kind = fused.format_of(matrix, k, 1)
+    n = weights.shape[0]
+    sizes = launch.step(m, n, k, kind, cores, gated)
+    sizes = replace(sizes, WARPS=2, CHUNKS=2)  # several slices and ranges at small sizes
+    grid = sizes.grid(m, n, k, kind, gated)
+    parts = torch.full((sizes.part_values(m, grid),), torch.nan)
+    counters, sums = torch.zeros(grid[0] * grid[2]).int(), torch.full((grid[0], 2, m), torch.nan)
+    gemv_kernel[grid](
+        x, *pointers, bias, y, parts, counters, m, n, k, x.stride(0), y.stride(0), sizes.TILES,
+        FORMAT=kind, DTYPE=tl.float16, GATED=gated, epsilon=EPSILON, out_sums_ptr=sums,
+        **fused.gemv_options(sizes), **extra, **options,
     )  # fmt: skip
+    assert not counters.any()
+    return sums
 
 
 def drawn(rng, n: int, k: int, plain: bool, permuted: bool = False):
@@ -104,6 +116,12 @@ def drawn(rng, n: int, k: int, plain: bool, permuted: bool = False):
     packed = random_packed(rng, n, k, specs[below(rng, len(specs))], permuted)
     packed = scaled(packed, k**-0.5)
     return packed, unpack(packed)
+
+
+def sums_of(x, parts: int) -> torch.Tensor:
+    """Over x's squares and values, (parts, 2, M)."""
+    pieces = x.tensor_split(parts, dim=1)
+    return torch.stack([torch.stack((p.square().sum(1), p.sum(1))) for p in pieces])
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -123,6 +141,11 @@ def test_before_a_product(rng, norm, post, plain):
         bias = offset if norm == "layer" else None
         options |= {"norm_ptr": scale, "norm_bias_ptr": bias, "NORM": norm}
     step(x, weights, y, **options)
+    if norm and not post:
+        parts = sums_of(x, 1 + below(rng, 40))
+        again = torch.full_like(y, torch.nan)
+        step(x, weights, again, sums_ptr=parts, ranges=len(parts), **options)
+        torch.testing.assert_close(again, y, rtol=2e-2, atol=2e-2)
     if post:
         assert_close("stream", expected, stream, 1e-5)
     if norm:
@@ -145,9 +168,9 @@ def test_after_a_product(rng, activation, gate):
     y, held = wide[:, 1 : 1 + outputs], wide.clone()
     other = torch.randn(m, outputs + 3, generator=rng)[:, :outputs]
     options = {"gate_ptr": other} if gate == "apart" else {}
-    step(
-        x, weights, y, bias, gate == "stacked", live_ptr=live, add_ptr=y, ACTIVATION=activation,
-        CAP=cap, **options,
+    sums = step(
+        x, weights, y, bias, gate == "stacked", below(rng, 2) * 9 + 1, live_ptr=live, add_ptr=y,
+        ACTIVATION=activation, CAP=cap, **options,
     )  # fmt: skip
     expected = x.float() @ w.T + bias.float()
     activate = reference.ACTIVATIONS.get(activation, lambda x: x)
@@ -161,6 +184,7 @@ def test_after_a_product(rng, activation, gate):
     assert ((y - expected).abs() <= 2e-2 * (1 + expected.abs())).all()
     held[:, 1 : 1 + outputs] = y
     assert torch.equal(wide, held)  # nothing beside
+    torch.testing.assert_close(sums.sum(0), sums_of(y, 1)[0], rtol=1e-4, atol=1e-3)
 
 
 def test_embedding_of_every_scheme(rng):
@@ -168,10 +192,20 @@ def test_embedding_of_every_scheme(rng):
         packed = random_packed(rng, 20, d, spec, permuted=bool(below(rng, 2)))
         matrix, tokens = to_gpu(packed), torch.tensor([19, -1, below(rng, 20)]).int()
         kind, x = fused.format_of(matrix, d, 1), torch.full((3, d), torch.nan)
+        sums = torch.full((triton.cdiv(d, 16 * kind.chunk), 2, 3), torch.nan)
         embed_kernel[(3, triton.cdiv(d, 16 * kind.chunk))](
-            tokens, *fused.pointers(matrix), matrix.perm, x, 2.5, d, FORMAT=kind, DTYPE=tl.float16
+            tokens,
+            *fused.pointers(matrix),
+            matrix.perm,
+            x,
+            sums,
+            2.5,
+            d,
+            FORMAT=kind,
+            DTYPE=tl.float16,
         )
         assert_close(str(spec), unpack(packed)[tokens.clamp_min(0)] * 2.5, x, BOUND)
+        torch.testing.assert_close(sums.sum(0), sums_of(x, 1)[0], rtol=1e-4, atol=1e-3)
 
 
 def test_choice(rng):

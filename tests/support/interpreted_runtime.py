@@ -48,6 +48,37 @@ def no_overflow_checks(monkeypatch) -> None:
 
 
 @pytest.fixture
+def emulated(tmp_path, monkeypatch) -> list[tuple[int, torch.dtype]]:
+    """Up to 8 rows are multiplied by the CUDA kernels, emulated, where our CUDA kernel has the
+    matrix: rows and dtype of x of each call."""
+    executable = build("w4", "csrc/cuda/w4_matmul.cu", "tests/support/emulated.cpp")
+    seen = []
+
+    def launch(call, device):
+        x, weights, y, bias, around, products = call
+        beside = {"gate": around.gate, "add": around.add, "stream": around.stream}
+        copies = {name: None if t is None else t.clone() for name, t in beside.items()}
+        own = Matmul(
+            "step", x, from_gpu(weights), bias, dataclasses.replace(around, **copies),
+            out_dtype=y.dtype, products=products,
+        )  # fmt: skip
+        y.copy_(run(executable, [own], tmp_path)[0])
+        if around.stream is not None:
+            around.stream.copy_(copies["stream"])
+        seen.append((len(x), x.dtype))
+
+    def matmul(x, weights, bias=None, around=PLAIN, out_dtype=None):
+        y = x.new_empty(len(x), weights.shape[0], dtype=out_dtype)
+        launch((x, weights, y, bias, around, x.dtype), x.device)
+        return y
+
+    monkeypatch.setattr(cuda, "launch", launch)
+    monkeypatch.setattr(cuda, "describe", lambda *call: call)
+    monkeypatch.setattr(cuda, "matmul", matmul)
+    return seen
+
+
+@pytest.fixture
 def pair(rng, tmp_path):
     """A function: (runtime, the reference) of a tiny model of weights of every kind, or of some."""
 
@@ -98,7 +129,19 @@ def draw(rng, *shape: int) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", tiny.CASES)
 def test_every_family(rng, pair, case):
-    both = Both(pair(case, torch.bfloat16), 2)
+    family(rng, pair(case, torch.bfloat16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", tiny.CASES)
+def test_every_family_with_cuda_kernels(rng, pair, emulated, case):
+    family(rng, pair(case, torch.bfloat16, "cuda"))
+    assert emulated
+
+
+def family(rng, runtimes) -> None:
+    """A prompt, steps, two slot masks."""
+    both = Both(runtimes, 2)
     both.run(draw(rng, 2, 14), logits="all")
     both.judge("prompt")
     for _ in range(2):
@@ -156,34 +199,9 @@ def same_ids(rng, both) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("case", ["llama", "gemma3", "phi2"])
-def test_with_cuda_kernels(rng, pair, case, dtype, tmp_path, monkeypatch):
-    """Up to 8 rows by the CUDA kernels, emulated, where our CUDA kernel has the matrix."""
-    executable = build("w4", "csrc/cuda/w4_matmul.cu", "tests/support/emulated.cpp")
-    seen = []
-
-    def launch(call, device):
-        x, weights, y, bias, around, products = call
-        beside = {"gate": around.gate, "add": around.add, "stream": around.stream}
-        copies = {name: None if t is None else t.clone() for name, t in beside.items()}
-        own = Matmul(
-            "step", x, from_gpu(weights), bias, dataclasses.replace(around, **copies),
-            out_dtype=y.dtype, products=products,
-        )  # fmt: skip
-        y.copy_(run(executable, [own], tmp_path)[0])
-        if around.stream is not None:
-            around.stream.copy_(copies["stream"])
-        seen.append((len(x), x.dtype))
-
-    def matmul(x, weights, bias=None, around=PLAIN, out_dtype=None):
-        y = x.new_empty(len(x), weights.shape[0], dtype=out_dtype)
-        launch((x, weights, y, bias, around, x.dtype), x.device)
-        return y
-
-    monkeypatch.setattr(cuda, "launch", launch)
-    monkeypatch.setattr(cuda, "describe", lambda *call: call)
-    monkeypatch.setattr(cuda, "matmul", matmul)
+def test_the_whole_protocol_with_cuda_kernels(rng, pair, emulated, case, dtype):
     whole_protocol(rng, pair(case, dtype, "cuda"))
-    assert {x for _, x in seen} == {dtype, torch.float32} and max(m for m, _ in seen) <= 8
+    assert {x for _, x in emulated} == {dtype, torch.float32} and max(m for m, _ in emulated) <= 8
 
 
 @pytest.mark.slow

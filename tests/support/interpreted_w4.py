@@ -20,7 +20,7 @@ from engine.kernels.w4.layout_gpu import GpuMatrix, to_gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GUARD = 64  # elements on either side of what a kernel writes
 SIZES = {
-    "gemv": Launch("gemv", BLOCK_M=16, WARPS=4, num_stages=3),
+    "gemv": Launch("gemv", BLOCK_M=16, WARPS=2, num_stages=3, CHUNKS=2),
     "gemm": Launch("gemm", BLOCK_M=16, WARPS=2, num_stages=3),
     "split": Launch("gemm", BLOCK_M=16, WARPS=2, num_stages=3, SPLITS=2),
     "dense": DENSE,

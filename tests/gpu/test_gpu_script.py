@@ -1,0 +1,65 @@
+"""benchmarks/gpu.sh, as far as it goes without a GPU, and what it asks of one."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from gpu_tokens import SMALL, random_runtime
+
+ROOT = Path(__file__).parents[2]
+
+
+def script(*arguments: str, timeout_s: float = 60, **environment: str):
+    return subprocess.run(
+        ["benchmarks/gpu.sh", *arguments],
+        env=os.environ | {"PYTHON": sys.executable} | environment,
+        cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False,
+    )  # fmt: skip
+
+
+def test_its_arguments():
+    shown = script("--help")
+    assert shown.returncode == 0
+    assert all(f"gpu.sh {name} " in shown.stdout for name in ("tests", "kernels", "tokens"))
+    wrong = script("everything")
+    assert wrong.returncode == 2 and "tests|kernels|tokens" in wrong.stderr
+    if not torch.cuda.is_available():
+        refused = script("tokens")
+        assert refused.returncode == 2 and "torch finds no GPU" in refused.stderr
+
+
+@pytest.mark.slow
+def test_tokens_interpreted(tmp_path):
+    out = tmp_path / "tokens.json"
+    done = script("tokens", "--small", "--out", str(out), timeout_s=600, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    assert [case["batch"] for case in record["tokens"]] == [1, 8] and not record["left_out"]
+    assert len(out.with_suffix(".md").read_text().splitlines()) == 4
+
+
+@pytest.mark.gpu
+def test_a_graph_gives_the_bits_of_its_launches():
+    """Over 1,000 replays, the launches between them."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no GPU")
+    config = replace(SMALL["small"], max_context=2048)
+    runtime = random_runtime(config, torch.device("cuda"))
+    cache = runtime.new_cache(3, 1100)
+    runtime.greedy([5, 6, 7], cache)
+    (steps,) = runtime._steps.values()
+    buffers = steps.buffers
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for position in range(1000):
+        buffers.positions.fill_(position)
+        steps.run()
+        logits = buffers.logits.clone()
+        for launch in steps.launches:
+            launch()
+        wrong += (logits != buffers.logits).sum()
+    assert int(wrong) == 0
