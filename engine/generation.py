@@ -13,7 +13,7 @@ import torch
 from engine.architecture.config import ModelConfig
 from engine.errors import InputError
 from engine.options import Options
-from engine.runtime import Cache, Greedy, Runtime
+from engine.runtime import Cache, Greedy, Runtime, Verifying
 from engine.sample import make_generators, one_thread, sample
 from engine.speculate import Drafts, Pace
 from engine.text import Text
@@ -196,18 +196,26 @@ def _verify(
     rows: list[list[int]] = [[] for _ in sequences]
     for row in running:
         rows[row] = [sequences[row].ids[-1], *drafts[row]]
-    logits = runtime.forward(left_padded(rows), cache, slots=options.slots, logits="all")
+    tokens, logits, known = left_padded(rows), None, None
+    if options.is_greedy and options.slots is None and isinstance(runtime, Verifying):
+        known = runtime.likeliest(tokens, cache)
+    else:
+        logits = runtime.forward(tokens, cache, slots=options.slots, logits="all")
     lengths, found = cache.lengths.amax(dim=1), []
     for row in running:
-        own, draft = logits[row, -len(rows[row]) :], drafts[row]
+        draft, count = drafts[row], len(rows[row])
         history, ids = list(sequences[row].ids), list[int]()
-        for place in range(len(own)):
-            drawn = sample(own[place][None], options, [history], [generators[row]])
-            ids.append(int(drawn))
+        for place in range(count):
+            if known is not None:
+                ids.append(known[row][place])
+            else:
+                assert logits is not None
+                own = logits[row, place - count][None]
+                ids.append(int(sample(own, options, [history], [generators[row]])))
             history.append(ids[-1])
             if place == len(draft) or ids[-1] != draft[place] or sequences[row].ends(ids[-1]):
                 break
-        lengths[row] -= len(own) - len(ids)
+        lengths[row] -= count - len(ids)
         found.append(ids)
     cache.truncate(lengths)
     return found

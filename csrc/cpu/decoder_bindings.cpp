@@ -143,12 +143,16 @@ void stream(Decoder& decoder, KvCache& cache, const Tensor& tokens, std::int64_t
 
 std::vector<std::int64_t> greedy(Decoder& decoder, KvCache& cache,
                                  const std::vector<std::int64_t>& tokens, const Tensor& lengths,
-                                 const std::vector<TensorTuple>& angles) {
+                                 const std::vector<TensorTuple>& angles, std::int64_t steps) {
+    if (steps < 1 || tokens.size() % static_cast<std::size_t>(steps))
+        throw std::invalid_argument("tokens");
     std::vector<std::int64_t> best(tokens.size());
     Call call;
     call.cache = &cache;
     call.tokens = tokens.data();
-    call.batch = static_cast<std::int64_t>(tokens.size());
+    call.batch = static_cast<std::int64_t>(tokens.size()) / steps;
+    call.steps = steps;
+    call.all = true;
     call.best = best.data();
     best.resize(static_cast<std::size_t>(run(decoder, call, lengths, angles)));
     return best;
@@ -235,9 +239,9 @@ void bind_decoder(py::module_& m) {
              "The residual stream through the chosen slots: from `entering`, where that is given,\n"
              "to `leaving` or, where that is not, to the logits of every token.")
         .def("greedy", &greedy, py::arg("cache"), py::arg("tokens"), py::arg("lengths"),
-             py::arg("angles"),
-             "One token of each sequence, -1 for none; returns the ids of the largest logits, -1\n"
-             "where one is not a finite number.")
+             py::arg("angles"), py::arg("steps") = 1,
+             "So many tokens of each sequence, -1 for none; returns the ids of the largest logits\n"
+             "behind each of them, -1 where one is not a finite number.")
         .def("measure", &Decoder::measure, py::arg("on"))
         .def("times", &times)
         .def_property_readonly("nbytes", &Decoder::nbytes);

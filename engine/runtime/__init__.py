@@ -6,7 +6,8 @@ covers prefill, one step, and the verification of several tokens at once. Negati
 padding. The cache keeps a length for every (sequence, slot); a call at position p needs [0, p)
 filled in every slot that it runs, and raises otherwise.
 
-What only some runtimes can do is a protocol of its own, for `isinstance`: `Greedy`, `Timed`.
+What only some runtimes can do is a protocol of its own, for `isinstance`: `Greedy`, `Verifying`,
+`Timed`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -120,6 +121,17 @@ class Greedy(Protocol):
         """Feeds one id to each sequence, -1 to those that have finished; the others' next ids.
 
         What `forward` and `engine.sample.likeliest` would give, with the same errors.
+        """
+
+
+@runtime_checkable
+class Verifying(Protocol):
+    """Knows the likeliest tokens behind several at less cost than their logits."""
+
+    def likeliest(self, tokens: "torch.Tensor", cache: Any) -> list[list[int]]:
+        """Feeds tokens (B, T), -1 on the left of shorter rows; by row what follows each of them.
+
+        What `forward` of all logits and `engine.sample.likeliest` would give, with the same errors.
         """
 
 

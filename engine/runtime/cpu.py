@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -227,6 +228,21 @@ class CpuRuntime:
         if -1 in ids:
             raise NotFiniteError(NOT_FINITE)
         return ids
+
+    def likeliest(self, tokens: torch.Tensor, cache: CpuCache) -> list[list[int]]:
+        check_cache(self.config, cache, CpuCache)
+        angles = self._tables(tokens, cache)
+        try:
+            ids = self.decoder.greedy(
+                cache.pages, tokens.flatten().tolist(), cache.span, angles.spans, tokens.shape[1]
+            )
+        except ValueError as error:
+            check_call(self.config, tokens, cache, None)
+            raise _refused(error) from None
+        if -1 in ids:
+            raise NotFiniteError(NOT_FINITE)
+        found = iter(ids)
+        return [[*islice(found, count)] for count in (tokens >= 0).sum(1).tolist()]
 
     def measure(self, on: bool) -> None:
         self.decoder.measure(on)

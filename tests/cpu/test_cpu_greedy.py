@@ -80,6 +80,27 @@ def test_greedy_is_the_likeliest(tmp_path, case, isa):
 
 
 @pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("case", ["llama", "gemma2", "phi2"])
+def test_what_follows_several_tokens(tmp_path, case, isa):
+    runtime = Edited(case, tmp_path).load(2, isa)
+    caches = [runtime.new_cache(3), runtime.new_cache(3)]
+    for width in (7, 1, 9):
+        tokens = torch.randint(3, VOCAB, (3, width))
+        tokens[1, : width // 2] = -1
+        tokens[2] = -1
+        logits = runtime.forward(tokens, caches[0], logits="all")
+        found = runtime.likeliest(tokens, caches[1])
+        assert found == [
+            likeliest(logits[0]).tolist(),
+            likeliest(logits[1, width // 2 :]).tolist(),
+            [],
+        ]
+        assert torch.equal(caches[0].lengths, caches[1].lengths)
+    with pytest.raises(InputError, match=f"expected ids below {VOCAB}, found {VOCAB}"):
+        runtime.likeliest(torch.full((3, 2), VOCAB), caches[1])
+
+
+@pytest.mark.parametrize("isa", isas())
 def test_the_lowest_of_equal_logits(rng, tmp_path, four_threads, isa):
     ties = sorted(torch.randperm(VOCAB, generator=rng)[:5].tolist())
 
