@@ -1,6 +1,8 @@
-"""The CPU decoder against its bounds, on the default model in the bits of its own file.
+"""The CPU decoder against its bounds, on the default model in the bits of its own file, and on the
+shape of one that no cache holds.
 
     pytest -s benchmarks/bench_decoder.py
+    pytest -s benchmarks/bench_decoder.py -k "no_cache_holds and avx2"
 
 Every figure is a ratio of medians whose parts took turns, so that a slow spell meets both. The
 bandwidth is that of a buffer of the model's size, read by the same threads in between. Prints what
@@ -9,6 +11,7 @@ was found beside what was asked; fails where a bound is missed.
 
 import subprocess
 import sys
+from pathlib import Path
 from statistics import median
 from time import perf_counter_ns
 
@@ -16,6 +19,7 @@ import pytest
 import scaling
 import torch
 from ceiling import times_ns
+from shapes import write
 
 from engine.api import Model, load
 from engine.checkpoint import open_checkpoint
@@ -77,9 +81,9 @@ class Read:
         return median(self.speeds)
 
 
-def medians_ns(*functions) -> list[float]:
+def medians_ns(*functions, rounds: int = ROUNDS) -> list[float]:
     """Of a call of each, after one that does not count."""
-    return [median(found[1:]) for found in times_ns(*functions, rounds=ROUNDS + 1)]
+    return [median(found[1:]) for found in times_ns(*functions, rounds=rounds + 1)]
 
 
 def report(name: str, found: float, asked: float) -> None:
@@ -93,6 +97,22 @@ def test_share_of_the_bandwidth(model):
     ns = medians_ns(Decode(model), read)[0] / TOKENS
     print(f"\n{1e9 / ns:.0f} tok/s beside a read of {read.gb_s:.1f} GB/s", end="")
     report("decoding, of the bandwidth", weights / ns / read.gb_s, 0.65)
+
+
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory) -> Path:
+    return write("Llama-3.2-1B", tmp_path_factory.mktemp("shape"))
+
+
+@pytest.mark.parametrize(("threads", "asked"), [(2, 0.82), (1, 0.80)])
+@pytest.mark.parametrize("isa", [isa for isa in isas() if isa != "generic"])
+def test_a_model_that_no_cache_holds(shape, isa, threads, asked):
+    model = load(shape, backend="cpu", isa=isa, threads=threads)
+    weights = model.runtime.weight_bytes_per_token
+    read = Read(weights, threads)
+    ns = medians_ns(Decode(model), read, rounds=6)[0] / TOKENS
+    print(f"\n{isa}: {1e9 / ns:.1f} tok/s beside a read of {read.gb_s:.1f} GB/s", end="")
+    report(f"{threads} threads, decoding, of the bandwidth", weights / ns / read.gb_s, asked)
 
 
 def test_a_context_of_1024(model):

@@ -27,6 +27,7 @@ class Model:
 MODELS = {
     "SmolLM2-135M": Model(30, 576, 192, 1536),
     "Llama-3.2-1B": Model(16, 2048, 512, 8192),
+    "Qwen2.5-1.5B": Model(28, 1536, 256, 8960),
     "Llama-3-8B": Model(32, 4096, 1024, 14336),
     "Llama-2-70B": Model(80, 8192, 1024, 28672),
 }
