@@ -25,7 +25,7 @@ def parse_layers(spec: str, total: int, option: str = "layers") -> tuple[int, ..
         first = int(match[1])
         last = first if match[2] is None else int(match[2])
         if last < first:
-            raise InputError(f"{option}: the range {item.strip()} runs backwards")
+            raise InputError(f"{option}: the range {first}-{last} runs backwards")
         _check_range(last, total, option)
         layers.extend(range(first, last + 1))
     return _distinct(layers, option)

@@ -66,6 +66,7 @@ def test_any_text_gives_layers_or_one_sentence(spec, total):
         ("٣", "neither"),
         ("9" * 5000, "neither"),
         ("5-3", "5-3 runs backwards"),
+        ("1 -\n0", "1-0 runs backwards"),
         ("10", "layer 10 is out of range; the model has layers 0 to 9"),
         ("3-999999999", "out of range"),
         ("1,1", "layer 1 twice"),
