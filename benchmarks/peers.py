@@ -1,10 +1,18 @@
 """Ours beside llama.cpp, ik_llama.cpp, OpenVINO and transformers on this CPU.
 
-    python benchmarks/peers.py [--python NAME=PATH ...] [--peers NAMES] [--threads N]
+    python benchmarks/peers.py [--shape NAME] [--isa NAME] [--python PEER=PATH ...] [--peers NAMES]
 
-All take turns within one run: the same model file, prompts and number of threads, every setting of
-a peer that may be its fastest. llama.cpp and ik_llama.cpp also run the model as Q4_0, which the
-first of them writes. Writes benchmarks/results/cpu.md.
+All take turns on the same file, prompts and number of threads, in every setting that may be a
+peer's fastest: the default model, the same as Q4_0, which llama.cpp writes, and every `--shape` of
+random 4-bit weights (benchmarks/shapes.py). Writes the section of its instruction set in
+benchmarks/results/cpu.md and leaves the others.
+
+`--isa` limits ours, and transformers by the switches of torch and oneDNN; OpenVINO, whose releases
+heed none yet, is left out below the processor's own set. llama.cpp and ik are limited when they are
+built, and refused where they hold more than was asked:
+
+    AVX2='-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=OFF'
+    CMAKE_ARGS=$AVX2 pip install --no-binary llama-cpp-python llama-cpp-python
 
 ik-llama-cpp-python 0.1.5 builds from source only without its quantizer, which lacks a file:
 
@@ -20,10 +28,11 @@ import contextlib
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import shapes
 import torch
 from peers_table import write
 
@@ -39,22 +48,34 @@ from engine.errors import InputError
 from engine.evaluate import evaluate
 from engine.generation import Options, Timings, generate
 from engine.kernels import native
+from engine.kernels.w4.cpu import isas
 from engine.text import heldout_text
 
-WORKLOADS = {"decode": (16, 128), "prefill": (512, 2), "context": (1024, 32)}  # prompt, new tokens
+Workloads = Mapping[str, tuple[int, int]]  # tokens of the prompt, new ones
+
+SMALL: Workloads = {"prefill": (512, 2), "decode": (16, 128), "context": (1024, 32)}
+LARGE: Workloads = {"prefill": (512, 2), "decode": (16, 32)}  # a billion weights and more
+CONTEXT = 1280  # of llama.cpp and ik_llama.cpp
+JUDGED_WINDOWS = 8
 EXTRA_SETTINGS = {"transformers": ({"dtype": "float32"}, {"dtype": "bfloat16"})}
+WIDE = "avx512", "amx"  # of our instruction sets, those that peers with AVX-512 may be beside
+# What holds oneDNN, which torch multiplies by, and torch's own kernels to a set.
+LIMITS = {
+    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+    "avxvnni": {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", "ATEN_CPU_CAPABILITY": "avx2"},
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+}
 
 
 @dataclass
 class Contender:
-    """An engine in one setting on one file; `run(prompt, new_tokens)` gives ids and times."""
+    """An engine in one setting; `run(prompt, new_tokens)` gives ids and times."""
 
     name: str
-    file: str
     setting: str
     version: str
     run: Callable[[Sequence[int], int], tuple[list[int], Timings]]
-    runs: dict[str, list[Timings]] = field(default_factory=lambda: {w: [] for w in WORKLOADS})
+    runs: dict[str, list[Timings]] = field(default_factory=lambda: {w: [] for w in SMALL})
     agreement: float = 1.0
 
     @property
@@ -70,46 +91,85 @@ class Contender:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m", help="a .gguf file")
+    parser.add_argument("--model", default="smollm2-135m", help="a .gguf file, as Q4_1")
+    parser.add_argument("--shape", action="append", default=[], choices=shapes.SHAPES)
+    parser.add_argument("--isa", choices=isas(), default=isas()[0])
     parser.add_argument("--peers", default=",".join(KNOWN))
-    parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH")
+    parser.add_argument("--python", action="append", default=[], metavar="PEER=PATH")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     try:
-        asked = chosen(options.peers, options.python)
-        with tempfile.TemporaryDirectory() as work, contextlib.ExitStack() as stack:
-            study = Study(options.model, asked, Path(work), stack)
-            study.run(options.repeats)
+        study = Study(options.isa, chosen(options.peers, options.python), options.repeats)
+        with tempfile.TemporaryDirectory() as work:
+            study.run(options.model, options.shape, Path(work))
             write(options.out, study)
     except InputError as error:
         refuse(error)
 
 
+@dataclass
+class Subject:
+    """One file that all run, `contenders`, ours first; `gb_s`: reads measured beside them."""
+
+    name: str
+    bits: str
+    model: Model
+    workloads: Workloads
+    alone: bool = True  # of its model
+    nbytes: int = 0  # of weights, read for a token
+    contenders: list[Contender] = field(default_factory=list)
+    gb_s: list[float] = field(default_factory=list)
+    perplexity: float | None = None
+
+    def best(self, name: str, workload: str) -> float | None:
+        """Tokens a second of the fastest setting that gives this model's text."""
+        speeds = [
+            found.tok_s(workload)
+            for found in self.contenders
+            if found.name == name and not found.wrong
+        ]
+        return max(speeds, default=None)
+
+
 class Study:
-    """`contenders`, ours first; `missing`: peer -> how to install it; `gb_s`: reads measured."""
+    """All files by one instruction set; `missing`: peer -> how to install it."""
 
-    context = 1280  # of llama.cpp and ik_llama.cpp
-    judged_windows = 8
-
-    def __init__(
-        self, ref: str, asked: dict[str, str | None], work: Path, stack: contextlib.ExitStack
-    ) -> None:
-        self.asked, self._stack = asked, stack
+    def __init__(self, isa: str, asked: dict[str, str | None], repeats: int) -> None:
+        self.isa, self.asked, self.repeats = isa, asked, repeats
         self.missing: dict[str, str] = {}
-        self.gb_s: list[float] = []
-        self.models = {"Q4_1": load(locate(ref), backend="cpu")}
-        self.text = self.models["Q4_1"].text
-        self.ids = self.text.encode(heldout_text(), add_special=False)
-        self.repeats = 0
-        if "llama.cpp" in asked and self._quantize(work / "Q4_0.gguf"):
-            self.models["Q4_0"] = load(work / "Q4_0.gguf", backend="cpu")
-        self.contenders = [ours(model, file) for file, model in self.models.items()]
-        for name in asked:
-            with self._noted(name):
-                self.contenders += self._opened(name)
+        self.subjects: list[Subject] = []
+
+    def run(self, ref: str, names: Sequence[str], work: Path) -> None:
+        path = locate(ref)
+        judged = self._measured(ref, "Q4_1", path, SMALL)
+        judged.perplexity = perplexity(judged.model)
+        if self._quantize(judged.model, work / "Q4_0.gguf"):
+            requantized = self._measured(ref, "Q4_0", work / "Q4_0.gguf", SMALL, alone=False)
+            requantized.perplexity = perplexity(requantized.model)
+        for name in names:
+            path = shapes.write(name, work)
+            self._measured(name, "Q4_0", path, LARGE).model.close()
+            path.unlink()
+
+    def _measured(
+        self, name: str, bits: str, path: Path, workloads: Workloads, alone: bool = True
+    ) -> Subject:
+        """One warm-up turn, whose texts are compared with ours, then the measured ones."""
+        print(f"{name}, {bits}, {self.isa}", file=sys.stderr)
+        subject = Subject(name, bits, load(path, backend="cpu", isa=self.isa), workloads, alone)
+        subject.nbytes = subject.model.runtime.weight_bytes_per_token
+        with contextlib.ExitStack() as stack:
+            subject.contenders.append(ours(subject.model))
+            for peer in self.asked:
+                if alone or KNOWN[peer].adapter == "llama":
+                    with self._noted(peer):
+                        subject.contenders += self._opened(peer, subject.model, stack)
+            turns(subject, self.repeats)
+        self.subjects.append(subject)
+        return subject
 
     @contextlib.contextmanager
     def _noted(self, name: str) -> Iterator[None]:
@@ -122,63 +182,69 @@ class Study:
             self.missing[name] = str(missing)
             print(f"engine: {missing}", file=sys.stderr)
 
-    def _quantize(self, path: Path) -> bool:
-        with self._noted("llama.cpp"):
-            work = work_of("llama.cpp", self.models["Q4_1"], 1, self.context)
-            with Peer("llama.cpp", self.asked["llama.cpp"], work) as peer:
-                peer.quantize(path, "Q4_0")
+    def _quantize(self, model: Model, path: Path) -> bool:
+        if "llama.cpp" in self.asked:
+            with self._noted("llama.cpp"):
+                work = work_of("llama.cpp", model, 1, CONTEXT)
+                with Peer("llama.cpp", self.asked["llama.cpp"], work) as peer:
+                    peer.quantize(path, "Q4_0")
         return path.exists()
 
-    def _opened(self, name: str) -> Iterator[Contender]:
-        files = self.models if KNOWN[name].adapter == "llama" else ["Q4_1"]
-        for file in files:
-            for setting in EXTRA_SETTINGS.get(name, KNOWN[name].settings):
-                work = work_of(name, self.models[file], 1, self.context)
-                peer = self._stack.enter_context(Peer(name, self.asked[name], work, setting))
-                yield theirs(peer, file)
-
-    def run(self, repeats: int) -> None:
-        """One warm-up turn, whose texts are compared with ours, then the measured ones."""
-        self.repeats = repeats
-        for contender in self.contenders:
-            prompt, new_tokens = WORKLOADS["decode"]
-            ids, _ = contender.run(self.ids[:prompt], new_tokens)
-            model = self.models[contender.file]
-            contender.agreement = agreement(model.runtime, self.ids[:prompt], ids)
-        for _ in range(repeats):
-            self.gb_s.append(self._read_gb_s())
-            for workload, (prompt, new_tokens) in WORKLOADS.items():
-                for contender in self.contenders:
-                    if not contender.wrong:
-                        _, timings = contender.run(self.ids[:prompt], new_tokens)
-                        contender.runs[workload].append(timings)
-
-    def _read_gb_s(self) -> float:
-        """Of a buffer of the model's size."""
-        nbytes = self.models["Q4_1"].runtime.weight_bytes_per_token
-        return native.load("cpu").read_bandwidth(nbytes, torch.get_num_threads())
-
-    def perplexity(self, file: str) -> float:
-        model = self.models[file]
-        found = evaluate(model.runtime, self.text, heldout_text(), count=self.judged_windows)
-        return found.perplexity
+    def _opened(self, name: str, model: Model, stack: contextlib.ExitStack) -> Iterator[Contender]:
+        limits = LIMITS.get(self.isa, {}) if self.isa != isas()[0] else {}
+        if limits and name == "openvino":
+            self.missing[name] = (
+                f"{name}: it takes all that the processor has (openvinotoolkit/openvino#38257)"
+            )
+            return
+        for setting in EXTRA_SETTINGS.get(name, KNOWN[name].settings):
+            work = work_of(name, model, 1, CONTEXT)
+            peer = stack.enter_context(Peer(name, self.asked[name], work, setting, limits))
+            if peer.wide and self.isa not in WIDE:
+                raise InputError(
+                    f"--isa {self.isa}: this {name} is built for AVX-512; build another as "
+                    "benchmarks/peers.py says"
+                )
+            yield theirs(peer)
 
 
-def ours(model: Model, file: str) -> Contender:
+def turns(subject: Subject, repeats: int) -> None:
+    model, text = subject.model, subject.model.text
+    ids = text.encode(heldout_text(), add_special=False)
+    prompt, new_tokens = subject.workloads["decode"]
+    for contender in subject.contenders:
+        found, _ = contender.run(ids[:prompt], new_tokens)
+        contender.agreement = agreement(model.runtime, ids[:prompt], found)
+    for _ in range(repeats):
+        subject.gb_s.append(
+            native.load("cpu").read_bandwidth(subject.nbytes, torch.get_num_threads())
+        )
+        for workload, (prompt, new_tokens) in subject.workloads.items():
+            for contender in subject.contenders:
+                if not contender.wrong:
+                    _, timings = contender.run(ids[:prompt], new_tokens)
+                    contender.runs[workload].append(timings)
+
+
+def perplexity(model: Model) -> float:
+    return evaluate(model.runtime, model.text, heldout_text(), count=JUDGED_WINDOWS).perplexity
+
+
+def ours(model: Model) -> Contender:
     def run(prompt: Sequence[int], new_tokens: int) -> tuple[list[int], Timings]:
         options = Options(max_new_tokens=new_tokens, ignore_eos=True)
         (result,) = generate(model.runtime, model.text, [list(prompt)], options)
         return list(result.token_ids), result.timings
 
-    return Contender("ours", file, "", machine.commit() or machine.versions()["engine"], run)
+    return Contender("ours", "", machine.commit() or machine.versions()["engine"], run)
 
 
-def theirs(peer: Peer, file: str) -> Contender:
+def theirs(peer: Peer) -> Contender:
     def run(prompt: Sequence[int], new_tokens: int) -> tuple[list[int], Timings]:
         (ids,), timings = peer.generate([prompt], new_tokens)
         return ids, timings
 
-    return Contender(peer.name, file, setting_name(peer.setting), peer.version, run)
+    return Contender(peer.name, setting_name(peer.setting), peer.version, run)
 
 
 if __name__ == "__main__":

@@ -1,120 +1,139 @@
-"""The page that benchmarks/peers.py writes."""
+"""The page that benchmarks/peers.py writes, a section an instruction set."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from engine.benchmark import machine
+from engine.benchmark.speed import LEAST_AGREEMENT
+from engine.scratch import write_text
 
 if TYPE_CHECKING:
-    from peers import Study
+    from peers import Study, Subject
 
-HEAD = """# Ours beside the peers, on a CPU
+TITLES = {  # in the page's order
+    "amx": "AMX",
+    "avx512": "AVX-512",
+    "avxvnni": "AVX-VNNI",
+    "avx2": "AVX2",
+    "i8mm": "ARM i8mm",
+    "dotprod": "ARM dot products",
+    "neon": "NEON",
+    "generic": "Portable C++",
+}
+HEAD = f"""# Ours beside the peers, on a CPU
 
-{device}, {threads} threads, {huge} huge pages, reading {gb_s:.1f} GB/s at best in the same run \
-(a buffer of the model's size; {low:.1f}-{gb_s:.1f} over the turns). The default model's GGUF \
-file, Q4_1, and the Q4_0 that llama.cpp's quantizer makes of it; perplexity on the first \
-{windows} windows of the held-out text by our runtime: {perplexity}.
-
-All engines took turns in one run; each figure is the median of {repeats} runs, a run's decode \
-that of its steps. Prompts are held-out text: 16 tokens and 128 new ones for decode, 512 for \
-prefill, 1,024 and 32 new ones for decode at that context. Keys and values are 16-bit floats, \
-OpenVINO's and transformers' as they come. llama.cpp and ik_llama.cpp have a context and a batch \
-of {context} and a micro-batch of 512. Ratios are ours on the same file over theirs. Peers ran in \
-processes of their own, stopped between their turns.
+`python benchmarks/peers.py --isa NAME --shape Llama-3.2-1B` writes the section of an instruction \
+set. All engines take turns in one run on the same file; a figure is the median of the runs, a \
+run's decode that of its steps. Files: the default model's GGUF, Q4_1; the Q4_0 that llama.cpp's \
+quantizer makes of it; random Q4_0 weights in the shape of a named model. Prompts are held-out \
+text: 512 tokens for prefill; 16 tokens and 128 new ones (a billion weights: 32) for decode; 1,024 \
+and 32 new ones for decode at that context. Keys and values are 16-bit floats, OpenVINO's and \
+transformers' as they come. llama.cpp and ik_llama.cpp have a context and a batch of 1,280 and a \
+micro-batch of 512. Ratios are ours on the same file over theirs; `agrees` is the share of a \
+peer's tokens that our model would choose after the same ones, and below {LEAST_AGREEMENT:.0%} no \
+speed is given. Peers run in processes of their own, stopped between their turns.
 """
+HEADINGS = {
+    "prefill": "prefill 512",
+    "decode": "decode",
+    "context": "decode at 1,024",
+}
 
 
 def write(path: Path, study: "Study") -> None:
-    """The conditions, a row a contender, and the bounds of the best settings."""
-    files = list(study.models)
-    head = HEAD.format(
-        device=machine.device_name(torch.device("cpu")),
-        threads=torch.get_num_threads(),
-        huge=machine.huge_pages() or "no word of",
-        gb_s=max(study.gb_s),
-        low=min(study.gb_s),
-        windows=study.judged_windows,
-        perplexity=", ".join(f"{file} {study.perplexity(file):.3f}" for file in files),
-        repeats=study.repeats,
-        context=study.context,
-    )
-    text = "\n".join([head, *speeds(study), "", *ratios(study), "", *notes(study)])
-    path.write_text(text.rstrip() + "\n", encoding="utf-8")
-    print(text)
+    """Puts the section of the study in its place in the page."""
+    title = TITLES[study.isa]
+    text = path.read_text(encoding="utf-8") if path.is_file() else HEAD
+    _, *parts = text.split("\n## ")
+    sections = {part.partition("\n")[0]: part for part in parts}
+    sections[title] = f"{title}\n\n" + section(study)
+    order = list(TITLES.values())
+    found = sorted(sections, key=order.index)
+    write_text(path, "\n## ".join([HEAD, *(sections[name].rstrip() + "\n" for name in found)]))
+    print(sections[title])
 
 
-def speeds(study: "Study") -> list[str]:
-    rows = [
-        "| engine | file | setting | prefill 512, tok/s | | decode 128, tok/s | "
-        "| decode at 1,024, tok/s | | agrees |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+def section(study: "Study") -> str:
+    lines = [
+        f"{machine.device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, "
+        f"{machine.huge_pages() or 'no word of'} huge pages; medians of {study.repeats} runs.",
+        "",
+        *lead(study),
     ]
-    own = {found.file: found for found in study.contenders if found.name == "ours"}
-    for found in study.contenders:
-        cells = [found.name, found.file, found.setting]
-        for workload in ("prefill", "decode", "context"):
+    for subject in study.subjects:
+        lines += ["", f"### {study_name(study, subject)}", "", *speeds(subject), "", *read(subject)]
+    return "\n".join([*lines, "", *notes(study)])
+
+
+def study_name(study: "Study", subject: "Subject") -> str:
+    return f"{subject.name}, {subject.bits} by {TITLES[study.isa]}"
+
+
+def lead(study: "Study") -> list[str]:
+    """Every engine in its best setting, and ours over it; models side by side."""
+    columns = [(found, workload) for found in study.subjects if found.alone
+               for workload in found.workloads]  # fmt: skip
+    heads = [f"{found.name} {HEADINGS[workload]}" for found, workload in columns]
+    rows = [f"| tok/s | {' | '.join(heads)} |", f"|---|{'---:|' * len(columns)}"]
+    for name in ("ours", *(name for name in study.asked if name not in study.missing)):
+        cells = []
+        for found, workload in columns:
+            speed, own = found.best(name, workload), found.best("ours", workload)
+            assert own  # is measured, whoever else is
+            ratio = "" if name == "ours" or not speed else f" ({own / speed:.2f}x)"
+            cells.append(f"{rounded(speed)}{ratio}" if speed else "-")
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return rows
+
+
+def rounded(speed: float) -> str:
+    return f"{speed:,.0f}" if speed >= 100 else f"{speed:.1f}"
+
+
+def speeds(subject: "Subject") -> list[str]:
+    workloads = list(subject.workloads)
+    rows = [
+        f"| engine | setting | {' | '.join(f'{HEADINGS[w]} | ' for w in workloads)} | agrees |",
+        f"|---|---|{'---:|---:|' * len(workloads)}---:|",
+    ]
+    own = subject.contenders[0]
+    for found in subject.contenders:
+        cells = [found.name, found.setting]
+        for workload in workloads:
             if found.wrong:
                 cells += ["-", ""]
                 continue
             speed = found.tok_s(workload)
-            ratio = own[found.file].tok_s(workload) / speed
-            cells += [f"{speed:,.0f}", "" if found.name == "ours" else f"{ratio:.2f}x"]
+            ratio = own.tok_s(workload) / speed
+            cells += [rounded(speed), "" if found is own else f"{ratio:.2f}x"]
         rows.append(f"| {' | '.join([*cells, f'{found.agreement:.0%}'])} |")
     return rows
 
 
-def ratios(study: "Study") -> list[str]:
-    """Ours over the best setting of each peer, figure by figure."""
-    peers = [name for name in study.asked if name not in study.missing]
-    rows = [
-        f"| ours over the best of | {' | '.join(peers)} |",
-        f"|---|{'---|' * len(peers)}",
-    ]
-
-    def row(label: str, workload: str, files: Iterable[str]) -> None:
-        ours, cells = best(study, "ours", workload, files), []
-        for name in peers:
-            theirs = best(study, name, workload, files)
-            cells.append(f"{ours / theirs:.2f}x" if ours and theirs else "-")
-        rows.append(f"| {label} | {' | '.join(cells)} |")
-
-    row("decode 128, Q4_1", "decode", ["Q4_1"])
-    if len(study.models) > 1:
-        row("decode 128, either file", "decode", study.models)
-    row("prefill 512, Q4_1", "prefill", ["Q4_1"])
-    row("decode at 1,024, Q4_1", "context", ["Q4_1"])
-    decode, context = (best(study, "ours", w, ["Q4_1"]) for w in ("decode", "context"))
-    assert decode and context  # ours is measured, whoever else is
-    gb_s = decode * study.models["Q4_1"].runtime.weight_bytes_per_token / 1e9
-    share = gb_s / max(study.gb_s)
-    return [
-        *rows,
-        "",
-        f"Our decode reads {gb_s:.1f} GB/s of weights, {share:.0%} of the best read; at a context "
-        f"of 1,024 tokens it runs at {context / decode:.2f} of its speed.",
-    ]
-
-
-def best(study: "Study", name: str, workload: str, files: Iterable[str]) -> float | None:
-    """Tokens a second of the fastest setting that gives this model's text."""
-    speeds = [
-        found.tok_s(workload)
-        for found in study.contenders
-        if found.name == name and found.file in files and not found.wrong
-    ]
-    return max(speeds, default=None)
+def read(subject: "Subject") -> list[str]:
+    """What decoding takes of the memory's speed."""
+    decode, context = subject.best("ours", "decode"), None
+    assert decode
+    gb_s = decode * subject.nbytes / 1e9
+    best = max(subject.gb_s)
+    line = (
+        f"A buffer of the model's size is read at {best:.1f} GB/s at best "
+        f"({min(subject.gb_s):.1f}-{best:.1f} over the turns); our decode reads {gb_s:.1f} GB/s of "
+        f"weights, {gb_s / best:.0%}."
+    )
+    if "context" in subject.workloads:
+        context = subject.best("ours", "context")
+        assert context
+        line += f" At a context of 1,024 tokens it runs at {context / decode:.2f} of its speed."
+    if subject.perplexity is not None:
+        line += f" Perplexity on the first windows of the held-out text: {subject.perplexity:.3f}."
+    return [line]
 
 
 def notes(study: "Study") -> list[str]:
-    versions = {found.name: found.version for found in study.contenders}
+    contenders = [found for subject in study.subjects for found in subject.contenders]
+    versions = {found.name: found.version for found in contenders}
     lines = [f"Versions: {', '.join(f'{name} {of}' for name, of in versions.items())}."]
-    for found in study.contenders:
-        if found.wrong:
-            lines.append(
-                f"{found.name} ({found.file}, {found.setting}) gives another text than the model: "
-                f"{found.agreement:.0%} of its tokens are those that the model would choose."
-            )
-    return lines + [f"Not installed: {missing}." for missing in study.missing.values()]
+    return lines + [f"Left out: {missing}." for missing in study.missing.values()]

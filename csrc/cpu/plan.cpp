@@ -114,8 +114,9 @@ std::int64_t Form::claim(std::int64_t tiles, int threads, Start start) const {
 
 std::int64_t Form::scratch_bytes(const TileView& w, std::int64_t claim) const {
     if (path == Path::bfloat) return line_up(bfloat_scratch_bytes(m, claim));
-    if (path == Path::exact || m < kManyRows) return 0;
-    return line_up((w.blocks * kBlock + w.groups * 2 * 4) * kTileRows);  // an unpacked tile
+    if (path == Path::exact || m == 1) return 0;
+    const std::int64_t codes = m < kManyRows ? 0 : w.blocks * kBlock;  // a tile's, unpacked
+    return line_up((codes + w.groups * 2 * 4) * kTileRows);
 }
 
 void Form::multiply(const Kernels& kernels, const TileView& w, std::uint8_t* base, const Output& y,
@@ -123,9 +124,7 @@ void Form::multiply(const Kernels& kernels, const TileView& w, std::uint8_t* bas
     switch (path) {
         case Path::exact: return kernels.float_tiles(w, wide(base), y, begin, end);
         case Path::bfloat: return kernels.bfloat_tiles(w, bfloat(base), y, begin, end, scratch);
-        case Path::int8:
-            return kernels.int8_tiles(w, int8(base), y, begin, end,
-                                      m < kManyRows ? nullptr : scratch);
+        case Path::int8: return kernels.int8_tiles(w, int8(base), y, begin, end, scratch);
     }
 }
 

@@ -1,6 +1,6 @@
 // The matmul planner: by which path a matrix multiplies rows of x, in what form it reads them, and
 // how memory and work are divided. The matmul of its own and the decoder's products follow it.
-// defines: kManyRows Path choose_path Form Start rows_within rows_at_once useful_threads gather
+// defines: Path choose_path Form Start rows_within rows_at_once useful_threads gather
 //          element_bytes line_up Cutter
 #pragma once
 
@@ -9,11 +9,6 @@
 #include "cpu/w4_matmul.h"
 
 namespace shallow {
-
-// From here on every tile is unpacked before the rows meet it, and rows go by panels. Measured with
-// tiles of bfloat16 from 16 rows on instead: 18-36 % slower at 16 to 24 rows, 10 % faster at 31
-// (benchmarks/results/decoder.md).
-constexpr std::int64_t kManyRows = 32;
 
 enum class Path { int8, exact, bfloat };  // the kernels of these names, see Kernels
 

@@ -109,7 +109,7 @@ std::int64_t Product::claim(std::int64_t m, int threads) const {
 }
 
 std::int64_t Product::scratch_bytes(std::int64_t m, int threads) const {
-    if (m < kManyRows) return 0;  // of every path
+    if (m == 1) return 0;  // of every path
     std::int64_t bytes = 0;
     for (const Entry& part : entries_)
         bytes = std::max(

@@ -3,131 +3,16 @@
 // different instruction sets could be linked into the wrong one.
 //
 // V names its vector F of V::lanes floats (16, 8 or 4 rows of a tile), V::max_rows rows of x that meet
-// a block at once, whether it gains from unpacked tiles (V::unpacks), whether its registers hold a
-// block's codes (V::keeps_codes) or else how many sums (V::sums), and the functions used below.
+// a block at once (V::most_rows<C> of int8), whether it gains from unpacked tiles (V::unpacks),
+// whether its registers hold a block's codes (V::keeps_codes), and the functions used below.
 #pragma once
 
 #include <type_traits>
 
-#include "cpu/w4_input.h"
+#include "cpu/w4_passing.h"
 
 namespace shallow {
 namespace {
-
-// Bytes of weights prefetched, into L1: from memory 3-6 % faster than into L2. With 8 KiB instead of 2
-// a model in L3 decodes at 493 tok/s instead of 464; from memory 8 rows are 5 % faster, but one row
-// 4-8 % slower, so that its long streams take the smaller (benchmarks/results/decoder.md).
-constexpr int64_t kAhead = 8192, kAheadOfLong = 2048;
-constexpr int64_t kLong = 512 << 10;  // bytes of a stream
-
-template <class V>
-constexpr int kParts = kTileRows / V::lanes;  // vectors a tile's 16 rows take
-
-// Of a block of codes.
-template <Codes C>
-constexpr int kBlockBytes = C == Codes::byte || C == Codes::unpacked ? 512 : 256;
-
-// The group's scale and min for the tile's rows from `lane` on: value = scale * code + min.
-template <class V, Codes C>
-SHALLOW_INLINE void load_params(const TileView& w, const uint8_t* record,
-                                const std::uint16_t* super, int lane, typename V::F& scale,
-                                typename V::F& min) {
-    using w4::Scheme;
-    if constexpr (C == Codes::unpacked) {
-        scale = V::load(record + lane * 4, ScaleType::float32);
-        min = V::load(record + 64 + lane * 4, ScaleType::float32);
-        return;
-    }
-    if (w.scheme == Scheme::kquant) {
-        scale = V::mul(V::load_half(super + lane), V::load_bytes(record + lane));
-        min = V::mul(V::load_half(super + 16 + lane), V::load_bytes(record + 16 + lane));
-        min = V::mul(min, V::set(-1.0f));
-        return;
-    }
-    const int size = w.scale_type == ScaleType::float32 ? 4 : 2;
-    const uint8_t* const second = record + 16 * size;
-    scale = V::load(record + lane * size, w.scale_type);
-    if (w.scheme == Scheme::minimum)
-        min = V::load(second + lane * size, w.scale_type);
-    else if (w.scheme == Scheme::zero)
-        min = V::mul(V::mul(V::load_bytes(second + lane), scale), V::set(-1.0f));
-    else if (C == Codes::nibble_table)
-        min = V::set(0.0f);
-    else
-        min = V::mul(scale, V::set(-w.center));
-}
-
-// Walks one tile, or the rest of it from a block on: the parameters of each group in which a block
-// lies, then its blocks.
-template <class V, Codes C>
-struct Stream {
-    const TileView& w;
-    const int64_t ahead;
-    int64_t group, left;  // the next, and how many of its run
-    const uint8_t *record, *at;
-    const std::uint16_t* super;
-
-    SHALLOW_INLINE Stream(const TileView& view, int64_t tile, int64_t first = 0,
-                          int64_t bytes_ahead = kAhead)
-        : w(view), ahead(bytes_ahead), group(w.group_blocks ? first / w.group_blocks : 2 * first),
-          left(w.run_groups - group % w.run_groups), record(w.record(tile, group)),
-          at(w.block(tile, first)), super(w.supers + tile * ((w.blocks + 7) / 8) * 32) {}
-
-    SHALLOW_INLINE void next(typename V::F* scale, typename V::F* min) {
-        if (left == 0) {
-            if constexpr (C != Codes::unpacked) __builtin_prefetch(at + ahead, 0, 2);
-            record = at;
-            at += w.head_bytes;
-            left = w.run_groups;
-        }
-        for (int p = 0; p < kParts<V>; ++p)
-            load_params<V, C>(w, record, super + group / 8 * 32, p * V::lanes, scale[p], min[p]);
-        record += w.record_bytes;
-        ++group;
-        --left;
-    }
-    SHALLOW_INLINE const uint8_t* block() {
-        const uint8_t* const here = at;
-        at += kBlockBytes<C>;
-        return here;
-    }
-    // For int8 products, where a codebook is a table of bytes around 128.
-    void next8(typename V::F* scale, typename V::F* min) {
-        next(scale, min);
-        if (C != Codes::nibble_table) return;
-        for (int p = 0; p < kParts<V>; ++p) {
-            scale[p] = V::mul(scale[p], V::set(w.values8_step));
-            min[p] = V::mul(scale[p], V::set(-128.0f));
-        }
-    }
-};
-
-// Where R rows of x meet one tile of W.
-struct Place {
-    int64_t tile;          // of the view
-    int64_t panel, first;  // rows of x: first.. of the panel
-    int64_t column, n;     // of y, and how many columns y has
-    int64_t apart = 0;     // where a second tile is to be met along with it, so many tiles on
-    int64_t ahead = kAhead;
-};
-
-// sums: (rows, 16), for the place's rows of x and the tile's rows of W.
-template <class V>
-__attribute__((noinline)) void write(const float* sums, int rows, const Output& y,
-                                     const Place& at) {
-    const int64_t size = y.type == ScaleType::float32 ? 4 : 2;
-    for (int lane = 0; lane < kTileRows && at.column + lane < at.n; lane += V::lanes) {
-        const int64_t column = at.column + lane, left = at.n - column;
-        const int count = static_cast<int>(left < V::lanes ? left : V::lanes);
-        const auto bias = y.bias ? V::load_some(y.bias + column, count) : V::set(0.0f);
-        for (int i = 0; i < rows; ++i) {
-            const int64_t row = at.panel * kPanelRows + at.first + i;
-            const auto sum = V::load(sums + i * kTileRows + lane, ScaleType::float32);
-            V::store(static_cast<uint8_t*>(y.data) + (row * y.stride + column) * size, y.type,
-                     V::add(sum, bias), count);
-        }
-    }
-}
 
 template <class V, int R>
 inline void write_rows(const typename V::F (&total)[kParts<V>][R], const Output& y,
@@ -165,37 +50,19 @@ SHALLOW_INLINE void add_to_codes(const TileView& w, const uint8_t* block, const 
         if (scales[i] > 0) add(i, x.q + x.plane * kBlock, scales);
 }
 
-// The same where 16 registers hold the sums of rows, and codes pass by a chunk at a time: N rows from
-// `first` on, of one plane, and all parts of the tile.
-template <class V, Codes C, int First, int Last, int N, int R>
-SHALLOW_INLINE void add_rows(const TileView& w, const uint8_t* block, const int8_t* q,
-                             const float* scales, const typename V::F (&scale)[kParts<V>],
-                             typename V::F (&total)[kParts<V>][R], int first) {
-    constexpr int P = N * kParts<V> <= V::sums ? kParts<V> : 1;
-#pragma GCC unroll 2
-    for (int p = 0; p < kParts<V>; p += P) {
-        typename V::F dots[P][N];
-        V::template dots<C, First, Last>(w, block + p * V::lanes * 4,
-                                         q + first * kBlock + 16 * First, dots);
-#pragma GCC unroll 8
-        for (int i = 0; i < N; ++i)
-            for (int part = 0; part < P; ++part) {
-                const typename V::F step = V::mul(scale[p + part], V::set(scales[first + i]));
-                typename V::F& sum = total[p + part][first + i];
-                sum = V::fma(dots[part][i], step, sum);
-            }
-    }
-}
-
-template <class V, Codes C, int R, int First, int Last>
+// The same for one row, all parts of the tile, where 16 registers hold sums and codes pass by.
+template <class V, Codes C, int First, int Last>
 SHALLOW_INLINE void add_to_sums(const TileView& w, const uint8_t* block, const Planes& x,
                                 const typename V::F (&scale)[kParts<V>],
-                                typename V::F (&total)[kParts<V>][R]) {
-    add_rows<V, C, First, Last, R>(w, block, x.q, x.scales, scale, total, 0);
-    const int8_t* const q = x.q + x.plane * kBlock;
-    const float* const scales = x.scales + x.plane;
-    for (int i = 0; i < R; ++i)
-        if (scales[i] > 0) add_rows<V, C, First, Last, 1>(w, block, q, scales, scale, total, i);
+                                typename V::F (&total)[kParts<V>][1]) {
+    const auto add = [&](const int8_t* q, float x_scale) {
+        typename V::F dots[kParts<V>][1];
+        V::template dots<C, First, Last>(w, block, q + 16 * First, dots);
+        for (int p = 0; p < kParts<V>; ++p)
+            total[p][0] = V::fma(dots[p][0], V::mul(scale[p], V::set(x_scale)), total[p][0]);
+    };
+    add(x.q, x.scales[0]);
+    if (x.scales[x.plane] > 0) add(x.q + x.plane * kBlock, x.scales[x.plane]);
 }
 
 // The products of one tile with R rows of x, block by block. Split: group 16, two groups a block.
@@ -239,7 +106,7 @@ struct TileSums {
                 add_to_codes<V, C, R, First, Last>(w, block + p * V::lanes * 4, x, steps[p],
                                                    total[p]);
         else
-            add_to_sums<V, C, R, First, Last>(w, block, x, steps, total);
+            add_to_sums<V, C, First, Last>(w, block, x, steps, total);
     }
 };
 
@@ -349,14 +216,16 @@ void plain_rows(const TileView& w, const FloatInput& x, const Output& y, const P
 }
 
 // Calls run.template rows<R>() for R = 16, 8, 4, 2, 1 until `rows` are covered.
-template <class V, int R = V::max_rows, class Run>
+template <int R, class Run>
 inline void in_steps(int64_t first, int64_t rows, const Run& run) {
     for (; rows - first >= R; first += R) run.template rows<R>(first);
-    if constexpr (R > 1) in_steps<V, R / 2>(first, rows, run);
+    if constexpr (R > 1) in_steps<R / 2>(first, rows, run);
 }
 
 template <class V, Codes C>
 struct Int8Run {
+    static constexpr int most = V::template most_rows<C>;
+
     const TileView& w;
     const Int8Input& x;
     const Output& y;
@@ -365,15 +234,23 @@ struct Int8Run {
     void rows(int64_t first) const {
         Place here = at;
         here.first = first;
-        if (w.group_blocks)
+        if constexpr (R > 1 && !V::keeps_codes) {
+            if (w.group_blocks)
+                passing_rows<V, C, R, false>(w, x, y, here);
+            else
+                passing_rows<V, C, R, true>(w, x, y, here);
+        } else if (w.group_blocks) {
             int8_rows<V, C, R, false>(w, x, y, here);
-        else
+        } else {
             int8_rows<V, C, R, true>(w, x, y, here);
+        }
     }
 };
 
 template <class V, Codes C>
 struct FloatRun {
+    static constexpr int most = V::max_rows;
+
     const TileView& w;
     const FloatInput& x;
     const Output& y;
@@ -393,15 +270,16 @@ struct FloatRun {
 
 template <class V, template <class, Codes> class Run, Codes C, class Input>
 void panels(const TileView& w, const Input& x, const Output& y, int64_t tile, int64_t column,
-            int64_t n, int64_t apart = 0, int64_t ahead = kAhead) {
+            int64_t n, int64_t apart = 0, int64_t ahead = kAhead, const float* params = nullptr) {
     Place at{};
+    at.params = params;
     at.tile = tile;
     at.column = column;
     at.n = n;
     at.apart = apart;
     at.ahead = ahead;
     for (int64_t left = x.m; left > 0; ++at.panel, left -= kPanelRows)
-        in_steps<V>(0, left < kPanelRows ? left : kPanelRows, Run<V, C>{w, x, y, at});
+        in_steps<Run<V, C>::most>(0, left < kPanelRows ? left : kPanelRows, Run<V, C>{w, x, y, at});
 }
 
 // Writes one tile as an unpacked matrix of its own.
@@ -444,15 +322,18 @@ void int8_tiles_of(const TileView& w, const Int8Input& x, const Output& y, int64
             panels<V, Int8Run, C>(w, x, y, tile, tile * kTileRows, w.n, half, ahead);
         begin += 2 * half;
     }
+    auto* const params = reinterpret_cast<float*>(scratch);
     for (int64_t tile = begin; tile < end; ++tile) {
         if constexpr (V::unpacks) {
-            if (scratch) {
+            if (x.m >= kManyRows) {
                 const TileView one = unpack_tile<V, C>(w, tile, scratch);
                 panels<V, Int8Run, Codes::unpacked>(one, x, y, 0, tile * kTileRows, w.n);
                 continue;
             }
         }
-        panels<V, Int8Run, C>(w, x, y, tile, tile * kTileRows, w.n);
+        if constexpr (!V::keeps_codes)
+            if (x.m > 1) widen_params<V, C>(w, tile, params);
+        panels<V, Int8Run, C>(w, x, y, tile, tile * kTileRows, w.n, 0, kAhead, params);
     }
 }
 

@@ -148,7 +148,7 @@ struct Kernels {
     // Write x, a panel's first rows, whose columns are padded with zeros to whole blocks.
     void (*write_int8)(const Rows& x, const Int8Input& to);
     void (*write_float)(const Rows& x, const FloatInput& to);
-    // With scratch tiles are unpacked, for many rows. Forms and scratch are as plan.h measures them.
+    // Forms and scratch are as plan.h measures them.
     void (*int8_tiles)(const TileView& w, const Int8Input& x, const Output& y, std::int64_t begin,
                        std::int64_t end, std::uint8_t* scratch);
     void (*float_tiles)(const TileView& w, const FloatInput& x, const Output& y, std::int64_t begin,
@@ -158,6 +158,11 @@ struct Kernels {
     void (*bfloat_tiles)(const TileView& w, const BfloatInput& x, const Output& y,
                          std::int64_t begin, std::int64_t end, std::uint8_t* scratch);
 };
+
+// From here on every tile is unpacked before the rows meet it, and rows go by panels. Measured with
+// tiles of bfloat16 from 16 rows on instead: 18-36 % slower at 16 to 24 rows, 10 % faster at 31
+// (benchmarks/results/decoder.md).
+constexpr std::int64_t kManyRows = 32;
 
 constexpr int kSliceBlocks = 18;  // blocks of two tiles in bfloat16 that stay in 48 KiB of L1
 

@@ -4,6 +4,9 @@ namespace shallow {
 namespace {
 
 struct AvxVnni : Avx2 {
+    template <Codes C>
+    static constexpr int most_rows = 4;
+
     template <Codes C, int First, int Last, int P, int R>
     SHALLOW_INLINE static void dots(const TileView& w, const uint8_t* block, const int8_t* q,
                                     F (&out)[P][R]) {

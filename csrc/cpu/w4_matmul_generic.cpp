@@ -45,6 +45,8 @@ struct Generic {
     using F = Floats;
     static constexpr int lanes = 4, max_rows = 4;
     static constexpr bool unpacks = false, keeps_codes = true;
+    template <Codes C>
+    static constexpr int most_rows = max_rows;
 
     static F set(float v) { return F{} + v; }
     static F add(F a, F b) { return a + b; }

@@ -13,7 +13,9 @@ namespace {
 struct Avx2 {
     using F = __m256;
     static constexpr int lanes = 8, max_rows = 8;
-    static constexpr int sums = 8;  // of 16 registers, while codes pass by
+    // Of 16 registers 8 are sums; bytes and a codebook's sum the low and the high four bits apart.
+    template <Codes C>
+    static constexpr int most_rows = C == Codes::nibble ? 4 : 2;
     static constexpr bool unpacks = false, keeps_codes = false;
 
     static F set(float v) { return _mm256_set1_ps(v); }
@@ -42,6 +44,7 @@ struct Avx2 {
         return type == ScaleType::float16 ? from_half(bits) : from_bfloat(bits);
     }
     static F load_some(const float* p, int count) {
+        if (count == lanes) return _mm256_loadu_ps(p);
         alignas(32) float values[lanes] = {};
         std::memcpy(values, p, static_cast<std::size_t>(count) * sizeof(float));
         return _mm256_load_ps(values);
@@ -49,18 +52,20 @@ struct Avx2 {
     static void store_all(float* p, F v) { _mm256_storeu_ps(p, v); }
 
     static void store(void* p, ScaleType type, F v, int count) {
-        alignas(32) uint8_t bytes[32];
-        std::size_t size = 2;
         if (type == ScaleType::float32) {
-            _mm256_store_ps(reinterpret_cast<float*>(bytes), v);
-            size = 4;
-        } else {
-            const __m128i bits = type == ScaleType::float16
-                                     ? _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)
-                                     : to_bfloat(v);
-            _mm_store_si128(reinterpret_cast<__m128i*>(bytes), bits);
+            if (count == lanes) return store_all(static_cast<float*>(p), v);
+            alignas(32) float values[lanes];
+            _mm256_store_ps(values, v);
+            std::memcpy(p, values, static_cast<std::size_t>(count) * sizeof(float));
+            return;
         }
-        std::memcpy(p, bytes, static_cast<std::size_t>(count) * size);
+        const __m128i bits = type == ScaleType::float16
+                                 ? _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)
+                                 : to_bfloat(v);
+        if (count == lanes) return _mm_storeu_si128(static_cast<__m128i*>(p), bits);
+        alignas(16) std::uint16_t halves[lanes];
+        _mm_store_si128(reinterpret_cast<__m128i*>(halves), bits);
+        std::memcpy(p, halves, static_cast<std::size_t>(count) * sizeof *halves);
     }
     static __m128i to_bfloat(F v) {
         const __m256i raw = _mm256_castps_si256(v);
@@ -96,7 +101,7 @@ struct Avx2 {
     static void load_anew(const uint8_t*& block, const int8_t*& q) {
         asm("" : "+r"(block), "+r"(q));
     }
-    static void in_this_order(__m256i& sum) { asm("" : "+x"(sum)); }
+    static void in_this_order(__m256i& sum) { asm("" : : "x"(sum)); }
 
     // Four bits of each code's value: nibbles have no other; of bytes and a codebook's the low or the
     // high ones.

@@ -15,6 +15,8 @@ struct Avx512 {
     using F = __m512;
     static constexpr int lanes = 16, max_rows = 16;
     static constexpr bool unpacks = true, keeps_codes = true;
+    template <Codes C>
+    static constexpr int most_rows = max_rows;
 
     static F set(float v) { return _mm512_set1_ps(v); }
     static F add(F a, F b) { return _mm512_add_ps(a, b); }

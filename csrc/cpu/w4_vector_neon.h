@@ -17,6 +17,8 @@ struct Neon {
     using F = float32x4_t;
     static constexpr int lanes = 4, max_rows = 4;  // 16 sums and 8 vectors of codes: 32 registers
     static constexpr bool unpacks = false, keeps_codes = true;
+    template <Codes C>
+    static constexpr int most_rows = max_rows;
 
     static F set(float v) { return vdupq_n_f32(v); }
     static F add(F a, F b) { return vaddq_f32(a, b); }

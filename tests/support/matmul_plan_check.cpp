@@ -96,7 +96,7 @@ void claims() {
                 assert(row.claim(tiles, threads, Start::scattered) == 0);
                 const std::int64_t share = row.claim(tiles, threads, Start::together);
                 assert(share >= 1 && (m >= kManyRows || share * threads >= tiles));
-                assert((row.scratch_bytes(w, share) > 0) == (m >= kManyRows));
+                assert((row.scratch_bytes(w, share) > 0) == (m > 1));
             }
     assert(rows_within(1, 1 << 20) == 64 && rows_within(1 << 30, 1) == 512);
     assert(rows_within(100 * 4096, 4096) == 96);

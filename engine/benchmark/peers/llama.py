@@ -21,6 +21,9 @@ class Engine:
         api = import_module("ik_llama_cpp._ctypes_api") if self._ik else package
         self.version, self._api, self._path = package.__version__, api, model
         api.llama_backend_init()
+        described = (api._lib if self._ik else api).llama_print_system_info
+        described.restype = ctypes.c_char_p
+        self.wide = b"AVX512 = 1" in described()
         options = api.llama_model_default_params()
         if self._ik:
             options.repack_tensors = setting.get("repack", False)

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +23,7 @@ from engine.kernels.dtypes import name_of
 
 TRIAL_TOKENS = 24
 NO_SETTING: Setting = MappingProxyType({})
+NO_ENVIRONMENT: Mapping[str, str] = MappingProxyType({})
 # Left on the path, what lies beside this engine would hide the peer's own packages.
 BOOT = (
     "import sys; root = sys.argv.pop(1); sys.path.insert(0, root); "
@@ -43,9 +44,15 @@ class Peer:
     """
 
     def __init__(
-        self, name: str, python: str | None, work: dict[str, Any], setting: Setting = NO_SETTING
+        self,
+        name: str,
+        python: str | None,
+        work: dict[str, Any],
+        setting: Setting = NO_SETTING,
+        environment: Mapping[str, str] = NO_ENVIRONMENT,
     ) -> None:
-        """Opens `work` (see `Engine` of the adapters) under the interpreter `python`.
+        """Opens `work` (see `Engine` of the adapters) under the interpreter `python`, with
+        `environment` besides this process's own.
 
         Raises `PeerMissing`, and `InputError` for an interpreter or a model that does not open.
         """
@@ -58,7 +65,8 @@ class Peer:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
-                env={k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))},
+                env={k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+                | dict(environment),
                 process_group=0,
             )
         except OSError as error:
@@ -66,7 +74,9 @@ class Peer:
         assert self._process.stdin is not None and self._process.stdout is not None  # pipes
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
         try:
-            self.version = self._ask(name=name, setting=self.setting, **work)["version"]
+            reply = self._ask(name=name, setting=self.setting, **work)
+            self.version: str = reply["version"]
+            self.wide: bool | None = reply["wide"]  # built for AVX-512; None: it does not say
         except InputError:
             self.close()
             raise

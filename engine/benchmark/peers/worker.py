@@ -19,7 +19,7 @@ def main(adapter: str) -> None:
         try:
             if engine is None:
                 engine = import_module(f".{adapter}", __package__).Engine(**request)
-                reply = {"version": engine.version}
+                reply = {"version": engine.version, "wide": getattr(engine, "wide", None)}
             else:
                 reply = getattr(engine, request.pop("do"))(**request)
         except ImportError as error:

@@ -1,0 +1,129 @@
+// Several rows of int8 times one tile where 16 registers hold a block's sums and no more (AVX2): codes
+// pass by a chunk at a time, and what is summed over blocks waits in memory, which each block reads
+// and writes once.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cpu/w4_stream.h"
+
+namespace shallow {
+namespace {
+
+// The parameters of a tile's groups: 16 scales, then 16 minimums, of each. Read by type and scheme
+// beside every block they took a third of its time (benchmarks/results/decoder.md).
+template <class V, Codes C>
+void widen_params(const TileView& w, int64_t tile, float* out) {
+    Stream<V, C> stream(w, tile);
+    for (int64_t group = 0; group < w.groups; ++group, out += 2 * kTileRows) {
+        typename V::F scale[kParts<V>], min[kParts<V>];
+        stream.next8(scale, min);
+        for (int p = 0; p < kParts<V>; ++p) {
+            V::store_all(out + p * V::lanes, scale[p]);
+            V::store_all(out + kTileRows + p * V::lanes, min[p]);
+        }
+        if (w.group_blocks || group % 2)
+            stream.at += kBlockBytes<C> * std::max<int64_t>(w.group_blocks, 1);
+    }
+}
+
+// Where the parts of a block lie that some rows of x meet.
+struct Meeting {
+    const uint8_t* block;
+    const int8_t* q;
+    const float *scales, *sums, *params;
+    int64_t panel;
+};
+
+// Adds half-blocks First..Last-1, all that a group has of the block, for N rows, and before it the
+// minimums of the groups that begin here. total: (N, 16).
+template <class V, Codes C, int First, int Last, int N, int Begin>
+SHALLOW_INLINE void meet(const TileView& w, const Meeting& at, float* total) {
+    // Or the compiler reads the sums before the products, and has no registers to hold them in.
+    const auto wait = [&] { asm volatile("" : : "r"(total) : "memory"); };
+    const auto param = [&](int which, int p) {
+        return V::load(at.params + which * kTileRows + p * V::lanes, ScaleType::float32);
+    };
+    typename V::F dots[kParts<V>][N];
+    V::template dots<C, First, Last>(w, at.block, at.q + 16 * First, dots);
+    wait();
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i)
+#pragma GCC unroll 2
+        for (int p = 0; p < kParts<V>; ++p) {
+            float* const sum = total + i * kTileRows + p * V::lanes;
+            auto value = V::load(sum, ScaleType::float32);
+            for (int group = 0; group < Begin; ++group)
+                value =
+                    V::fma(param(2 * group + 1, p), V::set(at.sums[group * at.panel + i]), value);
+            value = V::fma(dots[p][i], V::mul(param(0, p), V::set(at.scales[i])), value);
+            V::store_all(sum, value);
+        }
+    wait();
+}
+
+// Both planes of R rows. Where two rows have a second one all are taken together, those without by a
+// scale of zero: alone one takes three quarters of the time of four.
+template <class V, Codes C, int First, int Last, int R, int Begin>
+SHALLOW_INLINE void meet_planes(const TileView& w, Meeting at, int64_t plane, float* total) {
+    meet<V, C, First, Last, R, Begin>(w, at, total);
+    at.scales += plane;
+    int fine = 0, last = 0;
+    for (int i = 0; i < R; ++i)
+        if (at.scales[i] > 0) ++fine, last = i;
+    if (fine == 0) return;
+    at.q += plane * kBlock;
+    if (fine > 1) return meet<V, C, First, Last, R, 0>(w, at, total);
+    at.q += last * kBlock;
+    at.scales += last;
+    meet<V, C, First, Last, 1, 0>(w, at, total + last * kTileRows);
+}
+
+// R rows of x. Split: group 16, two groups a block.
+template <class V, Codes C, int R, bool Split>
+void passing_rows(const TileView& w, const Int8Input& x, const Output& y, const Place& at) {
+    alignas(64) float total[R * kTileRows] = {};
+    const int64_t panel = x.panel, plane = x.plane, first = at.panel * w.blocks * panel + at.first;
+    const bool fetches = at.panel == 0 && at.first == 0;  // else others have
+    Meeting here{w.data + at.tile * w.tile_bytes,
+                 x.q + first * kBlock,
+                 x.scales + first,
+                 x.sums + at.panel * w.groups * panel + at.first,
+                 at.params,
+                 panel};
+    const auto add = [&](auto begins) {
+        constexpr int kBegin = begins();
+        if (fetches)
+#pragma GCC unroll 8
+            for (int line = 0; line < kBlockBytes<C>; line += 64)
+                __builtin_prefetch(here.block + at.ahead + line, 0, 3);
+        if constexpr (Split) {
+            meet_planes<V, C, 0, 1, R, kBegin>(w, here, plane, total);
+            here.params += 2 * kTileRows;
+            meet_planes<V, C, 1, 2, R, 0>(w, here, plane, total);
+        } else {
+            meet_planes<V, C, 0, 2, R, kBegin>(w, here, plane, total);
+        }
+        here.block += kBlockBytes<C>;
+        here.q += panel * kBlock;
+        here.scales += panel;
+    };
+    int64_t groups = 0;  // left of a run
+    for (int64_t b = 0, end; b < w.blocks;) {
+        if (groups == 0) {
+            here.block += w.head_bytes;
+            groups = w.run_groups;
+        }
+        groups -= 1 + Split;
+        end = Split ? b + 1 : std::min(b + w.group_blocks, w.blocks);
+        add(std::integral_constant<int, 1 + Split>());
+        while (++b < end) add(std::integral_constant<int, 0>());
+        here.sums += (1 + Split) * panel;
+        here.params += 2 * kTileRows;
+    }
+    write<V>(total, R, y, at);
+}
+
+}  // namespace
+}  // namespace shallow

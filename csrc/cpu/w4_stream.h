@@ -1,0 +1,129 @@
+// A tile of W as the kernels of one instruction set walk it, and where its products go, in terms of
+// the vector type V of w4_kernel.h.
+#pragma once
+
+#include <cstring>
+
+#include "cpu/w4_input.h"
+
+namespace shallow {
+namespace {
+
+// Bytes of weights prefetched, into L1: from memory 3-6 % faster than into L2. With 8 KiB instead of 2
+// a model in L3 decodes at 493 tok/s instead of 464; from memory 8 rows are 5 % faster, but one row
+// 4-8 % slower, so that its long streams take the smaller (benchmarks/results/decoder.md).
+constexpr int64_t kAhead = 8192, kAheadOfLong = 2048;
+constexpr int64_t kLong = 512 << 10;  // bytes of a stream
+
+template <class V>
+constexpr int kParts = kTileRows / V::lanes;  // vectors a tile's 16 rows take
+
+// Of a block of codes.
+template <Codes C>
+constexpr int kBlockBytes = C == Codes::byte || C == Codes::unpacked ? 512 : 256;
+
+// The group's scale and min for the tile's rows from `lane` on: value = scale * code + min.
+template <class V, Codes C>
+SHALLOW_INLINE void load_params(const TileView& w, const uint8_t* record,
+                                const std::uint16_t* super, int lane, typename V::F& scale,
+                                typename V::F& min) {
+    using w4::Scheme;
+    if constexpr (C == Codes::unpacked) {
+        scale = V::load(record + lane * 4, ScaleType::float32);
+        min = V::load(record + 64 + lane * 4, ScaleType::float32);
+        return;
+    }
+    if (w.scheme == Scheme::kquant) {
+        scale = V::mul(V::load_half(super + lane), V::load_bytes(record + lane));
+        min = V::mul(V::load_half(super + 16 + lane), V::load_bytes(record + 16 + lane));
+        min = V::mul(min, V::set(-1.0f));
+        return;
+    }
+    const int size = w.scale_type == ScaleType::float32 ? 4 : 2;
+    const uint8_t* const second = record + 16 * size;
+    scale = V::load(record + lane * size, w.scale_type);
+    if (w.scheme == Scheme::minimum)
+        min = V::load(second + lane * size, w.scale_type);
+    else if (w.scheme == Scheme::zero)
+        min = V::mul(V::mul(V::load_bytes(second + lane), scale), V::set(-1.0f));
+    else if (C == Codes::nibble_table)
+        min = V::set(0.0f);
+    else
+        min = V::mul(scale, V::set(-w.center));
+}
+
+// Walks one tile, or the rest of it from a block on: the parameters of each group in which a block
+// lies, then its blocks.
+template <class V, Codes C>
+struct Stream {
+    const TileView& w;
+    const int64_t ahead;
+    int64_t group, left;  // the next, and how many of its run
+    const uint8_t *record, *at;
+    const std::uint16_t* super;
+
+    SHALLOW_INLINE Stream(const TileView& view, int64_t tile, int64_t first = 0,
+                          int64_t bytes_ahead = kAhead)
+        : w(view), ahead(bytes_ahead), group(w.group_blocks ? first / w.group_blocks : 2 * first),
+          left(w.run_groups - group % w.run_groups), record(w.record(tile, group)),
+          at(w.block(tile, first)), super(w.supers + tile * ((w.blocks + 7) / 8) * 32) {}
+
+    SHALLOW_INLINE void next(typename V::F* scale, typename V::F* min) {
+        if (left == 0) {
+            if constexpr (C != Codes::unpacked) __builtin_prefetch(at + ahead, 0, 2);
+            record = at;
+            at += w.head_bytes;
+            left = w.run_groups;
+        }
+        for (int p = 0; p < kParts<V>; ++p)
+            load_params<V, C>(w, record, super + group / 8 * 32, p * V::lanes, scale[p], min[p]);
+        record += w.record_bytes;
+        ++group;
+        --left;
+    }
+    SHALLOW_INLINE const uint8_t* block() {
+        const uint8_t* const here = at;
+        at += kBlockBytes<C>;
+        return here;
+    }
+    // For int8 products, where a codebook is a table of bytes around 128.
+    void next8(typename V::F* scale, typename V::F* min) {
+        next(scale, min);
+        if (C != Codes::nibble_table) return;
+        for (int p = 0; p < kParts<V>; ++p) {
+            scale[p] = V::mul(scale[p], V::set(w.values8_step));
+            min[p] = V::mul(scale[p], V::set(-128.0f));
+        }
+    }
+};
+
+// Where R rows of x meet one tile of W.
+struct Place {
+    int64_t tile;          // of the view
+    int64_t panel, first;  // rows of x: first.. of the panel
+    int64_t column, n;     // of y, and how many columns y has
+    int64_t apart = 0;     // where a second tile is to be met along with it, so many tiles on
+    int64_t ahead = kAhead;
+    const float* params = nullptr;  // the tile's, as widen_params() leaves them
+};
+
+// sums: (rows, 16), for the place's rows of x and the tile's rows of W.
+template <class V>
+__attribute__((noinline)) void write(const float* sums, int rows, const Output& y,
+                                     const Place& at) {
+    const int64_t size = y.type == ScaleType::float32 ? 4 : 2;
+    for (int lane = 0; lane < kTileRows && at.column + lane < at.n; lane += V::lanes) {
+        const int64_t column = at.column + lane, left = at.n - column;
+        const int count = static_cast<int>(left < V::lanes ? left : V::lanes);
+        const auto bias = y.bias ? V::load_some(y.bias + column, count) : V::set(0.0f);
+        for (int i = 0; i < rows; ++i) {
+            const int64_t row = at.panel * kPanelRows + at.first + i;
+            const auto sum = V::load(sums + i * kTileRows + lane, ScaleType::float32);
+            V::store(static_cast<uint8_t*>(y.data) + (row * y.stride + column) * size, y.type,
+                     V::add(sum, bias), count);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace shallow

@@ -1,0 +1,80 @@
+"""The page of benchmarks/peers.py, of runs made up here."""
+
+from types import SimpleNamespace
+
+import pytest
+from peers import LARGE, SMALL, Contender, Study, Subject
+from peers_table import write
+
+from engine.generation import Timings
+
+
+def contender(name: str, setting: str, prefill: float, decode: float, agreement: float = 1.0):
+    """That has run everything at these tokens a second."""
+    found = Contender(name, setting, "1.0", run=lambda prompt, new: ([], None))
+    for workload, (tokens, new) in SMALL.items():
+        steps = (round(1e9 / decode),) * (new - 1)
+        ms = tokens / prefill * 1e3
+        found.runs[workload].append(Timings(tokens, ms, ms, steps, (1,) * (new - 1)))
+    found.agreement = agreement
+    return found
+
+
+@pytest.fixture
+def study():
+    """Two files by AVX2: ours, llama.cpp in two settings, and ik, whose text is another."""
+    made = Study("avx2", {"llama.cpp": None, "ik": None}, repeats=1)
+    for name, workloads in (("small", SMALL), ("large", LARGE)):
+        model = SimpleNamespace()
+        subject = Subject(name, "Q4_0", model, workloads, nbytes=10**9)
+        subject.contenders = [
+            contender("ours", "", 900, 30),
+            contender("llama.cpp", "flash", 300, 10),
+            contender("llama.cpp", "no flash", 200, 20),
+            contender("ik", "repack", 5000, 500, agreement=0.1),
+        ]
+        subject.gb_s = [40.0, 60.0]
+        made.subjects.append(subject)
+    return made
+
+
+def test_a_section_has_the_best_of_every_engine(study, tmp_path):
+    page = tmp_path / "cpu.md"
+    write(page, study)
+    lines = page.read_text().splitlines()
+    assert lines[0].startswith("# ") and "## AVX2" in lines
+    ours = next(line for line in lines if line.startswith("| ours | 900"))
+    assert ours.split(" | ")[1:] == ["900", "30.0", "30.0", "900", "30.0 |"]
+    theirs = next(line for line in lines if line.startswith("| llama.cpp | 300"))
+    assert theirs.split(" | ")[1:3] == ["300 (3.00x)", "20.0 (1.50x)"]
+    assert "| ik | - | - | - | - | - |" in lines  # no speed of a wrong text
+    assert any("our decode reads 30.0 GB/s of weights, 50%" in line for line in lines)
+
+
+def test_sections_of_other_instruction_sets_stay(study, tmp_path):
+    page = tmp_path / "cpu.md"
+    write(page, study)
+    study.isa = "amx"
+    write(page, study)
+    study.subjects = study.subjects[:1]
+    study.isa = "avx2"
+    write(page, study)
+    text = page.read_text()
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    assert titles == ["## AMX", "## AVX2"]
+    amx, avx2 = text.split("\n## ")[1:]
+    assert "### large, Q4_0 by AMX" in amx and "### large" not in avx2
+
+
+def test_a_peer_with_avx512_is_no_peer_of_avx2(monkeypatch):
+    from contextlib import ExitStack, nullcontext
+
+    import peers
+
+    from engine.errors import InputError
+
+    monkeypatch.setattr(peers, "work_of", lambda *_: {})
+    monkeypatch.setattr(peers, "Peer", lambda *_: nullcontext(SimpleNamespace(wide=True)))
+    asked = Study("avx2", {"llama.cpp": None}, repeats=1)
+    with ExitStack() as stack, pytest.raises(InputError, match="built for AVX-512; build another"):
+        list(asked._opened("llama.cpp", None, stack))
