@@ -7,6 +7,7 @@ import torch
 from engine.architecture.config import ModelConfig
 from engine.checkpoint import Checkpoint
 from engine.errors import InputError
+from engine.kernels import overlap
 from engine.kernels.dtypes import name_of
 from engine.kernels.w4 import fused
 from engine.options import Slots
@@ -29,8 +30,16 @@ class GpuRuntime:
     prefill_chunk = 2048  # from 1,024 rows on weights are dequantized once a call
 
     def __init__(
-        self, config: ModelConfig, placement: Placement, outer: Outer, layers: Sequence[Layer]
+        self,
+        config: ModelConfig,
+        placement: Placement,
+        outer: Outer,
+        layers: Sequence[Layer],
+        overlaps: bool | None = None,
     ) -> None:
+        """`overlaps`: the kernels of a step start while those before them run; where the device can
+        by default."""
+        self._overlaps = overlap.can(placement.device) if overlaps is None else overlaps
         self.config, self.name = config, placement.backend
         self.device, self.dtype = placement.device, placement.dtype
         self.outer, self.layers = outer, list(layers)
@@ -204,5 +213,5 @@ class GpuRuntime:
             self._tabled = None
         return StepList(
             self.config, self.outer, self.layers, slots, self._buffers[bucket], self.arena.store,
-            self.angles.tables,
+            self.angles.tables, self._overlaps,
         )  # fmt: skip

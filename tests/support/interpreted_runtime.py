@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 from support import mixed, tiny
+from support.attention_calls import Attention
 from support.close import assert_close
-from support.emulated import build, run
+from support.emulated import kernels as emulated_kernels
+from support.emulated import run, run_attention
 from support.mixed import MixedCheckpoint
 from support.w4_calls import Matmul
 from triton.runtime import interpreter
@@ -14,6 +16,7 @@ from triton.runtime import interpreter
 import engine
 from engine.checkpoint import open_checkpoint
 from engine.errors import InputError
+from engine.kernels.layer import cuda as layer_cuda
 from engine.kernels.w4 import cuda
 from engine.kernels.w4.around import PLAIN
 from engine.kernels.w4.format import Spec
@@ -50,30 +53,43 @@ def no_overflow_checks(monkeypatch) -> None:
 @pytest.fixture
 def emulated(tmp_path, monkeypatch) -> list[tuple[int, torch.dtype]]:
     """Up to 8 rows are multiplied by the CUDA kernels, emulated, where our CUDA kernel has the
-    matrix: rows and dtype of x of each call."""
-    executable = build("w4", "csrc/cuda/w4_matmul.cu", "tests/support/emulated.cpp")
+    matrix: rows and dtype of x of each call. So is decode attention: (0, dtype)."""
+    executable = emulated_kernels()
     seen = []
 
     def launch(call, device):
-        x, weights, y, bias, around, products = call
+        (x, weights, y, bias, around, products), options = call
         beside = {"gate": around.gate, "add": around.add, "stream": around.stream}
         copies = {name: None if t is None else t.clone() for name, t in beside.items()}
         own = Matmul(
             "step", x, from_gpu(weights), bias, dataclasses.replace(around, **copies),
-            out_dtype=y.dtype, products=products,
+            out_dtype=y.dtype, products=products, sums=options.get("sums"),
+            out_sums=options.get("out_sums"),
         )  # fmt: skip
+        if own.out_sums is not None:
+            own = dataclasses.replace(own, out_sums=own.out_sums[: own.sizes.tiles])
         y.copy_(run(executable, [own], tmp_path)[0])
         if around.stream is not None:
             around.stream.copy_(copies["stream"])
         seen.append((len(x), x.dtype))
 
     def matmul(x, weights, bias=None, around=PLAIN, out_dtype=None):
-        y = x.new_empty(len(x), weights.shape[0], dtype=out_dtype)
-        launch((x, weights, y, bias, around, x.dtype), x.device)
+        y = x.new_empty(len(x), weights.shape[0], dtype=out_dtype or x.dtype)
+        launch(((x, weights, y, bias, around, x.dtype), {}), x.device)
         return y
 
+    def describe_attention(qkv, store, table, positions, live, y, *, parts, counters, **options):
+        buffers = (qkv, store, table, positions, live, y, counters, parts)
+        return Attention(y.shape[1] // store.shape[-1], *buffers, options)
+
+    def attend(call, device):
+        run_attention(executable, [call], tmp_path)
+        seen.append((0, call.qkv.dtype))
+
+    monkeypatch.setattr(layer_cuda, "launch", attend)
+    monkeypatch.setattr(layer_cuda, "describe", describe_attention)
     monkeypatch.setattr(cuda, "launch", launch)
-    monkeypatch.setattr(cuda, "describe", lambda *call: call)
+    monkeypatch.setattr(cuda, "describe", lambda *call, **options: (call, options))
     monkeypatch.setattr(cuda, "matmul", matmul)
     return seen
 
@@ -136,7 +152,7 @@ def test_every_family(rng, pair, case):
 @pytest.mark.parametrize("case", tiny.CASES)
 def test_every_family_with_cuda_kernels(rng, pair, emulated, case):
     family(rng, pair(case, torch.bfloat16, "cuda"))
-    assert emulated
+    assert (0, torch.bfloat16) in emulated
 
 
 def family(rng, runtimes) -> None:
@@ -202,6 +218,7 @@ def same_ids(rng, both) -> None:
 def test_the_whole_protocol_with_cuda_kernels(rng, pair, emulated, case, dtype):
     whole_protocol(rng, pair(case, dtype, "cuda"))
     assert {x for _, x in emulated} == {dtype, torch.float32} and max(m for m, _ in emulated) <= 8
+    assert (0, dtype) in emulated
 
 
 @pytest.mark.slow
