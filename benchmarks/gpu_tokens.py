@@ -74,24 +74,26 @@ def random_part(n: int, k: int, device: torch.device) -> Part:
     return Part(to_gpu(Packed(G128, (n, k), codes, scales)))
 
 
-def random_runtime(config: ModelConfig, device: torch.device) -> GpuRuntime:
+def random_runtime(
+    config: ModelConfig, device: torch.device, backend: str = "triton"
+) -> GpuRuntime:
     shapes = {role: role_shape(config, role) for role in ("q", "k", "v", "o", "gate", "up", "down")}
     width = config.hidden_size
     norm = torch.ones(width, device=device)
 
     def projection(*roles: str) -> Projection:
         rows = sum(shapes[role][0] for role in roles)
-        return Projection((random_part(rows, shapes[roles[0]][1], device),), "triton")
+        return Projection((random_part(rows, shapes[roles[0]][1], device),), backend)
 
     def layer() -> Layer:
         joined = {name: projection(*roles) for name, roles in JOINED.items()}
         alone = {role: projection(role) for role in ("o", "down")}
         return Layer(joined | alone, {"attn_norm": norm, "mlp_norm": norm})
 
-    head = Projection((random_part(config.vocab_size, width, device),), "triton")
+    head = Projection((random_part(config.vocab_size, width, device),), backend)
     embedding = torch.randn(config.vocab_size, width, dtype=torch.bfloat16, device=device)
     outer = Outer({"head": head}, {"norm": norm}, embedding)
-    placement = Placement(device, torch.bfloat16, "triton")
+    placement = Placement(device, torch.bfloat16, backend)
     return GpuRuntime(config, placement, outer, [layer() for _ in config.layers])
 
 

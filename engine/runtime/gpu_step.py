@@ -71,8 +71,10 @@ class Buffers:
 
         self.batch, self.cores = batch, cores
         self.splits = splits = split_count(batch, config.kv_heads, cores)
-        self.inputs = zeros(2 + len(config.layers), batch, kind=torch.int32)
-        self.tokens, self.positions, self.live = self.inputs[0], self.inputs[1], self.inputs[2:]
+        # What a token sends, in one copy: a uniform (two rows of 4 bytes), id, position, who runs.
+        self.inputs = zeros(4 + len(config.layers), batch, kind=torch.int32)
+        self.uniforms = self.inputs[:2].view(-1).view(torch.float64)
+        self.tokens, self.positions, self.live = self.inputs[2], self.inputs[3], self.inputs[4:]
         self.table = zeros(batch, width, kind=torch.int32)
         self.streams = [zeros(batch, config.hidden_size, kind=torch.float32) for _ in range(2)]
         self.delta = zeros(batch, config.hidden_size, kind=torch.float32)

@@ -11,6 +11,10 @@ import pytest
 import torch
 from gpu_tokens import SMALL, random_runtime
 
+from engine.runtime import GPU_RUNTIMES
+from engine.runtime.gpu import GpuRuntime
+from engine.runtime.gpu_weights import Placement
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -44,22 +48,29 @@ def test_tokens_interpreted(tmp_path):
 
 
 @pytest.mark.gpu
-def test_a_graph_gives_the_bits_of_its_launches():
-    """Over 1,000 replays, the launches between them."""
+@pytest.mark.parametrize("backend", GPU_RUNTIMES)
+def test_a_graph_gives_the_bits_of_its_launches(backend):
+    """Over 1,000 replays, with and without overlap, the launches one by one between them."""
     if not torch.cuda.is_available():
         pytest.skip("torch finds no GPU")
     config = replace(SMALL["small"], max_context=2048)
-    runtime = random_runtime(config, torch.device("cuda"))
-    cache = runtime.new_cache(3, 1100)
-    runtime.greedy([5, 6, 7], cache)
-    (steps,) = runtime._steps.values()
-    buffers = steps.buffers
+    overlapped = random_runtime(config, torch.device("cuda"), backend)
+    placement = Placement(overlapped.device, overlapped.dtype, backend)
+    plain = GpuRuntime(config, placement, overlapped.outer, overlapped.layers, overlaps=False)
+    lists = []
+    for runtime in (overlapped, plain):
+        runtime.greedy([5, 6, 7], runtime.new_cache(3, 1100))
+        lists += runtime._steps.values()
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     for position in range(1000):
-        buffers.positions.fill_(position)
-        steps.run()
-        logits = buffers.logits.clone()
-        for launch in steps.launches:
-            launch()
-        wrong += (logits != buffers.logits).sum()
+        found = []
+        for steps in lists:
+            steps.buffers.positions.fill_(position)
+            steps.run()
+            found.append(steps.buffers.logits.clone())
+            for launch in steps.launches:
+                launch()
+            found.append(steps.buffers.logits.clone())
+        for logits in found[1:]:
+            wrong += (logits != found[0]).sum()
     assert int(wrong) == 0

@@ -140,14 +140,16 @@ def storage_bytes(tensor: torch.Tensor) -> bytes:
     return flat.view(torch.uint8).numpy().tobytes()
 
 
-def run(executable: Path, cases: list[Matmul], folder: Path) -> list[torch.Tensor]:
+def run(
+    executable: Path, cases: list[Matmul], folder: Path, overlap: bool | None = None
+) -> list[torch.Tensor]:
     """The outputs; streams and sums are written. Fails with the emulator's or a sanitizer's report.
 
-    Every second call overlaps with the kernel before.
+    Calls `overlap` with the kernel before, every second one by default.
     """
     calls = [case.call() for case in cases]
-    for call in calls[1::2]:
-        call.overlap = 1
+    for index, call in enumerate(calls):
+        call.overlap = index % 2 == 1 if overlap is None else overlap
     encoded = [encode(*pair) for pair in zip(cases, calls, strict=True)]
     data = run_encoded(executable, encoded, folder)
     found = [case.output() for case in cases]
@@ -196,9 +198,13 @@ def encode_attention(case: Attention, call: attention.Call) -> bytes:
     return encode_arrays(call, arrays)
 
 
-def run_attention(executable: Path, cases: list[Attention], folder: Path) -> None:
-    """Runs them on the cases' own buffers; every second overlaps with the kernel before."""
-    calls = [case.call(overlap=index % 2 == 1) for index, case in enumerate(cases)]
+def run_attention(
+    executable: Path, cases: list[Attention], folder: Path, overlap: bool | None = None
+) -> None:
+    """Runs them on the cases' own buffers; `overlap` as in `run`."""
+    calls = [case.call() for case in cases]
+    for index, call in enumerate(calls):
+        call.overlap = index % 2 == 1 if overlap is None else overlap
     encoded = [encode_attention(*pair) for pair in zip(cases, calls, strict=True)]
     data = run_encoded(executable, encoded, folder)
     read_results(data, [[getattr(case, name) for name in ATTENTION_WRITTEN] for case in cases])

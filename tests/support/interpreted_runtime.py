@@ -16,14 +16,17 @@ from triton.runtime import interpreter
 import engine
 from engine.checkpoint import open_checkpoint
 from engine.errors import InputError
+from engine.generation import generate
 from engine.kernels.layer import cuda as layer_cuda
 from engine.kernels.w4 import cuda
 from engine.kernels.w4.around import PLAIN
 from engine.kernels.w4.format import Spec
 from engine.kernels.w4.layout_gpu import from_gpu
+from engine.options import Options
 from engine.runtime.gpu import GpuRuntime
 from engine.runtime.gpu_cache import Arena, GpuCache
 from engine.runtime.reference import ReferenceRuntime
+from engine.sample import make_generators, sample
 
 BOUNDS = {torch.bfloat16: 2e-2, torch.float16: 5e-3}
 SMALL = {  # two programs of a kernel where there must be two
@@ -53,7 +56,8 @@ def no_overflow_checks(monkeypatch) -> None:
 @pytest.fixture
 def emulated(tmp_path, monkeypatch) -> list[tuple[int, torch.dtype]]:
     """Up to 8 rows are multiplied by the CUDA kernels, emulated, where our CUDA kernel has the
-    matrix: rows and dtype of x of each call. So is decode attention: (0, dtype)."""
+    matrix: rows and dtype of x of each call. So is decode attention: (0, dtype). What the kernel
+    before writes is out of reach until they have waited for it."""
     executable = emulated_kernels()
     seen = []
 
@@ -68,7 +72,7 @@ def emulated(tmp_path, monkeypatch) -> list[tuple[int, torch.dtype]]:
         )  # fmt: skip
         if own.out_sums is not None:
             own = dataclasses.replace(own, out_sums=own.out_sums[: own.sizes.tiles])
-        y.copy_(run(executable, [own], tmp_path)[0])
+        y.copy_(run(executable, [own], tmp_path, overlap=True)[0])
         if around.stream is not None:
             around.stream.copy_(copies["stream"])
         seen.append((len(x), x.dtype))
@@ -83,7 +87,7 @@ def emulated(tmp_path, monkeypatch) -> list[tuple[int, torch.dtype]]:
         return Attention(y.shape[1] // store.shape[-1], *buffers, options)
 
     def attend(call, device):
-        run_attention(executable, [call], tmp_path)
+        run_attention(executable, [call], tmp_path, overlap=True)
         seen.append((0, call.qkv.dtype))
 
     monkeypatch.setattr(layer_cuda, "launch", attend)
@@ -240,6 +244,20 @@ def test_a_list_outlives_positions_and_caches(rng, pair):
     assert list(gpu._steps.values()) == [held]
 
 
+def test_draws_are_those_of_logits(rng, pair):
+    """From uniforms that are sent with the tokens; a finished sequence draws nothing."""
+    gpu, _ = pair("llama", torch.float16, kinds=(Spec(4, 32, "zero"),))
+    caches = [gpu.new_cache(3) for _ in range(2)]
+    prompt, tokens = draw(rng, 3, 4), [*draw(rng, 2).tolist(), -1]
+    for cache in caches:
+        gpu.forward(prompt, cache)
+    sampling, generators = Options(temperature=1.5, top_p=0.9), make_generators(7, 2)
+    logits = gpu.forward(torch.tensor(tokens)[:, None], caches[0])[:2, 0]
+    expected = sample(logits, sampling, [[], []], generators).tolist()
+    uniforms = [generator.random() for generator in make_generators(7, 2)]
+    assert gpu.draw(tokens, caches[1], sampling, [*uniforms, 0.0]) == expected
+
+
 @pytest.mark.slow
 def test_long_contexts(rng, pair):
     """Many pages, grown as they come, beside another cache in the same arena."""
@@ -309,6 +327,15 @@ def test_bad_calls_leave_the_model_usable(rng, pair):
         with pytest.raises(InputError, match=message):
             call()
         assert int(cache.lengths.sum()) == 0
+    for call in (
+        lambda: gpu.forward(one[[0] * 33], gpu.new_cache(33)),
+        lambda: gpu.greedy([5] * 33, gpu.new_cache(33)),
+        lambda: generate(gpu, None, [[5]] * 33),
+    ):
+        with pytest.raises(
+            InputError, match="triton decodes at most 32 sequences at once, found 33"
+        ):
+            call()
     both.run(one)
     both.judge("usable")
 
