@@ -19,7 +19,7 @@ DYNAMIC_BYTES = {MATMUL: 64 << 10, ATTENTION: 0}
 CENTRED, SHIFTED = "Li4ELNS_6ValuesE0ELb1E", "Li4ELNS_6ValuesE1ELb1E"
 REPORT = re.compile(
     r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-    r"(\d+) bytes spill loads.*?Used (\d+) registers[^\n]*?(?:, (\d+) bytes smem)?(?:,[^\n]*)?\n",
+    r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)",
     re.DOTALL,
 )
 
@@ -67,7 +67,7 @@ def compiled(source: str, arch: int) -> dict[str, Compiled]:
     return {
         name: Compiled(
             "", machine[name], int(registers), int(stack) + int(stores) + int(loads),
-            int(shared or 0) + DYNAMIC_BYTES[source],
+            sum(map(int, re.findall(r"(\d+) bytes smem", more))) + DYNAMIC_BYTES[source],
         )
-        for name, stack, stores, loads, registers, shared in REPORT.findall(report.read_text())
+        for name, stack, stores, loads, registers, more in REPORT.findall(report.read_text())
     }  # fmt: skip

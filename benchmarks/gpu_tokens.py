@@ -16,11 +16,15 @@ from typing import Any
 import torch
 from roofline import G128, JOINED, llama
 
+import engine
 from engine.architecture.config import ModelConfig
 from engine.architecture.families import role_shape
 from engine.benchmark.machine import gpu_read_gb_s
+from engine.checkpoint.fetch import DEFAULT, cached
+from engine.kernels.dispatch import why_not
 from engine.kernels.w4.format import Packed
 from engine.kernels.w4.layout_gpu import to_gpu
+from engine.runtime import GPU_RUNTIMES
 from engine.runtime.gpu import GpuRuntime
 from engine.runtime.gpu_weights import Layer, Outer, Part, Placement, Projection
 
@@ -38,6 +42,12 @@ CONTEXTS, BATCHES, STEPS = (128, 2048, 8192), (1, 8), 32
 ROOM = 64  # positions beyond the longest context
 PROMPT = 2048
 BESIDE = 4  # layers whose matrices torch multiplies, in turns, so that no L2 holds them
+NEW_TOKENS, SMALL_PROMPT = 128, 8
+PROMPTS = Path(__file__).parent / "prompts" / "plain.txt"
+TEXT = (
+    "{model}, {backend}, real text: {tok_s:,.0f} tok/s, a prompt of {prompt_tokens} tokens at "
+    "{prefill_tok_s:,.0f}"
+)
 HEAD = (
     "| model | batch | context | tok/s | of the limit | torch bfloat16 | torch int4 |\n"
     "|---|---|---|---|---|---|---|"
@@ -191,10 +201,29 @@ def prefill(config: ModelConfig, device: torch.device, length: int) -> float:
     return length / seconds(lambda: runtime.forward(tokens, cache), device)
 
 
+def on_text(path: Path, device: torch.device, small: bool) -> Iterator[dict[str, Any]]:
+    """A model's greedy text from a prompt of real text, by each back end that runs here."""
+    prompt, count = PROMPTS.read_text(), 2 if small else NEW_TOKENS
+    for backend in GPU_RUNTIMES:
+        if reason := why_not(backend):
+            yield {"model": path.name, "backend": backend, "left_out": reason}
+            continue
+        with engine.load(path, device=str(device), backend=backend) as model:
+            ids = model.text.encode(prompt)[: SMALL_PROMPT if small else None]
+            for _ in range(1 if small else 2):  # loads, compiles, captures
+                found = model.generate(ids, max_new_tokens=count, ignore_eos=True)
+            yield {
+                "model": path.name, "backend": backend, "prompt_tokens": len(ids),
+                "prefill_tok_s": found.timings.prefill_tok_s,
+                "tok_s": found.timings.decode_tok_s(), "text": found.text,
+            }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="one tiny model: tries the script")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>-tokens.json")
+    parser.add_argument("--model", type=Path, help="for real text; default: the default model")
     given = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not given.small:
@@ -222,6 +251,16 @@ def main() -> None:
     record["prefill"] = {"length": length, "tok_s": prefill(config, device, length)}
     if on_gpu:
         record["prefill"]["torch_bfloat16_tok_s"] = length / torch_s(config, length, bfloat16)
+    if path := given.model or (None if given.small else cached(DEFAULT)):
+        record["text"] = []
+        for case in on_text(path, device, given.small):
+            record["text"].append(case)
+            lines.append(
+                f"\n{TEXT.format(**case)}" if "text" in case else "\n{left_out}".format(**case)
+            )
+            print(lines[-1], flush=True)
+    else:
+        print("The default model is not here: no real text.")
     out = given.out or RESULTS / f"{gpu.lower().replace(' ', '-')}-tokens.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1) + "\n")

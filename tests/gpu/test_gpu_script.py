@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from gpu_tokens import SMALL, random_runtime
+from support import tiny
 
 from engine.runtime import GPU_RUNTIMES
 from engine.runtime.gpu import GpuRuntime
@@ -38,13 +39,27 @@ def test_its_arguments():
 
 
 @pytest.mark.slow
-def test_tokens_interpreted(tmp_path):
-    out = tmp_path / "tokens.json"
-    done = script("tokens", "--small", "--out", str(out), timeout_s=600, TRITON_INTERPRET="1")
+@pytest.mark.parametrize("text", [False, True])
+def test_tokens_interpreted(tmp_path, text):
+    """Without a model for real text, and with one; our CUDA kernels say why they are left out."""
+    out, options = tmp_path / "tokens.json", []
+    if text:
+        tiny.write("llama", tmp_path / "model", 1)
+        tiny.save_tokenizer(tmp_path / "model")
+        options = ["--model", str(tmp_path / "model")]
+    done = script(
+        "tokens", "--small", "--out", str(out), *options, timeout_s=600, TRITON_INTERPRET="1"
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads(out.read_text())
     assert [case["batch"] for case in record["tokens"]] == [1, 8] and not record["left_out"]
-    assert len(out.with_suffix(".md").read_text().splitlines()) == 4
+    assert len(out.with_suffix(".md").read_text().splitlines()) == 4 + 4 * text
+    if text:
+        triton, cuda = record["text"]
+        assert triton["backend"] == "triton" and triton["tok_s"] > 0
+        assert cuda["left_out"] or cuda["tok_s"] > 0
+    else:
+        assert "no real text" in done.stdout
 
 
 @pytest.mark.gpu
