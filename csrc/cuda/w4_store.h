@@ -51,12 +51,14 @@ __device__ void store_tile(const Params& p, int tile, const float (&values)[4]) 
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const int n = static_cast<int>(p.call.gated ? p.call.weights.n / 2 : p.call.weights.n);
     const int rows = p.call.gated ? kTile / 2 : kTile;
+#pragma unroll
     for (int i = 0; i < 2; ++i) {
         const int column = 2 * t + i;
         float squares = 0, sum = 0;
-        for (int r = 0; r < rows / 8; ++r) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
             const int row = tile * rows + 8 * r + g;
-            if (row >= n || column >= p.call.m) continue;
+            if (8 * r >= rows || row >= n || column >= p.call.m) continue;
             const float value = store_one<T>(p, row, column, values[2 * r + i], values[2 + i], n);
             squares += value * value;
             sum += value;
