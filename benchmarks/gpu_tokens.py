@@ -177,13 +177,18 @@ def int4(rows: int, n: int, k: int, device: torch.device) -> Callable[[], object
 
 
 def measure(
-    name: str, config: ModelConfig, device: torch.device, read_gb_s: float | None, small: bool
+    name: str,
+    config: ModelConfig,
+    device: torch.device,
+    backend: str,
+    read_gb_s: float | None,
+    small: bool,
 ) -> Iterator[Case]:
     beside = {}
     for batch in BATCHES if read_gb_s else ():
         beside[batch] = [batch / torch_s(config, batch, each) for each in (bfloat16, int4)]
         torch.cuda.empty_cache()
-    runtime = random_runtime(replace(config, max_context=max(CONTEXTS) + ROOM), device)
+    runtime = random_runtime(replace(config, max_context=max(CONTEXTS) + ROOM), device, backend)
     for batch in BATCHES:
         for context in CONTEXTS if not small else (70,):
             found = step_s(runtime, batch, context, 1 if small else STEPS)
@@ -193,9 +198,12 @@ def measure(
             yield Case(name, batch, context, found * 1e3, batch / found, share, *times)
 
 
-def prefill(config: ModelConfig, device: torch.device, length: int) -> float:
+def prefill(config: ModelConfig, device: torch.device, backend: str, length: int) -> float:
     """Tokens a second of a prompt."""
-    runtime, tokens = random_runtime(config, device), torch.ones(1, length, dtype=torch.int64)
+    runtime, tokens = (
+        random_runtime(config, device, backend),
+        torch.ones(1, length, dtype=torch.int64),
+    )
     runtime.forward(tokens, runtime.new_cache(1, length))
     cache = runtime.new_cache(1, length)
     return length / seconds(lambda: runtime.forward(tokens, cache), device)
@@ -223,6 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="one tiny model: tries the script")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>-tokens.json")
+    parser.add_argument("--backend", choices=GPU_RUNTIMES, default="triton")
     parser.add_argument("--model", type=Path, help="for real text; default: the default model")
     given = parser.parse_args()
     on_gpu = torch.cuda.is_available()
@@ -231,14 +240,16 @@ def main() -> None:
     device = torch.device("cuda" if on_gpu else "cpu")
     gpu = torch.cuda.get_device_name() if on_gpu else "interpreted"
     read_gb_s = gpu_read_gb_s(device) if on_gpu else None
-    record: dict[str, Any] = {"gpu": gpu, "torch": torch.__version__, "read_gb_s": read_gb_s}
+    record: dict[str, Any] = {
+        "gpu": gpu, "torch": torch.__version__, "backend": given.backend, "read_gb_s": read_gb_s,
+    }  # fmt: skip
     cases = record["tokens"] = []
     left_out = record["left_out"] = {}
     lines = [HEAD]
     print(HEAD)
     for name, config in (SMALL if given.small else MODELS).items():
         try:
-            for case in measure(name, config, device, read_gb_s, given.small):
+            for case in measure(name, config, device, given.backend, read_gb_s, given.small):
                 cases.append(asdict(case))
                 lines.append(str(case))
                 print(lines[-1], flush=True)
@@ -248,20 +259,21 @@ def main() -> None:
         if on_gpu:
             torch.cuda.empty_cache()
     config, length = (SMALL["small"], 8) if given.small else (MODELS["Llama-3-8B"], PROMPT)
-    record["prefill"] = {"length": length, "tok_s": prefill(config, device, length)}
+    record["prefill"] = {"length": length, "tok_s": prefill(config, device, given.backend, length)}
     if on_gpu:
         record["prefill"]["torch_bfloat16_tok_s"] = length / torch_s(config, length, bfloat16)
     if path := given.model or (None if given.small else cached(DEFAULT)):
         record["text"] = []
-        for case in on_text(path, device, given.small):
-            record["text"].append(case)
+        for found in on_text(path, device, given.small):
+            record["text"].append(found)
             lines.append(
-                f"\n{TEXT.format(**case)}" if "text" in case else "\n{left_out}".format(**case)
+                f"\n{TEXT.format(**found)}" if "text" in found else "\n{left_out}".format(**found)
             )
             print(lines[-1], flush=True)
     else:
         print("The default model is not here: no real text.")
-    out = given.out or RESULTS / f"{gpu.lower().replace(' ', '-')}-tokens.json"
+    kind = "" if given.backend == "triton" else f"-{given.backend}"
+    out = given.out or RESULTS / f"{gpu.lower().replace(' ', '-')}-tokens{kind}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1) + "\n")
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")

@@ -23,6 +23,7 @@ from engine.kernels.w4.around import PLAIN
 from engine.kernels.w4.format import Spec
 from engine.kernels.w4.layout_gpu import from_gpu
 from engine.options import Options
+from engine.runtime import GPU_RUNTIMES
 from engine.runtime.gpu import GpuRuntime
 from engine.runtime.gpu_cache import Arena, GpuCache
 from engine.runtime.reference import ReferenceRuntime
@@ -226,9 +227,12 @@ def test_the_whole_protocol_with_cuda_kernels(rng, pair, emulated, case, dtype):
 
 
 @pytest.mark.slow
-def test_a_list_outlives_positions_and_caches(rng, pair):
+@pytest.mark.parametrize("backend", GPU_RUNTIMES)
+def test_a_list_outlives_positions_and_caches(rng, pair, request, backend):
     """Replayed with other data in its buffers it gives, to the bit, what a list made anew does."""
-    gpu, _ = pair("qwen3", torch.float16)
+    if backend == "cuda":
+        request.getfixturevalue("emulated")
+    gpu, _ = pair("qwen3", torch.float16, backend)
     prompt, tokens = draw(rng, 1, 60), draw(rng, 1, 8)
     anew, kept, other = (gpu.new_cache(1, 80) for _ in range(3))
     for cache in (anew, kept, other):
