@@ -43,8 +43,8 @@ def check_backend(name: str | None, dtype: str | None) -> None:
     if name in GPU_RUNTIMES:
         if dtype == "float32":
             raise InputError(f"dtype: the backend {name} has float16 and bfloat16, found {dtype}")
-        require("triton")  # "cuda" takes its kernels where it has none of its own
         require(name)
+        require("triton")  # "cuda" takes its kernels where it has none of its own
 
 
 class Cache(Protocol):

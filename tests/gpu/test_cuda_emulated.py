@@ -1,6 +1,7 @@
 """The CUDA kernels against float64, run on a CPU under AddressSanitizer and UBSan."""
 
 import dataclasses
+import gc
 from itertools import product
 
 import pytest
@@ -189,6 +190,16 @@ def test_native_errors(kernels, rng, tmp_path):
     assert "ranges must be 1 or more, found 0" in error(ranges=0)
     assert "slices need parts and counters" in error(k=513, parts=0)
     assert "sums need a norm, and no delta" in error(sums=8)
+
+
+def test_a_call_keeps_its_tensors(rng):
+    """A list of launches outlives the scratch that grew while it was made."""
+    case = make(rng, G128, torch.float16, 2, 16, 600)
+    call = case.call()
+    gc.collect()
+    for name in ("parts", "counters", "y"):
+        assert getattr(call, name) == call.borrowed[name].data_ptr()
+    assert call.weights.codes == call.borrowed["codes"].data_ptr()
 
 
 def test_python_errors(rng):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from roofline import GPUS, MODELS, step, step_us
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction
 
 from engine.runtime import GPU_RUNTIMES, gpu_step
 from engine.runtime.gpu_step import StepList
@@ -59,6 +60,19 @@ def test_x_is_read_again_for_few_rows_of_weights(name, backend):
     assert len(products) == len(launches) - 1  # all but the embedding
     assert sum(each.x for each in products) <= 0.1 * weights
     assert sum(each.parts for each in products) <= 0.33 * weights
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("backend", GPU_RUNTIMES)
+def test_kernels_overlap_where_asked_to(backend, overlaps):
+    launches = step(LLAMA, slots=[0], backend=backend, overlaps=overlaps).launches
+    ours = [launch for launch in launches if not isinstance(launch.kernel, JITFunction)]
+    assert len(ours) == (6 if backend == "cuda" else 0)
+    assert all(launch.arguments[0].overlap == overlaps for launch in ours)
+    for launch in launches:
+        if launch not in ours:
+            assert launch.options.get("OVERLAP", False) == overlaps
+            assert launch.options.get("launch_pdl", False) == overlaps
 
 
 def test_a_window_bounds_what_is_read():
