@@ -55,13 +55,14 @@ def compile(
 ) -> Compiled:
     """The kernel for sm_<arch>, with the arguments typed as in `{"x_ptr": "*fp16", "N": "i32"}`.
 
-    Pointers and integers count as multiples of 16 but for those named in `odd`. Needs a process
-    without TRITON_INTERPRET.
+    Constants that are not given have their defaults. Pointers and integers count as multiples of 16
+    but for those named in `odd`. Needs a process without TRITON_INTERPRET.
     """
     assert isinstance(kernel, JITFunction), "TRITON_INTERPRET was set when the kernel was imported"
     even = [name for name in signature if name not in odd and not signature[name].startswith("fp")]
+    defaults = {p.name: p.default for p in kernel.params if p.is_constexpr and p.has_default}
     attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in even}
-    source = ASTSource(kernel, dict(signature), dict(constexprs), attrs)
+    source = ASTSource(kernel, dict(signature), defaults | dict(constexprs), attrs)
     options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
     options["launch_pdl"] = launch_pdl
     with warnings.catch_warnings():
