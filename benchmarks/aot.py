@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as triton_compile
 from triton.runtime.jit import JITFunction
 
-OPTIONS = ("num_warps", "num_stages", "maxnreg")  # of a call that are not arguments
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")  # of a call that are not arguments
 ARCHS = (80, 86, 89, 90, 100, 120)
 FLOAT64_ARCHS = (80, 90, 100)  # with float64 in their tensor cores
 SHARED_LIMIT_BYTES = {  # a block's, opted in
@@ -51,17 +51,20 @@ def compile(
     num_warps: int = 4,
     num_stages: int = 3,
     maxnreg: int | None = None,
+    launch_pdl: bool = False,
 ) -> Compiled:
     """The kernel for sm_<arch>, with the arguments typed as in `{"x_ptr": "*fp16", "N": "i32"}`.
 
-    Pointers and integers count as multiples of 16 but for those named in `odd`. Needs a process
-    without TRITON_INTERPRET.
+    Constants that are not given have their defaults. Pointers and integers count as multiples of 16
+    but for those named in `odd`. Needs a process without TRITON_INTERPRET.
     """
     assert isinstance(kernel, JITFunction), "TRITON_INTERPRET was set when the kernel was imported"
     even = [name for name in signature if name not in odd and not signature[name].startswith("fp")]
+    defaults = {p.name: p.default for p in kernel.params if p.is_constexpr and p.has_default}
     attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in even}
-    source = ASTSource(kernel, dict(signature), dict(constexprs), attrs)
+    source = ASTSource(kernel, dict(signature), defaults | dict(constexprs), attrs)
     options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
+    options["launch_pdl"] = launch_pdl
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about defaults of later Triton versions
         built = triton_compile(source, target=GPUTarget("cuda", arch, 32), options=options)

@@ -20,7 +20,7 @@ run_tests() {
     "$python" -m pytest -q -m gpu tests "$@"
     if command -v compute-sanitizer >/dev/null; then
         compute-sanitizer --error-exitcode 1 \
-            "$python" -m pytest -q -m gpu tests/gpu/test_cuda_gpu.py -k every_spec
+            "$python" -m pytest -q -m gpu tests/gpu/test_cuda_gpu.py -k "every_spec or attention"
     fi
 }
 

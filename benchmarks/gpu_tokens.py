@@ -16,11 +16,15 @@ from typing import Any
 import torch
 from roofline import G128, JOINED, llama
 
+import engine
 from engine.architecture.config import ModelConfig
 from engine.architecture.families import role_shape
 from engine.benchmark.machine import gpu_read_gb_s
+from engine.checkpoint.fetch import DEFAULT, cached
+from engine.kernels.dispatch import why_not
 from engine.kernels.w4.format import Packed
 from engine.kernels.w4.layout_gpu import to_gpu
+from engine.runtime import GPU_RUNTIMES
 from engine.runtime.gpu import GpuRuntime
 from engine.runtime.gpu_weights import Layer, Outer, Part, Placement, Projection
 
@@ -38,6 +42,12 @@ CONTEXTS, BATCHES, STEPS = (128, 2048, 8192), (1, 8), 32
 ROOM = 64  # positions beyond the longest context
 PROMPT = 2048
 BESIDE = 4  # layers whose matrices torch multiplies, in turns, so that no L2 holds them
+NEW_TOKENS, SMALL_PROMPT = 128, 8
+PROMPTS = Path(__file__).parent / "prompts" / "plain.txt"
+TEXT = (
+    "{model}, {backend}, real text: {tok_s:,.0f} tok/s, a prompt of {prompt_tokens} tokens at "
+    "{prefill_tok_s:,.0f}"
+)
 HEAD = (
     "| model | batch | context | tok/s | of the limit | torch bfloat16 | torch int4 |\n"
     "|---|---|---|---|---|---|---|"
@@ -74,24 +84,26 @@ def random_part(n: int, k: int, device: torch.device) -> Part:
     return Part(to_gpu(Packed(G128, (n, k), codes, scales)))
 
 
-def random_runtime(config: ModelConfig, device: torch.device) -> GpuRuntime:
+def random_runtime(
+    config: ModelConfig, device: torch.device, backend: str = "triton"
+) -> GpuRuntime:
     shapes = {role: role_shape(config, role) for role in ("q", "k", "v", "o", "gate", "up", "down")}
     width = config.hidden_size
     norm = torch.ones(width, device=device)
 
     def projection(*roles: str) -> Projection:
         rows = sum(shapes[role][0] for role in roles)
-        return Projection((random_part(rows, shapes[roles[0]][1], device),), "triton")
+        return Projection((random_part(rows, shapes[roles[0]][1], device),), backend)
 
     def layer() -> Layer:
         joined = {name: projection(*roles) for name, roles in JOINED.items()}
         alone = {role: projection(role) for role in ("o", "down")}
         return Layer(joined | alone, {"attn_norm": norm, "mlp_norm": norm})
 
-    head = Projection((random_part(config.vocab_size, width, device),), "triton")
+    head = Projection((random_part(config.vocab_size, width, device),), backend)
     embedding = torch.randn(config.vocab_size, width, dtype=torch.bfloat16, device=device)
     outer = Outer({"head": head}, {"norm": norm}, embedding)
-    placement = Placement(device, torch.bfloat16, "triton")
+    placement = Placement(device, torch.bfloat16, backend)
     return GpuRuntime(config, placement, outer, [layer() for _ in config.layers])
 
 
@@ -165,13 +177,18 @@ def int4(rows: int, n: int, k: int, device: torch.device) -> Callable[[], object
 
 
 def measure(
-    name: str, config: ModelConfig, device: torch.device, read_gb_s: float | None, small: bool
+    name: str,
+    config: ModelConfig,
+    device: torch.device,
+    backend: str,
+    read_gb_s: float | None,
+    small: bool,
 ) -> Iterator[Case]:
     beside = {}
     for batch in BATCHES if read_gb_s else ():
         beside[batch] = [batch / torch_s(config, batch, each) for each in (bfloat16, int4)]
         torch.cuda.empty_cache()
-    runtime = random_runtime(replace(config, max_context=max(CONTEXTS) + ROOM), device)
+    runtime = random_runtime(replace(config, max_context=max(CONTEXTS) + ROOM), device, backend)
     for batch in BATCHES:
         for context in CONTEXTS if not small else (70,):
             found = step_s(runtime, batch, context, 1 if small else STEPS)
@@ -181,18 +198,41 @@ def measure(
             yield Case(name, batch, context, found * 1e3, batch / found, share, *times)
 
 
-def prefill(config: ModelConfig, device: torch.device, length: int) -> float:
+def prefill(config: ModelConfig, device: torch.device, backend: str, length: int) -> float:
     """Tokens a second of a prompt."""
-    runtime, tokens = random_runtime(config, device), torch.ones(1, length, dtype=torch.int64)
+    runtime, tokens = (
+        random_runtime(config, device, backend),
+        torch.ones(1, length, dtype=torch.int64),
+    )
     runtime.forward(tokens, runtime.new_cache(1, length))
     cache = runtime.new_cache(1, length)
     return length / seconds(lambda: runtime.forward(tokens, cache), device)
+
+
+def on_text(path: Path, device: torch.device, small: bool) -> Iterator[dict[str, Any]]:
+    """A model's greedy text from a prompt of real text, by each back end that runs here."""
+    prompt, count = PROMPTS.read_text(), 2 if small else NEW_TOKENS
+    for backend in GPU_RUNTIMES:
+        if reason := why_not(backend):
+            yield {"model": path.name, "backend": backend, "left_out": reason}
+            continue
+        with engine.load(path, device=str(device), backend=backend) as model:
+            ids = model.text.encode(prompt)[: SMALL_PROMPT if small else None]
+            for _ in range(1 if small else 2):  # loads, compiles, captures
+                found = model.generate(ids, max_new_tokens=count, ignore_eos=True)
+            yield {
+                "model": path.name, "backend": backend, "prompt_tokens": len(ids),
+                "prefill_tok_s": found.timings.prefill_tok_s,
+                "tok_s": found.timings.decode_tok_s(), "text": found.text,
+            }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="one tiny model: tries the script")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>-tokens.json")
+    parser.add_argument("--backend", choices=GPU_RUNTIMES, default="triton")
+    parser.add_argument("--model", type=Path, help="for real text; default: the default model")
     given = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not given.small:
@@ -200,14 +240,16 @@ def main() -> None:
     device = torch.device("cuda" if on_gpu else "cpu")
     gpu = torch.cuda.get_device_name() if on_gpu else "interpreted"
     read_gb_s = gpu_read_gb_s(device) if on_gpu else None
-    record: dict[str, Any] = {"gpu": gpu, "torch": torch.__version__, "read_gb_s": read_gb_s}
+    record: dict[str, Any] = {
+        "gpu": gpu, "torch": torch.__version__, "backend": given.backend, "read_gb_s": read_gb_s,
+    }  # fmt: skip
     cases = record["tokens"] = []
     left_out = record["left_out"] = {}
     lines = [HEAD]
     print(HEAD)
     for name, config in (SMALL if given.small else MODELS).items():
         try:
-            for case in measure(name, config, device, read_gb_s, given.small):
+            for case in measure(name, config, device, given.backend, read_gb_s, given.small):
                 cases.append(asdict(case))
                 lines.append(str(case))
                 print(lines[-1], flush=True)
@@ -217,10 +259,21 @@ def main() -> None:
         if on_gpu:
             torch.cuda.empty_cache()
     config, length = (SMALL["small"], 8) if given.small else (MODELS["Llama-3-8B"], PROMPT)
-    record["prefill"] = {"length": length, "tok_s": prefill(config, device, length)}
+    record["prefill"] = {"length": length, "tok_s": prefill(config, device, given.backend, length)}
     if on_gpu:
         record["prefill"]["torch_bfloat16_tok_s"] = length / torch_s(config, length, bfloat16)
-    out = given.out or RESULTS / f"{gpu.lower().replace(' ', '-')}-tokens.json"
+    if path := given.model or (None if given.small else cached(DEFAULT)):
+        record["text"] = []
+        for found in on_text(path, device, given.small):
+            record["text"].append(found)
+            lines.append(
+                f"\n{TEXT.format(**found)}" if "text" in found else "\n{left_out}".format(**found)
+            )
+            print(lines[-1], flush=True)
+    else:
+        print("The default model is not here: no real text.")
+    kind = "" if given.backend == "triton" else f"-{given.backend}"
+    out = given.out or RESULTS / f"{gpu.lower().replace(' ', '-')}-tokens{kind}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1) + "\n")
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")

@@ -67,11 +67,11 @@ def matrix(n: int, k: int, spec: Spec) -> GpuMatrix:
     return GpuMatrix(spec, (n, k), **tensors)
 
 
-def projection(*shapes: tuple[int, ...], spec: Spec) -> Projection:
-    return Projection(tuple(Part(matrix(n, k, spec)) for n, k in shapes), "triton")
+def projection(*shapes: tuple[int, ...], spec: Spec, backend: str) -> Projection:
+    return Projection(tuple(Part(matrix(n, k, spec)) for n, k in shapes), backend)
 
 
-def layer(config: ModelConfig, stacked: bool, spec: Spec) -> Layer:
+def layer(config: ModelConfig, stacked: bool, spec: Spec, backend: str) -> Layer:
     """`stacked`: q, k and v are one matrix, gate and up another."""
     shapes = {role: role_shape(config, role) for role in ("q", "k", "v", "o", "gate", "up", "down")}
     projections = {}
@@ -79,8 +79,10 @@ def layer(config: ModelConfig, stacked: bool, spec: Spec) -> Layer:
         rows = sum(shapes[role][0] for role in roles)
         whole: list[tuple[int, ...]] = [(rows, config.hidden_size)]
         parts = whole if stacked else [shapes[role] for role in roles]
-        projections[name] = projection(*parts, spec=spec)
-    projections |= {role: projection(shapes[role], spec=spec) for role in ("o", "down")}
+        projections[name] = projection(*parts, spec=spec, backend=backend)
+    projections |= {
+        role: projection(shapes[role], spec=spec, backend=backend) for role in ("o", "down")
+    }
     roles = ("attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm")
     return Layer(
         projections, {role: torch.empty(config.hidden_size, device=META) for role in roles}
@@ -93,19 +95,22 @@ def step(
     slots: Sequence[int] | None = None,
     stacked: bool = True,
     spec: Spec = G128,
+    backend: str = "triton",
+    overlaps: bool = False,
 ) -> StepList:
     """The list of a model of these shapes, its head in 4 bits, its embedding in float16."""
     shape = config.vocab_size, config.hidden_size
     norm = {"norm": torch.empty(config.hidden_size, device=META)}
     embedding = torch.empty(shape, dtype=torch.float16, device=META)
-    outer = Outer({"head": projection(shape, spec=spec)}, norm, embedding)
-    layers = [layer(config, stacked, spec)] * len(config.layers)
+    head = projection(shape, spec=spec, backend=backend)
+    outer = Outer({"head": head}, norm, embedding)
+    layers = [layer(config, stacked, spec, backend)] * len(config.layers)
     buffers = Buffers(config, batch, META, torch.bfloat16, CORES)
     pages = (1, len(layers), 2, config.kv_heads, PAGE, config.head_dim)
     store = torch.empty(pages, dtype=torch.bfloat16, device=META)
     angles = [torch.empty(config.max_context, config.head_dim, device=META)]
     slots = range(len(layers)) if slots is None else slots
-    return StepList(config, outer, layers, slots, buffers, store, angles)
+    return StepList(config, outer, layers, slots, buffers, store, angles, overlaps)
 
 
 def step_us(launches: StepList, gpu: Gpu, context: int) -> float:

@@ -11,19 +11,26 @@ import re
 import sys
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 from pathlib import Path
 
+import aot_cuda
 import triton
 from aot import ARCHS, OPTIONS, Compiled, compile_call
 from roofline import G128, MODELS, step
 from triton.runtime.jit import JITFunction
 
+from engine.kernels.layer import cuda as layer_cuda
+from engine.kernels.w4 import cuda as w4_cuda
 from engine.kernels.w4.format import Spec
+from engine.runtime import GPU_RUNTIMES
 from engine.runtime.gpu_step import Launch
 
 RESULTS = Path(__file__).parent / "results" / "static.md"
 SPECS = {"symmetric g128": G128, "zero g128": Spec(4, 128, "zero")}
 SHAPES = ("Llama-3-8B", "Llama-2-70B")
+OVERLAP_ARCH = 90  # from here on the kernels of a step overlap
 PRODUCTS = ("qkv", "o", "gate_up", "down", "head")
 WIDE = re.compile(r"\b(LDG|LDGSTS)\.[\w.]*\b128\b")  # loads of 16 bytes a lane from global memory
 BARRIER = re.compile(r"^(@!?U?P\d+ )?BAR\.")
@@ -86,36 +93,53 @@ class Kernel:
     """Launches that are compiled as one: `launch` is one of them."""
 
     launch: Launch
+    by: str  # "Triton" or "CUDA"
     weights: str  # one of SPECS, "" without any
     names: list[str]
     shapes: list[str]
 
 
-def kernels() -> list[Kernel]:
-    """Those of a step of 1 to 8 sequences, which split contexts as eight do."""
+@cache
+def kernels(arch: int) -> list[Kernel]:
+    """Those of a step of 1 to 8 sequences, which split contexts as eight do: all of Triton's, and
+    ours in CUDA."""
     found: dict[tuple[Hashable, ...], Kernel] = {}
-    for shape in SHAPES:
-        for label, spec in SPECS.items():
-            for launch in step(MODELS[shape], batch=8, slots=[0], spec=spec).launches:
-                weights = label if launch.name in PRODUCTS else ""
-                kernel = found.setdefault(
-                    (weights, *variant(launch)), Kernel(launch, weights, [], [])
-                )
-                if launch.name not in kernel.names:
-                    kernel.names.append(launch.name)
-                if shape not in kernel.shapes:
-                    kernel.shapes.append(shape)
+    for backend, shape, (label, spec) in product(GPU_RUNTIMES, SHAPES, SPECS.items()):
+        launches = step(
+            MODELS[shape], batch=8, slots=[0], spec=spec, backend=backend,
+            overlaps=arch >= OVERLAP_ARCH,
+        ).launches  # fmt: skip
+        for launch in launches:
+            by = "Triton" if isinstance(launch.kernel, JITFunction) else "CUDA"
+            weights = label if launch.name in PRODUCTS else ""
+            key = (by, weights, *variant(launch))
+            kernel = found.setdefault(key, Kernel(launch, by, weights, [], []))
+            if launch.name not in kernel.names:
+                kernel.names.append(launch.name)
+            if shape not in kernel.shapes:
+                kernel.shapes.append(shape)
     return list(found.values())
 
 
 def variant(launch: Launch) -> list[Hashable]:
     """What two launches of one kernel are compiled apart for."""
-    assert isinstance(launch.kernel, JITFunction)
+    if not isinstance(launch.kernel, JITFunction):
+        return list(source_of(launch))
     given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.options
     constant = [p.name for p in launch.kernel.params if p.is_constexpr]
     kinds = [(name, getattr(value, "dtype", None)) for name, value in sorted(given.items())]
     options = [given.get(name) for name in OPTIONS]
     return [launch.kernel.__name__, *kinds, *options, *map(given.get, constant)]
+
+
+def source_of(launch: Launch) -> tuple[str, str]:
+    """Of a CUDA kernel the file, and what of its name tells it from the others there."""
+    call = launch.arguments[0]
+    if launch.kernel is layer_cuda.launch:
+        return aot_cuda.ATTENTION, f"13__nv_bfloat16Li{call.width}E"
+    assert launch.kernel is w4_cuda.launch
+    template = aot_cuda.SHIFTED if call.borrowed.get("zeros") is not None else aot_cuda.CENTRED
+    return aot_cuda.MATMUL, f"13__nv_bfloat16{template}"
 
 
 @dataclass(frozen=True)
@@ -132,7 +156,7 @@ class Row:
         if self.loop is not None:
             loop = (f"{self.loop.per_kib:.0f}", str(self.loop.barriers))
         cells = (
-            f"sm_{self.arch}", ", ".join(kernel.names), kernel.weights or "-",
+            f"sm_{self.arch}", kernel.by, ", ".join(kernel.names), kernel.weights or "-",
             ", ".join(kernel.shapes), str(found.registers), str(found.spill_bytes),
             f"{found.shared_bytes / 1024:.1f}", *loop,
         )  # fmt: skip
@@ -141,28 +165,34 @@ class Row:
 
 def row(kernel: Kernel, arch: int) -> Row:
     launch = kernel.launch
-    compiled = compile_call(launch.kernel, launch.arguments, launch.options, arch)
+    if kernel.by == "CUDA":
+        source, part = source_of(launch)
+        found = aot_cuda.compiled(source, arch)
+        (compiled,) = (kernel for name, kernel in found.items() if part in name)
+    else:
+        compiled = compile_call(launch.kernel, launch.arguments, launch.options, arch)
     return Row(arch, kernel, compiled, main_loop(compiled.sass) if kernel.weights else None)
 
 
 HEAD = f"""# What compilers make of the kernels
 
-By `python benchmarks/static.py`, with Triton {triton.__version__} and its assembler: no GPU takes
-part. The Triton kernels of a decode step of 1 to 8 sequences, bfloat16, in the shapes of Llama-3-8B
-and Llama-2-70B, one row for each that is compiled apart. Spills: bytes of a thread. Shared memory:
+By `python benchmarks/static.py`, with Triton {triton.__version__} and its assembler and nvcc
+{aot_cuda.nvcc_version()}: no GPU takes part. The kernels of a decode step of 1 to 8 sequences,
+bfloat16, in the shapes of Llama-3-8B and Llama-2-70B, one row for each that is compiled apart.
+From sm_90 on they overlap. Spills: bytes of a thread. Shared memory:
 KiB of a block. Instructions: of a warp, over one iteration of the main loop, for each KiB of codes
 that it reads, 16 bytes a lane; barriers: in one iteration. What a KiB takes at the full speed of
 memory is about 283 issue slots on an H100, 198 on an H200, 140 on a B200.
 
-| target | kernel | weights | shapes | registers | spills | shared | instructions | barriers |
-|---|---|---|---|---|---|---|---|---|
+| target | by | kernel | weights | shapes | registers | spills | shared | instructions | barriers |
+|---|---|---|---|---|---|---|---|---|---|
 """
 
 
 def main() -> None:
     lines = []
     for arch in ARCHS:
-        for kernel in kernels():
+        for kernel in kernels(arch):
             lines.append(str(row(kernel, arch)))
             print(lines[-1], file=sys.stderr, flush=True)
     RESULTS.write_text(HEAD + "\n".join(lines) + "\n")

@@ -13,7 +13,7 @@ import torch
 from engine.architecture.config import ModelConfig
 from engine.errors import InputError
 from engine.options import Options
-from engine.runtime import Cache, Greedy, Runtime, Verifying
+from engine.runtime import Bounded, Cache, Drawing, Greedy, Runtime, Verifying
 from engine.sample import make_generators, one_thread, sample
 from engine.speculate import Drafts, Pace
 from engine.text import Text
@@ -122,6 +122,8 @@ def stream_steps(
     generators = make_generators(options.seed, len(sequences))
     plain = options.is_greedy and options.slots is None
     greedy = runtime.greedy if plain and isinstance(runtime, Greedy) else None
+    draws = options.temperature > 0 and options.repetition_penalty == 1 and options.slots is None
+    draw = runtime.draw if draws and isinstance(runtime, Drawing) else None
     switch = runtime.config.rope_switch
     drafting = Drafting(len(sequences)) if options.speculate else None
     clock = time.perf_counter_ns()
@@ -150,6 +152,12 @@ def stream_steps(
         anew = switch is not None and max(len(sequences[row].ids) for row in running) == switch + 1
         if greedy is not None and not anew:
             found = [[token] for token in greedy(fed, cache)]
+            continue
+        if draw is not None and not anew:
+            uniforms = [0.0] * len(sequences)
+            for row in running:
+                uniforms[row] = generators[row].random()
+            found = [[token] for token in draw(fed, cache, options, uniforms)]
             continue
         if anew:  # LongRoPE turns to its long divisors
             cache.truncate(0)
@@ -260,6 +268,11 @@ def open_sequences(
 ) -> list["Decoding"]:
     """Encodes and checks every prompt; raises `InputError` before anything has run."""
     config = runtime.config
+    if isinstance(runtime, Bounded) and len(prompts) > runtime.most_sequences:
+        raise InputError(
+            f"batch: the backend {runtime.name} decodes at most {runtime.most_sequences} sequences "
+            f"at once, found {len(prompts)}"
+        )
     if options.speculate and (config.whole_prefill or config.rope_switch is not None):
         raise InputError(
             f"speculate: the rotations of {config.family} depend on how long the text is, so that "

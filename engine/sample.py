@@ -38,7 +38,10 @@ def sample(
         logits = penalise(logits, sampling, history)
         if sampling.temperature == 0:
             return likeliest(logits)
-        return _draw(filter_logits(logits, sampling), generators)
+        uniforms = torch.tensor(
+            [generator.random() for generator in generators], dtype=torch.float64
+        )
+        return draw(logits, sampling, uniforms)
 
 
 @contextmanager
@@ -116,10 +119,10 @@ def _outside_nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     return mask.scatter(-1, columns[order], outside)
 
 
-def _draw(logits: torch.Tensor, generators: Sequence[random.Random]) -> torch.Tensor:
-    """One id a row by inverting the cumulative distribution in float64; never one at -inf."""
-    weights = logits.double().softmax(-1)
+def draw(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor) -> torch.Tensor:
+    """(B, V) float32 and (B,) float64 in [0, 1) -> (B,) int64: the token that the temperature and
+    the filters give each row, by inverting the cumulative distribution; never one at -inf."""
+    weights = filter_logits(logits, sampling).double().softmax(-1)
     cumulative = weights.cumsum(-1).masked_fill(weights == 0, -1)
-    uniform = torch.tensor([[g.random()] for g in generators], dtype=torch.float64)
-    threshold = uniform.to(logits.device) * cumulative.amax(-1, keepdim=True)
+    threshold = uniforms.to(logits.device)[:, None] * cumulative.amax(-1, keepdim=True)
     return (cumulative > threshold).to(torch.uint8).argmax(-1)

@@ -2,6 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "cuda/attention.h"
 #include "cuda/w4_matmul.h"
 
 namespace py = pybind11;
@@ -27,6 +28,11 @@ void w4_matmul(uintptr_t call, uintptr_t stream) {
                        reinterpret_cast<void*>(stream));
 }
 
+void decode_attention(uintptr_t call, uintptr_t stream) {
+    shallow::decode_attention(*reinterpret_cast<const shallow::DecodeAttention*>(call),
+                              reinterpret_cast<void*>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -47,5 +53,11 @@ PYBIND11_MODULE(_cuda, m) {
           "(csrc/cuda/w4_matmul.h, kernels/w4/cuda.py).");
     m.def("prepare_w4_matmul", shallow::prepare_w4_matmul, release_gil(),
           "Loads every variant of the decode matmul on the current device, before a capture.");
+    m.def("decode_attention", decode_attention, py::arg("call"), py::arg("stream") = 0,
+          "Launches decode attention on the current device; `call` is the address of a\n"
+          "DecodeAttention (csrc/cuda/attention.h, kernels/layer/cuda.py).");
+    m.def("prepare_decode_attention", shallow::prepare_decode_attention, release_gil(),
+          "Loads every variant of decode attention on the current device, before a capture.");
+    m.attr("DECODE_ATTENTION_BYTES") = sizeof(shallow::DecodeAttention);
     m.attr("W4_MATMUL_BYTES") = sizeof(shallow::W4Matmul);
 }

@@ -354,6 +354,23 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, emulate::Site site = EMULATE
     return emulate::shuffle("__shfl_xor_sync", site, mask, value, emulate::lane() ^ bits);
 }
 
+inline void __syncwarp(unsigned mask = ~0u, emulate::Site site = EMULATE_SITE) {
+    emulate::exchange("__syncwarp", site, mask, {});
+}
+
+inline void __threadfence() {}  // blocks run one after another
+
+inline int atomicAdd(int* to, int value) {
+    const int before = *to;
+    *to += value;
+    return before;
+}
+
+template <typename T>
+T __ldcg(const T* from) {
+    return *from;
+}
+
 inline std::uint32_t __float_as_uint(float value) {
     std::uint32_t bits;
     std::memcpy(&bits, &value, 4);
@@ -379,6 +396,11 @@ inline std::uint32_t __byte_perm(std::uint32_t x, std::uint32_t y, std::uint32_t
 template <typename T>
 T min(T a, T b) {
     return b < a ? b : a;
+}
+
+template <typename T>
+T max(T a, T b) {
+    return a < b ? b : a;
 }
 
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }

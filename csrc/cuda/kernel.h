@@ -58,25 +58,31 @@ __device__ inline uint32_t and_or(uint32_t v, uint32_t mask, uint32_t bits) {
     return result;
 }
 
-// 16 bytes that are read once: first to leave the L2, never in the L1.
-__device__ inline uint4 load_stream(const void* address) {
+// Of what is read once: first to leave the L2.
+__device__ inline uint64_t evict_first() {
     uint64_t policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// 16 bytes that are read once: first to leave the L2, never in the L1.
+__device__ inline uint4 load_stream(const void* address) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(address), "l"(policy));
+                 : "l"(address), "l"(evict_first()));
     return v;
 }
 
-// Copies 16 bytes from global memory to element i, a uint4, of an array in shared memory; they are
-// there when this thread has waited, and for others after a barrier too.
+// Copies 16 bytes that are read once from global memory to element i, a uint4, of an array in shared
+// memory; they are there when this thread has waited, and for others after a barrier too.
 template <typename Array>
 __device__ void copy_async(Array&& to, int i, const void* from) {
     uint4* element = &to[i];
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
                  :
-                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(element))), "l"(from)
+                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(element))), "l"(from),
+                   "l"(evict_first())
                  : "memory");
 }
 

@@ -28,6 +28,10 @@ __device__ std::uint32_t as_bits(Pair pair) {
     return bits;
 }
 
+__device__ inline std::uint32_t word_of(const uint4& v, int i) {
+    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
 // A word of codes, minus `bias`, to pairs of T in the order of K: 8 codes of 4 bits or 4 of 8.
 //
 // A code OR-ed into the last mantissa bits of 1024 (float16) or 128 (bfloat16) is added to it. In

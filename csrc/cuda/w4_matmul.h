@@ -10,6 +10,7 @@
 namespace shallow {
 
 constexpr int kW4MaxRows = 8;
+constexpr int kW4SliceColumns = 512;
 
 enum class Norm : std::int32_t { none, rms, layer };
 enum class Activation : std::int32_t { none, silu, gelu, gelu_tanh, relu };
@@ -19,6 +20,8 @@ enum class Activation : std::int32_t { none, silu, gelu, gelu_tanh, relu };
 //   x + delta / rms(delta) * post goes to `stream`; its norm, rounded to `type`, meets W;
 //   bias; activation, of the gate that W stacks before an up projection where `gated` (y then has
 //   n / 2 columns), or of `gate`, times the product; cap; 0 for rows that are not live; add.
+// A block takes a slice of kW4SliceColumns columns of W, and shares its tiles of 16 rows with `ranges`
+// blocks. Where there are several slices, their sums meet in `parts`, where the last adds them up.
 struct W4Matmul {
     w4::Matrix weights;        // its codes in the order of kernels/w4/layout_gpu.py
     const void* x;             // (m, k) x_type
@@ -32,7 +35,11 @@ struct W4Matmul {
     const float* add;          // null, or as y, which may be y
     const std::int32_t* live;  // null, or (m,)
     void* y;                   // (m, n) y_type
-    std::int64_t x_stride, y_stride;
+    const float* sums;         // null, or (sum_parts, 2, m): of x's squares and values, in parts
+    float* out_sums;           // null, or (tiles, 2, m): the same of y
+    float* parts;              // (slices, tiles, m, 16)
+    std::int32_t* counters;    // (tiles,) zeros, and zeros again afterwards
+    std::int64_t x_stride, y_stride, sum_parts;
     std::int32_t m;        // 1 to 8
     w4::ScaleType type;    // of products: float16 or bfloat16
     w4::ScaleType x_type;  // type or float32
@@ -42,11 +49,12 @@ struct W4Matmul {
     float norm_eps;
     float cap;  // 0: none
     std::int32_t gated;
+    std::int32_t ranges;
     std::int32_t overlap;  // start before the previous kernel ends: compute capability >= 9.0
 };
 
 static_assert(std::is_trivially_copyable<W4Matmul>::value, "filled from Python");
-static_assert(sizeof(W4Matmul) == sizeof(w4::Matrix) + 13 * 8 + 10 * 4, "no padding");
+static_assert(sizeof(W4Matmul) == sizeof(w4::Matrix) + 18 * 8 + 12 * 4, "no padding");
 
 // Launches on the current device and writes y in full; with m = 0 launches nothing. Throws
 // std::invalid_argument for arguments it cannot take, std::runtime_error with CUDA's own message.

@@ -1,6 +1,6 @@
 // x of the decode matmul on its way into shared memory: permuted, with what delta adds, normalised,
 // padded with zeros.
-// defines: shallow::Moments, sum_moments, stage_x
+// defines: shallow::Moments, sum_moments, StagedX, stage_x
 #pragma once
 
 #include <cstring>
@@ -85,9 +85,19 @@ __device__ inline void store_stream(const Params& p, int row, int k, const Four&
     }
 }
 
-// Sums for the norms of x and delta; the first block writes the stream.
+// Sums for the norms of x and delta, as far as they are not known; the first block writes the stream.
 template <typename T>
 __device__ void sum_moments(const Params& p, Moments& moments) {
+    if (p.call.sums) {
+        for (int i = 0; i < 2 * p.call.m; ++i) {
+            float sum = 0;
+            for (int part = threadIdx.x; part < p.call.sum_parts; part += blockDim.x)
+                sum += p.call.sums[part * 2 * p.call.m + i];
+            keep_sum(moments, i < p.call.m ? kSquares : kValues, i % p.call.m, sum);
+        }
+        __syncthreads();
+        return;
+    }
     if (p.call.delta) {
         for (int row = 0; row < p.call.m; ++row) {
             float sum = 0;
@@ -99,13 +109,14 @@ __device__ void sum_moments(const Params& p, Moments& moments) {
         }
         __syncthreads();
     }
+    const bool writes = p.call.delta && blockIdx.x == 0 && blockIdx.y == 0;
     for (int row = 0; row < p.call.m; ++row) {
         const float scale = delta_scale(p, moments, row);
         float squares = 0, values = 0;
 #pragma unroll 4
         for (int i = threadIdx.x; share(i) < p.call.weights.k; i += blockDim.x) {
             const Four x = load_x<T>(p, row, share(i), scale);
-            if (p.call.delta && blockIdx.x == 0) store_stream(p, row, share(i), x);
+            if (writes) store_stream(p, row, share(i), x);
             for (const float v : x.v) {
                 squares += v * v;
                 values += v;
@@ -117,12 +128,13 @@ __device__ void sum_moments(const Params& p, Moments& moments) {
     __syncthreads();
 }
 
-// Puts x of a slice of chunks into shared memory: permuted, normalised, padded with zeros.
+using StagedX = Shared<uint2, kW4MaxRows * kXStride>;  // rows, kXStride apart, by 4 elements
+
+// Puts x of some chunks into shared memory: permuted, normalised, padded with zeros.
 template <typename T, int CHUNK_WEIGHTS>
-__device__ void stage_x(const Params& p, SharedArray<uint2> staged, Moments& moments,
-                        int first_chunk) {
-    const int first = first_chunk * CHUNK_WEIGHTS;
-    const int count4 = min(p.slice_chunks, p.chunks - first_chunk) * CHUNK_WEIGHTS / 4;
+__device__ void stage_x(const Params& p, StagedX& staged, Moments& moments, int first_chunk,
+                        int chunks) {
+    const int first = first_chunk * CHUNK_WEIGHTS, count4 = chunks * CHUNK_WEIGHTS / 4;
     for (int row = 0; row < p.call.m; ++row) {
         const float added = delta_scale(p, moments, row);
         float middle = 0, scale = 1;
@@ -134,7 +146,6 @@ __device__ void stage_x(const Params& p, SharedArray<uint2> staged, Moments& mom
             }
             scale = rsqrtf(square + p.call.norm_eps);
         }
-#pragma unroll 4
         for (int i = threadIdx.x; i < count4; i += blockDim.x) {
             const int k = first + share(i);
             Four x = load_x<T>(p, row, k, added);
@@ -150,7 +161,7 @@ __device__ void stage_x(const Params& p, SharedArray<uint2> staged, Moments& mom
             for (int j = 0; j < 4; ++j) narrow(narrowed[j], x.v[j]);
             uint2 bits;
             memcpy(&bits, narrowed, 8);
-            staged[row * p.x_stride4 + i] = bits;
+            staged[row * kXStride + i] = bits;
         }
     }
 }

@@ -6,8 +6,8 @@ covers prefill, one step, and the verification of several tokens at once. Negati
 padding. The cache keeps a length for every (sequence, slot); a call at position p needs [0, p)
 filled in every slot that it runs, and raises otherwise.
 
-What only some runtimes can do is a protocol of its own, for `isinstance`: `Greedy`, `Verifying`,
-`Timed`.
+What only some runtimes can do is a protocol of its own, for `isinstance`: `Greedy`, `Drawing`,
+`Verifying`, `Timed`; so is what some cannot: `Bounded`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from engine.architecture.config import ModelConfig
 from engine.errors import InputError
 from engine.kernels.dispatch import require
 from engine.kernels.dtypes import DTYPES
-from engine.options import Slots
+from engine.options import Sampling, Slots
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +43,8 @@ def check_backend(name: str | None, dtype: str | None) -> None:
     if name in GPU_RUNTIMES:
         if dtype == "float32":
             raise InputError(f"dtype: the backend {name} has float16 and bfloat16, found {dtype}")
-        require("triton")  # "cuda" takes its kernels where it has none of its own
         require(name)
+        require("triton")  # "cuda" takes its kernels where it has none of its own
 
 
 class Cache(Protocol):
@@ -125,6 +125,19 @@ class Greedy(Protocol):
 
 
 @runtime_checkable
+class Drawing(Protocol):
+    """Draws tokens where their logits are."""
+
+    def draw(
+        self, tokens: Sequence[int], cache: Any, sampling: Sampling, uniforms: Sequence[float]
+    ) -> list[int]:
+        """As `greedy`; the next ids are what `engine.sample.draw` gives for a uniform a sequence.
+
+        The temperature is above 0, and there is no repetition penalty.
+        """
+
+
+@runtime_checkable
 class Verifying(Protocol):
     """Knows the likeliest tokens behind several at less cost than their logits."""
 
@@ -133,6 +146,15 @@ class Verifying(Protocol):
 
         What `forward` of all logits and `engine.sample.likeliest` would give, with the same errors.
         """
+
+
+@runtime_checkable
+class Bounded(Protocol):
+    """Decodes no more than so many sequences at once; prompts, that others follow, any number."""
+
+    @property
+    def most_sequences(self) -> int:
+        """Of a call with one token of each: InputError for more."""
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,19 @@ import torch
 
 from engine.architecture.config import ModelConfig
 from engine.checkpoint import Checkpoint
-from engine.errors import InputError
+from engine.errors import InputError, NotFiniteError
+from engine.kernels import overlap
 from engine.kernels.dtypes import name_of
 from engine.kernels.w4 import fused
-from engine.options import Slots
+from engine.options import Sampling, Slots
 from engine.reference.decoder import check_cache, check_call
 from engine.runtime import Times
 from engine.runtime.angles import DeviceAngles
-from engine.runtime.gpu_cache import Arena, GpuCache
+from engine.runtime.gpu_cache import Arena, GpuCache, within_memory
 from engine.runtime.gpu_layers import ManyTokens
 from engine.runtime.gpu_step import BUCKETS, Buffers, Clock, StepList
 from engine.runtime.gpu_weights import Layer, Outer, Part, Placement, check_memory
-from engine.sample import NOT_FINITE
+from engine.sample import NOT_FINITE, draw
 
 HALVES = (torch.float16, torch.bfloat16)
 PARTS = {"gate_up": "up", "gate": "up"}  # of a step, by launch
@@ -27,10 +28,19 @@ class GpuRuntime:
     """The residual stream is float32, all else in `dtype`; a kernel's sums are float32."""
 
     prefill_chunk = 2048  # from 1,024 rows on weights are dequantized once a call
+    most_sequences = BUCKETS[-1]
 
     def __init__(
-        self, config: ModelConfig, placement: Placement, outer: Outer, layers: Sequence[Layer]
+        self,
+        config: ModelConfig,
+        placement: Placement,
+        outer: Outer,
+        layers: Sequence[Layer],
+        overlaps: bool | None = None,
     ) -> None:
+        """`overlaps`: the kernels of a step start while those before them run; where the device can
+        by default."""
+        self._overlaps = overlap.can(placement.device) if overlaps is None else overlaps
         self.config, self.name = config, placement.backend
         self.device, self.dtype = placement.device, placement.dtype
         self.outer, self.layers = outer, list(layers)
@@ -65,12 +75,13 @@ class GpuRuntime:
         if placement.device.type == "cuda":
             free = torch.cuda.mem_get_info(placement.device)[0]
             check_memory(checkpoint, config, free, str(placement.device))
-        outer, layers = placement.outer(checkpoint, config), []
-        for entry in config.layers:
-            layers.append(placement.layer(checkpoint, config, entry.layer))
-            if progress is not None:
-                progress(entry.layer)
-        return cls(config, placement, outer, layers)
+        with within_memory(f"{checkpoint.path}: the model", placement.device):
+            outer, layers = placement.outer(checkpoint, config), []
+            for entry in config.layers:
+                layers.append(placement.layer(checkpoint, config, entry.layer))
+                if progress is not None:
+                    progress(entry.layer)
+            return cls(config, placement, outer, layers)
 
     @property
     def precision(self) -> str:
@@ -108,25 +119,32 @@ class GpuRuntime:
             raise InputError(f"logits: expected 'last' or 'all', found {logits!r}")
         tokens = tokens.cpu() if tokens.is_cuda else tokens
         positions, chosen = self._begin(tokens, cache, slots)
-        if tokens.shape[1] == 1 and cache.batch <= BUCKETS[-1]:
+        if tokens.shape[1] == 1:
             buffers = self._step(tokens, positions, chosen, cache)
             return buffers.logits[: cache.batch, None].clone()
-        found = self._many(tokens, positions, chosen, cache, logits == "all")
+        with within_memory("a call of {} x {} tokens".format(*tokens.shape), self.device):
+            found = self._many(tokens, positions, chosen, cache, logits == "all")
         cache.advance(chosen, positions)
         return found
 
     @torch.no_grad()
     def greedy(self, tokens: Sequence[int], cache: GpuCache) -> list[int]:
         column = torch.tensor(tokens)[:, None]
-        if cache.batch > BUCKETS[-1]:
-            best, ids = self.forward(column, cache)[:, 0].max(dim=1)
-            found = torch.where(best.isfinite(), ids, -1).tolist()
-        else:
-            found = self._step(column, *self._begin(column, cache, None), cache).ids.tolist()
-        running = [id for id, token in zip(found, tokens, strict=False) if token >= 0]
-        if -1 in running:
-            raise ArithmeticError(NOT_FINITE)
-        return running
+        buffers = self._step(column, *self._begin(column, cache, None), cache)
+        return _running(buffers.ids.tolist(), tokens)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        tokens: Sequence[int],
+        cache: GpuCache,
+        sampling: Sampling,
+        uniforms: Sequence[float],
+    ) -> list[int]:
+        column = torch.tensor(tokens)[:, None]
+        buffers = self._step(column, *self._begin(column, cache, None), cache, uniforms)
+        drawn = draw(buffers.logits, sampling, buffers.uniforms)
+        return _running(torch.where(buffers.ids < 0, -1, drawn).tolist(), tokens)
 
     @property
     def launches_per_token(self) -> int | None:
@@ -162,13 +180,23 @@ class GpuRuntime:
         if cache.arena is not self.arena:  # its pages are another's
             raise InputError("cache: expected one that this model made, found another's")
         positions, chosen = check_call(self.config, tokens, cache, slots)
+        if tokens.shape[1] == 1 and cache.batch > self.most_sequences:
+            raise InputError(
+                f"batch: the backend {self.name} decodes at most {self.most_sequences} sequences "
+                f"at once, found {cache.batch}"
+            )
         length = int(positions.max()) + 1
         cache.reserve(length)
         self.angles.reach(length)
         return positions, chosen
 
     def _step(
-        self, tokens: torch.Tensor, positions: torch.Tensor, chosen: torch.Tensor, cache: GpuCache
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        chosen: torch.Tensor,
+        cache: GpuCache,
+        uniforms: Sequence[float] = (),
     ) -> Buffers:
         """Runs tokens and positions (B, 1), -1 where there is none; `chosen` (B, S): who runs what.
 
@@ -181,13 +209,17 @@ class GpuRuntime:
         bucket = next(size for size in BUCKETS if size >= cache.batch)
         slots = tuple(chosen.any(dim=0).nonzero().flatten().tolist())
         if (bucket, slots) not in self._steps:
-            self._steps[bucket, slots] = self._build(bucket, slots)
+            with within_memory(f"a step of {bucket} sequences", self.device):
+                self._steps[bucket, slots] = self._build(bucket, slots)
         buffers = self._buffers[bucket]
         host = torch.zeros(buffers.inputs.shape, dtype=torch.int32)
-        host[0] = -1
-        host[0, : cache.batch] = tokens[:, 0]
-        host[1, : cache.batch] = positions[:, 0].clamp_min(0)
-        host[2:, : cache.batch] = (chosen & (tokens >= 0)).T
+        host[:2].view(-1).view(torch.float64)[: len(uniforms)] = torch.tensor(
+            uniforms, dtype=torch.float64
+        )
+        host[2] = -1
+        host[2, : cache.batch] = tokens[:, 0]
+        host[3, : cache.batch] = positions[:, 0].clamp_min(0)
+        host[4:, : cache.batch] = (chosen & (tokens >= 0)).T
         buffers.inputs.copy_(host)
         if self._tabled is not cache.table:
             buffers.table[: cache.batch, : cache.table.shape[1]] = cache.table
@@ -204,5 +236,13 @@ class GpuRuntime:
             self._tabled = None
         return StepList(
             self.config, self.outer, self.layers, slots, self._buffers[bucket], self.arena.store,
-            self.angles.tables,
+            self.angles.tables, self._overlaps,
         )  # fmt: skip
+
+
+def _running(ids: Sequence[int], tokens: Sequence[int]) -> list[int]:
+    """Those of sequences that were fed a token; NotFiniteError for an id of -1 among them."""
+    found = [id for id, token in zip(ids, tokens, strict=False) if token >= 0]
+    if -1 in found:
+        raise NotFiniteError(NOT_FINITE)
+    return found

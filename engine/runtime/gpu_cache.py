@@ -1,6 +1,9 @@
 """Keys and values on a GPU: pages of one arena, and for every cache a table of its pages there."""
 
+import re
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -9,6 +12,20 @@ from engine.errors import InputError
 from engine.reference.cache import Lengths
 
 PAGE = 64  # positions of a page
+
+
+@contextmanager
+def within_memory(what: str, device: torch.device) -> Iterator[None]:
+    """InputError, a sentence that begins with `what`, where a device's memory does not suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        more = f" ({asked[1]} at once)" if asked else ""
+        raise InputError(
+            f"{what} needs more memory than {device} has free{more}: fewer sequences, a smaller "
+            "context or fewer layers take less"
+        ) from None
 
 
 class Arena:

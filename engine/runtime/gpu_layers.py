@@ -1,4 +1,4 @@
-"""Many tokens at once on a GPU, torch around our matmuls: prompts, and steps without a list."""
+"""Many tokens at once on a GPU, torch around our matmuls: prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

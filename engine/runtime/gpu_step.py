@@ -17,7 +17,9 @@ from triton import knobs
 from triton.runtime.jit import KernelInterface
 
 from engine.architecture.config import LayerConfig, ModelConfig
+from engine.kernels import overlap
 from engine.kernels.layer import attention, stream
+from engine.kernels.layer import cuda as layer_cuda
 from engine.kernels.w4 import cuda, fused, gemv, launch
 from engine.kernels.w4.around import PLAIN, Around
 from engine.kernels.w4.dequantize import Format
@@ -69,8 +71,10 @@ class Buffers:
 
         self.batch, self.cores = batch, cores
         self.splits = splits = split_count(batch, config.kv_heads, cores)
-        self.inputs = zeros(2 + len(config.layers), batch, kind=torch.int32)
-        self.tokens, self.positions, self.live = self.inputs[0], self.inputs[1], self.inputs[2:]
+        # What a token sends, in one copy: a uniform (two rows of 4 bytes), id, position, who runs.
+        self.inputs = zeros(4 + len(config.layers), batch, kind=torch.int32)
+        self.uniforms = self.inputs[:2].view(-1).view(torch.float64)
+        self.tokens, self.positions, self.live = self.inputs[2], self.inputs[3], self.inputs[4:]
         self.table = zeros(batch, width, kind=torch.int32)
         self.streams = [zeros(batch, config.hidden_size, kind=torch.float32) for _ in range(2)]
         self.delta = zeros(batch, config.hidden_size, kind=torch.float32)
@@ -118,9 +122,14 @@ class StepList:
         buffers: Buffers,
         store: torch.Tensor,
         angles: Sequence[torch.Tensor],
+        overlaps: bool = False,
     ) -> None:
-        """`angles` (C, dim) float32, cosines and sines, one for each kind of rope in order."""
+        """`angles` (C, dim) float32, cosines and sines, one for each kind of rope in order.
+
+        `overlaps`: a kernel may start while the one before it runs (kernels/overlap.py).
+        """
         self.config, self.buffers, self.store = config, buffers, store
+        self._overlaps = overlaps
         self.launches: list[Launch] = []
         self._stream, self._other = buffers.streams
         self._post: torch.Tensor | None = None  # weights of the norm that `delta` waits for
@@ -175,6 +184,8 @@ class StepList:
         options: dict[str, Any],
         **moved: Any,
     ) -> None:
+        if isinstance(kernel, KernelInterface):
+            options |= overlap.options(self._overlaps)
         self.launches.append(Launch(name, kernel, grid, arguments, options, **moved))
 
     def _embed(self, outer: Outer) -> None:
@@ -310,14 +321,26 @@ class StepList:
         matrix, dtype, buffers = part.matrix, self.buffers.qkv.dtype, self.buffers
         (n, k), m = matrix.shape, len(x)
         moved = {"weights": sum(t.nbytes for t in part.tensors), "y": y.numel() * y.itemsize}
-        few = backend == "cuda" and len(x) <= cuda.MAX_ROWS
+        parts = self._known[read] if read is not None and around.norm else 0
+        sums = buffers.sums[read][:parts] if read is not None and parts else None
+        out_sums = None if written is None else buffers.sums[written]
+        whole = x.nbytes * (_passes(around, known=parts > 0) - 1)  # that every program reads
+        few = backend == "cuda" and m <= cuda.MAX_ROWS
         if few and not isinstance(matrix, torch.Tensor):
+            stripes = launch.stripes(n, k, buffers.cores, around.gated)
+            count = stripes.ranges * stripes.slices
+            buffers.reserve(stripes.part_values(m), stripes.tiles)
+            moved["parts"] = 2 * 4 * stripes.part_values(m)
+            moved["x"] = stripes.ranges * x.nbytes * (1 if around.delta is None else 2)
+            moved["x"] += count * (whole + parts * 2 * m * 4)
+            call = cuda.describe(
+                x, matrix, y, part.bias, around, dtype, sizes=stripes, parts=buffers.scratch,
+                counters=buffers.arrivals, sums=sums, out_sums=out_sums, overlap=self._overlaps,
+            )  # fmt: skip
+            blocks = (stripes.ranges, stripes.slices)
+            self._add(name, cuda.launch, blocks, (call, x.device), {}, **moved)
             if written is not None:
-                self._known[written] = 0
-            tiles = triton.cdiv(y.shape[1], 8 if around.gated else 16)
-            moved["x"] = x.nbytes * tiles * _passes(around, known=False)
-            call = cuda.describe(x, matrix, y, part.bias, around, dtype)
-            self._add(name, cuda.launch, (tiles,), (call, x.device), {}, **moved)
+                self._known[written] = stripes.tiles
             return
         weights: tuple[torch.Tensor | None, ...] = (None,) * 5
         perm = None
@@ -329,10 +352,7 @@ class StepList:
         grid = sizes.grid(m, n, k, kind, around.gated)
         values = sizes.part_values(m, grid)
         buffers.reserve(values, grid[0] * grid[2])
-        parts = self._known[read] if read is not None and around.norm else 0
-        sums = buffers.sums[read] if read is not None and parts else None
         moved["parts"] = 2 * 4 * values
-        whole = x.nbytes * (_passes(around, known=parts > 0) - 1)  # that every program reads
         moved["x"] = grid[0] * (x.nbytes * (1 if around.delta is None else 2) + grid[1] * whole)
         moved["x"] += grid[0] * grid[1] * parts * 2 * m * 4
         self._add(
@@ -353,7 +373,7 @@ class StepList:
                 "add_ptr": around.add,
                 "live_ptr": around.live,
                 "sums_ptr": sums,
-                "out_sums_ptr": None if written is None else buffers.sums[written],
+                "out_sums_ptr": out_sums,
                 "ranges": parts,
                 "epsilon": around.epsilon,
                 "NORM": around.norm,
@@ -368,12 +388,28 @@ class StepList:
 
     def _attend(self, slot: int, entry: LayerConfig, layer: Layer) -> None:
         config, buffers = self.config, self.buffers
-        rows, columns = blocks(config)
         grid = (buffers.batch, config.kv_heads, buffers.splits)
         angles = None if entry.rope is None else self._angles[self._ropes.index(entry.rope)]
-        norms = [
-            layer.norms.get(role) for role in ("q_norm", "q_norm.bias", "k_norm", "k_norm.bias")
-        ]
+        roles = ("q_norm", "q_norm.bias", "k_norm", "k_norm.bias")
+        norms = tuple(layer.norms.get(role) for role in roles)
+        repeats = config.heads // config.kv_heads
+        moved = {
+            "x": buffers.qkv.nbytes, "y": buffers.mixed.nbytes, "window": entry.window,
+            "kv": 2 * config.kv_heads * config.head_dim * self.store.itemsize * buffers.batch,
+        }  # fmt: skip
+        ours = layer.projections["qkv"].backend == "cuda"
+        if ours and layer_cuda.takes(repeats, config.head_dim):
+            call = layer_cuda.describe(
+                buffers.qkv, self.store, buffers.table, buffers.positions, buffers.live[slot],
+                buffers.mixed, slot=slot, scale=config.attention_scale, angles=angles, norms=norms,
+                norm=config.norm, scope=config.qk_norm or "", epsilon=config.norm_eps,
+                window=entry.window or 0, cap=config.attention_softcap or 0.0,
+                splits=buffers.splits, parts=buffers.parts, counters=buffers.counters,
+                overlap=self._overlaps,
+            )  # fmt: skip
+            self._add("attention", layer_cuda.launch, grid, (call, self.store.device), {}, **moved)
+            return
+        rows, columns = blocks(config)
         self._add(
             "attention", attention.attention_kernel, grid,
             (
@@ -389,9 +425,7 @@ class StepList:
                 "CAP": config.attention_softcap or 0.0, "SPLITS": buffers.splits,
                 "WIDE": knobs.runtime.interpret, **launch.attention(columns),
             },
-            x=buffers.qkv.nbytes, y=buffers.mixed.nbytes,
-            kv=2 * config.kv_heads * config.head_dim * self.store.itemsize * buffers.batch,
-            window=entry.window,
+            **moved,
         )  # fmt: skip
 
 

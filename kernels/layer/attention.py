@@ -7,6 +7,7 @@ split between programs, of which the last to arrive adds up.
 import triton
 import triton.language as tl
 
+from engine.kernels.overlap import wait_for_previous
 from engine.kernels.w4.tiles import capped
 
 
@@ -75,7 +76,7 @@ def attention_kernel(
     SLOTS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, E: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, PAGE: tl.constexpr, ROPE: tl.constexpr,
     NORM: tl.constexpr, SCOPE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-    SPLITS: tl.constexpr, WIDE: tl.constexpr,
+    SPLITS: tl.constexpr, WIDE: tl.constexpr, OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """qkv (B, (H + 2 G) E) -> y (B, H E), and the token's keys and values into their page.
 
@@ -85,6 +86,7 @@ def attention_kernel(
     `counters` (B, G) int32 zeros, which are zeros again afterwards. WIDE: products in float32,
     where the kernel is interpreted. Grid (B, G, SPLITS).
     """
+    wait_for_previous(OVERLAP)
     b = tl.program_id(0)
     group = tl.program_id(1)
     split = tl.program_id(2)

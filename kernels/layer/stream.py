@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from engine.kernels.overlap import wait_for_previous
 from engine.kernels.w4.dequantize import LIFT, dequantize, load_table
 from engine.kernels.w4.tiles import load_groups, load_words
 
@@ -94,13 +95,14 @@ def store_sums(sums_ptr, squares, total):
 @triton.jit
 def embed_kernel(
     tokens_ptr, codes_ptr, scales_ptr, offsets_ptr, supers_ptr, codebook_ptr, perm_ptr, x_ptr,
-    sums_ptr, factor, D, FORMAT: tl.constexpr, DTYPE: tl.constexpr,
+    sums_ptr, factor, D, FORMAT: tl.constexpr, DTYPE: tl.constexpr, OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """Rows `tokens` (B,) of a packed matrix (V, D) times `factor` -> x (B, D) float32, and its sums
     for norms (programs of a row, 2, B).
 
     A program takes 16 chunks. Of a negative token row 0 is read.
     """
+    wait_for_previous(OVERLAP)
     CHUNK: tl.constexpr = FORMAT.chunk
     b = tl.program_id(0)
     token = tl.maximum(tl.load(tokens_ptr + b), 0)
@@ -122,8 +124,12 @@ def embed_kernel(
 
 
 @triton.jit
-def embed_plain_kernel(tokens_ptr, table_ptr, x_ptr, sums_ptr, factor, D, BLOCK_D: tl.constexpr):
+def embed_plain_kernel(
+    tokens_ptr, table_ptr, x_ptr, sums_ptr, factor, D, BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
+):  # fmt: skip
     """The same of a matrix (V, D) of floats; a program takes BLOCK_D columns."""
+    wait_for_previous(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
     token = tl.maximum(tl.load(tokens_ptr + b), 0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -133,10 +139,11 @@ def embed_plain_kernel(tokens_ptr, table_ptr, x_ptr, sums_ptr, factor, D, BLOCK_
 
 
 @triton.jit
-def choose_kernel(logits_ptr, ids_ptr, V, BLOCK_V: tl.constexpr):
+def choose_kernel(logits_ptr, ids_ptr, V, BLOCK_V: tl.constexpr, OVERLAP: tl.constexpr = False):
     """logits (B, V) float32 -> ids (B,) int32: the lowest of the largest logit, -1 where it is
     not finite or one is NaN. A program takes a row.
     """
+    wait_for_previous(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
     v = tl.arange(0, BLOCK_V)
     best = tl.full((BLOCK_V,), float("-inf"), tl.float32)

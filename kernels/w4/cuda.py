@@ -2,6 +2,7 @@
 
 import ctypes
 from dataclasses import fields
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from engine.kernels import native
 from engine.kernels.w4.around import ACTIVATIONS, NORMS, PLAIN, Around
 from engine.kernels.w4.format import SCHEMES
+from engine.kernels.w4.launch import Stripes, stripes
 from engine.kernels.w4.layout_gpu import GpuMatrix
 
 MAX_ROWS = 8
@@ -29,17 +31,20 @@ class Matrix(ctypes.Structure):
 class Call(ctypes.Structure):
     """shallow::W4Matmul of csrc/cuda/w4_matmul.h."""
 
+    borrowed: dict[str, Tensor]  # whose memory it points to
+
     POINTERS = (
         *("x", "delta", "post", "stream", "norm", "norm_bias", "bias", "gate", "add", "live", "y"),
+        *("sums", "out_sums", "parts", "counters"),
     )
     _fields_ = [
         ("weights", Matrix),
         *((name, ctypes.c_uint64) for name in POINTERS),
-        *((name, ctypes.c_int64) for name in ("x_stride", "y_stride")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "sum_parts")),
         *((name, ctypes.c_int32) for name in ("m", "type", "x_type", "y_type")),
         *((name, ctypes.c_int32) for name in ("norm_kind", "activation")),
         *((name, ctypes.c_float) for name in ("norm_eps", "cap")),
-        *((name, ctypes.c_int32) for name in ("gated", "overlap")),
+        *((name, ctypes.c_int32) for name in ("gated", "ranges", "overlap")),
     ]
 
 
@@ -59,10 +64,22 @@ def matmul(
     """
     if not x.is_cuda:
         raise ValueError(f"x must be on a GPU, found {x.device}")
-    n = weights.shape[0] // 2 if around.gated else weights.shape[0]
-    y = torch.empty(len(x), n, dtype=out_dtype or x.dtype, device=x.device)
-    launch(describe(x, weights, y, bias, around, overlap=overlap), x.device)
+    (n, k), outputs = weights.shape, weights.shape[0] // 2 if around.gated else weights.shape[0]
+    y = torch.empty(len(x), outputs, dtype=out_dtype or x.dtype, device=x.device)
+    sizes = stripes(n, k, cores_of(x.device), around.gated)
+    parts = torch.empty(sizes.part_values(len(x)), dtype=torch.float32, device=x.device)
+    counters = torch.zeros(sizes.tiles, dtype=torch.int32, device=x.device)
+    call = describe(
+        x, weights, y, bias, around, sizes=sizes, parts=parts, counters=counters, overlap=overlap
+    )
+    launch(call, x.device)
     return y
+
+
+@cache
+def cores_of(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch(call: Call, device: torch.device) -> None:
@@ -79,14 +96,33 @@ def describe(
     bias: Tensor | None = None,
     around: Around = PLAIN,
     dtype: torch.dtype | None = None,
+    *,
+    sizes: Stripes,
+    parts: Tensor | None = None,
+    counters: Tensor | None = None,
+    sums: Tensor | None = None,
+    out_sums: Tensor | None = None,
     overlap: bool = False,
 ) -> Call:
-    """The kernel's arguments; they borrow the tensors' memory. Raises ValueError or TypeError.
+    """The kernel's arguments, which keep the tensors. Raises ValueError or TypeError.
 
-    `dtype`, of products, is that of x where it is not float32.
+    `dtype`, of products, is that of x where it is not float32. With several slices `parts` holds at
+    least `sizes.part_values(M)` float32, and `counters` int32 zeros for every tile. `sums` (any
+    number, 2, M) are the sums over x's squares and values in parts, for its norm; `out_sums` (tiles
+    or more, 2, M) get those of y.
     """
     dtype = x.dtype if dtype is None else dtype
     check(x, weights, y, bias, around, dtype)
+    m = len(x)
+    scratch = {
+        "parts": (parts, (sizes.part_values(m),), torch.float32),
+        "counters": (counters, (sizes.tiles if sizes.slices > 1 else 0,), torch.int32),
+        "sums": (sums, (0, 2, m), torch.float32),
+        "out_sums": (out_sums, (sizes.tiles, 2, m), torch.float32),
+    }
+    for name, (tensor, least, kind) in scratch.items():
+        if tensor is not None:
+            check_scratch(name, tensor, least, kind, x.device)
     spec, (n, k) = weights.spec, weights.shape
     matrix = Matrix(
         **{name: tensor.data_ptr() for name, tensor in weights.tensors().items()},
@@ -98,13 +134,15 @@ def describe(
         scale_type=TYPES.index(spec.scale_dtype),
     )
     borrowed = {"x": x, "y": y, "bias": bias} | tensors(around)
-    present = {name: t.data_ptr() for name, t in borrowed.items() if t is not None}
-    return Call(
+    borrowed |= {name: tensor for name, (tensor, _, _) in scratch.items()}
+    present = {name: tensor for name, tensor in borrowed.items() if tensor is not None}
+    call = Call(
         weights=matrix,
-        **present,
+        **{name: tensor.data_ptr() for name, tensor in present.items()},
         x_stride=x.stride(0),
         y_stride=y.stride(0),
-        m=len(x),
+        sum_parts=0 if sums is None else len(sums),
+        m=m,
         type=TYPES.index(dtype),
         x_type=TYPES.index(x.dtype),
         y_type=TYPES.index(y.dtype),
@@ -113,8 +151,11 @@ def describe(
         norm_eps=around.epsilon,
         cap=around.cap,
         gated=around.gated,
+        ranges=sizes.ranges,
         overlap=overlap,
     )
+    call.borrowed = present | weights.tensors()
+    return call
 
 
 def tensors(around: Around) -> dict[str, Tensor | None]:
@@ -122,6 +163,20 @@ def tensors(around: Around) -> dict[str, Tensor | None]:
     found = {field.name: getattr(around, field.name) for field in fields(around)}
     found["norm"] = found.pop("norm_weight")
     return {name: found[name] for name in Call.POINTERS if name in found}
+
+
+def check_scratch(
+    name: str, tensor: Tensor, least: tuple[int, ...], kind: torch.dtype, device: torch.device
+) -> None:
+    """ValueError unless the first dimension is at least that long, the others as they are."""
+    fits = tensor.dim() == len(least) and tensor.shape[1:] == least[1:]
+    if not fits or len(tensor) < least[0] or tensor.dtype != kind or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be a contiguous {least} {kind} or longer, "
+            f"found {tuple(tensor.shape)} {tensor.dtype}"
+        )
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, x is on {device}")
 
 
 def check(

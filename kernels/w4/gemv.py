@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.layer.stream import known_means, load_x, means, moments
+from engine.kernels.overlap import wait_for_previous
 from engine.kernels.w4.dequantize import LIFT, dequantize, load_table
 from engine.kernels.w4.tiles import (
     add_product,
@@ -92,6 +93,7 @@ def gemv_kernel(
     norm_bias_ptr=None, gate_ptr=None, add_ptr=None, live_ptr=None, sums_ptr=None,
     out_sums_ptr=None, ranges=0, epsilon=0.0,
     NORM: tl.constexpr = "", ACTIVATION: tl.constexpr = "", CAP: tl.constexpr = 0.0,
+    OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """x (M, K) -> y (M, N), or with GATED activated(gate) * up (M, N / 2). Grid (ranges, slices,
     blocks of BLOCK_M rows of x).
@@ -105,6 +107,7 @@ def gemv_kernel(
     DTYPE. `sums` (`ranges`, 2, M), where given, are the sums over x's squares and values, in parts.
     After: see `store_tile`; `out_sums` (the grid's ranges, 2, M) gets these sums over y.
     """
+    wait_for_previous(OVERLAP)
     CHUNK: tl.constexpr = FORMAT.chunk
     PLAIN: tl.constexpr = FORMAT.scheme == "plain"
     ROWS: tl.constexpr = 16 * WARPS

@@ -112,10 +112,37 @@ def step(m: int, n: int, k: int, kind: Format, cores: int, gated: bool = False) 
     return replace(launch, TILES=length)
 
 
+@dataclass(frozen=True)
+class Stripes:
+    """Blocks of the CUDA gemv: `ranges` share W's tiles of 16 rows, for each slice of K."""
+
+    ranges: int
+    slices: int
+    tiles: int
+
+    def part_values(self, m: int) -> int:
+        """float32 of its scratch."""
+        return self.slices * self.tiles * 16 * m if self.slices > 1 else 0
+
+
+STRIPE_WARPS, STRIPE_COLUMNS = 16, 512  # of a block, as csrc/cuda/w4_params.h and w4_matmul.h say
+
+
+def stripes(n: int, k: int, cores: int, gated: bool = False) -> Stripes:
+    """The CUDA gemv for W (n, k): a block for a multiprocessor, which stays, but for slices of K
+    that are more."""
+    tiles, slices = _sixteens(n, gated), _ceil(k, STRIPE_COLUMNS)
+    return Stripes(max(1, min(_ceil(tiles, STRIPE_WARPS), cores // slices)), slices, tiles)
+
+
 def _tiles(n: int, gated: bool, launch: Launch) -> int:
     """That a gemv parts W's rows into."""
-    sixteens = _ceil(n // 2, 8) if gated else _ceil(n, 16)
-    return _ceil(sixteens, launch.WARPS)
+    return _ceil(_sixteens(n, gated), launch.WARPS)
+
+
+def _sixteens(n: int, gated: bool) -> int:
+    """Of W's rows, GATED half of them gate and half up."""
+    return _ceil(n // 2, 8) if gated else _ceil(n, 16)
 
 
 def _ceil(a: int, b: int) -> int:

@@ -9,6 +9,7 @@ from support.emulated import ENVIRONMENT, ROOT, build
 REPORTS = {
     "barrier_after_return": r"__syncthreads.* not all threads reach: thread 5 has returned",
     "barrier_in_a_branch": r"__syncthreads.* not all threads reach: thread 3 is at __shfl_xor_sync",
+    "syncwarp_without_a_lane": r"__syncwarp.* not all threads reach: thread 9 has returned",
     "two_barriers": r"thread 32: is at __syncthreads.* while others wait at __syncthreads",
     "shuffle_without_a_lane": r"__shfl_xor_sync.* not all threads reach: thread 7 has returned",
     "shuffle_outside_the_mask": r"mask 0000ffff lacks this lane",

@@ -1,11 +1,13 @@
 """The CUDA kernels against float64, run on a CPU under AddressSanitizer and UBSan."""
 
 import dataclasses
+import gc
 from itertools import product
 
 import pytest
 import torch
-from support.emulated import build, error_of, run
+from support import emulated
+from support.emulated import error_of, run
 from support.packed import every_spec
 from support.w4_calls import BOUND, EDGES_K, EDGES_N, Matmul, check, make, random_case, scaled
 
@@ -20,7 +22,7 @@ G128 = Spec(4, 128, "symmetric")
 
 @pytest.fixture(scope="session")
 def kernels():
-    return build("w4", "csrc/cuda/w4_matmul.cu", "tests/support/emulated.cpp")
+    return emulated.kernels()
 
 
 def check_all(kernels, cases: list[Matmul], folder) -> None:
@@ -48,16 +50,39 @@ def test_sweep(kernels, rng, tmp_path):
 
 
 @pytest.mark.parametrize("bits", (4, 8))
-def test_more_chunks_than_fly_and_more_x_than_fits(kernels, rng, tmp_path, bits):
-    """K beyond 8 warps x 4 chunks, and at M = 8 beyond the slice of x in shared memory."""
-    chunk = 512 // bits
+def test_slices_of_x_and_rounds_of_tiles(kernels, rng, tmp_path, bits):
+    """K at the edges of slices of 512, and more tiles than a block's 16 warps, by few blocks."""
+    specs = Spec(bits, 128, "symmetric"), Spec(bits, 128, "zero"), Spec(bits, 32, "minimum")
+    shapes = ((1, 300, 511), (8, 17, 513), (3, 530, 700), (2, 40, 1500))
     cases = [
-        make(rng, Spec(bits, 32, "minimum"), dtype, m, 3, k, bias=True, norm=norm)
-        for dtype in BOUND
-        for m, k in ((1, 33 * chunk + 4), (8, 65 * chunk + 1))
-        for norm in ("", "layer")
+        make(rng, spec, dtype, *shape, bias=True, norm=norm, cores=cores)
+        for spec, shape in zip((*specs, specs[1]), shapes, strict=True)
+        for dtype, norm, cores in zip(BOUND, ("", "layer"), (1, 7), strict=True)
     ]
     check_all(kernels, cases, tmp_path)
+
+
+def test_sums_for_norms(kernels, rng, tmp_path):
+    """Those over y, a part for every tile, are what the next norm needs of it."""
+    for norm, cores in (("rms", 1), ("layer", 9)):
+        first = make(rng, G128, torch.bfloat16, 5, 600, 600, out_dtype=torch.float32, cores=cores)
+        sums = torch.full((first.sizes.tiles + 1, 2, 5), torch.nan)
+        first = dataclasses.replace(first, out_sums=sums[:-1])
+        (y,) = run(kernels, [first], tmp_path)
+        expected = torch.stack((y.square().sum(1), y.sum(1)))
+        torch.testing.assert_close(sums[:-1].sum(0), expected, rtol=1e-4, atol=1e-3)
+        second = make(rng, G128, torch.bfloat16, 5, 33, 600, norm=norm)
+        second = dataclasses.replace(second, x=y, products=torch.bfloat16, sums=first.out_sums)
+        (with_sums,) = run(kernels, [second], tmp_path)
+        (without,) = run(kernels, [dataclasses.replace(second, sums=None)], tmp_path)
+        torch.testing.assert_close(with_sums, without, rtol=2e-2, atol=2e-2)
+
+
+def test_runs_give_the_same_bits(kernels, rng, tmp_path):
+    """In whatever order blocks arrive."""
+    case = make(rng, G128, torch.float16, 4, 100, 2100, cores=12, out_dtype=torch.float32)
+    ran = run(kernels, [case] * 4, tmp_path)
+    assert all(torch.equal(ran[0], y) for y in ran[1:])
 
 
 def test_hard_values(kernels, rng, tmp_path):
@@ -71,11 +96,11 @@ def test_hard_values(kernels, rng, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", BOUND)
-def test_zero_points_beyond_the_codes(kernels, rng, tmp_path, dtype):
-    """GPTQ stores zero points of 16; products of what the codes become are exact up to 128."""
-    case = make(rng, Spec(4, 128, "zero"), dtype, 3, 33, 384, out_dtype=torch.float32)
-    far = torch.tensor([0, 16, 128], dtype=torch.uint8)
-    zeros = far[torch.randint(0, 3, case.packed.zeros.shape, generator=rng)]
+@pytest.mark.parametrize("group", (64, 128))
+def test_every_zero_point(kernels, rng, tmp_path, dtype, group):
+    """GPTQ stores zero points of 16, a byte holds 255."""
+    case = make(rng, Spec(4, group, "zero"), dtype, 3, 64, 4 * group, out_dtype=torch.float32)
+    zeros = torch.randperm(256, generator=rng).view(64, 4).to(torch.uint8)
     packed = dataclasses.replace(case.packed, zeros=zeros)
     check_all(kernels, [dataclasses.replace(case, packed=packed)], tmp_path)
 
@@ -162,6 +187,19 @@ def test_native_errors(kernels, rng, tmp_path):
     assert "delta needs post and stream" in error(delta=8)
     assert "a norm needs its weights" in error(norm_kind=1)
     assert "even number of rows" in error(gated=1, n=15)
+    assert "ranges must be 1 or more, found 0" in error(ranges=0)
+    assert "slices need parts and counters" in error(k=513, parts=0)
+    assert "sums need a norm, and no delta" in error(sums=8)
+
+
+def test_a_call_keeps_its_tensors(rng):
+    """A list of launches outlives the scratch that grew while it was made."""
+    case = make(rng, G128, torch.float16, 2, 16, 600)
+    call = case.call()
+    gc.collect()
+    for name in ("parts", "counters", "y"):
+        assert getattr(call, name) == call.borrowed[name].data_ptr()
+    assert call.weights.codes == call.borrowed["codes"].data_ptr()
 
 
 def test_python_errors(rng):
@@ -170,7 +208,7 @@ def test_python_errors(rng):
 
     def raises(kind, message: str, **arguments) -> None:
         with pytest.raises(kind, match=message):
-            describe(**({"x": x, "weights": weights, "y": y} | arguments))
+            describe(**({"x": x, "weights": weights, "y": y, "sizes": case.sizes} | arguments))
 
     raises(TypeError, "x must be float16 or bfloat16, found torch.float32", x=x.float())
     raises(ValueError, r"x must be \(M, 128\) with M <= 8, found \(2, 64\)", x=x[:, :64])
@@ -181,3 +219,8 @@ def test_python_errors(rng):
     raises(ValueError, r"bias must be a contiguous \(16,\) torch.float16", bias=torch.zeros(16))
     raises(ValueError, "norm must be a contiguous", around=Around("rms", 1e-5, torch.zeros(64)))
     raises(ValueError, "y is on meta, x is on cpu", y=y.to("meta"))
+    three = dataclasses.replace(case.sizes, slices=3)
+    raises(ValueError, r"parts must be a contiguous \(96,\)", sizes=three, parts=torch.zeros(95))
+    raises(ValueError, "counters must be a contiguous", sizes=three, counters=torch.zeros(9))
+    raises(ValueError, r"sums must be a contiguous \(0, 2, 2\)", sums=torch.zeros(4, 2, 3))
+    raises(ValueError, r"out_sums must be a contiguous \(1, 2, 2\)", out_sums=torch.zeros(0, 2, 2))

@@ -6,13 +6,15 @@ from itertools import product
 
 import pytest
 import torch
+from support import attention_calls
 from support.close import assert_close
 from support.packed import every_spec, random_packed
 from support.w4_calls import BOUND, EDGES_K, EDGES_N, Matmul, check, make, random_case
 
 from engine.kernels import native
+from engine.kernels.layer import cuda as attention
 from engine.kernels.w4.around import Around
-from engine.kernels.w4.cuda import Call, describe, matmul
+from engine.kernels.w4.cuda import Call, cores_of, describe, matmul
 from engine.kernels.w4.format import Spec, unpack
 from engine.kernels.w4.layout_gpu import to_gpu
 
@@ -40,15 +42,23 @@ def run(case: Matmul) -> torch.Tensor:
     guarded = torch.full((y.numel() + 2 * GUARD,), torch.nan, dtype=y.dtype, device="cuda")
     out = guarded[GUARD : GUARD + y.numel()].view(y.shape)
     weights = to_gpu(case.packed.to("cuda"))
-    call = describe(x, weights, out, bias, Around(**moved))
+    sizes = dataclasses.replace(case, cores=cores_of(x.device)).sizes
+    parts = torch.full((sizes.part_values(len(x)),), torch.nan, device="cuda")
+    counters = torch.zeros(sizes.tiles, dtype=torch.int32, device="cuda")
+    call = describe(
+        x, weights, out, bias, Around(**moved), sizes=sizes, parts=parts, counters=counters
+    )
     native.load("cuda").w4_matmul(ctypes.addressof(call), torch.cuda.current_stream().cuda_stream)
     guards = torch.cat((guarded[:GUARD], guarded[GUARD + y.numel() :]))
     assert guards.isnan().all(), f"{case.name}: wrote outside its output"
+    assert not counters.any()
     return out.cpu()
 
 
 def test_the_struct_is_the_one_of_python():
-    assert native.load("cuda").W4_MATMUL_BYTES == ctypes.sizeof(Call)
+    cuda = native.load("cuda")
+    assert cuda.W4_MATMUL_BYTES == ctypes.sizeof(Call)
+    assert cuda.DECODE_ATTENTION_BYTES == ctypes.sizeof(attention.Call)
 
 
 @pytest.mark.parametrize("dtype", BOUND)
@@ -62,6 +72,22 @@ def test_edges_with_random_options(rng):
     for m, n, k in product(range(9), EDGES_N, (*EDGES_K, 4097, 8200)):
         case = random_case(rng, m, n, k)
         check(case, run(case))
+
+
+@pytest.mark.parametrize("dtype", attention_calls.BOUND)
+def test_attention(rng, dtype):
+    for _ in range(100):
+        case = attention_calls.random_case(rng, dtype)
+        held = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
+        options = dict(case.options)
+        options["norms"] = tuple(None if norm is None else norm.cuda() for norm in options["norms"])
+        options["angles"] = None if options["angles"] is None else options["angles"].cuda()
+        moved = {n: v.cuda() if isinstance(v, torch.Tensor) else v for n, v in held.items()}
+        on_gpu = attention_calls.Attention(**moved | {"options": options})
+        attention.launch(on_gpu.call(), torch.device("cuda"))
+        names = ("store", "y", "counters", "parts")
+        back = {name: getattr(on_gpu, name).cpu() for name in names}
+        attention_calls.check(case, dataclasses.replace(case, **back))
 
 
 @pytest.mark.parametrize("shape", ((4096, 4096), (28672, 4096), (4096, 14336)))

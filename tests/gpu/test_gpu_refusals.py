@@ -7,7 +7,7 @@ from engine import api
 from engine.errors import InputError
 from engine.kernels import dispatch
 from engine.runtime import check_backend
-from engine.runtime.gpu_cache import PAGE, Arena, GpuCache
+from engine.runtime.gpu_cache import PAGE, Arena, GpuCache, within_memory
 from engine.runtime.gpu_weights import check_memory
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -78,6 +78,13 @@ def test_pages_beyond_memory_leave_the_cache_as_it_was(source, monkeypatch):
     with pytest.raises(InputError, match=r"context: keys and values of \d+ positions need"):
         cache.reserve(3 * PAGE)
     assert torch.equal(cache.table, held)
+
+
+def test_too_little_memory_anywhere_is_a_sentence():
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB."
+    with pytest.raises(InputError, match=r"^a step of 8 .* free \(2.00 GiB at once"):
+        with within_memory("a step of 8 sequences", CUDA):
+            raise torch.OutOfMemoryError(said)
 
 
 def test_pages_come_back(source):

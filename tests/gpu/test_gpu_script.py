@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from gpu_tokens import SMALL, random_runtime
+from support import tiny
+
+from engine.runtime import GPU_RUNTIMES
+from engine.runtime.gpu import GpuRuntime
+from engine.runtime.gpu_weights import Placement
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,32 +39,53 @@ def test_its_arguments():
 
 
 @pytest.mark.slow
-def test_tokens_interpreted(tmp_path):
-    out = tmp_path / "tokens.json"
-    done = script("tokens", "--small", "--out", str(out), timeout_s=600, TRITON_INTERPRET="1")
+@pytest.mark.parametrize("text", [False, True])
+def test_tokens_interpreted(tmp_path, text):
+    """Without a model for real text, and with one; our CUDA kernels say why they are left out."""
+    out, options = tmp_path / "tokens.json", []
+    if text:
+        tiny.write("llama", tmp_path / "model", 1)
+        tiny.save_tokenizer(tmp_path / "model")
+        options = ["--model", str(tmp_path / "model")]
+    done = script(
+        "tokens", "--small", "--out", str(out), *options, timeout_s=600, TRITON_INTERPRET="1"
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads(out.read_text())
     assert [case["batch"] for case in record["tokens"]] == [1, 8] and not record["left_out"]
-    assert len(out.with_suffix(".md").read_text().splitlines()) == 4
+    assert len(out.with_suffix(".md").read_text().splitlines()) == 4 + 4 * text
+    if text:
+        triton, cuda = record["text"]
+        assert triton["backend"] == "triton" and triton["tok_s"] > 0
+        assert cuda["left_out"] or cuda["tok_s"] > 0
+    else:
+        assert "no real text" in done.stdout
 
 
 @pytest.mark.gpu
-def test_a_graph_gives_the_bits_of_its_launches():
-    """Over 1,000 replays, the launches between them."""
+@pytest.mark.parametrize("backend", GPU_RUNTIMES)
+def test_a_graph_gives_the_bits_of_its_launches(backend):
+    """Over 1,000 replays, with and without overlap, the launches one by one between them."""
     if not torch.cuda.is_available():
         pytest.skip("torch finds no GPU")
     config = replace(SMALL["small"], max_context=2048)
-    runtime = random_runtime(config, torch.device("cuda"))
-    cache = runtime.new_cache(3, 1100)
-    runtime.greedy([5, 6, 7], cache)
-    (steps,) = runtime._steps.values()
-    buffers = steps.buffers
+    overlapped = random_runtime(config, torch.device("cuda"), backend)
+    placement = Placement(overlapped.device, overlapped.dtype, backend)
+    plain = GpuRuntime(config, placement, overlapped.outer, overlapped.layers, overlaps=False)
+    lists = []
+    for runtime in (overlapped, plain):
+        runtime.greedy([5, 6, 7], runtime.new_cache(3, 1100))
+        lists += runtime._steps.values()
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     for position in range(1000):
-        buffers.positions.fill_(position)
-        steps.run()
-        logits = buffers.logits.clone()
-        for launch in steps.launches:
-            launch()
-        wrong += (logits != buffers.logits).sum()
+        found = []
+        for steps in lists:
+            steps.buffers.positions.fill_(position)
+            steps.run()
+            found.append(steps.buffers.logits.clone())
+            for launch in steps.launches:
+                launch()
+            found.append(steps.buffers.logits.clone())
+        for logits in found[1:]:
+            wrong += (logits != found[0]).sum()
     assert int(wrong) == 0

@@ -5,20 +5,22 @@ from dataclasses import replace
 import pytest
 from roofline import GPUS, MODELS, step, step_us
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction
 
-from engine.runtime import gpu_step
+from engine.runtime import GPU_RUNTIMES, gpu_step
 from engine.runtime.gpu_step import StepList
 
 LLAMA = MODELS["Llama-3-8B"]
 
 
+@pytest.mark.parametrize("backend", GPU_RUNTIMES)
 @pytest.mark.parametrize("family", ["sequential", "post norm", "parallel"])
-def test_five_launches_a_layer(family):
+def test_five_launches_a_layer(family, backend):
     config = replace(LLAMA, post_norm=family == "post norm", parallel=family == "parallel")
-    names = [launch.name for launch in step(config, slots=[0, 5]).launches]
+    names = [launch.name for launch in step(config, slots=[0, 5], backend=backend).launches]
     layers = ["qkv", "attention", "o", "gate_up", "down"] * 2
     assert names == ["embedding", *layers, "head", "choice"]
-    assert len(step(config).launches) == 5 * 32 + 3
+    assert len(step(config, backend=backend).launches) == 5 * 32 + 3
 
 
 def test_what_cannot_be_stacked_takes_a_launch_each():
@@ -26,8 +28,9 @@ def test_what_cannot_be_stacked_takes_a_launch_each():
     assert names[1:-2] == ["qkv"] * 3 + ["attention", "o", "gate", "up", "down"]
 
 
+@pytest.mark.parametrize("backend", GPU_RUNTIMES)
 @pytest.mark.parametrize("batch", [1, 8])
-def test_bytes_are_those_of_weights_and_cache(batch):
+def test_bytes_are_those_of_weights_and_cache(batch, backend):
     """Of Llama-3-8B; half the layers, half of what layers add."""
 
     def packed(n: int, k: int) -> float:
@@ -41,20 +44,35 @@ def test_bytes_are_those_of_weights_and_cache(batch):
     def read(launches: StepList) -> int:
         return sum(each.reads(context) - each.x for each in launches.launches)
 
-    found, half = read(step(LLAMA, batch)), read(step(LLAMA, batch, range(0, 32, 2)))
+    every, other = step(LLAMA, batch, backend=backend), range(0, 32, 2)
+    found, half = read(every), read(step(LLAMA, batch, other, backend=backend))
     assert found == pytest.approx(whole, rel=0.01)
     assert found - half == pytest.approx(16 * one, rel=0.01)
 
 
+@pytest.mark.parametrize("backend", GPU_RUNTIMES)
 @pytest.mark.parametrize("name", ["Llama-3-8B", "Llama-2-70B"])
-def test_x_is_read_again_for_few_rows_of_weights(name):
+def test_x_is_read_again_for_few_rows_of_weights(name, backend):
     """By 8 rows of it, beside which sums in parts move less than a third of the weights."""
-    launches = [each for each in step(MODELS[name], 8).launches if each.weights]
+    launches = [each for each in step(MODELS[name], 8, backend=backend).launches if each.weights]
     weights = sum(each.weights for each in launches)
     products = [each for each in launches if each.parts]
     assert len(products) == len(launches) - 1  # all but the embedding
     assert sum(each.x for each in products) <= 0.1 * weights
     assert sum(each.parts for each in products) <= 0.33 * weights
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("backend", GPU_RUNTIMES)
+def test_kernels_overlap_where_asked_to(backend, overlaps):
+    launches = step(LLAMA, slots=[0], backend=backend, overlaps=overlaps).launches
+    ours = [launch for launch in launches if not isinstance(launch.kernel, JITFunction)]
+    assert len(ours) == (6 if backend == "cuda" else 0)
+    assert all(launch.arguments[0].overlap == overlaps for launch in ours)
+    for launch in launches:
+        if launch not in ours:
+            assert launch.options.get("OVERLAP", False) == overlaps
+            assert launch.options.get("launch_pdl", False) == overlaps
 
 
 def test_a_window_bounds_what_is_read():

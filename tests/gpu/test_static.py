@@ -2,11 +2,13 @@
 
 import re
 
+import aot_cuda
 import pytest
 import static
 import triton
 from aot import ARCHS, SHARED_LIMIT_BYTES
 
+NVCC = aot_cuda.nvcc_version()
 MOST = {"symmetric g128": 160, "zero g128": 190}  # instructions for a KiB of codes
 LOOP = """
 kernel:
@@ -33,12 +35,17 @@ def hold(kernel: static.Kernel, arch: int) -> static.Row:
     print(row)
     assert row.compiled.spill_bytes == 0
     assert row.compiled.shared_bytes <= SHARED_LIMIT_BYTES[arch]
+    if kernel.by == "Triton" and arch >= static.OVERLAP_ARCH:  # of CUDA's the emulator sees to it
+        first = re.search(r"(ld|st|atom|red)\.global|cp\.async", row.compiled.ptx)
+        assert first is not None
+        assert "griddepcontrol.wait" in row.compiled.ptx[: first.start()], "touches, then waits"
     if kernel.weights:
         assert row.loop is not None, "no loop loads codes 16 bytes a lane"
         assert row.loop.per_kib <= MOST[kernel.weights]
         assert row.loop.barriers <= 2
     recorded = static.RESULTS.read_text()
-    if f"Triton {triton.__version__} " in recorded:
+    compiler = f"Triton {triton.__version__} " if kernel.by == "Triton" else f"\n{NVCC}:"
+    if compiler in recorded:
         assert str(row) in recorded.splitlines(), "benchmarks/static.py writes the table anew"
     return row
 
@@ -53,13 +60,23 @@ def test_a_loop_is_read():
 @pytest.mark.parametrize("weights", MOST)
 def test_gate_and_up(weights):
     """What takes the most instructions."""
-    (kernel,) = (k for k in static.kernels() if k.weights == weights and k.names == ["gate_up"])
+    (kernel,) = (k for k in static.kernels(90) if k.weights == weights and k.names == ["gate_up"])
     hold(kernel, 90)
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+def test_cuda_kernels():
+    for kernel in static.kernels(90):
+        if kernel.by == "CUDA":
+            hold(kernel, 90)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_kernel(arch):
-    rows = [hold(kernel, arch) for kernel in static.kernels()]
+    every = static.kernels(arch)
     recorded = re.findall(rf"^\| sm_{arch} .*$", static.RESULTS.read_text(), re.MULTILINE)
-    assert len(recorded) == len(rows)
+    assert len(recorded) == len(every)
+    for kernel in every:
+        if kernel.by == "Triton" or NVCC:
+            hold(kernel, arch)

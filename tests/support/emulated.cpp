@@ -1,7 +1,8 @@
 // Runs the CUDA kernels on a CPU, for tests: `emulated CALLS RESULTS`, two files.
 //
 // CALLS holds calls, one after another, in integers of 8 bytes:
-//   bytes of the op's argument struct, the struct, and how many arrays follow; for each of these:
+//   bytes of the op's argument struct, which tell the ops apart, the struct, and how many arrays
+//   follow; for each of these:
 //   where its pointer lies in the struct, whether it is an output, whether the kernel before writes
 //   it, its offset from a multiple of 16 bytes, its bytes, and these bytes
 // RESULTS gets for each call: the bytes of an error's message and the message; or 0 and the bytes
@@ -15,6 +16,7 @@
 #include <memory>
 #include <vector>
 
+#include "cuda/attention.h"
 #include "cuda/kernel.h"
 #include "cuda/w4_matmul.h"
 
@@ -50,9 +52,9 @@ Array read_array(std::istream& in) {
     return array;
 }
 
-void run_call(std::istream& in, std::ostream& out) {
-    shallow::W4Matmul call;
-    if (read_integer(in) != sizeof call) throw std::length_error("a struct of another size");
+template <typename Call>
+void run_call(std::istream& in, std::ostream& out, void (*launch)(const Call&, void*)) {
+    Call call;
     in.read(reinterpret_cast<char*>(&call), sizeof call);
     std::vector<Array> arrays;
     for (std::int64_t left = read_integer(in); left; --left) {
@@ -61,7 +63,7 @@ void run_call(std::istream& in, std::ostream& out) {
         std::memcpy(reinterpret_cast<char*>(&call) + arrays.back().place, &address, sizeof address);
     }
     try {
-        shallow::w4_matmul(call, nullptr);
+        launch(call, nullptr);
     } catch (const std::exception& error) {
         write_integer(out, std::strlen(error.what()));
         out << error.what();
@@ -70,6 +72,16 @@ void run_call(std::istream& in, std::ostream& out) {
     write_integer(out, 0);
     for (Array& array : arrays)
         if (array.output) out.write(array.data(), array.bytes);
+}
+
+static_assert(sizeof(shallow::W4Matmul) != sizeof(shallow::DecodeAttention), "told apart");
+
+void run_call(std::istream& in, std::ostream& out) {
+    switch (read_integer(in)) {
+        case sizeof(shallow::W4Matmul): return run_call(in, out, shallow::w4_matmul);
+        case sizeof(shallow::DecodeAttention): return run_call(in, out, shallow::decode_attention);
+        default: throw std::length_error("a struct of another size");
+    }
 }
 
 }  // namespace

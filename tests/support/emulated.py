@@ -7,13 +7,17 @@ import shutil
 import struct
 import subprocess
 import sysconfig
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from filelock import FileLock
+from support.attention_calls import Attention
 from support.w4_calls import Matmul
 
+from engine.kernels.layer import cuda as attention
 from engine.kernels.w4.cuda import Call, Matrix, tensors
 from engine.kernels.w4.layout_gpu import to_gpu
 
@@ -24,6 +28,12 @@ FLAGS = (
     "-std=c++17 -O2 -g1 -Wall -Wextra -Werror -Wno-unknown-pragmas "
     "-fsanitize=address,undefined -fno-sanitize-recover=all"
 ).split()
+
+
+def kernels() -> Path:
+    """The executable that runs calls of every CUDA kernel."""
+    sources = ("w4_matmul.cu", "attention.cu")
+    return build("kernels", *(f"csrc/cuda/{n}" for n in sources), "tests/support/emulated.cpp")
 
 
 def cuda_headers() -> list[str]:
@@ -71,29 +81,52 @@ def build(name: str, *sources: str) -> Path:
 
 
 # What the kernel before may write, or still read.
-BEFORE = [getattr(Call, name).offset for name in ("x", "delta", "stream", "gate", "add", "y")]
+BEFORE = [
+    getattr(Call, name).offset
+    for name in ("x", "delta", "stream", "gate", "add", "y", "sums", "parts", "counters")
+]
 
 
 def arrays_of(case: Matmul) -> dict[int, torch.Tensor]:
     """What the call's pointers point to, by their places in the struct."""
     weights = [(Matrix, name, tensor) for name, tensor in to_gpu(case.packed).tensors().items()]
     others = {"x": case.x, "y": case.output(), "bias": case.bias} | tensors(case.around)
+    others |= case.scratch()
     named = weights + [(Call, name, tensor) for name, tensor in others.items()]
     present = [entry for entry in named if entry[2] is not None]
     return {getattr(owner, name).offset: tensor for owner, name, tensor in present}
 
 
 def encode(case: Matmul, call: Call) -> bytes:
-    """The call as tests/emulated.cpp reads it."""
-    arrays = arrays_of(case)
+    """The call as tests/support/emulated.cpp reads it."""
+    moved = (Call.x.offset, Call.y.offset)
+    written = [getattr(Call, name).offset for name in ("y", "stream", "out_sums", "counters")]
+    return encode_arrays(
+        call,
+        [
+            Array(place, tensor, place in written, place in BEFORE, case.offset * (place in moved))
+            for place, tensor in arrays_of(case).items()
+        ],
+    )
+
+
+class Array(NamedTuple):
+    """What a pointer of a call points to."""
+
+    place: int  # of the pointer in the struct
+    tensor: torch.Tensor
+    written: bool
+    before: bool  # the kernel before may write it, or still read
+    offset: int = 0  # elements off a multiple of 16 bytes
+
+
+def encode_arrays(call: ctypes.Structure, arrays: Sequence[Array]) -> bytes:
     encoded = [struct.pack("q", ctypes.sizeof(call)), bytes(call), struct.pack("q", len(arrays))]
-    for place, tensor in arrays.items():
-        data = storage_bytes(tensor)
-        moves = place in (Call.x.offset, Call.y.offset)
-        moved = case.offset * tensor.itemsize if moves else 0
-        written = place in (Call.y.offset, Call.stream.offset)
-        before = place in BEFORE and call.overlap != 0
-        encoded += [struct.pack("5q", place, written, before, moved, len(data)), data]
+    for array in arrays:
+        data, overlap = storage_bytes(array.tensor), call.overlap != 0
+        moved = array.offset * array.tensor.itemsize
+        flags = (array.place, array.written, array.before and overlap, moved, len(data))
+        encoded += [struct.pack("5q", *flags), data]
     return b"".join(encoded)
 
 
@@ -107,38 +140,89 @@ def storage_bytes(tensor: torch.Tensor) -> bytes:
     return flat.view(torch.uint8).numpy().tobytes()
 
 
-def run(executable: Path, cases: list[Matmul], folder: Path) -> list[torch.Tensor]:
-    """The outputs; streams are written. Fails with the emulator's or a sanitizer's report.
+def run(
+    executable: Path, cases: list[Matmul], folder: Path, overlap: bool | None = None
+) -> list[torch.Tensor]:
+    """The outputs; streams and sums are written. Fails with the emulator's or a sanitizer's report.
 
-    Every second call overlaps with the kernel before.
+    Calls `overlap` with the kernel before, every second one by default.
     """
     calls = [case.call() for case in cases]
-    for call in calls[1::2]:
-        call.overlap = 1
+    for index, call in enumerate(calls):
+        call.overlap = index % 2 == 1 if overlap is None else overlap
     encoded = [encode(*pair) for pair in zip(cases, calls, strict=True)]
     data = run_encoded(executable, encoded, folder)
-    at, found = 0, []
-    for case in cases:
-        y = case.output()
+    found = [case.output() for case in cases]
+    counters = [case.scratch().get("counters") for case in cases]
+    written = [
+        [y, case.around.stream, case.out_sums, counts]
+        for case, y, counts in zip(cases, found, counters, strict=True)
+    ]
+    read_results(data, written)
+    assert not any(counts.any() for counts in counters if counts is not None)
+    return found
+
+
+def read_results(data: bytes, written: Iterable[Sequence[torch.Tensor | None]]) -> None:
+    """Copies what each call wrote to its tensors, in the order of its arrays."""
+    at = 0
+    for tensors_of_call in written:
         (message_bytes,) = struct.unpack_from("q", data, at)
         assert message_bytes == 0, data[at + 8 : at + 8 + message_bytes].decode()
         at += 8
-        for tensor in (y, case.around.stream):
+        for tensor in tensors_of_call:
             if tensor is None or not tensor.nbytes:
                 continue
             stored = bytearray(data[at : at + tensor.nbytes])
             tensor.copy_(torch.frombuffer(stored, dtype=tensor.dtype).view(tensor.shape))
             at += tensor.nbytes
-        found.append(y)
     assert at == len(data), f"{len(data) - at} bytes of results too many"
-    return found
+
+
+ATTENTION_BEFORE = ("qkv", "parts", "counters", "y")
+ATTENTION_WRITTEN = ("store", "y", "counters", "parts")
+
+
+def encode_attention(case: Attention, call: attention.Call) -> bytes:
+    given = {name: getattr(case, name) for name in attention.Call.POINTERS if hasattr(case, name)}
+    norms = zip(("q_norm", "q_bias", "k_norm", "k_bias"), case.options["norms"], strict=True)
+    given |= {"angles": case.options["angles"]} | dict(norms)
+    written = {name: given.pop(name) for name in ATTENTION_WRITTEN}  # in this order
+    arrays = [
+        Array(
+            getattr(attention.Call, name).offset, tensor, name in written, name in ATTENTION_BEFORE
+        )
+        for name, tensor in (given | written).items()
+        if tensor is not None
+    ]
+    return encode_arrays(call, arrays)
+
+
+def run_attention(
+    executable: Path, cases: list[Attention], folder: Path, overlap: bool | None = None
+) -> None:
+    """Runs them on the cases' own buffers; `overlap` as in `run`."""
+    calls = [case.call() for case in cases]
+    for index, call in enumerate(calls):
+        call.overlap = index % 2 == 1 if overlap is None else overlap
+    encoded = [encode_attention(*pair) for pair in zip(cases, calls, strict=True)]
+    data = run_encoded(executable, encoded, folder)
+    read_results(data, [[getattr(case, name) for name in ATTENTION_WRITTEN] for case in cases])
+
+
+def attention_error(executable: Path, case: Attention, call: attention.Call, folder: Path) -> str:
+    """The message of the exception that the call throws; "" without one."""
+    return message_of(run_encoded(executable, [encode_attention(case, call)], folder))
+
+
+def message_of(data: bytes) -> str:
+    (message_bytes,) = struct.unpack_from("q", data)
+    return data[8 : 8 + message_bytes].decode()
 
 
 def error_of(executable: Path, case: Matmul, call: Call, folder: Path) -> str:
     """The message of the exception that the call throws; "" without one."""
-    data = run_encoded(executable, [encode(case, call)], folder)
-    (message_bytes,) = struct.unpack_from("q", data)
-    return data[8 : 8 + message_bytes].decode()
+    return message_of(run_encoded(executable, [encode(case, call)], folder))
 
 
 def run_encoded(executable: Path, calls: list[bytes], folder: Path) -> bytes:

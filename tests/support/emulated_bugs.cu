@@ -32,6 +32,11 @@ __global__ void barrier_in_a_branch(int*) {
     __shfl_xor_sync(kAll, 1, 1);
 }
 
+__global__ void syncwarp_without_a_lane(int*) {
+    if (threadIdx.x == 9) return;
+    __syncwarp();
+}
+
 __global__ void two_barriers(int*) {
     if (threadIdx.x < 32)
         __syncthreads();
@@ -205,6 +210,7 @@ const struct {
     KERNEL(sound),
     KERNEL(barrier_after_return),
     KERNEL(barrier_in_a_branch),
+    KERNEL(syncwarp_without_a_lane),
     KERNEL(two_barriers),
     KERNEL(shuffle_without_a_lane),
     KERNEL(shuffle_outside_the_mask),

@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 from support import mixed, tiny
+from support.attention_calls import Attention
 from support.close import assert_close
-from support.emulated import build, run
+from support.emulated import kernels as emulated_kernels
+from support.emulated import run, run_attention
 from support.mixed import MixedCheckpoint
 from support.w4_calls import Matmul
 from triton.runtime import interpreter
@@ -14,13 +16,18 @@ from triton.runtime import interpreter
 import engine
 from engine.checkpoint import open_checkpoint
 from engine.errors import InputError
+from engine.generation import generate
+from engine.kernels.layer import cuda as layer_cuda
 from engine.kernels.w4 import cuda
 from engine.kernels.w4.around import PLAIN
 from engine.kernels.w4.format import Spec
 from engine.kernels.w4.layout_gpu import from_gpu
+from engine.options import Options
+from engine.runtime import GPU_RUNTIMES
 from engine.runtime.gpu import GpuRuntime
 from engine.runtime.gpu_cache import Arena, GpuCache
 from engine.runtime.reference import ReferenceRuntime
+from engine.sample import make_generators, sample
 
 BOUNDS = {torch.bfloat16: 2e-2, torch.float16: 5e-3}
 SMALL = {  # two programs of a kernel where there must be two
@@ -50,30 +57,44 @@ def no_overflow_checks(monkeypatch) -> None:
 @pytest.fixture
 def emulated(tmp_path, monkeypatch) -> list[tuple[int, torch.dtype]]:
     """Up to 8 rows are multiplied by the CUDA kernels, emulated, where our CUDA kernel has the
-    matrix: rows and dtype of x of each call."""
-    executable = build("w4", "csrc/cuda/w4_matmul.cu", "tests/support/emulated.cpp")
+    matrix: rows and dtype of x of each call. So is decode attention: (0, dtype). What the kernel
+    before writes is out of reach until they have waited for it."""
+    executable = emulated_kernels()
     seen = []
 
     def launch(call, device):
-        x, weights, y, bias, around, products = call
+        (x, weights, y, bias, around, products), options = call
         beside = {"gate": around.gate, "add": around.add, "stream": around.stream}
         copies = {name: None if t is None else t.clone() for name, t in beside.items()}
         own = Matmul(
             "step", x, from_gpu(weights), bias, dataclasses.replace(around, **copies),
-            out_dtype=y.dtype, products=products,
+            out_dtype=y.dtype, products=products, sums=options.get("sums"),
+            out_sums=options.get("out_sums"),
         )  # fmt: skip
-        y.copy_(run(executable, [own], tmp_path)[0])
+        if own.out_sums is not None:
+            own = dataclasses.replace(own, out_sums=own.out_sums[: own.sizes.tiles])
+        y.copy_(run(executable, [own], tmp_path, overlap=True)[0])
         if around.stream is not None:
             around.stream.copy_(copies["stream"])
         seen.append((len(x), x.dtype))
 
     def matmul(x, weights, bias=None, around=PLAIN, out_dtype=None):
-        y = x.new_empty(len(x), weights.shape[0], dtype=out_dtype)
-        launch((x, weights, y, bias, around, x.dtype), x.device)
+        y = x.new_empty(len(x), weights.shape[0], dtype=out_dtype or x.dtype)
+        launch(((x, weights, y, bias, around, x.dtype), {}), x.device)
         return y
 
+    def describe_attention(qkv, store, table, positions, live, y, *, parts, counters, **options):
+        buffers = (qkv, store, table, positions, live, y, counters, parts)
+        return Attention(y.shape[1] // store.shape[-1], *buffers, options)
+
+    def attend(call, device):
+        run_attention(executable, [call], tmp_path, overlap=True)
+        seen.append((0, call.qkv.dtype))
+
+    monkeypatch.setattr(layer_cuda, "launch", attend)
+    monkeypatch.setattr(layer_cuda, "describe", describe_attention)
     monkeypatch.setattr(cuda, "launch", launch)
-    monkeypatch.setattr(cuda, "describe", lambda *call: call)
+    monkeypatch.setattr(cuda, "describe", lambda *call, **options: (call, options))
     monkeypatch.setattr(cuda, "matmul", matmul)
     return seen
 
@@ -136,7 +157,7 @@ def test_every_family(rng, pair, case):
 @pytest.mark.parametrize("case", tiny.CASES)
 def test_every_family_with_cuda_kernels(rng, pair, emulated, case):
     family(rng, pair(case, torch.bfloat16, "cuda"))
-    assert emulated
+    assert (0, torch.bfloat16) in emulated
 
 
 def family(rng, runtimes) -> None:
@@ -202,12 +223,16 @@ def same_ids(rng, both) -> None:
 def test_the_whole_protocol_with_cuda_kernels(rng, pair, emulated, case, dtype):
     whole_protocol(rng, pair(case, dtype, "cuda"))
     assert {x for _, x in emulated} == {dtype, torch.float32} and max(m for m, _ in emulated) <= 8
+    assert (0, dtype) in emulated
 
 
 @pytest.mark.slow
-def test_a_list_outlives_positions_and_caches(rng, pair):
+@pytest.mark.parametrize("backend", GPU_RUNTIMES)
+def test_a_list_outlives_positions_and_caches(rng, pair, request, backend):
     """Replayed with other data in its buffers it gives, to the bit, what a list made anew does."""
-    gpu, _ = pair("qwen3", torch.float16)
+    if backend == "cuda":
+        request.getfixturevalue("emulated")
+    gpu, _ = pair("qwen3", torch.float16, backend)
     prompt, tokens = draw(rng, 1, 60), draw(rng, 1, 8)
     anew, kept, other = (gpu.new_cache(1, 80) for _ in range(3))
     for cache in (anew, kept, other):
@@ -221,6 +246,20 @@ def test_a_list_outlives_positions_and_caches(rng, pair):
         assert torch.equal(gpu.forward(token, kept), logits)
         assert not torch.equal(gpu.forward(token, other), logits)
     assert list(gpu._steps.values()) == [held]
+
+
+def test_draws_are_those_of_logits(rng, pair):
+    """From uniforms that are sent with the tokens; a finished sequence draws nothing."""
+    gpu, _ = pair("llama", torch.float16, kinds=(Spec(4, 32, "zero"),))
+    caches = [gpu.new_cache(3) for _ in range(2)]
+    prompt, tokens = draw(rng, 3, 4), [*draw(rng, 2).tolist(), -1]
+    for cache in caches:
+        gpu.forward(prompt, cache)
+    sampling, generators = Options(temperature=1.5, top_p=0.9), make_generators(7, 2)
+    logits = gpu.forward(torch.tensor(tokens)[:, None], caches[0])[:2, 0]
+    expected = sample(logits, sampling, [[], []], generators).tolist()
+    uniforms = [generator.random() for generator in make_generators(7, 2)]
+    assert gpu.draw(tokens, caches[1], sampling, [*uniforms, 0.0]) == expected
 
 
 @pytest.mark.slow
@@ -292,6 +331,15 @@ def test_bad_calls_leave_the_model_usable(rng, pair):
         with pytest.raises(InputError, match=message):
             call()
         assert int(cache.lengths.sum()) == 0
+    for call in (
+        lambda: gpu.forward(one[[0] * 33], gpu.new_cache(33)),
+        lambda: gpu.greedy([5] * 33, gpu.new_cache(33)),
+        lambda: generate(gpu, None, [[5]] * 33),
+    ):
+        with pytest.raises(
+            InputError, match="triton decodes at most 32 sequences at once, found 33"
+        ):
+            call()
     both.run(one)
     both.judge("usable")
 

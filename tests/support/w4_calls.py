@@ -11,6 +11,7 @@ from engine.kernels.layer.reference import normalised
 from engine.kernels.w4.around import PLAIN, Around
 from engine.kernels.w4.cuda import Call, describe
 from engine.kernels.w4.format import Packed, Spec, unpack
+from engine.kernels.w4.launch import Stripes, stripes
 from engine.kernels.w4.layout_gpu import to_gpu
 
 BOUND = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -31,6 +32,9 @@ class Matmul:
     out_dtype: torch.dtype | None = None
     offset: int = 0
     products: torch.dtype | None = None  # their dtype, that of x unless it is float32
+    cores: int = 1  # multiprocessors that blocks are to keep busy
+    sums: torch.Tensor | None = None
+    out_sums: torch.Tensor | None = None
 
     def output(self) -> torch.Tensor:
         """NaN, of the output's shape and dtype."""
@@ -46,14 +50,29 @@ class Matmul:
         """Of products."""
         return self.products or self.x.dtype
 
+    @property
+    def sizes(self) -> Stripes:
+        return stripes(*self.packed.shape, self.cores, self.gated)
+
+    def scratch(self) -> dict[str, torch.Tensor | None]:
+        """By the names of the call's pointers; parts are NaN, counters zeros."""
+        given: dict[str, torch.Tensor | None] = {"sums": self.sums, "out_sums": self.out_sums}
+        if self.sizes.slices == 1:
+            return given
+        parts = torch.full((self.sizes.part_values(len(self.x)),), torch.nan)
+        counters = torch.zeros(self.sizes.tiles, dtype=torch.int32)
+        return given | {"parts": parts, "counters": counters}
+
     def call(self) -> Call:
-        weights = to_gpu(self.packed)
-        return describe(self.x, weights, self.output(), self.bias, self.around, self.dtype)
+        return describe(
+            self.x, to_gpu(self.packed), self.output(), self.bias, self.around, self.dtype,
+            sizes=self.sizes, **self.scratch(),
+        )  # fmt: skip
 
 
 def make(rng, spec: Spec, dtype, m: int, n: int, k: int, **options) -> Matmul:
     """x and x @ w.T of about unit RMS. Options: permuted, bias, norm (one of NORMS), gated,
-    out_dtype, offset, strided; what else stands around the product is `step`'s."""
+    out_dtype, offset, strided, cores; what else stands around the product is `step`'s."""
     taken = dict(options)
     packed = random_packed(rng, n, k, spec, permuted=taken.pop("permuted", False))
     width = k + 3 if taken.pop("strided", False) else k
@@ -92,6 +111,7 @@ def random_case(rng, m: int, n: int, k: int) -> Matmul:
         "out_dtype": (None, torch.float32)[below(2)],
         "offset": below(8),
         "strided": bool(below(2)),
+        "cores": 1 + below(40),
     }
     return make(rng, specs[below(len(specs))], list(BOUND)[below(2)], m, n, k, **options)
 

@@ -1,0 +1,102 @@
+"""The CUDA decode attention against float64, run on a CPU under AddressSanitizer and UBSan."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.attention_calls import (
+    BOUND,
+    SHAPES,
+    Attention,
+    check,
+    make,
+    random_case,
+    without_results,
+)
+from support.emulated import attention_error, kernels, run_attention
+
+EDGES = (0, 1, 15, 16, 17, 63, 64, 65)
+
+
+@pytest.fixture(scope="session")
+def executable() -> Path:
+    return kernels()
+
+
+def check_all(executable: Path, cases: list[Attention], folder: Path) -> None:
+    copies = [without_results(case) for case in cases]
+    run_attention(executable, copies, folder)
+    for case, ran in zip(cases, copies, strict=True):
+        print({k: v for k, v in case.options.items() if k not in ("angles", "norms")})
+        check(case, ran)
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+def test_edges_of_tiles_and_pages(executable, rng, tmp_path, dtype):
+    cases = [
+        make(rng, dtype, (4, 2, 16), list(EDGES), page=64, splits=splits, rope=16)
+        for splits in (1, 3)
+    ]
+    check_all(executable, cases, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+def test_heads_of_every_shape(executable, rng, tmp_path, dtype):
+    cases = [make(rng, dtype, shape, [33], rope=shape[2] // 2 * 2) for shape in SHAPES]
+    check_all(executable, cases, tmp_path)
+
+
+def test_random_options(executable, rng, tmp_path):
+    check_all(executable, [random_case(rng, dtype) for dtype in BOUND for _ in range(6)], tmp_path)
+
+
+@pytest.mark.slow
+def test_sweep(executable, rng, tmp_path):
+    check_all(executable, [random_case(rng, d) for d in BOUND for _ in range(100)], tmp_path)
+
+
+def test_runs_give_the_same_bits(executable, rng, tmp_path):
+    """In whatever order blocks arrive."""
+    case = make(rng, torch.float16, (8, 2, 64), [150, 70], page=16, splits=8)
+    copies = [without_results(case) for _ in range(4)]
+    run_attention(executable, copies, tmp_path)
+    assert all(torch.equal(copies[0].y[:-1], other.y[:-1]) for other in copies[1:])
+
+
+def test_native_errors(executable, rng, tmp_path):
+    case = make(rng, torch.float16, (4, 2, 16), [3])
+
+    def error(**fields) -> str:
+        call = case.call()
+        for name, value in fields.items():
+            setattr(call, name, value)
+        return attention_error(executable, case, call, tmp_path)
+
+    assert "at most 16 query heads share a key, found 17" in error(heads=34)
+    assert "multiple of those of keys" in error(heads=5)
+    assert "heads must be 1 to 256 wide, found 257" in error(width=257)
+    assert "multiple of 16 positions, found 24" in error(page=24)
+    assert "no such slot" in error(slot=2)
+    assert "an even part of a head, found 18" in error(rope=18)
+    assert "needs its angles" in error(rope=16)
+    assert "splits must be 1 to 32, found 33" in error(splits=33)
+    assert "a norm needs its weights" in error(scope=1)
+    assert "type must be float16 or bfloat16" in error(type=2)
+
+
+def test_python_errors(rng):
+    case = make(rng, torch.float16, (4, 2, 16), [3])
+
+    def raises(message: str, part: str = "", value=None, **options) -> None:
+        with pytest.raises(ValueError, match=message):
+            (replace(case, **{part: value}) if part else case).call(**options)
+
+    raises("store must be a contiguous", "store", case.store.float())
+    raises(r"qkv must be a contiguous \(2, 128\)", "qkv", case.qkv[:, :64])
+    raises("positions must be a contiguous", "positions", case.positions.long())
+    raises("parts must be a contiguous", "parts", case.parts[:8], splits=4)
+    raises("counters must be a contiguous", "counters", case.counters[:1])
+    raises("q_norm must be a contiguous", norms=(torch.zeros(3),) * 4, scope="head")
+    raises("table is on meta, store is on cpu", "table", case.table.to("meta"))
+    raises("16 to a key", "y", torch.zeros(2, 33 * 2 * 16).half())
