@@ -4,9 +4,6 @@ namespace shallow {
 namespace {
 
 struct AvxVnni : Avx2 {
-    template <Codes C>
-    static constexpr int most_rows = 4;
-
     template <Codes C, int First, int Last, int P, int R>
     SHALLOW_INLINE static void dots(const TileView& w, const uint8_t* block, const int8_t* q,
                                     F (&out)[P][R]) {
@@ -20,7 +17,8 @@ struct AvxVnni : Avx2 {
                 for (int p = 0; p < P; ++p) {
                     code[p] = codes<C>(block, half, j, p);
                     if constexpr (C == Codes::nibble_table)
-                        code[p] = _mm256_shuffle_epi8(table(w), code[p]);
+                        code[p] = _mm256_shuffle_epi8(
+                            _mm256_broadcastsi128_si256(load_16_bytes(w.values8)), code[p]);
                 }
 #pragma GCC unroll 8
                 for (int i = 0; i < R; ++i) {

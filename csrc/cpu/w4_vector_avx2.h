@@ -13,9 +13,8 @@ namespace {
 struct Avx2 {
     using F = __m256;
     static constexpr int lanes = 8, max_rows = 8;
-    // Of 16 registers 8 are sums; bytes and a codebook's sum the low and the high four bits apart.
     template <Codes C>
-    static constexpr int most_rows = C == Codes::nibble ? 4 : 2;
+    static constexpr int most_rows = 4;  // 8 of 16 registers are their sums
     static constexpr bool unpacks = false, keeps_codes = false;
 
     static F set(float v) { return _mm256_set1_ps(v); }
@@ -103,59 +102,97 @@ struct Avx2 {
     }
     static void in_this_order(__m256i& sum) { asm("" : : "x"(sum)); }
 
-    // Four bits of each code's value: nibbles have no other; of bytes and a codebook's the low or the
-    // high ones.
+    // A byte's or a codebook's value less 128.
     template <Codes C>
-    static __m256i factors(const TileView& w, __m256i code, bool high) {
-        if constexpr (C == Codes::nibble) return code;
-        const auto some = [&](__m256i v) { return nibble(high ? _mm256_srli_epi16(v, 4) : v); };
-        if constexpr (C == Codes::nibble_table)
-            return _mm256_shuffle_epi8(some(table(w)), code);
-        else
-            return some(code);
-    }
-    static __m256i table(const TileView& w) {
-        return _mm256_broadcastsi128_si256(load_16_bytes(w.values8));
+    static __m256i value(const TileView& w, __m256i code) {
+        const __m256i middle = _mm256_set1_epi8(-128);
+        if constexpr (C == Codes::nibble_table) {
+            const __m256i table = _mm256_broadcastsi128_si256(load_16_bytes(w.values8));
+            return _mm256_shuffle_epi8(_mm256_xor_si256(table, middle), code);
+        }
+        return _mm256_xor_si256(code, middle);
     }
 
     // The dot products of half-blocks First..Last-1 with R rows of x, P vectors of the tile's rows.
-    // Pairs of products are summed in 16 bits: 8 chunks of nibbles reach 8 * 2 * 15 * 127 = 30480.
     template <Codes C, int First, int Last, int P, int R>
     SHALLOW_INLINE static void dots(const TileView& w, const uint8_t* block, const int8_t* q,
                                     F (&out)[P][R]) {
         load_anew(block, q);
         __m256i sums[P][R];
-#pragma GCC unroll 2
-        for (int high = 0; high < (C == Codes::nibble ? 1 : 2); ++high) {
-            __m256i pairs[P][R];
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j)
-#pragma GCC unroll 2
-                for (int half = First; half < Last; ++half) {
-                    __m256i code[P];
-                    for (int p = 0; p < P; ++p)
-                        code[p] = factors<C>(w, codes<C>(block, half, j, p), high);
-#pragma GCC unroll 8
-                    for (int i = 0; i < R; ++i) {
-                        const __m256i x = word(q + i * kBlock + 16 * (half - First) + 4 * j);
-                        for (int p = 0; p < P; ++p) {
-                            const __m256i more = _mm256_maddubs_epi16(code[p], x);
-                            const bool first = j == 0 && half == First;
-                            pairs[p][i] = first ? more : _mm256_add_epi16(pairs[p][i], more);
-                            in_this_order(pairs[p][i]);
-                        }
-                    }
-                }
-#pragma GCC unroll 8
-            for (int i = 0; i < R; ++i)
-                for (int p = 0; p < P; ++p) {
-                    const __m256i ones = _mm256_set1_epi16(high ? 16 : 1);
-                    const __m256i sum = _mm256_madd_epi16(pairs[p][i], ones);
-                    sums[p][i] = high ? _mm256_add_epi32(sums[p][i], sum) : sum;
-                }
-        }
+        if constexpr (C == Codes::nibble)
+            nibble_dots<First, Last>(block, q, sums);
+        else
+            byte_dots<C, First, Last>(w, block, q, sums);
         for (int i = 0; i < R; ++i)
             for (int p = 0; p < P; ++p) out[p][i] = _mm256_cvtepi32_ps(sums[p][i]);
+    }
+    // Pairs of products are summed in 16 bits: 8 chunks of nibbles reach 8 * 2 * 15 * 127 = 30480.
+    template <int First, int Last, int P, int R>
+    SHALLOW_INLINE static void nibble_dots(const uint8_t* block, const int8_t* q,
+                                           __m256i (&sums)[P][R]) {
+        __m256i pairs[P][R];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j)
+#pragma GCC unroll 2
+            for (int half = First; half < Last; ++half) {
+                __m256i code[P];
+                for (int p = 0; p < P; ++p) code[p] = codes<Codes::nibble>(block, half, j, p);
+#pragma GCC unroll 8
+                for (int i = 0; i < R; ++i) {
+                    const __m256i x = word(q + i * kBlock + 16 * (half - First) + 4 * j);
+                    for (int p = 0; p < P; ++p) {
+                        const __m256i more = _mm256_maddubs_epi16(code[p], x);
+                        const bool first = j == 0 && half == First;
+                        pairs[p][i] = first ? more : _mm256_add_epi16(pairs[p][i], more);
+                        in_this_order(pairs[p][i]);
+                    }
+                }
+            }
+        for (int i = 0; i < R; ++i)
+            for (int p = 0; p < P; ++p)
+                sums[p][i] = _mm256_madd_epi16(pairs[p][i], _mm256_set1_epi16(1));
+    }
+    // Of 8 bits only one pair fits into 16, and the first factor is to be unsigned: the magnitude of
+    // the value less 128 meets x with that value's sign, and 128 times the sum of x comes on top.
+    template <Codes C, int First, int Last, int P, int R>
+    SHALLOW_INLINE static void byte_dots(const TileView& w, const uint8_t* block, const int8_t* q,
+                                         __m256i (&sums)[P][R]) {
+        for (int i = 0; i < R; ++i) {
+            const __m256i rest = _mm256_slli_epi32(sum_of<Last - First>(q + i * kBlock), 7);
+            for (int p = 0; p < P; ++p) sums[p][i] = rest;
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j)
+#pragma GCC unroll 2
+            for (int half = First; half < Last; ++half) {
+                __m256i values[P], sizes[P];
+                for (int p = 0; p < P; ++p) {
+                    values[p] = value<C>(w, codes<C>(block, half, j, p));
+                    sizes[p] = _mm256_abs_epi8(values[p]);
+                }
+#pragma GCC unroll 8
+                for (int i = 0; i < R; ++i) {
+                    const __m256i x = word(q + i * kBlock + 16 * (half - First) + 4 * j);
+                    for (int p = 0; p < P; ++p) {
+                        const __m256i pairs =
+                            _mm256_maddubs_epi16(sizes[p], _mm256_sign_epi8(x, values[p]));
+                        sums[p][i] = _mm256_add_epi32(
+                            sums[p][i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+                        in_this_order(sums[p][i]);
+                    }
+                }
+            }
+    }
+    // Of 16 bytes a half-block, in every lane.
+    template <int Halves>
+    static __m256i sum_of(const int8_t* q) {
+        const __m256i bytes =
+            Halves == 2 ? load_32_bytes(q) : _mm256_zextsi128_si256(load_16_bytes(q));
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
+        __m256i sum = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+        sum = _mm256_add_epi32(sum, _mm256_permute2x128_si256(sum, sum, 1));
+        sum = _mm256_add_epi32(sum, _mm256_shuffle_epi32(sum, 0x4e));
+        return _mm256_add_epi32(sum, _mm256_shuffle_epi32(sum, 0xb1));
     }
     static __m256i word(const int8_t* p) {
         int bits;
