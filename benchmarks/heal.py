@@ -122,7 +122,7 @@ class Study:
         if not out.exists():
             self.engine(
                 "heal", packed, out, "--method", "distil", "--train", "scales",
-                "--teacher", self.asked.model, "--text", self.asked.train,
+                "--teacher", self.made(count, "distil")[0], "--text", self.asked.train,
                 *self.length, "--seed", 0,
             )  # fmt: skip
         return out

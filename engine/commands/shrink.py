@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 REPORT, RECORD = "report.html", "shrink.json"
 RECORDS = "records"  # in OUT: what every stage gave
 TEXT, TAUGHT = "text.txt", "taught"  # in the work directory; what the teacher said
-MINUTES = 10.0
+MINUTES = 25.0  # so that the second round has the steps that it needs
 SHARES = {"weights": 0.6, "scales": 0.25}  # of them; the second round takes what is left
 WRITTEN = 60_000  # tokens, to three times what ships: that alone is learnt by heart in 20 steps
 OWN = 30_000  # tokens that the healed model writes, to go round in circles less
@@ -200,7 +200,7 @@ class Run:
         return {
             "minutes": None if minutes is None else minutes * SHARES[trained],
             "steps": asked.steps,
-            "written": asked.written,
+            "written": asked.written if trained == "weights" else 0,
             "own": asked.own if trained == "weights" else 0,
             "window": self.window,
             "seed": asked.seed,
@@ -299,10 +299,11 @@ class Run:
         )  # fmt: skip
 
     def _scales(self, out: Path) -> None:
+        """Taught by the healed model: the whole one would teach circles anew (results/heal.md)."""
         from engine.commands.heal import heal
 
         heal(
-            str(self.packed), out, method="distil", train="scales", teacher=self.asked.model,
+            str(self.packed), out, method="distil", train="scales", teacher=str(self.healed),
             text=self.texts, cache=self.work / TAUGHT, threads=self.asked.threads,
             **self.heal_options("scales"),
         )  # fmt: skip
