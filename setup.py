@@ -39,8 +39,8 @@ ARM_FLAGS = {  # and these on 64-bit ARM
 HERE = X86_FLAGS if X86 else ARM_FLAGS if ARM else {}
 MACRO = "SHALLOW_X86" if X86 else "SHALLOW_ARM" if ARM else "SHALLOW_GENERIC"
 CXX_FLAGS = "-std=c++17 -O3 -g0 -fvisibility=hidden -pthread".split()
-# Else GCC advances two pointers as one vector, by way of memory: a load waits for two stores that it
-# cannot take together, and a block of 8 rows of AVX-VNNI takes 31 ns instead of 26.
+# Else GCC advances two pointers as one vector, by way of memory: a load waits for two stores that
+# it cannot take together, and a block of 8 rows of AVX-VNNI takes 31 ns instead of 26.
 CXX_FLAGS += ["-fno-tree-slp-vectorize"]
 LINK_FLAGS = ["-pthread"]
 SANITIZERS = {

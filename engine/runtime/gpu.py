@@ -12,7 +12,7 @@ from engine.kernels.dtypes import name_of
 from engine.kernels.w4 import fused
 from engine.options import Sampling, Slots
 from engine.reference.decoder import check_cache, check_call
-from engine.runtime import Times
+from engine.runtime import Times, too_many
 from engine.runtime.angles import DeviceAngles
 from engine.runtime.gpu_cache import Arena, GpuCache, within_memory
 from engine.runtime.gpu_layers import ManyTokens
@@ -181,10 +181,7 @@ class GpuRuntime:
             raise InputError("cache: expected one that this model made, found another's")
         positions, chosen = check_call(self.config, tokens, cache, slots)
         if tokens.shape[1] == 1 and cache.batch > self.most_sequences:
-            raise InputError(
-                f"batch: the backend {self.name} decodes at most {self.most_sequences} sequences "
-                f"at once, found {cache.batch}"
-            )
+            raise InputError(too_many(self, cache.batch))
         length = int(positions.max()) + 1
         cache.reserve(length)
         self.angles.reach(length)
