@@ -74,6 +74,14 @@ def test_too_little_memory_says_what_fits(source):
         check_memory(checkpoint, config, outer, "cuda:0")
 
 
+def test_memory_that_torch_keeps_is_free(monkeypatch):
+    """Of a model that was closed."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3)
+    assert gpu_cache.free_bytes(CUDA) == 14
+
+
 def test_pages_beyond_memory_leave_the_cache_as_it_was(source, monkeypatch):
     """What is asked for is tried without the reserve, and what would fit is said."""
     config = source("llama").config
