@@ -21,6 +21,7 @@ from engine.architecture.config import ModelConfig
 from engine.architecture.families import role_shape
 from engine.benchmark.machine import gpu_read_gb_s
 from engine.checkpoint.fetch import DEFAULT, cached
+from engine.errors import InputError
 from engine.kernels.dispatch import why_not
 from engine.kernels.w4.format import Packed
 from engine.kernels.w4.layout_gpu import to_gpu
@@ -253,7 +254,7 @@ def main() -> None:
                 cases.append(asdict(case))
                 lines.append(str(case))
                 print(lines[-1], flush=True)
-        except torch.OutOfMemoryError as error:  # what fits not, is left out and said so
+        except (torch.OutOfMemoryError, InputError) as error:  # what fits not: left out, and said
             left_out[name] = str(error).splitlines()[0]
             print(f"{name}: {left_out[name]}", flush=True)
         if on_gpu:

@@ -16,7 +16,7 @@ from engine.checkpoint.locate import locate
 from engine.checkpoint.weights import is_quantized, not_finite
 from engine.errors import InputError, NotFiniteError
 from engine.generation import Generation, Prompt
-from engine.kernels.dispatch import why_not
+from engine.kernels.dispatch import no_gpu, why_not
 from engine.kernels.dtypes import DTYPES, dtype_of, name_of
 from engine.options import Options, Slots, Stop
 from engine.prompts import as_prompts, as_tokens
@@ -388,7 +388,10 @@ def choose_device(device: torch.device | str | None) -> torch.device:
     except RuntimeError:
         raise InputError(f"device: expected one like 'cpu' or 'cuda:0', found {device!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device: {device} was asked for, but torch finds no GPU")
+        raise InputError(f"device: {device} was asked for, but {no_gpu()}")
+    last = torch.cuda.device_count() - 1
+    if device.type == "cuda" and device.index is not None and device.index > last:
+        raise InputError(f"device: {device} was asked for, but the last is cuda:{last}")
     return device
 
 

@@ -13,7 +13,7 @@ import torch
 from engine.architecture.config import ModelConfig
 from engine.errors import InputError
 from engine.options import Options
-from engine.runtime import Bounded, Cache, Drawing, Greedy, Runtime, Verifying
+from engine.runtime import Bounded, Cache, Drawing, Greedy, Runtime, Verifying, too_many
 from engine.sample import make_generators, one_thread, sample
 from engine.speculate import Drafts, Pace
 from engine.text import Text
@@ -269,10 +269,7 @@ def open_sequences(
     """Encodes and checks every prompt; raises `InputError` before anything has run."""
     config = runtime.config
     if isinstance(runtime, Bounded) and len(prompts) > runtime.most_sequences:
-        raise InputError(
-            f"batch: the backend {runtime.name} decodes at most {runtime.most_sequences} sequences "
-            f"at once, found {len(prompts)}"
-        )
+        raise InputError(too_many(runtime, len(prompts)))
     if options.speculate and (config.whole_prefill or config.rope_switch is not None):
         raise InputError(
             f"speculate: the rotations of {config.family} depend on how long the text is, so that "

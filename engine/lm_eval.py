@@ -23,6 +23,7 @@ from engine.evaluate.choices import Encoded, log_likelihoods
 from engine.generation import generate
 from engine.options import Options
 from engine.progress import progress
+from engine.runtime import at_once
 
 try:
     from lm_eval import utils
@@ -188,8 +189,9 @@ class ShallowLM(TemplateLM):
         said = [repr(each) for each in asked]
         for _, group in groupby(sorted(range(len(said)), key=said.__getitem__), said.__getitem__):
             places = list(group)
-            for start in range(0, len(places), self.batch_size):
-                yield places[start : start + self.batch_size]
+            size = at_once(self.batch_size, self.opened.runtime)
+            for start in range(0, len(places), size):
+                yield places[start : start + size]
 
     def _options(self, asked: dict[str, Any]) -> Options:
         given = normalize_gen_kwargs(asked, self.max_gen_toks)

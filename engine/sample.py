@@ -107,16 +107,24 @@ def filter_logits(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 def _outside_nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     """(B, V) bool: False for the fewest tokens whose probability reaches `top_p`, at least one."""
     probabilities = logits.double().softmax(-1)
+    if logits.device.type != "cpu":  # it sorts fast, and to count columns would be to wait for it
+        return beyond_top_p(logits, probabilities, top_p)
     # Tokens below this floor together hold less than 1 - top_p, so they are outside whatever their
     # order: only the rest is sorted (a few hundred columns of 100,000).
     floor = (1 - top_p) / (2 * logits.shape[-1])
     columns = (probabilities > floor).any(0).nonzero().squeeze(1)
-    order = logits[:, columns].sort(dim=-1, descending=True, stable=True).indices
-    ranked = probabilities[:, columns].gather(-1, order)
+    outside = torch.ones_like(logits, dtype=torch.bool)
+    outside[:, columns] = beyond_top_p(logits[:, columns], probabilities[:, columns], top_p)
+    return outside
+
+
+def beyond_top_p(logits: torch.Tensor, probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The same among these columns (B, C)."""
+    order = logits.sort(dim=-1, descending=True, stable=True).indices
+    ranked = probabilities.gather(-1, order)
     outside = ranked.cumsum(-1) - ranked >= top_p
     outside[:, 0] = False
-    mask = torch.ones_like(logits, dtype=torch.bool)
-    return mask.scatter(-1, columns[order], outside)
+    return torch.empty_like(outside).scatter(-1, order, outside)
 
 
 def draw(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor) -> torch.Tensor:

@@ -37,10 +37,10 @@ def why_not(backend: str) -> str | None:
         return "the package triton is not installed"
     from triton import knobs
 
-    return None if knobs.runtime.interpret else _no_gpu()
+    return None if knobs.runtime.interpret else no_gpu()
 
 
-def _no_gpu() -> str | None:
+def no_gpu() -> str | None:
     """Why torch has no GPU that Triton compiles our kernels for; None when it has."""
     import torch
 

@@ -102,6 +102,10 @@ def execute(app: Callable[..., Any]) -> None:
     except RuntimeError as error:
         from engine.kernels.dispatch import BackendUnavailable
 
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+            from engine.runtime.gpu_cache import out_of_memory
+
+            refuse(out_of_memory("this", "the GPU", error))
         if not isinstance(error, BackendUnavailable):
             raise
         refuse(error)

@@ -16,7 +16,7 @@ from engine.errors import InputError, NotFiniteError
 from engine.evaluate.perplexity import LOGITS_BYTES
 from engine.generation import left_padded
 from engine.judgement import Choices
-from engine.runtime import Runtime
+from engine.runtime import Runtime, at_once
 from engine.sample import NOT_FINITE
 from engine.text import Text
 from engine.text.questions import Question
@@ -118,7 +118,7 @@ def log_likelihoods(
     whole = runtime.config.whole_prefill
     longest = max(len(ids) + whole * len(q.context) for q in questions for ids in q.choices)
     room = LOGITS_BYTES // (4 * runtime.config.vocab_size * longest)
-    size = min(most, max(1, room))
+    size = at_once(min(most, max(1, room)), runtime)
     for start in range(0, len(questions), size):
         yield from _batch(runtime, questions[start : start + size])
 

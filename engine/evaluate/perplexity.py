@@ -11,7 +11,7 @@ from engine.architecture.layers import format_layers
 from engine.artifacts import Evaluation
 from engine.errors import InputError, NotFiniteError
 from engine.judgement import geometric_mean
-from engine.runtime import Runtime
+from engine.runtime import Runtime, at_once
 from engine.sample import NOT_FINITE
 from engine.text import Text
 from engine.text.samples import bos_prefix
@@ -54,7 +54,9 @@ def evaluate(
     total = windows.shape[0] * (window - 1)
     sums = torch.zeros(3, dtype=torch.float64)
     done = 0
-    for batch in windows.split(max(1, _positions_a_call(vocab_size) // window)):
+    models = [runtime] if second is None else [runtime, second]
+    size = at_once(max(1, _positions_a_call(vocab_size) // window), *models)
+    for batch in windows.split(size):
         for part, positions in _compare(runtime, second, batch, slots):
             sums += part
             done += positions

@@ -248,14 +248,16 @@ def attend(
     visible: torch.Tensor,
 ) -> torch.Tensor:
     """softmax(scale * query @ keys) @ values: query (R, H, T, E), keys (R, G, C, E), visible
-    (R, T, C) -> (R, H, T, E). A soft cap bends the scores, which torch's own function cannot."""
+    (R, T, C) -> (R, H, T, E). A soft cap bends the scores, which torch's own function cannot;
+    without one keys and values may also come repeated, (R, H, C, E)."""
     scale, cap = config.attention_scale, config.attention_softcap
     if cap is None:
+        mask, grouped = visible[:, None], keys.shape[1] < query.shape[1]
         return functional.scaled_dot_product_attention(
-            query, keys, values, attn_mask=visible[:, None], scale=scale, enable_gqa=True
+            query, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped
         )
-    grouped = query.unflatten(1, (config.kv_heads, -1))  # (R, G, H / G, T, E)
-    scores = cap * torch.tanh(grouped @ keys[:, :, None].transpose(-1, -2) * (scale / cap))
+    by_group = query.unflatten(1, (config.kv_heads, -1))  # (R, G, H / G, T, E)
+    scores = cap * torch.tanh(by_group @ keys[:, :, None].transpose(-1, -2) * (scale / cap))
     scores = scores.masked_fill(~visible[:, None, None], torch.finfo(scores.dtype).min)
     shares = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
     return (shares @ values[:, :, None]).flatten(1, 2)

@@ -153,8 +153,25 @@ class Bounded(Protocol):
     """Decodes no more than so many sequences at once; prompts, that others follow, any number."""
 
     @property
+    def name(self) -> str: ...
+
+    @property
     def most_sequences(self) -> int:
         """Of a call with one token of each: InputError for more."""
+
+
+def at_once(count: int, *runtimes: Runtime[Any]) -> int:
+    """Sequences that all of these runtimes take in any call; `count` at most."""
+    bounds = (each.most_sequences for each in runtimes if isinstance(each, Bounded))
+    return min((count, *bounds))
+
+
+def too_many(runtime: Bounded, count: int) -> str:
+    """What to say of `count` sequences, more than a runtime decodes."""
+    return (
+        f"batch: the backend {runtime.name} decodes at most {runtime.most_sequences} sequences at "
+        f"once, found {count}: take {runtime.most_sequences} at a time"
+    )
 
 
 @dataclass(frozen=True)

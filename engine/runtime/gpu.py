@@ -12,9 +12,9 @@ from engine.kernels.dtypes import name_of
 from engine.kernels.w4 import fused
 from engine.options import Sampling, Slots
 from engine.reference.decoder import check_cache, check_call
-from engine.runtime import Times
+from engine.runtime import Times, too_many
 from engine.runtime.angles import DeviceAngles
-from engine.runtime.gpu_cache import Arena, GpuCache, within_memory
+from engine.runtime.gpu_cache import Arena, GpuCache, free_bytes, within_memory
 from engine.runtime.gpu_layers import ManyTokens
 from engine.runtime.gpu_step import BUCKETS, Buffers, Clock, StepList
 from engine.runtime.gpu_weights import Layer, Outer, Part, Placement, check_memory
@@ -52,7 +52,7 @@ class GpuRuntime:
         self._built_on: tuple[int, int] = (0, 0)  # versions of arena and angles
         self._tabled: torch.Tensor | None = None  # the cache's table that buffers hold
         self._clock: Clock | None = None
-        self._latest: StepList | None = None
+        self._latest: Sequence[tuple[str, int]] = ()  # launches of a step, see StepList.read
 
     @classmethod
     def load(
@@ -73,7 +73,7 @@ class GpuRuntime:
             raise InputError(f"dtype: the backend {backend} has {known}, found {name_of(dtype)}")
         placement = Placement(torch.device(device), dtype, backend)
         if placement.device.type == "cuda":
-            free = torch.cuda.mem_get_info(placement.device)[0]
+            free = free_bytes(placement.device)
             check_memory(checkpoint, config, free, str(placement.device))
         with within_memory(f"{checkpoint.path}: the model", placement.device):
             outer, layers = placement.outer(checkpoint, config), []
@@ -149,7 +149,7 @@ class GpuRuntime:
     @property
     def launches_per_token(self) -> int | None:
         """Of the latest step; None before the first."""
-        return None if self._latest is None else len(self._latest.launches)
+        return len(self._latest) or None
 
     def measure(self, on: bool) -> None:
         self._clock = Clock(self.device) if on else None
@@ -161,9 +161,9 @@ class GpuRuntime:
         for name, elapsed in ({} if self._clock is None else self._clock.seconds).items():
             part = PARTS.get(name, name)
             seconds[part] = seconds.get(part, 0.0) + elapsed
-        for launch in [] if self._latest is None else self._latest.launches:
-            part = PARTS.get(launch.name, launch.name)
-            nbytes[part] = nbytes.get(part, 0) + launch.weights
+        for name, weights in self._latest:
+            part = PARTS.get(name, name)
+            nbytes[part] = nbytes.get(part, 0) + weights
         return Times(seconds, {name: n for name, n in nbytes.items() if n}, sum(seconds.values()))
 
     def kv_bytes(self, context: float) -> float:
@@ -181,13 +181,14 @@ class GpuRuntime:
             raise InputError("cache: expected one that this model made, found another's")
         positions, chosen = check_call(self.config, tokens, cache, slots)
         if tokens.shape[1] == 1 and cache.batch > self.most_sequences:
-            raise InputError(
-                f"batch: the backend {self.name} decodes at most {self.most_sequences} sequences "
-                f"at once, found {cache.batch}"
-            )
+            raise InputError(too_many(self, cache.batch))
         length = int(positions.max()) + 1
         cache.reserve(length)
         self.angles.reach(length)
+        versions = self.arena.version, self.angles.version
+        if versions != self._built_on:  # what the lists point to has moved, and is freed with them
+            self._steps.clear()
+            self._built_on = versions
         return positions, chosen
 
     def _step(
@@ -202,10 +203,6 @@ class GpuRuntime:
 
         The buffers hold logits and ids until the next step.
         """
-        versions = self.arena.version, self.angles.version
-        if versions != self._built_on:
-            self._steps.clear()
-            self._built_on = versions
         bucket = next(size for size in BUCKETS if size >= cache.batch)
         slots = tuple(chosen.any(dim=0).nonzero().flatten().tolist())
         if (bucket, slots) not in self._steps:
@@ -224,8 +221,9 @@ class GpuRuntime:
         if self._tabled is not cache.table:
             buffers.table[: cache.batch, : cache.table.shape[1]] = cache.table
             self._tabled = cache.table
-        self._latest = self._steps[bucket, slots]
-        self._latest.run(self._clock)
+        launches = self._steps[bucket, slots]
+        launches.run(self._clock)
+        self._latest = launches.read
         cache.advance(chosen, positions)
         return buffers
 

@@ -20,12 +20,23 @@ def within_memory(what: str, device: torch.device) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
-        more = f" ({asked[1]} at once)" if asked else ""
-        raise InputError(
-            f"{what} needs more memory than {device} has free{more}: fewer sequences, a smaller "
-            "context or fewer layers take less"
-        ) from None
+        raise InputError(out_of_memory(what, str(device), error)) from None
+
+
+def out_of_memory(what: str, device: str, error: RuntimeError) -> str:
+    """The sentence for torch's OutOfMemoryError."""
+    asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+    more = f" ({asked[1]} at once)" if asked else ""
+    return (
+        f"{what} needs more memory than {device} has free{more}: fewer sequences, a smaller "
+        "context or fewer layers take less"
+    )
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a GPU can still give, with what torch keeps of memory that was given back."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 class Arena:
@@ -49,7 +60,7 @@ class Arena:
         """Numbers of so many pages, cleared: what attention masks must be finite all the same."""
         short = count - len(self._free)
         if short > 0:
-            self._grow(max(short, len(self.store) // 2))
+            self._grow(short)
         taken, self._free = self._free[:count], self._free[count:]
         self.store[taken] = 0
         return taken
@@ -58,20 +69,33 @@ class Arena:
         """Takes pages back."""
         self._free += pages
 
-    def _grow(self, count: int) -> None:
+    def _grow(self, short: int) -> None:
+        """By half of what it has, so that growth is rare; by no more than `short` where memory
+        ends."""
         held = len(self.store)
-        try:
-            store = self.store.new_zeros((held + count, *self.store.shape[1:]))
-        except torch.OutOfMemoryError:
+        store = self._larger(max(short, held // 2))
+        if store is None:
+            store = self._larger(short)
+        if store is None:
+            wanted, free = held + short, free_bytes(self.store.device)
+            fitting = max(held, free // self.page_bytes)  # of a store beside the present one
             raise InputError(
-                f"context: keys and values of {(held + count) * PAGE} positions need "
-                f"{(held + count) * self.page_bytes / 1e9:.1f} GB more than {self.store.device} "
-                f"has free; {held * PAGE} positions are there: a smaller context or batch fits"
-            ) from None
+                f"context: keys and values of {wanted * PAGE} positions need "
+                f"{wanted * self.page_bytes / 1e9:.1f} GB, {self.store.device} has "
+                f"{free / 1e9:.1f} GB free: {fitting * PAGE} positions of all sequences would fit, "
+                "more with fewer layers"
+            )
         store[:held] = self.store
         self.store = store
         self.version += 1
-        self._free += range(held, held + count)
+        self._free += range(held, len(store))
+
+    def _larger(self, count: int) -> torch.Tensor | None:
+        """Zeros for so many pages more; None where memory does not suffice."""
+        try:
+            return self.store.new_zeros((len(self.store) + count, *self.store.shape[1:]))
+        except torch.OutOfMemoryError:
+            return None
 
 
 class GpuCache(Lengths):

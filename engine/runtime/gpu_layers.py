@@ -124,6 +124,9 @@ class ManyTokens:
             query = rotate(query.float(), cos, sin).to(self.dtype)
             key = rotate(key.float(), cos, sin).to(self.dtype)
         keys, values = cache.append(slot, rows.places, key, value)
+        if config.attention_softcap is None:  # torch's fast kernels with a mask know no groups
+            repeats = config.heads // config.kv_heads
+            keys, values = (t.repeat_interleave(repeats, dim=1) for t in (keys, values))
         visible = visibility(rows.positions, keys.shape[2], entry.window)
         mixed = attend(config, query, keys, values, visible)
         return layer.projections["o"](mixed.transpose(1, 2).flatten(2), torch.float32)

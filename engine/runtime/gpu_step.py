@@ -147,20 +147,21 @@ class StepList:
         self._add("choice", stream.choose_kernel, grid, (buffers.logits, buffers.ids,
                   config.vocab_size), {"BLOCK_V": BLOCK_V, "num_warps": 16},
                   x=buffers.logits.nbytes, y=buffers.ids.nbytes)  # fmt: skip
+        self.read = [(each.name, each.weights) for each in self.launches]  # bytes of weights
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def run(self, clock: "Clock | None" = None) -> None:
         """One step; captured by a GPU at the first call, unless a clock looks at each launch."""
-        if clock is not None:
-            clock.run(self.launches)
-            return
-        if self.store.device.type != "cuda":
-            for each in self.launches:
-                each()
-            return
-        if self._graph is None:
-            self._graph = self._captured()
-        self._graph.replay()
+        with torch.cuda.device_of(self.store):  # Triton launches on the current device
+            if clock is not None:
+                clock.run(self.launches)
+            elif self.store.device.type != "cuda":
+                for each in self.launches:
+                    each()
+            else:
+                if self._graph is None:
+                    self._graph = self._captured()
+                self._graph.replay()
 
     def _captured(self) -> torch.cuda.CUDAGraph:
         kept = self.buffers.inputs.clone()

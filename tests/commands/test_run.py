@@ -245,6 +245,19 @@ def test_what_the_user_can_mend_has_no_traceback(kind, capfd):
     assert stopped.value.code == 2 and capfd.readouterr().err == "engine: no such thing\n"
 
 
+def test_a_gpu_without_enough_memory_is_one_line(capfd):
+    def app(standalone_mode):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    with pytest.raises(SystemExit) as stopped:
+        output.execute(app)
+    said = capfd.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1
+    assert said.startswith(
+        "engine: this needs more memory than the GPU has free (2.00 GiB at once)"
+    )
+
+
 def test_a_fault_of_the_engine_is_not_hidden(capfd):
     def app(standalone_mode):
         raise RuntimeError("a bug")

@@ -73,6 +73,18 @@ def test_a_choice_is_encoded_with_its_question(default_model):
         assert begun == Encoded([text.bos_id, *alone], expected)
 
 
+def test_no_more_at_once_than_a_runtime_decodes(rng):
+    """Questions of one token each: a decode step where nothing bounds them."""
+    encoded = [Encoded([at], [[at + 1, at]]) for at in range(20)]
+    every = list(log_likelihoods(FakeRuntime(1), encoded, 64))
+    runtime = FakeRuntime(1)
+    runtime.most_sequences = 6
+    for found, expected in zip(log_likelihoods(runtime, encoded, 64), every, strict=True):
+        assert found.greedy == expected.greedy
+        torch.testing.assert_close(found.sums, expected.sums)
+    assert {shape[0] for shape, _, _ in runtime.calls} == {6, 2}
+
+
 def test_a_question_runs_once(rng):
     runtime, text = FakeRuntime(1), FakeText(VOCABULARY)
     encoded = [encode(text, each) for each in ask(rng, 20)]

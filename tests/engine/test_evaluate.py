@@ -55,6 +55,16 @@ def test_equals_the_definition(bos, count, positions, rng, monkeypatch):
     assert max(math.prod(shape) for shape, _, _ in runtime.calls) <= max(positions, 1)
 
 
+def test_no_more_at_once_than_both_runtimes_decode(rng):
+    runtime, second, text = fakes(rng), fakes(rng), sentence(rng, 40)
+    expected = evaluate(runtime, FakeText(VOCABULARY), text, window=2, second=second)
+    second.most_sequences = 6
+    runtime.calls.clear()
+    found = evaluate(runtime, FakeText(VOCABULARY), text, window=2, second=second)
+    assert {shape for shape, _, _ in runtime.calls} == {(6, 1), (2, 1)}
+    assert (found.nll, found.kl) == pytest.approx((expected.nll, expected.kl))
+
+
 def test_a_model_agrees_with_itself(rng):
     runtime = fakes(rng)
     result = evaluate(runtime, FakeText(VOCABULARY), sentence(rng, 64), window=32, second=runtime)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.errors import InputError
 from engine.options import Sampling
-from engine.sample import filter_logits, make_generators, penalise, sample
+from engine.sample import beyond_top_p, draw, filter_logits, make_generators, penalise, sample
 
 finite = st.floats(-20, 20, width=32)
 
@@ -105,6 +105,22 @@ def test_top_p_keeps_the_smallest_set(case):
         if len(inside) > 1:
             assert inside.sum() - inside.min() < sampling.top_p + 1e-6
         assert mask.all() or row[~mask].max() <= inside.min() + 1e-6
+
+
+@given(cases())
+def test_top_p_is_the_same_by_a_sort_of_all(case):
+    """As elsewhere than on a CPU."""
+    logits, sampling = case
+    outside = beyond_top_p(logits, logits.double().softmax(-1), sampling.top_p)
+    kept = filter_logits(logits, Sampling(temperature=1.0, top_p=sampling.top_p)).isfinite()
+    assert torch.equal(kept, ~outside | (sampling.top_p == 1))
+
+
+def test_a_draw_never_waits_for_the_device():
+    """No shape and no choice depends on data, which tensors without any have not."""
+    logits, uniforms = torch.empty(3, 50, device="meta"), torch.empty(3, device="meta")
+    sampling = Sampling(temperature=0.7, top_k=20, top_p=0.9, min_p=0.1)
+    assert draw(logits, sampling, uniforms).shape == (3,)
 
 
 @given(cases())

@@ -6,7 +6,7 @@ import torch
 from engine import api
 from engine.errors import InputError
 from engine.kernels import dispatch
-from engine.runtime import check_backend
+from engine.runtime import check_backend, gpu_cache
 from engine.runtime.gpu_cache import PAGE, Arena, GpuCache, within_memory
 from engine.runtime.gpu_weights import check_memory
 
@@ -36,6 +36,16 @@ def test_an_old_driver_is_named(monkeypatch):
     assert "driver is too old" in dispatch.why_not("triton")
     with pytest.raises(dispatch.BackendUnavailable, match="backend triton: the NVIDIA driver is"):
         check_backend("triton", None)
+    with pytest.raises(InputError, match="device: cuda was asked for, but the NVIDIA driver is"):
+        api.choose_device("cuda")
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch):
+    pretend(monkeypatch, (9, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert api.choose_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(InputError, match="device: cuda:2 was asked for, but the last is cuda:1"):
+        api.choose_device("cuda:2")
 
 
 def test_the_default_on_a_gpu(monkeypatch):
@@ -64,20 +74,34 @@ def test_too_little_memory_says_what_fits(source):
         check_memory(checkpoint, config, outer, "cuda:0")
 
 
+def test_memory_that_torch_keeps_is_free(monkeypatch):
+    """Of a model that was closed."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3)
+    assert gpu_cache.free_bytes(CUDA) == 14
+
+
 def test_pages_beyond_memory_leave_the_cache_as_it_was(source, monkeypatch):
+    """What is asked for is tried without the reserve, and what would fit is said."""
     config = source("llama").config
     arena = Arena(config, CPU, torch.float16)
-    cache = GpuCache(config, 2, arena)
-    cache.reserve(PAGE)
-    held = cache.table.clone()
+    cache, new_zeros = GpuCache(config, 2, arena), torch.Tensor.new_zeros
+    cache.reserve(4 * PAGE)
+    held, most = cache.table.clone(), 10
 
-    def full(*_):
-        raise torch.OutOfMemoryError
+    def bounded(tensor, shape, **options):
+        if shape[0] > most:
+            raise torch.OutOfMemoryError
+        return new_zeros(tensor, shape, **options)
 
-    monkeypatch.setattr(torch.Tensor, "new_zeros", full)
-    with pytest.raises(InputError, match=r"context: keys and values of \d+ positions need"):
-        cache.reserve(3 * PAGE)
+    monkeypatch.setattr(torch.Tensor, "new_zeros", bounded)
+    monkeypatch.setattr(gpu_cache, "free_bytes", lambda device: most * arena.page_bytes)
+    with pytest.raises(InputError, match=r"768 positions need .*: 640 positions of .* would fit"):
+        cache.reserve(6 * PAGE)
     assert torch.equal(cache.table, held)
+    cache.reserve(5 * PAGE)
+    assert len(arena.store) == most and torch.equal(cache.table[:, :4], held)
 
 
 def test_too_little_memory_anywhere_is_a_sentence():

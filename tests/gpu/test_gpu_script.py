@@ -7,11 +7,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import gpu_tokens
 import pytest
 import torch
 from gpu_tokens import SMALL, random_runtime
 from support import tiny
 
+from engine.errors import InputError
 from engine.runtime import GPU_RUNTIMES
 from engine.runtime.gpu import GpuRuntime
 from engine.runtime.gpu_weights import Placement
@@ -36,6 +38,18 @@ def test_its_arguments():
     if not torch.cuda.is_available():
         refused = script("tokens")
         assert refused.returncode == 2 and "torch finds no GPU" in refused.stderr
+
+
+def test_what_does_not_fit_is_left_out(tmp_path, monkeypatch):
+    def measure(*_):
+        raise InputError("context: too long")
+
+    out = tmp_path / "tokens.json"
+    monkeypatch.setattr(gpu_tokens, "measure", measure)
+    monkeypatch.setattr(gpu_tokens, "prefill", lambda *_: 1.0)
+    monkeypatch.setattr(sys, "argv", ["gpu_tokens.py", "--small", "--out", str(out)])
+    gpu_tokens.main()
+    assert json.loads(out.read_text())["left_out"] == {"small": "context: too long"}
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """The list of launches of a decode step at real shapes, on meta tensors: counts and bytes."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+import torch
 from roofline import GPUS, MODELS, step, step_us
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
@@ -95,6 +97,23 @@ def test_a_step_neither_allocates_nor_waits(monkeypatch):
     with Refused():
         launches.run()
     assert ran == [launch.name for launch in launches.launches]
+
+
+def test_a_step_runs_on_the_device_of_its_model(monkeypatch):
+    """Triton launches on the current device, which may be another."""
+    current = []
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.clear()
+
+    launches, ran = step(LLAMA, slots=[3]), []
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(gpu_step.Launch, "__call__", lambda launch: ran.extend(current))
+    launches.run()
+    assert len(ran) == len(launches.launches) and all(each is launches.store for each in ran)
 
 
 def test_a_roofline_orders_gpus_and_halves():

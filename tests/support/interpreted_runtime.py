@@ -1,6 +1,7 @@
 """The GPU runtime with its kernels interpreted, in a child process of test_gpu_runtime.py."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -248,6 +249,28 @@ def test_a_list_outlives_positions_and_caches(rng, pair, request, backend):
     assert list(gpu._steps.values()) == [held]
 
 
+def test_an_arena_that_grows(rng, pair):
+    """Lists live on while caches fit in; after that they are made anew over the same pages."""
+    runtimes = pair("llama", torch.float16, kinds=(Spec(4, 32, "zero"),))
+    gpu = runtimes[0]
+    first, other = Both(runtimes, 1), Both(runtimes, 1)
+    for both in (first, other):
+        both.run(draw(rng, 1, 60))
+        both.run(draw(rng, 1, 1))
+    lists, store = dict(gpu._steps), weakref.ref(gpu.arena.store)
+    del other, both
+    again = Both(runtimes, 1)  # in the pages that the other gave back
+    for both in (again, first):
+        both.run(draw(rng, 1, 1))
+    assert lists == gpu._steps and gpu.arena.store is store()
+    del lists
+    first.run(draw(rng, 1, 10))
+    assert store() is None  # nothing keeps what was moved from
+    for both in (again, first):
+        both.run(draw(rng, 1, 1))
+        both.judge("after a growth")
+
+
 def test_draws_are_those_of_logits(rng, pair):
     """From uniforms that are sent with the tokens; a finished sequence draws nothing."""
     gpu, _ = pair("llama", torch.float16, kinds=(Spec(4, 32, "zero"),))
@@ -337,7 +360,7 @@ def test_bad_calls_leave_the_model_usable(rng, pair):
         lambda: generate(gpu, None, [[5]] * 33),
     ):
         with pytest.raises(
-            InputError, match="triton decodes at most 32 sequences at once, found 33"
+            InputError, match="decodes at most 32 sequences at once, found 33: take 32"
         ):
             call()
     both.run(one)
