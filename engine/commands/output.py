@@ -102,13 +102,13 @@ def execute(app: Callable[..., Any]) -> None:
     except RuntimeError as error:
         from engine.kernels.dispatch import BackendUnavailable
 
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
-            from engine.runtime.gpu_cache import out_of_memory
+        if isinstance(error, BackendUnavailable):
+            refuse(error)
+        from engine.runtime.gpu_cache import lacks_memory, out_of_memory
 
-            refuse(out_of_memory("this", "the GPU", error))
-        if not isinstance(error, BackendUnavailable):
+        if not lacks_memory(error):
             raise
-        refuse(error)
+        refuse(out_of_memory("this", "the GPU", error))
     except Exception as error:
         if type(error).__name__ == "Abort":
             sys.exit(interrupt.CODE)

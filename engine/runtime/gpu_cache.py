@@ -19,12 +19,19 @@ def within_memory(what: str, device: torch.device) -> Iterator[None]:
     """InputError, a sentence that begins with `what`, where a device's memory does not suffice."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
         raise InputError(out_of_memory(what, str(device), error)) from None
 
 
+def lacks_memory(error: RuntimeError) -> bool:
+    """Whether it is torch's word for it, or Triton's or CUDA's, which have no class for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
 def out_of_memory(what: str, device: str, error: RuntimeError) -> str:
-    """The sentence for torch's OutOfMemoryError."""
+    """The sentence for an error that `lacks_memory`."""
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
     more = f" ({asked[1]} at once)" if asked else ""
     return (

@@ -109,6 +109,12 @@ def test_too_little_memory_anywhere_is_a_sentence():
     with pytest.raises(InputError, match=r"^a step of 8 .* free \(2.00 GiB at once"):
         with within_memory("a step of 8 sequences", CUDA):
             raise torch.OutOfMemoryError(said)
+    with pytest.raises(InputError, match=r"^a step of 8 .* has free: fewer"):
+        with within_memory("a step of 8 sequences", CUDA):
+            raise RuntimeError("Triton Error [CUDA]: out of memory")
+    with pytest.raises(RuntimeError, match="illegal"):
+        with within_memory("a step of 8 sequences", CUDA):
+            raise RuntimeError("Triton Error [CUDA]: an illegal memory access")
 
 
 def test_pages_come_back(source):
