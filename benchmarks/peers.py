@@ -165,15 +165,16 @@ class Study:
             subject.contenders.append(ours(subject.model))
             for peer in self.asked:
                 if alone or KNOWN[peer].adapter == "llama":
-                    with self._noted(peer):
+                    with self._noted(peer, name if self.subjects else None):
                         subject.contenders += self._opened(peer, subject.model, stack)
             turns(subject, self.repeats)
         self.subjects.append(subject)
         return subject
 
     @contextlib.contextmanager
-    def _noted(self, name: str) -> Iterator[None]:
-        """A peer that is not installed is left out, unless its interpreter was named."""
+    def _noted(self, name: str, file: str | None = None) -> Iterator[None]:
+        """A peer that is not installed is left out, unless its interpreter was named, and one that
+        opens the first file but not `file` is left out there."""
         try:
             yield
         except PeerMissing as missing:
@@ -181,6 +182,11 @@ class Study:
                 raise
             self.missing[name] = str(missing)
             print(f"engine: {missing}", file=sys.stderr)
+        except InputError as error:
+            if file is None:
+                raise
+            self.missing[f"{name}, {file}"] = f"{file}: {error}"
+            print(f"engine: {file}: {error}", file=sys.stderr)
 
     def _quantize(self, model: Model, path: Path) -> bool:
         if "llama.cpp" in self.asked:
