@@ -3,7 +3,7 @@
     import engine
 
     with engine.load("smollm2-135m") as model:
-        print(model.generate([{"role": "user", "content": "What is the capital of France?"}]).text)
+        print(model.generate([{"role": "user", "content": "Name the capital of France."}]).text)
 
 `load` opens a model, `generate` is one call from prompt to text; `Model`, `Generation` and
 `InputError` are what they give and raise. Nothing heavy is imported before one of them is used.
