@@ -96,11 +96,12 @@ def step(m: int, n: int, k: int, kind: Format, cores: int, gated: bool = False) 
     a program as long as a tile does; of lengths alike the longest reads x and adds up the least.
     """
     launch = next((launch for most, launch in GEMV_TABLE if m <= most), GEMV_TABLE[-1][1])
-    columns = COLUMNS // launch.BLOCK_M
+    columns, most = COLUMNS // launch.BLOCK_M, MOST_CHUNKS
     if not (kind.whole or kind.scheme == "plain"):
-        columns //= 2  # scales take registers too
+        columns //= 2  # scales take registers too,
+        most //= 2  # and as much of shared memory as the codes, with a minimum
     chunks = _ceil(k, kind.chunk)
-    held = min(columns // kind.chunk, MOST_CHUNKS, 1 << (chunks - 1).bit_length())
+    held = min(columns // kind.chunk, most, 1 << (chunks - 1).bit_length())
     launch = replace(launch, CHUNKS=held)
     total = _tiles(n, gated, launch)
     others = _ceil(chunks, held) * _ceil(m, launch.BLOCK_M)
