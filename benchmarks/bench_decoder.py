@@ -39,6 +39,7 @@ import engine.generation, engine.runtime.cpu, engine.text
 from engine.api import load
 start = time.perf_counter()
 model = load(sys.argv[1])
+print((time.perf_counter() - start) * 1e3)
 ids = model.text.encode("The old man looked at the sea and thought of all the fish")[:16]
 model.runtime.forward(torch.tensor([ids]), model.runtime.new_cache(1, 64))
 print((time.perf_counter() - start) * 1e3)
@@ -172,12 +173,14 @@ def test_opening(tmp_path):
     checkpoint = open_checkpoint(locate("smollm2-135m"))
     pack(checkpoint, checkpoint.config, tmp_path / "packed", Recipe("keep", head=None))
     command = [sys.executable, "-c", OPEN, str(tmp_path / "packed")]
-    took_ms = [
-        float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    runs = [
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
         for _ in range(5)
     ]
-    print(f"\na packed directory, opened to the first token: {median(took_ms):.0f} ms, asked 300")
-    assert median(took_ms) <= 300
+    opened_ms, first_ms = (median(map(float, times)) for times in zip(*runs, strict=True))
+    print(f"\na packed directory, opened: {opened_ms:.0f} ms, asked 50", end="")
+    print(f"; to the first token: {first_ms:.0f} ms, asked 300")
+    assert opened_ms <= 50 and first_ms <= 300
 
 
 class Timed:

@@ -44,10 +44,10 @@ class _Awaited(nn.Module):
 
 @register_quantization_config(METHOD)
 class ShallowConfig(QuantizationConfigMixin):
-    """What a packed directory's config.json says of quantization, as it is."""
+    """What a packed directory's config.json says of quantization, in the present version."""
 
     def __init__(self, **said: Any) -> None:
-        self.__dict__.update(said)
+        self.__dict__.update(said | {"version": store.VERSION})
         self.quant_method: Any = METHOD  # transformers' own are of an enumeration
 
     def to_dict(self) -> dict[str, Any]:

@@ -56,13 +56,36 @@ void rows(const TiledMatrix& w, std::int64_t start, std::int64_t stop, const Ten
     });
 }
 
+// Tiles that a file holds, and beside them what kernels/w4/tiled.py says.
+TiledMatrix borrow(std::int64_t n, std::int64_t k, std::int32_t bits, std::int32_t group,
+                   const std::string& scheme, const std::string& scale_dtype,
+                   const TensorTuple& tiles, const Tensor& supers, const Tensor& codebook,
+                   const Tensor& perm) {
+    w4::Matrix matrix = describe_matrix(n, k, bits, group, scheme, scale_dtype);
+    const auto needed = [&](const Tensor& tensor, const char* what, bool wanted, const char* dtype,
+                            std::int64_t count) {
+        const Borrowed span(tensor, what);
+        return wanted ? span.need(dtype, count) : span.of(dtype, count);
+    };
+    const bool kquant = matrix.scheme == w4::Scheme::kquant;
+    const std::int64_t count = w4::ceil_div(n, kTileRows);
+    matrix.codebook = static_cast<const float*>(
+        needed(codebook, "codebook", matrix.scheme == w4::Scheme::codebook, "float32", 16));
+    matrix.supers = static_cast<const std::uint16_t*>(needed(
+        supers, "supers", kquant, "float16", count * w4::ceil_div(k, w4::kSuper) * 2 * kTileRows));
+    matrix.perm = static_cast<const std::int32_t*>(needed(perm, "perm", false, "int32", k));
+    const std::int64_t size = count * TiledMatrix(matrix, nullptr).view().tile_bytes;
+    return TiledMatrix(matrix,
+                       static_cast<std::uint8_t*>(Borrowed(tiles, "tiles").need("uint8", size)));
+}
+
 }  // namespace
 }  // namespace shallow
 
 void bind_w4_matmul(py::module_& m) {
     using namespace shallow;
     using release = py::call_guard<py::gil_scoped_release>;
-    py::class_<TiledMatrix>(m, "TiledMatrix", py::buffer_protocol(),
+    py::class_<TiledMatrix>(m, "TiledMatrix", py::buffer_protocol(), py::dynamic_attr(),
                             "A matrix in the CPU kernels' layout; a buffer of its bytes.")
         .def(py::init<const w4::Matrix&, int>(), release(), py::arg("packed"), py::arg("threads"))
         .def(py::init([](const TensorTuple& weights, std::int64_t n, std::int64_t k, int threads) {
@@ -78,9 +101,15 @@ void bind_w4_matmul(py::module_& m) {
                      static_cast<std::size_t>(size));
              }),
              py::arg("bytes"), "Borrows the bytes of another.")
+        .def(py::init(&borrow), py::kw_only(), py::arg("n"), py::arg("k"), py::arg("bits"),
+             py::arg("group"), py::arg("scheme"), py::arg("scale_dtype"), py::arg("tiles"),
+             py::arg("supers") = py::none(), py::arg("codebook") = py::none(),
+             py::arg("perm") = py::none(), "Borrows tiles that have no bytes before them.")
         .def_buffer([](const TiledMatrix& w) {
-            return py::buffer_info(w.bytes(), static_cast<py::ssize_t>(w.size()));
+            return py::buffer_info(w.bytes(), static_cast<py::ssize_t>(w.bytes() ? w.size() : 0));
         })
+        .def("fill", &TiledMatrix::fill, release(), py::arg("packed"), py::arg("threads"),
+             "Writes the tiles of these arrays.")
         .def("restore", &TiledMatrix::restore, release(), py::arg("packed"), py::arg("threads"),
              "Writes the arrays that it was made from.")
         .def("rows", &rows, release(), py::arg("start"), py::arg("stop"), py::arg("out"),
@@ -89,6 +118,17 @@ void bind_w4_matmul(py::module_& m) {
             "shape", [](const TiledMatrix& w) { return std::pair(w.view().n, w.view().k); })
         .def_property_readonly("permuted", [](const TiledMatrix& w) { return w.perm() != nullptr; })
         .def_property_readonly("nbytes", &TiledMatrix::nbytes);
+    m.def(
+        "tile_bytes",
+        [](std::int64_t k, std::int32_t bits, std::int32_t group, const std::string& scheme,
+           const std::string& scale_dtype) {
+            float codebook[16] = {};
+            w4::Matrix matrix = describe_matrix(1, k, bits, group, scheme, scale_dtype);
+            matrix.codebook = codebook;
+            return TiledMatrix(matrix, nullptr).view().tile_bytes;
+        },
+        py::kw_only(), py::arg("k"), py::arg("bits"), py::arg("group"), py::arg("scheme"),
+        py::arg("scale_dtype"), "Of 16 rows.");
     m.def(
         "tile_gguf",
         [](const std::string& type, std::int64_t n, std::int64_t k, const TensorTuple& blocks,

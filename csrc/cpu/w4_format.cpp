@@ -35,15 +35,7 @@ w4::Matrix matrix(const TensorTuple& codes, const TensorTuple& scales, const Ten
                   const Tensor& mins, const Tensor& supers, const Tensor& codebook,
                   const Tensor& perm, std::int64_t n, std::int64_t k, std::int32_t bits,
                   std::int32_t group, const std::string& scheme, const std::string& scale_dtype) {
-    if (n < 1 || k < 1 || group < 0 || (bits != 4 && bits != 8))
-        throw std::invalid_argument("a packed matrix must have rows, columns and 4 or 8 bits");
-    w4::Matrix matrix{};
-    matrix.n = n;
-    matrix.k = k;
-    matrix.bits = bits;
-    matrix.group = group;
-    matrix.scheme = parse_scheme(scheme);
-    matrix.scale_type = parse_scale_type(scale_dtype);
+    w4::Matrix matrix = describe_matrix(n, k, bits, group, scheme, scale_dtype);
     const std::int64_t groups = n * matrix.groups();
     const bool kquant = matrix.scheme == w4::Scheme::kquant;
     const std::string scale = kquant ? "uint8" : scale_dtype;
@@ -85,6 +77,20 @@ void pack(const TensorTuple& codes, std::int64_t n, std::int64_t k, int bits,
 }
 
 }  // namespace
+
+w4::Matrix describe_matrix(std::int64_t n, std::int64_t k, std::int32_t bits, std::int32_t group,
+                           const std::string& scheme, const std::string& scale_dtype) {
+    if (n < 1 || k < 1 || group < 0 || (bits != 4 && bits != 8))
+        throw std::invalid_argument("a packed matrix must have rows, columns and 4 or 8 bits");
+    w4::Matrix matrix{};
+    matrix.n = n;
+    matrix.k = k;
+    matrix.bits = bits;
+    matrix.group = group;
+    matrix.scheme = parse_scheme(scheme);
+    matrix.scale_type = parse_scale_type(scale_dtype);
+    return matrix;
+}
 
 void bind_w4_format(py::module_& m) {
     using release = py::call_guard<py::gil_scoped_release>;

@@ -218,14 +218,30 @@ TiledMatrix::TiledMatrix(std::uint8_t* bytes, std::size_t size) : bytes_(bytes),
                                     std::to_string(size));
 }
 
+TiledMatrix::TiledMatrix(const w4::Matrix& matrix, std::uint8_t* tiles) {
+    describe(matrix);
+    TileView& v = view_;
+    if (reinterpret_cast<std::uintptr_t>(tiles) % kChunk)
+        throw std::invalid_argument("tiles must begin on a multiple of 64 bytes");
+    size_ = place(matrix.perm);
+    v.data = tiles;
+    v.supers = matrix.supers;
+    perm_ = const_cast<std::int32_t*>(matrix.perm);
+}
+
 std::size_t TiledMatrix::nbytes() const { return size_ - sizeof(Header); }
 
 TiledMatrix::TiledMatrix(const w4::Matrix& matrix, int threads) : TiledMatrix(matrix) {
     if (matrix.perm) std::copy(matrix.perm, matrix.perm + matrix.k, perm_);
-    copy_tiles<Way::tile>(matrix, view_, threads);
+    fill(matrix, threads);
 }
 
 TiledMatrix::TiledMatrix(const w4::Matrix& matrix) {
+    describe(matrix);
+    allocate(matrix.perm);
+}
+
+void TiledMatrix::describe(const w4::Matrix& matrix) {
     TileView& v = view_;
     const int64_t element = scale_bytes(matrix);
     v.n = matrix.n;
@@ -254,7 +270,7 @@ TiledMatrix::TiledMatrix(const w4::Matrix& matrix) {
             v.values8[i] = static_cast<uint8_t>(128 + std::lrint(v.values[i] / double{step}));
         }
     }
-    allocate(matrix.perm);
+    v.set_runs();
 }
 
 bool TiledMatrix::of_kind(const w4::Matrix& m) const {
@@ -262,6 +278,12 @@ bool TiledMatrix::of_kind(const w4::Matrix& m) const {
     return m.k == v.k && m.scheme == v.scheme && !m.perm == !perm_ &&
            m.scale_type == v.scale_type && v.block_bytes == m.bits * kChunk &&
            (m.group ? m.group / kBlock : v.blocks) == v.group_blocks;
+}
+
+void TiledMatrix::fill(const w4::Matrix& from, int threads) {
+    if (!of_kind(from) || from.n != view_.n)
+        throw std::invalid_argument("tiles of another shape or spec");
+    copy_tiles<Way::tile>(from, view_, threads);
 }
 
 void TiledMatrix::restore(const w4::Matrix& to, int threads) const {

@@ -78,6 +78,13 @@ public:
     TiledMatrix(const void* weights, ScaleType type, std::int64_t n, std::int64_t k, int threads);
     // Borrows a copy of another's bytes. Throws std::invalid_argument where they are none.
     TiledMatrix(std::uint8_t* bytes, std::size_t size);
+    // Borrows tiles alone, which a file may hold: view().tiles of view().tile_bytes. Of `matrix`
+    // perm and supers, these in the order of TileView, are borrowed too, and codes and scales not
+    // looked at. Such a matrix has no bytes(). Throws std::invalid_argument.
+    TiledMatrix(const w4::Matrix& matrix, std::uint8_t* tiles);
+
+    // Writes the tiles of the canonical arrays, of the same shape and spec.
+    void fill(const w4::Matrix& from, int threads);
 
     // Writes the canonical arrays that it was made from; `to` has their sizes and spec.
     void restore(const w4::Matrix& to, int threads) const;
@@ -91,6 +98,7 @@ public:
 private:
     struct Header;
 
+    void describe(const w4::Matrix& matrix);       // sets the view but for its pointers
     bool of_kind(const w4::Matrix& matrix) const;  // in all but the rows
     void allocate(bool permuted);
     std::size_t place(bool permuted);  // sets the pointers behind the header; the bytes of it all

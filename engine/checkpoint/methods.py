@@ -14,7 +14,7 @@ from engine.checkpoint.files import parse_json
 from engine.checkpoint.safetensors import SafetensorsCheckpoint
 from engine.errors import InputError
 from engine.kernels.w4 import from_hf, store
-from engine.kernels.w4.format import VERSION, Packed, Spec, unpack
+from engine.kernels.w4.format import Packed, Spec, unpack
 
 GROUP_SIZES = (-1, 16, 32, 64, 128)  # as the configurations write them; -1 is the whole row
 
@@ -271,17 +271,17 @@ class _Nf4(Method):
 class _Packed(Method):
     """Written by this project: kernels/w4/store.py."""
 
-    marker = "weight.codes"
     parts = tuple(f"weight.{part}" for part in store.PARTS)
 
     def __init__(self, tensors: Parts, config: dict[str, Any]) -> None:
         super().__init__(tensors, config)
-        version = config.get("version", VERSION)
-        if version != VERSION:
+        self.version = config.get("version", store.VERSION)
+        if type(self.version) is not int or not 1 <= self.version <= store.VERSION:
             raise InputError(
-                f"{tensors.path}: a packed directory of version {version!r}; this Shallow reads "
-                f"{VERSION}, another one is needed"
+                f"{tensors.path}: a packed directory of version {self.version!r}; this Shallow "
+                f"reads 1 to {store.VERSION}, another one is needed"
             )
+        self.marker = "weight.codes" if self.version == 1 else "weight.tiles"
 
     def shape(self, module: str) -> tuple[int, int]:
         return store.parse_metadata(f"{module}.weight", self._described(module))[1]
@@ -290,7 +290,8 @@ class _Packed(Method):
         def read(name: str) -> torch.Tensor:
             return self.tensors.read(module, name.removeprefix(f"{module}."))
 
-        return store.from_tensors(f"{module}.weight", read, self._described(module))
+        name, described = f"{module}.weight", self._described(module)
+        return store.from_tensors(name, read, described, self.version)
 
     def _described(self, module: str) -> str:
         described = self.tensors.described(f"{module}.weight")

@@ -13,7 +13,8 @@ from engine.checkpoint import Checkpoint
 from engine.checkpoint.weights import Stored, describe, outer_weights, packed_form, values
 from engine.errors import InputError
 from engine.kernels.dtypes import DTYPES, dtype_of
-from engine.kernels.w4.format import VERSION, Packed, Spec
+from engine.kernels.w4 import store
+from engine.kernels.w4.format import Packed, Spec
 from engine.quantize import methods
 from engine.quantize.grid import FITTED, UNIFORM
 
@@ -75,7 +76,7 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """What a packed directory's `quantization_config` says."""
         said = {"method": self.method, "head": self.head} if self.method == "keep" else asdict(self)
-        return {"quant_method": "shallow", "version": VERSION} | said
+        return {"quant_method": "shallow", "version": store.VERSION} | said
 
 
 def default_scheme(method: str, bits: int, group: int) -> str:

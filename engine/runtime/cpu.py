@@ -15,6 +15,7 @@ from engine.checkpoint.weights import Stored, layer_weights, outer_weights
 from engine.errors import InputError, NotFiniteError
 from engine.kernels import native
 from engine.kernels.w4.cpu import CpuWeight, isas
+from engine.kernels.w4.tiled import Tiled
 from engine.options import Slots
 from engine.reference.cache import Lengths
 from engine.reference.decoder import check_cache, check_call, mask_slots
@@ -306,6 +307,8 @@ def _tiles(stored: Stored, where: str) -> Any:
     """A matrix in the kernels' layout."""
     if isinstance(stored, torch.Tensor):
         return CpuWeight.from_tensor(stored).tiles
+    if isinstance(stored, Tiled):
+        return CpuWeight.from_tiled(stored).tiles
     if not isinstance(stored, GgufBlocks):
         return CpuWeight.from_packed(stored).tiles
     try:

@@ -9,6 +9,7 @@ from engine.kernels import native
 from engine.kernels.dtypes import DTYPES, name_of
 from engine.kernels.w4.format import IQ4_NL, Packed, Spec, validate, zeros
 from engine.kernels.w4.from_gguf import check_blocks, from_blocks
+from engine.kernels.w4.tiled import Tiled
 
 MODES = ("int8", "exact")
 BLOCK_WEIGHTS = 1 << 22  # unpacked at a time: 16 MiB
@@ -32,6 +33,11 @@ class CpuWeight:
         cpu = native.load("cpu")
         tiles = cpu.TiledMatrix(cpu.Packed(**packed.native_fields()), cpu.pool_threads())
         return cls(packed.shape, _isa(isa), tiles)
+
+    @classmethod
+    def from_tiled(cls, tiled: Tiled, isa: str | None = None) -> "CpuWeight":
+        """Borrows the tiles, or copies them where they do not begin on a multiple of 64 bytes."""
+        return cls(tiled.shape, _isa(isa), tiled.borrowed())
 
     @classmethod
     def from_blocks(

@@ -73,6 +73,12 @@ class Spec:
             "scale_dtype": name_of(self.scale_dtype),
         }
 
+    def native_fields(self) -> dict[str, Any]:
+        """The same as keyword arguments of the native functions."""
+        fields = self.to_json()
+        del fields["version"]
+        return fields
+
     @classmethod
     def from_json(cls, data: dict) -> "Spec":
         """Raises ValueError for a newer version, a missing, an unknown or an unusable field."""
@@ -129,9 +135,7 @@ class Packed:
     def native_fields(self) -> dict[str, Any]:
         """Keyword arguments of the native `Packed`, which borrows these tensors' memory."""
         spans = {name: native.span(tensor) for name, tensor in self.tensors().items()}
-        spec = self.spec.to_json()
-        del spec["version"]
-        return spans | spec | {"n": self.shape[0], "k": self.shape[1]}
+        return spans | self.spec.native_fields() | {"n": self.shape[0], "k": self.shape[1]}
 
     @property
     def nbytes(self) -> int:

@@ -1,7 +1,8 @@
-"""Packed matrices in safetensors files.
+"""Packed matrices in safetensors files, in the layout that the CPU kernels read.
 
-`layer.weight` becomes `layer.weight.codes`, `layer.weight.scales` and so on; the file's metadata
-holds, under `layer.weight`, the spec and shape as JSON.
+`layer.weight` becomes `layer.weight.tiles` and, of some schemes, `.supers`, `.codebook` and
+`.perm`; the file's metadata holds, under `layer.weight`, the spec and shape as JSON. Files of
+version 1 hold the arrays of `Packed` instead, `.codes`, `.scales` and so on, and are read too.
 """
 
 import json
@@ -10,13 +11,15 @@ from collections.abc import Callable
 import torch
 
 from engine.kernels.w4.format import Packed, Spec, expected_tensors, validate
+from engine.kernels.w4.tiled import Tiled, expected_parts
 
-PARTS = ("codes", "scales", "zeros", "mins", "supers", "codebook", "perm")
+VERSION = 2
+PARTS = ("tiles", "supers", "codebook", "perm", "codes", "scales", "zeros", "mins")
 
 
 def to_tensors(name: str, packed: Packed) -> dict[str, torch.Tensor]:
     """The tensors to store, by name."""
-    return {f"{name}.{part}": tensor for part, tensor in packed.tensors().items()}
+    return {f"{name}.{part}": tensor for part, tensor in Tiled.from_packed(packed).stored.items()}
 
 
 def to_metadata(name: str, packed: Packed) -> dict[str, str]:
@@ -42,11 +45,18 @@ def parse_metadata(name: str, described: str) -> tuple[Spec, tuple[int, int], bo
     return spec, tuple(shape), perm
 
 
-def from_tensors(name: str, read: Callable[[str], torch.Tensor], described: str) -> Packed:
+def from_tensors(
+    name: str, read: Callable[[str], torch.Tensor], described: str, version: int = VERSION
+) -> Packed:
     """The matrix that `to_tensors` and `to_metadata` stored; `read` maps a tensor's name to it.
 
     Raises ValueError or TypeError where metadata and tensors disagree, and what `read` raises.
     """
     spec, shape, perm = parse_metadata(name, described)
-    parts = [*expected_tensors(spec, shape), *(["perm"] if perm else [])]
-    return validate(Packed(spec, shape, **{part: read(f"{name}.{part}") for part in parts}), name)
+    more = ["perm"] if perm else []
+    if version == 1:
+        parts = [*expected_tensors(spec, shape), *more]
+        read_parts = {part: read(f"{name}.{part}") for part in parts}
+        return validate(Packed(spec, shape, **read_parts), name)
+    parts = ["tiles", *expected_parts(spec, shape), *more]
+    return Tiled(spec, shape, {part: read(f"{name}.{part}") for part in parts}, name)

@@ -1,7 +1,14 @@
-"""Opening a model: its weights are in memory once, whatever the file holds them as."""
+"""Opening a model: its weights are in memory once, a packed directory's in its file alone."""
 
 import subprocess
 import sys
+
+import torch
+
+from engine.checkpoint import open_checkpoint
+from engine.quantize.packing import pack
+from engine.quantize.recipe import Recipe
+from engine.runtime.cpu import CpuRuntime
 
 PEAK = """
 import resource, sys
@@ -24,3 +31,39 @@ def test_weights_are_held_once(default_model):
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     grown, weights = map(int, done.stdout.split())
     assert grown < 1.15 * weights
+
+
+MAPPED = """
+import sys
+from pathlib import Path
+import torch
+from engine.checkpoint import open_checkpoint
+from engine.runtime.cpu import CpuRuntime
+
+def private():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+checkpoint = open_checkpoint(Path(sys.argv[1]))
+before = private()
+runtime = CpuRuntime.load(checkpoint, checkpoint.config, 2)
+opened = private() - before
+logits = runtime.forward(torch.arange(40)[None], runtime.new_cache(1, 40))
+assert logits.isfinite().all()
+print(opened, runtime.weight_bytes)
+"""
+
+
+def test_a_packed_directory_is_multiplied_where_it_lies(default_model, tmp_path):
+    """Nothing of it is copied, so that processes share the system's pages; its logits are the
+    source's to the bit."""
+    checkpoint = open_checkpoint(default_model)
+    pack(checkpoint, checkpoint.config, tmp_path / "out", Recipe("keep", head=None))
+    command = [sys.executable, "-c", MAPPED, str(tmp_path / "out")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    copied, weights = map(int, done.stdout.split())
+    assert copied < 0.05 * weights
+    packed = open_checkpoint(tmp_path / "out")
+    tokens = torch.randint(3, 1000, (1, 40))
+    both = [CpuRuntime.load(each, each.config, 2) for each in (checkpoint, packed)]
+    assert torch.equal(*(each.forward(tokens, each.new_cache(1, 40)) for each in both))

@@ -60,8 +60,21 @@ def test_our_own_survives_the_disk(spec, permuted, rng, tmp_path):
     assert (loaded.spec, loaded.shape) == (spec, (5, 100)) == (packed.spec, checkpoint.shape(name))
     for part, tensor in packed.tensors().items():
         assert torch.equal(loaded.tensors()[part], tensor)
-    assert checkpoint.nbytes(name) == packed.nbytes
+    assert checkpoint.nbytes(name) == sum(part.nbytes for part in parts.values())
     assert torch.equal(checkpoint.read(name), unpack(packed))
+
+
+@pytest.mark.parametrize("permuted", [False, True], ids=["", "permuted"])
+@pytest.mark.parametrize("scheme", ("zero", "codebook", "kquant"))
+def test_our_own_of_version_1_are_read(scheme, permuted, rng, tmp_path):
+    """Arrays in the place of tiles."""
+    name, packed = f"{MODULE}.weight", random_packed(rng, 5, 100, Spec(4, 32, scheme), permuted)
+    parts = {f"weight.{part}": tensor for part, tensor in packed.tensors().items()}
+    quantization = {"quant_method": "shallow", "version": 1}
+    write(tmp_path, parts, quantization, store.to_metadata(name, packed))
+    loaded = open_unchecked(tmp_path).packed(name)
+    assert loaded.spec == packed.spec and loaded.tensors().keys() == packed.tensors().keys()
+    assert all(torch.equal(loaded.tensors()[k], each) for k, each in packed.tensors().items())
 
 
 @pytest.mark.parametrize("case", ["llama", "phi3"])  # phi3 stores q, k, v and gate, up fused
@@ -93,25 +106,24 @@ def test_a_packed_model_is_the_model_of_its_values(case, rng, tmp_path):
 
 
 def test_mapped_packed_tensors_are_views(rng, tmp_path):
-    """Opening reads the header only: the codes are the file's own pages."""
-    spec = Spec(4, 64, "symmetric")
-    n, k = 64, 256
-    packed = random_packed(rng, n, k, spec)
-    name = f"{MODULE}.weight"
+    """Opening reads the header only: the tiles are the file's own pages."""
+    name, packed = f"{MODULE}.weight", random_packed(rng, 64, 256, Spec(4, 64, "symmetric"))
     metadata = store.to_metadata(name, packed)
     write(tmp_path, store.to_tensors("weight", packed), {"quant_method": "shallow"}, metadata)
     checkpoint = open_unchecked(tmp_path)
-    first, second = checkpoint.packed(name), checkpoint.packed(name)
-    assert first.codes.data_ptr() == second.codes.data_ptr()
+    first, second = (checkpoint.packed(name).stored["tiles"] for _ in range(2))
+    assert first.data_ptr() == second.data_ptr()
 
 
 def test_store_round_trip_in_memory(rng):
     packed = random_packed(rng, 3, 70, Spec(4, 32, "kquant"))
     tensors, metadata = store.to_tensors("a.weight", packed), store.to_metadata("a.weight", packed)
-    assert set(tensors) == {"a.weight." + part for part in ("codes", "scales", "mins", "supers")}
+    assert set(tensors) == {"a.weight.tiles", "a.weight.supers"}
     again = store.from_tensors("a.weight", tensors.__getitem__, metadata["a.weight"])
     assert torch.equal(unpack(again), unpack(packed))
-    broken = replace(packed, mins=packed.mins[:2])
-    tensors = store.to_tensors("a.weight", broken)
-    with pytest.raises(ValueError, match=r"^a\.weight: mins must be \(3, 3\), found \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"mins must be \(3, 3\), found \(2, 3\)"):
+        store.to_tensors("a.weight", replace(packed, mins=packed.mins[:2]))
+    tensors["a.weight.supers"] = tensors["a.weight.supers"][:, :, :1]
+    words = r"^a\.weight: supers must be \(1, 1, 2, 16\), found \(1, 1, 1, 16\)"
+    with pytest.raises(ValueError, match=words):
         store.from_tensors("a.weight", tensors.__getitem__, metadata["a.weight"])

@@ -142,39 +142,80 @@ def test_nf4_state_that_cannot_be_read(change, words, rng, tmp_path):
     refused(write(tmp_path, parts, config), words)
 
 
-def our_own(rng, path: Path, change: dict | None = None, drop: str | None = None) -> Path:
+def our_own(
+    rng, path: Path, change: dict | None = None, drop: str | None = None, version: int = 2
+) -> Path:
     name = f"{MODULE}.weight"
     packed = random_packed(rng, 5, 100, Spec(4, 32, "zero"), permuted=True)
     parts = store.to_tensors("weight", packed)
+    if version == 1:
+        parts = {f"weight.{part}": tensor for part, tensor in packed.tensors().items()}
     if drop:
         del parts[f"weight.{drop}"]
     metadata = store.to_metadata(name, packed)
     if change is not None:
         metadata[name] = json.dumps(json.loads(metadata[name]) | change)
-    return write(path, parts, {"quant_method": "shallow"}, metadata)
+    return write(path, parts, {"quant_method": "shallow", "version": version}, metadata)
 
 
+OF_ARRAYS = [
+    ({"group": 16}, r"scales must be \(5, 7\), found \(5, 4\)"),
+    ({"shape": [5, 200]}, r"codes must be \(5, 112\), found \(5, 64\)"),
+    ({"scale_dtype": "float32"}, "scales must be torch.float32, found torch.float16"),
+]
+OF_TILES = [
+    ({"group": 16}, r"tiles must be \(1, \d+\), found \(1, 1216\)"),
+    ({"bits": 8}, r"tiles must be \(1, \d+\), found \(1, 1216\)"),
+    ({"shape": [5, 200]}, r"tiles must be \(1, \d+\), found \(1, 1216\)"),
+    ({"shape": [17, 100]}, r"tiles must be \(2, \d+\), found \(1, 1216\)"),
+    ({"shape": [5, (1 << 63) - 1]}, r"tiles must be \(1, \d+\), found \(1, 1216\)"),
+    ({"shape": [5, 99]}, r"perm must be \(99,\), found \(100,\)"),
+    ({"scale_dtype": "float32"}, r"tiles must be \(1, \d+\), found \(1, 1216\)"),
+]
+
+
+@pytest.mark.parametrize(
+    "version, change, words",
+    [(1, *case) for case in OF_ARRAYS] + [(2, *case) for case in OF_TILES],
+)
+def test_our_own_of_another_size(version, change, words, rng, tmp_path):
+    refused(our_own(rng, tmp_path, change, version=version), f"{MODULE}.*{words}")
+
+
+@pytest.mark.parametrize("version", (1, 2))
 @pytest.mark.parametrize(
     "change, words",
     [
         ({"version": 2}, "spec of version 2, this version reads 1"),
         ({"bits": 5}, "bits must be 4 or 8, found 5"),
-        ({"group": 16}, r"scales must be \(5, 7\), found \(5, 4\)"),
         ({"scheme": "codebook"}, "tensor 'weight.codebook' is missing"),
-        ({"shape": [5, 200]}, r"codes must be \(5, 112\), found \(5, 64\)"),
         ({"shape": [5, 0]}, "shape must be two positive integers"),
         ({"shape": 5}, "shape must be two positive integers"),
         ({"perm": 1}, "perm must be true or false, found 1"),
         ({"extra": 1}, "unusable quantization metadata"),
-        ({"scale_dtype": "float32"}, "scales must be torch.float32, found torch.float16"),
     ],
 )
-def test_our_own_metadata_that_cannot_be_read(change, words, rng, tmp_path):
-    refused(our_own(rng, tmp_path, change), f"{MODULE}.*{words}")
+def test_our_own_metadata_that_cannot_be_read(change, words, version, rng, tmp_path):
+    refused(our_own(rng, tmp_path, change, version=version), f"{MODULE}.*{words}")
+
+
+def test_our_own_whose_columns_are_no_permutation(rng, tmp_path):
+    """Checked whatever reads it: kernels take x from there."""
+    packed = random_packed(rng, 5, 100, Spec(4, 32, "codebook"), permuted=True)
+    for part, value, words in (
+        ("perm", 100, r"perm must hold each of 0\.\.99 once"),
+        ("codebook", float("nan"), "codebook must be finite, found NaN or Inf"),
+    ):
+        parts = store.to_tensors("weight", packed)
+        parts[f"weight.{part}"] = parts[f"weight.{part}"].clone()
+        parts[f"weight.{part}"][3] = value
+        metadata = store.to_metadata(f"{MODULE}.weight", packed)
+        refused(write(tmp_path, parts, {"quant_method": "shallow"}, metadata), words)
 
 
 def test_our_own_without_a_part_or_metadata(rng, tmp_path):
-    refused(our_own(rng, tmp_path, drop="zeros"), "tensor 'weight.zeros' is missing")
+    refused(our_own(rng, tmp_path, drop="zeros", version=1), "tensor 'weight.zeros' is missing")
+    refused(our_own(rng, tmp_path, drop="perm"), "tensor 'weight.perm' is missing")
     packed = random_packed(rng, 5, 100, Spec(4, 32, "zero"))
     parts, quantization = store.to_tensors("weight", packed), {"quant_method": "shallow"}
     refused(write(tmp_path, parts, quantization), "its metadata is missing")
