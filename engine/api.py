@@ -16,7 +16,7 @@ from engine.checkpoint.locate import locate
 from engine.checkpoint.weights import is_quantized, not_finite
 from engine.errors import InputError, NotFiniteError
 from engine.generation import Generation, Prompt
-from engine.kernels.dispatch import no_gpu, why_not
+from engine.kernels.dispatch import BackendUnavailable, no_gpu, why_not
 from engine.kernels.dtypes import DTYPES, dtype_of, name_of
 from engine.options import Options, Slots, Stop
 from engine.prompts import as_prompts, as_tokens
@@ -372,10 +372,12 @@ def choose_backend(
         best = "cpu" if device.type == "cpu" else "triton"
         exact = wanted in (None, torch.float32)
         fits = exact if best == "cpu" else wanted != torch.float32
-        return best if fits and why_not(best) is None else "reference"
+        return best if fits and why_not(best, device) is None else "reference"
     elsewhere = "cpu" if name in GPU_RUNTIMES and torch.cuda.is_available() else "cuda"
     if name != "reference" and device.type == elsewhere:
         raise InputError(f"backend: {name} does not run on {device}")
+    if name in GPU_RUNTIMES and device.type == "cuda" and (reason := no_gpu(device)):
+        raise BackendUnavailable(f"backend {name}: {reason}")  # that GPU, not the present one
     return name
 
 

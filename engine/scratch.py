@@ -10,15 +10,12 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.errors import InputError
-
-if TYPE_CHECKING:
-    import torch
 
 MARKER = "resume.json"
 _KIND, _VERSION = "shallow-scratch", 1
@@ -115,20 +112,6 @@ def write_text(path: Path, text: str) -> None:
     data = text.encode()
     with replacing(path, len(data)) as beside:
         beside.write_bytes(data)
-
-
-def save_tensors(
-    path: Path, tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str]
-) -> None:
-    """A safetensors file, written beside and renamed."""
-    from safetensors.torch import save_file
-
-    nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    with replacing(path, nbytes) as beside:
-        beside.touch()
-        mode = beside.stat().st_mode  # as the umask has it; safetensors lets the owner read alone
-        save_file(dict(tensors), beside, dict(metadata))
-        beside.chmod(mode)
 
 
 def allocate(path: Path, nbytes: int) -> None:

@@ -1,8 +1,12 @@
 """Which backends can run here, and why the others cannot."""
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from engine.kernels import native
+
+if TYPE_CHECKING:
+    import torch
 
 LEAST_CAPABILITY = (8, 0)  # of a GPU: bfloat16 in its tensor cores, asynchronous copies
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -21,8 +25,9 @@ class BackendUnavailable(RuntimeError):
     """A backend that was asked for by name cannot run here; the message says why."""
 
 
-def why_not(backend: str) -> str | None:
-    """Why "reference", "cpu", "triton" or "cuda" cannot run here; None when it can."""
+def why_not(backend: str, device: "torch.device | None" = None) -> str | None:
+    """Why "reference", "cpu", "triton" or "cuda" cannot run here, on a GPU that is not the present
+    one where `device` says which; None when it can."""
     if backend == "reference":
         return None
     if backend == "cpu":
@@ -37,11 +42,12 @@ def why_not(backend: str) -> str | None:
         return "the package triton is not installed"
     from triton import knobs
 
-    return None if knobs.runtime.interpret else no_gpu()
+    return None if knobs.runtime.interpret else no_gpu(device)
 
 
-def no_gpu() -> str | None:
-    """Why torch has no GPU that Triton compiles our kernels for; None when it has."""
+def no_gpu(device: "torch.device | None" = None) -> str | None:
+    """Why torch has no GPU that Triton compiles our kernels for, or `device` is none; None when it
+    has."""
     import torch
 
     if not torch.cuda.is_available():
@@ -51,10 +57,11 @@ def no_gpu() -> str | None:
             if "too old" in str(error):
                 return "the NVIDIA driver is too old for this torch: a newer driver is needed"
         return "torch finds no GPU"
-    found = torch.cuda.get_device_capability()
+    found = torch.cuda.get_device_capability(device)
     if found < LEAST_CAPABILITY:
         least, here = (".".join(map(str, version)) for version in (LEAST_CAPABILITY, found))
-        return f"{torch.cuda.get_device_name()} has compute capability {here}, {least} is the least"
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {here}, {least} is the least"
     return None
 
 

@@ -98,11 +98,14 @@ class GgufCheckpoint:
 
     def _data(self, source: _Source) -> "torch.Tensor":
         """(rows, bytes) uint8 in Hugging Face's row order: a view, or a copy where permuted."""
+        import torch
+
         begin = source.tensor.offset + source.first * source.stride_bytes
         data = self.file.data[begin : begin + source.rows * source.stride_bytes]
         if source.heads:
-            pairs = data.view(source.heads, -1, 2, source.stride_bytes)
-            data = pairs.transpose(1, 2).reshape(-1)
+            # By numpy: torch would share so small a copy between threads, and wait for them.
+            pairs = data.numpy().reshape(source.heads, -1, 2, source.stride_bytes)
+            data = torch.from_numpy(pairs.swapaxes(1, 2).reshape(-1))
         return data.view(source.rows, source.stride_bytes)
 
 

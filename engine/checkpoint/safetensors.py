@@ -4,10 +4,11 @@ File layout: a little-endian uint64, that many bytes of JSON ({name: {dtype, sha
 data_offsets}}), then the data, which the tensors cover without gaps.
 """
 
+import json
 import math
 import mmap
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from engine.architecture.hf_config import from_hf
 from engine.checkpoint.files import forget, map_file, parse_json, read_json, view
 from engine.errors import InputError
-from engine.kernels.dtypes import dtype_of
+from engine.kernels.dtypes import dtype_of, name_of
+from engine.scratch import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +41,7 @@ TYPES = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
+ALIGN_BYTES = 64
 _MAX_DIMENSIONS = 8
 _MAX_SIZE = 2**63
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
@@ -130,6 +133,37 @@ class SafetensorsCheckpoint:
         if name not in self._files:
             raise InputError(f"{self.path}: there is no tensor {name!r}")
         return self._files[name]
+
+
+def save_tensors(
+    path: Path, tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str]
+) -> None:
+    """A file of this layout, written beside and renamed.
+
+    Not by safetensors' own `save_file`, whose data begins anywhere: here tensors that fill cache
+    lines, as tiles do (kernels/w4/tiled.py), lie on them, and others on multiples of an item.
+    """
+    import torch
+
+    spelt = {name: spelling for spelling, (name, _) in TYPES.items()}
+    whole = {name: tensor.nbytes % ALIGN_BYTES == 0 for name, tensor in tensors.items()}
+    order = sorted(tensors, key=lambda name: (not whole[name], -tensors[name].itemsize, name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    at = 0
+    for name in order:
+        tensor = tensors[name]
+        header[name] = {
+            "dtype": spelt[name_of(tensor.dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at := at + tensor.nbytes],
+        }
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGN_BYTES)
+    with replacing(path, at) as beside, open(beside, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            flat = tensors[name].detach().cpu().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
 def quantization_config(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:

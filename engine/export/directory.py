@@ -16,6 +16,7 @@ import torch
 from engine import scratch
 from engine.architecture.config import ModelConfig
 from engine.architecture.families import model_type
+from engine.checkpoint import safetensors
 from engine.checkpoint.adapter import directories
 from engine.checkpoint.safetensors import SafetensorsFile
 from engine.checkpoint.weights import Stored, values
@@ -83,7 +84,7 @@ def check_new(out: Path) -> None:
 def save_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    scratch.save_tensors(path, tensors, metadata or {"format": "pt"})
+    safetensors.save_tensors(path, tensors, metadata or {"format": "pt"})
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:

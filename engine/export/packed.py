@@ -5,7 +5,6 @@ numbered from 0; `plan.json` says which of the original's they are. The metadata
 says what a tensor was before.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,14 +15,12 @@ import torch
 
 from engine.architecture.config import ModelConfig
 from engine.artifacts import Plan
-from engine.checkpoint.safetensors import TYPES, SafetensorsFile
+from engine.checkpoint.safetensors import SafetensorsFile, save_tensors
 from engine.checkpoint.weights import describe
 from engine.errors import InputError
 from engine.export.directory import check_new
-from engine.kernels.dtypes import name_of
 from engine.kernels.w4 import store
 from engine.kernels.w4.format import Packed
-from engine.kernels.w4.tiled import ALIGN_BYTES
 from engine.scratch import Scratch, replacing, write_text
 
 PLAN = "plan.json"
@@ -67,28 +64,7 @@ def write_shard(
             metadata |= store.to_metadata(name, stored)
         else:
             parts[name] = stored
-    _save(path, parts, metadata)
-
-
-def _save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """As safetensors' `save_file`, which begins anywhere: what fills multiples of 64 bytes, as
-    tiles do, lies on such multiples, so that kernels multiply it in the mapped file."""
-    spelt = {torch_name: name for name, (torch_name, _) in TYPES.items()}
-    whole = {name: tensor.nbytes % ALIGN_BYTES == 0 for name, tensor in tensors.items()}
-    order = sorted(tensors, key=lambda name: (not whole[name], -tensors[name].itemsize, name))
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    at = 0
-    for name in order:
-        tensor = tensors[name]
-        span = [at, at := at + tensor.nbytes]
-        dtype = spelt[name_of(tensor.dtype)]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": span}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGN_BYTES)
-    with replacing(path, 8 + len(text) + at) as beside, open(beside, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            file.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    save_tensors(path, parts, metadata)
 
 
 def read_shard(path: Path) -> dict[str, Packed | torch.Tensor]:

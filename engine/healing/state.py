@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint.safetensors import SafetensorsFile
-from engine.scratch import save_tensors
+from engine.checkpoint.safetensors import SafetensorsFile, save_tensors
 
 KEY = "standing"
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -21,6 +21,7 @@ from engine.runtime.gpu_weights import Layer, Outer, Part, Placement, check_memo
 from engine.sample import NOT_FINITE, draw
 
 HALVES = (torch.float16, torch.bfloat16)
+KEPT_STEPS = 16  # step lists, by bucket and slots: each has a CUDA graph of its own
 PARTS = {"gate_up": "up", "gate": "up"}  # of a step, by launch
 
 
@@ -205,9 +206,7 @@ class GpuRuntime:
         """
         bucket = next(size for size in BUCKETS if size >= cache.batch)
         slots = tuple(chosen.any(dim=0).nonzero().flatten().tolist())
-        if (bucket, slots) not in self._steps:
-            with within_memory(f"a step of {bucket} sequences", self.device):
-                self._steps[bucket, slots] = self._build(bucket, slots)
+        launches = self._step_of(bucket, slots)
         buffers = self._buffers[bucket]
         host = torch.zeros(buffers.inputs.shape, dtype=torch.int32)
         host[:2].view(-1).view(torch.float64)[: len(uniforms)] = torch.tensor(
@@ -221,11 +220,21 @@ class GpuRuntime:
         if self._tabled is not cache.table:
             buffers.table[: cache.batch, : cache.table.shape[1]] = cache.table
             self._tabled = cache.table
-        launches = self._steps[bucket, slots]
         launches.run(self._clock)
         self._latest = launches.read
         cache.advance(chosen, positions)
         return buffers
+
+    def _step_of(self, bucket: int, slots: tuple[int, ...]) -> StepList:
+        """Built once, and kept while it is among the latest."""
+        found = self._steps.pop((bucket, slots), None)
+        if found is None:
+            with within_memory(f"a step of {bucket} sequences", self.device):
+                found = self._build(bucket, slots)
+        self._steps[bucket, slots] = found
+        if len(self._steps) > KEPT_STEPS:
+            del self._steps[next(iter(self._steps))]
+        return found
 
     def _build(self, bucket: int, slots: tuple[int, ...]) -> StepList:
         if bucket not in self._buffers:

@@ -22,7 +22,7 @@ class LearningLinear(nn.Module):
 
     def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.given, self.shape = packed, packed.shape
+        self.given, self.shape = packed.to(packed.device), packed.shape  # tiles restored
         self.out_features, self.in_features = packed.shape
         scales, mins = _reals(packed)
         self.scale = nn.Parameter(torch.zeros_like(scales, dtype=torch.float32))

@@ -12,10 +12,11 @@ import torch
 from support import tiny
 
 from engine.checkpoint import open_checkpoint
+from engine.checkpoint.safetensors import save_tensors
 from engine.errors import InputError
 from engine.export.hf import prune
 from engine.reference.stream import storage
-from engine.scratch import MARKER, Scratch, allocate, replacing, save_tensors, write_text
+from engine.scratch import MARKER, Scratch, allocate, replacing, write_text
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from engine import api
 from engine.errors import InputError
 from engine.kernels import dispatch
 from engine.runtime import check_backend, gpu_cache
+from engine.runtime.gpu import KEPT_STEPS, GpuRuntime
 from engine.runtime.gpu_cache import PAGE, Arena, GpuCache, within_memory
 from engine.runtime.gpu_weights import check_memory
 
@@ -15,8 +16,8 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 def pretend(monkeypatch, capability: tuple[int, int]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
 
 
 def test_an_old_gpu_is_named(monkeypatch):
@@ -131,3 +132,26 @@ def test_pages_come_back(source):
     third.reserve(1)
     assert len(arena.store) == 4 and set(third.table.flatten().tolist()) < pages
     assert arena.store[third.table.flatten().long()].isfinite().all()
+
+
+def test_the_gpu_that_is_asked_for_is_looked_at(monkeypatch):
+    """Not the present one, where a machine has two kinds."""
+    of = {None: (9, 0), torch.device("cuda:0"): (9, 0), torch.device("cuda:1"): (7, 5)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: of[device])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"GPU {device}")
+    assert dispatch.no_gpu() is None and dispatch.no_gpu(torch.device("cuda:0")) is None
+    words = "GPU cuda:1 has compute capability 7.5, 8.0 is the least"
+    assert dispatch.no_gpu(torch.device("cuda:1")) == words
+    with pytest.raises(dispatch.BackendUnavailable, match=words):
+        api.choose_backend("triton", torch.device("cuda:1"))
+
+
+def test_steps_of_many_slot_sets_are_not_all_kept():
+    runtime = GpuRuntime.__new__(GpuRuntime)
+    runtime.device, runtime._steps, built = torch.device("cpu"), {}, []
+    runtime._build = lambda bucket, slots: built.append(slots) or object()
+    for slot in range(5 * KEPT_STEPS):
+        assert runtime._step_of(1, (slot,)) is not runtime._step_of(1, (-1,))
+        assert len(runtime._steps) <= KEPT_STEPS
+    assert built.count((-1,)) == 1 and len(built) == 5 * KEPT_STEPS + 1
