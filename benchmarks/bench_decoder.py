@@ -3,6 +3,7 @@ shape of one that no cache holds.
 
     pytest -s benchmarks/bench_decoder.py
     pytest -s benchmarks/bench_decoder.py -k "no_cache_holds and avx2"
+    pytest benchmarks/bench_decoder.py --benchmark-only [--shapes DIR]    # a step's speed alone
 
 Every figure is a ratio of medians whose parts took turns, so that a slow spell meets both. The
 bandwidth is that of a buffer of the model's size, read by the same threads in between. Prints what
@@ -19,7 +20,7 @@ import pytest
 import scaling
 import torch
 from ceiling import times_ns
-from shapes import write
+from shapes import SHAPES, write
 
 from engine.api import Model, load
 from engine.checkpoint import open_checkpoint
@@ -30,7 +31,10 @@ from engine.quantize.packing import pack
 from engine.quantize.recipe import Recipe
 from engine.runtime.cpu import CpuRuntime
 
+DEFAULT = "smollm2-135m"
+ISAS = [isa for isa in isas() if isa != "generic"]
 ROUNDS = 20
+STEP_ROUNDS = 8  # of a case that is recorded: a large model takes seconds a round
 TOKENS = 32  # of a turn: the first finds the other's memory in the caches
 OPEN = """
 import sys, time
@@ -92,6 +96,39 @@ def report(name: str, found: float, asked: float) -> None:
     assert found >= asked
 
 
+@pytest.fixture(scope="module", params=[DEFAULT, *SHAPES])
+def timed_model(request) -> str:
+    """What `load` takes: the default model, or a file of --shapes."""
+    if request.param == DEFAULT:
+        return DEFAULT
+    directory = request.config.getoption("--shapes")
+    if directory is None:
+        pytest.skip("--shapes does not say where models of this shape lie")
+    file = Path(directory, f"{request.param}.gguf")
+    if not file.exists():
+        pytest.skip(f"python benchmarks/shapes.py {request.param} {directory} writes this shape")
+    return str(file)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_steps(benchmark, timed_model, isa):
+    """TOKENS steps a round, beside a read of what they read; `compare.py` compares the shares."""
+    model = load(timed_model, backend="cpu", isa=isa)
+    weights, threads = model.runtime.weight_bytes_per_token, model.runtime.threads
+    read = Read(weights, threads)
+    benchmark.pedantic(Decode(model), setup=read, rounds=STEP_ROUNDS, warmup_rounds=1)
+    if benchmark.stats is not None:  # --benchmark-disable
+        step_ns = benchmark.stats.stats.median * 1e9 / TOKENS
+        benchmark.extra_info.update(
+            threads=threads,
+            tok_s=round(1e9 / step_ns, 1),
+            bytes=weights,
+            read_gb_s=round(read.gb_s, 2),
+            share_of_reading=round(weights / step_ns / read.gb_s, 4),
+            ceiling="reading",
+        )
+
+
 def test_share_of_the_bandwidth(model):
     weights = model.runtime.weight_bytes
     read = Read(weights, torch.get_num_threads())
@@ -106,7 +143,7 @@ def shape(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("threads", "asked"), [(2, 0.82), (1, 0.80)])
-@pytest.mark.parametrize("isa", [isa for isa in isas() if isa != "generic"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_a_model_that_no_cache_holds(shape, isa, threads, asked):
     model = load(shape, backend="cpu", isa=isa, threads=threads)
     weights = model.runtime.weight_bytes_per_token
@@ -142,8 +179,8 @@ def test_two_threads(model):
 
 def test_more_threads():
     """A step on two threads is what its parts on one predict; prints what they predict for more."""
-    one, nbytes, heads = scaling.measured("smollm2-135m", 1)
-    two, _, _ = scaling.measured("smollm2-135m", 2)
+    one, nbytes, heads = scaling.measured(DEFAULT, 1)
+    two, _, _ = scaling.measured(DEFAULT, 2)
     print("\npredicted, not measured but for 1 and 2 threads; tok/s by what the memory gives:")
     print("\n".join(scaling.table(one, two, nbytes, heads)))
     assert two.stream < one.stream
@@ -153,7 +190,7 @@ def test_more_threads():
 def test_a_batch_of_8(isa):
     """By the best instruction set; and by VNNI, for which the bound was set, without the tile
     registers that double the prefill."""
-    path = locate("smollm2-135m")
+    path = locate(DEFAULT)
     checkpoint = open_checkpoint(path)
     model = Model(path, CpuRuntime.load(checkpoint, checkpoint.config, isa=isa))
     ids = torch.randint(model.config.vocab_size, (1, 512))
@@ -170,7 +207,7 @@ def test_a_batch_of_8(isa):
 
 
 def test_opening(tmp_path):
-    checkpoint = open_checkpoint(locate("smollm2-135m"))
+    checkpoint = open_checkpoint(locate(DEFAULT))
     pack(checkpoint, checkpoint.config, tmp_path / "packed", Recipe("keep", head=None))
     command = [sys.executable, "-c", OPEN, str(tmp_path / "packed")]
     runs = [

@@ -4,8 +4,8 @@
     python benchmarks/compare.py before.json after.json --fall 0.05
 
 The files are pytest-benchmark's (--benchmark-autosave, --benchmark-json). Exits with 1 when the
-share of a case that both have falls by more than --fall, a part of what it was; with 2 when a file
-cannot be compared.
+share of a case that both have falls by more than --fall, a part of what it was, and names these
+cases last; with 2 when a file cannot be compared.
 """
 
 import argparse
@@ -94,7 +94,9 @@ def main(arguments: list[str] | None = None) -> int:
     fallen = report(before, after, options.fall)
     print(
         f"{len(fallen)} of {len(before.keys() & after.keys())} cases fell by more than "
-        f"{options.fall:.0%}"
+        f"{options.fall:.0%}",
+        ", ".join(fallen),
+        sep=": " if fallen else "",
     )
     return 1 if fallen else 0
 

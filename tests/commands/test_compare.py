@@ -1,10 +1,15 @@
-"""benchmarks/compare.py on records of pytest-benchmark made up here."""
+"""benchmarks/compare.py on records of pytest-benchmark, made up here or by a decoder's steps."""
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import compare
 import pytest
+
+from engine.kernels.w4.cpu import isas
 
 
 def one(share: float, ceiling: str = "reading") -> dict:
@@ -37,7 +42,7 @@ def test_a_fall_of_more_than_a_tenth_fails(write, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["a", "80.0%", "73.0%", "-9%"]
     assert lines[1].split() == ["b", "50.0%", "44.0%", "-12%", "FELL"]
-    assert lines[2] == "1 of 2 cases fell by more than 10%"
+    assert lines[2] == "1 of 2 cases fell by more than 10%: b"
     assert run(before, after, "--fall", 0.15) == 0
     assert run(before, after, "--fall", 0.05) == 1
     assert run(after, before) == 0
@@ -63,6 +68,20 @@ def test_the_two_latest_runs_are_found(write, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run() == 1
     assert capsys.readouterr().out.split()[:3] == ["a", "80.0%", "50.0%"]
+
+
+@pytest.mark.skipif(isas()[0] == "generic", reason="the steps are timed by instruction set")
+def test_the_steps_of_a_decoder_are_cases(default_model, tmp_path, capsys):
+    """As in benchmarks/README.md, of one instruction set and without the larger shapes."""
+    root, record = Path(compare.__file__).parents[1], tmp_path / "record.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["benchmarks/bench_decoder.py", "--benchmark-only", f"--benchmark-json={record}"]
+    lone = {**os.environ, "OMP_NUM_THREADS": "1"}  # other tests run on the other cores
+    subprocess.run([*command, "-k", f"steps and {isas()[0]}"], cwd=root, env=lone, check=True)
+    assert run(record, record) == 0
+    case, share, *_ = capsys.readouterr().out.splitlines()[0].rsplit(maxsplit=3)
+    assert case == f"benchmarks/bench_decoder.py::test_steps[smollm2-135m-{isas()[0]}]"
+    assert share != "-"
 
 
 @pytest.mark.parametrize(
