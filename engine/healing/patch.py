@@ -3,8 +3,9 @@
 With M (n, D) the output of the last kept layer's MLP, R the residual stream after that layer and
 E the whole model's at the end of the cut, all over tokens:
 
-    linear  M T ~ E - (R - M): the down projection W becomes T'W (ReplaceMe, Shopkhoev et al.,
-            2505.02819).
+    linear  M T ~ E - (R - M), each token's error over the length of its E, since the layers that
+            follow see the stream through a norm: the down projection W becomes T'W (ReplaceMe,
+            Shopkhoev et al., 2505.02819).
     scale   s R ~ E. The layers that follow see their input through a norm, which a factor does not
             pass, so that dividing all that they add by s is the same as multiplying R by s.
 """
@@ -115,21 +116,29 @@ class Both:
         self.whole.put(index, after)
 
     def gram(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """M'M and M'(E - R + M), (D, D) float64 each."""
+        """M'M and M'(E - R + M), (D, D) float64 each, of rows divided by the length of E's.
+
+        So the first token of a sample, on which attention rests, counts like any other though its
+        stream may be a hundred times as long. Left out it would be thrown anywhere by T.
+        """
         width = self.config.hidden_size
         gram = torch.zeros(width, width, dtype=torch.float64)
         cross = torch.zeros_like(gram)
         for index in range(len(self.batches)):
-            m, r, e = self._vectors(index)
-            gram += m.T @ m
-            cross += m.T @ (e - r + m)
+            m, r, e = self._vectors(index, first=0)
+            weighed = (m / e.square().sum(1, keepdim=True)).T
+            gram += weighed @ m
+            cross += weighed @ (e - r + m)
         return gram, cross
 
     def magnitude(self, scale: float) -> float:
-        """s of the least |s R - E / scale|: `scale` is what earlier cuts have asked for."""
+        """s of the least |s R - E / scale|: `scale` is what earlier cuts have asked for.
+
+        Over all but the first token of a sample, whose length is that of a hundred others.
+        """
         over = under = 0.0
         for index in range(len(self.batches)):
-            _, r, e = self._vectors(index)
+            _, r, e = self._vectors(index, first=1)
             over, under = over + float((r * e).sum()) / scale, under + float((r * r).sum())
         return over / under
 
@@ -146,13 +155,9 @@ class Both:
             self.pruned.put(index, (self.pruned[index] + (m @ t - m)).float())
         return changed
 
-    def _vectors(self, index: int) -> tuple[torch.Tensor, ...]:
-        """M, R and E (n, D) float64 at the tokens of a batch that count.
-
-        The first of a sample does not, BOS or not: attention rests on it, and its stream may be a
-        hundred times as long as any other.
-        """
+    def _vectors(self, index: int, first: int) -> tuple[torch.Tensor, ...]:
+        """M, R and E (n, D) float64 at the tokens of a batch, from a sample's `first` on."""
         real = self.batches[index] >= 0
-        counts = real & (real.cumsum(dim=1) > 1)
+        counts = real & (real.cumsum(dim=1) > first)
         streams = (self.outputs, self.pruned, self.whole)
         return tuple(stream[index][counts].double() for stream in streams)
