@@ -215,11 +215,14 @@ void plain_rows(const TileView& w, const FloatInput& x, const Output& y, const P
     write_rows<V, R>(total, y, at);
 }
 
-// Calls run.template rows<R>() for R = 16, 8, 4, 2, 1 until `rows` are covered.
+// Calls run.template rows<R>() until `rows` are covered: R = 16, then what is left of 8 at once.
 template <int R, class Run>
 inline void in_steps(int64_t first, int64_t rows, const Run& run) {
     for (; rows - first >= R; first += R) run.template rows<R>(first);
-    if constexpr (R > 1) in_steps<R / 2>(first, rows, run);
+    if constexpr (R > 8)
+        in_steps<R / 2>(first, rows, run);
+    else if constexpr (R > 1)
+        in_steps<R - 1>(first, rows, run);
 }
 
 template <class V, Codes C>
