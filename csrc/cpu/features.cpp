@@ -23,6 +23,11 @@ struct Leaf {
 
 bool bit(uint32_t word, int index) { return word >> index & 1; }
 
+bool by_amd() {
+    const Leaf vendor(0, 0);
+    return vendor.ebx == 0x68747541 && vendor.edx == 0x69746e65 && vendor.ecx == 0x444d4163;
+}
+
 // XCR0: the register states that the operating system saves.
 uint64_t saved_states() {
     uint32_t low, high;
@@ -78,11 +83,20 @@ Features detect() { return {}; }
 
 #endif
 
+#if !defined(__x86_64__)
+bool by_amd() { return false; }
+#endif
+
 }  // namespace
 
 const Features& features() {
     static const Features found = detect();
     return found;
+}
+
+int bytes_ahead() {
+    static const bool zen = by_amd() && features().avx512f;
+    return zen ? 4096 : 2048;
 }
 
 }  // namespace shallow

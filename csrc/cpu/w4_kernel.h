@@ -9,6 +9,7 @@
 
 #include <type_traits>
 
+#include "cpu/features.h"
 #include "cpu/w4_passing.h"
 
 namespace shallow {
@@ -194,7 +195,7 @@ void plain_rows(const TileView& w, const FloatInput& x, const Output& y, const P
     for (auto& part : total)
         for (F& sum : part) sum = V::set(0.0f);
     for (int64_t k = 0; k < w.blocks * kBlock; k += 2) {
-        if constexpr (R <= 4) __builtin_prefetch(weights + kAheadOfLong, 0, 2);
+        if constexpr (R <= 4) __builtin_prefetch(weights + kAheadOfPlain, 0, 2);
         for (int p = 0; p < kParts<V>; ++p) {
             F even, odd;
             if constexpr (C == Codes::bfloat16) {
@@ -320,7 +321,7 @@ void int8_tiles_of(const TileView& w, const Int8Input& x, const Output& y, int64
                    int64_t end, uint8_t* scratch) {
     if (x.m == 1) {
         const int64_t half = (end - begin) / 2;
-        const int64_t ahead = half * w.tile_bytes < kLong ? kAhead : kAheadOfLong;
+        const int64_t ahead = half * w.tile_bytes < kLong ? kAhead : bytes_ahead();
         for (int64_t tile = begin; tile < begin + half; ++tile)
             panels<V, Int8Run, C>(w, x, y, tile, tile * kTileRows, w.n, half, ahead);
         begin += 2 * half;
