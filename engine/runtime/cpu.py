@@ -130,7 +130,9 @@ class CpuRuntime:
 
     @property
     def weight_bytes_per_token(self) -> int:
-        return self.decoder.nbytes
+        """Of what a step multiplies: of an embedding of its own it reads one row."""
+        found: int = sum(self.decoder.times()["bytes"].values())
+        return found
 
     def new_cache(self, batch: int, capacity: int | None = None) -> CpuCache:
         cache = CpuCache(self.config, self.decoder.new_cache(self.cache_dtype, batch))

@@ -23,7 +23,9 @@ from engine.runtime.reference import ReferenceRuntime
 if native.error("cpu") is not None:
     pytest.skip(f"engine._cpu does not load: {native.error('cpu')}", allow_module_level=True)
 
-from engine.kernels.w4.cpu import isas
+from engine.kernels.w4.cpu import CpuWeight, isas
+from engine.kernels.w4.format import Spec
+from engine.quantize.methods import rtn
 from engine.runtime.cpu import CpuRuntime
 
 LENGTH = 70  # past every window (9-17) and the original contexts (32-64)
@@ -231,6 +233,20 @@ def test_weight_bytes(llama):
     reference = ReferenceRuntime.load(checkpoint, checkpoint.config.keep([0, 3]))
     expected = reference.forward(ids, reference.new_cache(2))
     assert_close("dropped", expected, dropped.forward(ids, dropped.new_cache(2)), 3e-2)
+
+
+def test_of_an_embedding_of_its_own_a_token_reads_a_row(tmp_path, monkeypatch):
+    """In however many bits: the share of the bandwidth that `engine run` shows rests on it."""
+    tiny.write("llama", tmp_path, secrets.randbits(32))
+    checkpoint = open_checkpoint(tmp_path)
+    assert not checkpoint.config.tied
+    embedding = rtn(checkpoint.read("model.embed_tokens.weight"), Spec(4, 32, "symmetric"))
+    monkeypatch.setattr(
+        checkpoint, "packed", lambda name: embedding if "embed_tokens" in name else None
+    )
+    runtime = load(checkpoint)
+    own = CpuWeight.from_packed(embedding).nbytes
+    assert runtime.weight_bytes_per_token == runtime.weight_bytes - own
 
 
 def bad_calls(runtime, cache):
