@@ -95,7 +95,7 @@ def rewrite(
 
 
 def tensor_names(path: Path) -> list[str]:
-    """A shard's tensors as they are stored, codes and scales apart."""
+    """A shard's tensors as they are stored, the parts of a matrix apart."""
     return list(SafetensorsFile(path).entries)
 
 
