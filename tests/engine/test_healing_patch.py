@@ -92,9 +92,18 @@ def test_a_token_on_which_attention_rests_keeps_its_length(source, rng):
 
 @pytest.mark.parametrize("case", ["llama-biased-tied", "phi2"])
 def test_the_scale_is_as_if_the_stream_were_multiplied(case, source, rng):
-    checkpoint = source(case, num_hidden_layers=7)
+    """One draw in some forty has a factor so near 1 that it would tell nothing: another follows."""
+    for _ in range(5):
+        checkpoint = source(case, num_hidden_layers=7)
+        factors = multiplied_by_hand(checkpoint, draw(checkpoint, rng).spread())
+        if telling := all(abs(factor - 1) > 1e-3 for factor in factors):
+            break
+    assert telling
+
+
+def multiplied_by_hand(checkpoint, batches) -> list[float]:
+    """The factors behind both cuts, by which the logits are those of the scaled model."""
     config = checkpoint.config.keep([0, 1, 3, 4, 6])
-    batches = draw(checkpoint, rng).spread()
     scaled = Replaced(checkpoint, patch("scale", checkpoint, config, batches))
     whole = streams(checkpoint, checkpoint.config, batches, first=1)[0]
     decoder, factors = load_decoder(checkpoint, config), {}
@@ -115,8 +124,8 @@ def test_the_scale_is_as_if_the_stream_were_multiplied(case, source, rng):
         r = torch.cat([stream(x, slot)[0, 1:] for x in starts]).double()
         factors[slot] = float((r * whole[end]).sum() / (r * r).sum())
     expected = torch.cat([decoder.head(stream(x, 5)) for x in starts])
-    assert any(abs(factor - 1) > 1e-3 for factor in factors.values()), "a draw that tells nothing"
     assert_close("logits", expected, logits(scaled, config, torch.cat(batches)), 1e-5)
+    return list(factors.values())
 
 
 def layer_of(decoder, config, slot, x, cache):
