@@ -5,6 +5,7 @@ numbered from 0; `plan.json` says which of the original's they are. The metadata
 says what a tensor was before.
 """
 
+import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,11 @@ import torch
 
 from engine.architecture.config import ModelConfig
 from engine.artifacts import Plan
+from engine.checkpoint.files import read_json
 from engine.checkpoint.safetensors import SafetensorsFile, save_tensors
 from engine.checkpoint.weights import describe
 from engine.errors import InputError
-from engine.export.directory import check_new
+from engine.export.directory import check_new, index_shards
 from engine.kernels.w4 import store
 from engine.kernels.w4.format import Packed
 from engine.scratch import Scratch, replacing, write_text
@@ -89,9 +91,22 @@ def rewrite(
         elif file.is_file():
             with replacing(partial.path / file.name) as copy:
                 shutil.copyfile(file, copy)
+    _renew(partial.path)
     for name, text in beside.items():
         write_text(partial.path / name, text)
     partial.become(out)
+
+
+def _renew(directory: Path) -> None:
+    """config.json and the index of shards that have just been written, where they were made for an
+    earlier version, whose matrices had other parts."""
+    config = read_json(directory / "config.json")
+    said = config["quantization_config"]
+    if said.get("version", store.VERSION) == store.VERSION:
+        return
+    said["version"] = store.VERSION
+    write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
+    index_shards(directory, sorted(file.name for file in directory.glob("*.safetensors")))
 
 
 def tensor_names(path: Path) -> list[str]:
@@ -124,4 +139,7 @@ def _names(file: SafetensorsFile) -> list[str]:
 
 def _stored(file: SafetensorsFile, name: str) -> Packed | torch.Tensor:
     described = file.metadata.get(name)
-    return file.read(name) if described is None else store.from_tensors(name, file.read, described)
+    if described is None:
+        return file.read(name)
+    version = 1 if f"{name}.codes" in file.entries else store.VERSION
+    return store.from_tensors(name, file.read, described, version)

@@ -15,8 +15,11 @@ from engine.architecture.families import layer_parts, outer_tensors
 from engine.artifacts import Plan
 from engine.checkpoint import open_checkpoint
 from engine.checkpoint.gguf_blocks import GgufBlocks, dequantize
+from engine.checkpoint.safetensors import SafetensorsFile, save_tensors
 from engine.checkpoint.weights import layer_weights, lineage_hash, load_layer
 from engine.errors import InputError
+from engine.export.directory import write_index
+from engine.export.packed import read_shard, rewrite
 from engine.kernels.w4.format import Packed, Spec, unpack
 from engine.quantize import methods, packing
 from engine.quantize.packing import pack, plan_of
@@ -266,3 +269,37 @@ def test_group_32_with_minimum_is_the_default_model(default_model, tmp_path):
         reference = load_layer(checkpoint, config, entry.layer)
         for role, weight in load_layer(packed, packed.config, slot).items():
             assert torch.equal(weight, reference[role]), (slot, role)
+
+
+def test_version_1_is_rewritten_in_the_present_one(source, tmp_path):
+    """Arrays become tiles, and config and index say so; what was changed is, all else stays."""
+    checkpoint, old = source("llama"), tmp_path / "old"
+    pack(checkpoint, checkpoint.config, old, Recipe("rtn", group=32, scheme="minimum", head=8))
+    config = json.loads((old / "config.json").read_text())
+    config["quantization_config"]["version"] = 1
+    (old / "config.json").write_text(json.dumps(config))
+    files, held = {}, {}
+    for shard in sorted(old.glob("*.safetensors")):
+        found, said = read_shard(shard), SafetensorsFile(shard).metadata
+        held |= found
+        parts = {}
+        for name, matrix in found.items():
+            own = isinstance(matrix, Packed)
+            arrays = {f"{name}.{k}": t for k, t in matrix.tensors().items()} if own else {}
+            parts |= arrays or {name: matrix.clone()}
+        save_tensors(shard, parts, said)
+        files |= dict.fromkeys(parts, shard.name)
+    write_index(old, files, 0)
+    name, first = next((n, m) for n, m in held.items() if isinstance(m, Packed))
+    changed = Packed(first.spec, first.shape, **first.tensors() | {"scales": 2 * first.scales})
+    rewrite(old, tmp_path / "new", {name: changed}, {})
+    for directory in (old, tmp_path / "new"):
+        opened = open_checkpoint(directory)
+        for key, matrix in held.items():
+            wanted = changed if directory != old and key == name else matrix
+            if isinstance(wanted, Packed):
+                found = opened.packed(key)
+                assert found is not None and found.spec == wanted.spec
+                assert all(torch.equal(found.tensors()[k], t) for k, t in wanted.tensors().items())
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert config["quantization_config"]["version"] == 2
