@@ -20,7 +20,7 @@ from engine.export import hf, packed
 from engine.healing import adapters, processes
 from engine.healing.data import Data, perplexity
 from engine.healing.distil import distil
-from engine.healing.own import avoiding, digest, own_data, second
+from engine.healing.own import avoiding, digest, mixed, own_windows, second
 from engine.healing.patch import patch
 from engine.healing.place import RECORD, check_new, place_of
 from engine.healing.qlora import check_installed, qlora
@@ -244,7 +244,7 @@ class Healing:
         student = Student(start, self.config, self.settings, self.device)
         standing = self._taught(student, run, cache)
         if self.settings.own:
-            standing = joined(standing, self._second(student, start, run))
+            standing = joined(standing, self._second(student, start, run, cache))
         return Replaced(open_checkpoint(start), student.tensors()), standing
 
     def rescaled(self, run: Path, cache: Path) -> tuple[dict[str, Packed], Standing]:
@@ -254,13 +254,18 @@ class Healing:
         return student.packed(), standing
 
     def _taught(self, student: Student, run: Path, cache: Path) -> Standing:
-        settings, size = self.settings, self.config.vocab_size
-        taught = Teacher(self.data.windows, settings.top, size, cache, self.known)
-        ask = partial(taught, logits=self.spoken.logits if self.spoken else self._decoder())
+        ask = partial(self._teacher(cache), logits=self._logits())
         with self.reporting(self._unit) as report:
-            return distil(student, ask, self.data, settings, run, report)
+            return distil(student, ask, self.data, self.settings, run, report)
 
-    def _second(self, student: Student, start: Path, run: Path) -> Standing:
+    def _teacher(self, cache: Path) -> Teacher:
+        size = self.config.vocab_size
+        return Teacher(self.data.windows, self.settings.top, size, cache, self.known)
+
+    def _logits(self) -> Logits:
+        return self.spoken.logits if self.spoken else self._decoder()
+
+    def _second(self, student: Student, start: Path, run: Path, cache: Path) -> Standing:
         """A round on what the student writes as it stands; how that went."""
         assert self.voice is not None, "text of its own needs a runtime"
         settings, place = second(self.settings), run / "own"
@@ -271,17 +276,24 @@ class Healing:
             dtype = hf.stored_dtype(self.pupil, self.config)
             hf.prune(Replaced(base, weights), base.config, writer, dtype=dtype)
         with self.reporting("tokens of its own") as report:
-            data, texts = own_data(
+            own = own_windows(
                 self.data, self.settings.own, self.voice(writer), place,
                 name=name, seed=settings.seed, report=report,
             )  # fmt: skip
-        taught = Teacher(data.windows, settings.top, self.config.vocab_size, place, name)
-        plain = self.spoken.logits if self.spoken else self._decoder()
+        texts, width = len(self.data.windows), own.shape[1]
+        order = mixed(texts, len(own))
+        windows = torch.cat((self.data.windows[:, :width], own))
+        data = Data(windows[order], self.data.held_out[:, :width])
+        logits = self._logits()
+        of_text = self._teacher(cache)
+        of_own = Teacher(own, settings.top, self.config.vocab_size, place, name)
 
         def ask(window: int) -> tuple[torch.Tensor, torch.Tensor]:
-            if window < texts:
-                return taught(window, plain)
-            return taught(window, lambda tokens: avoiding(plain(tokens), tokens))
+            at = int(order[window])
+            if at < texts:
+                values, indices = of_text(at, logits)
+                return values[:width], indices[:width]
+            return of_own(at - texts, lambda tokens: avoiding(logits(tokens), tokens))
 
         with self.reporting(self._unit) as report:
             found = distil(student, ask, data, settings, place, report, keep_last=True)

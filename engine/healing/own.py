@@ -53,22 +53,24 @@ def avoiding(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return lowered
 
 
-def own_data(
+def own_windows(
     data: Data, tokens: int, write: Write, directory: Path, *, name: str, seed: int, report: Report
-) -> tuple[Data, int]:
-    """(as many windows of the text as of what the student writes, the text's first; how many these
-    are). Two texts of the student's lie in a window, from beginnings of the text."""
+) -> torch.Tensor:
+    """What the student writes, greedily: two texts of it a window, from beginnings of the text."""
     half = data.windows.shape[1] // 2
-    options = Options(ignore_eos=True)  # greedy
     rows = written(
         data.windows[:, :half], -(-tokens // (2 * half)) * 2 * half, None, write, directory,
-        name=f"own {name}", seed=seed, report=report, options=options,
+        name=f"own {name}", seed=seed, report=report, options=Options(ignore_eos=True),
     )  # fmt: skip
-    own = rows.view(-1, 2 * half)
-    count = min(len(own), len(data.windows))
-    spread = torch.arange(count) * len(data.windows) // count
-    text = data.windows[spread, : 2 * half]
-    return Data(torch.cat((text, own)), data.held_out[:, : 2 * half]), count
+    return rows.view(-1, 2 * half)
+
+
+def mixed(texts: int, own: int) -> torch.Tensor:
+    """Windows of a round, as indices into those of the text and the student's own behind them: as
+    many of each, whichever are fewer over and over. The text goes on, since of a few windows of it
+    alone the student forgets what it learnt of all."""
+    each = torch.arange(max(texts, own))
+    return torch.cat((each % texts, texts + each % own))
 
 
 def second(settings: Settings) -> Settings:

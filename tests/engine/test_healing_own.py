@@ -10,8 +10,9 @@ from support.healing import WINDOW, draw, shortened
 
 from engine.checkpoint import open_checkpoint
 from engine.evaluate.health import loops
+from engine.healing.data import Data
 from engine.healing.heal import heal
-from engine.healing.own import LEAST, LONGEST, PENALTY, avoiding, circling
+from engine.healing.own import LEAST, LONGEST, PENALTY, avoiding, circling, mixed
 from engine.healing.settings import Settings
 from engine.options import Options
 from engine.runtime.reference import ReferenceRuntime
@@ -62,6 +63,17 @@ def test_the_teacher_lowers_what_goes_on_in_a_circle(rng):
     assert torch.allclose((logits - found)[0, at, tokens[0, at + 1]], torch.tensor(PENALTY))
 
 
+@pytest.mark.parametrize(("texts", "own"), [(1, 1), (7, 3), (3, 7), (8, 4)])
+def test_a_round_is_half_text_and_half_its_own(texts, own):
+    order = mixed(texts, own)
+    of_text = order[order < texts]
+    assert len(order) == 2 * len(of_text) == 2 * max(texts, own)
+    assert order.unique().tolist() == list(range(texts + own))
+    times = order.bincount()
+    for part in (times[:texts], times[texts:]):
+        assert part.max() - part.min() <= 1
+
+
 def writer(path):
     """A directory's model by the reference runtime, greedily."""
     checkpoint = open_checkpoint(path)
@@ -77,6 +89,20 @@ def writer(path):
         return torch.cat(rows, 1).tolist()
 
     return write
+
+
+def test_windows_of_an_odd_length(source, rng, tmp_path):
+    """Two texts of its own lie in one, so that the text is one token shorter there."""
+    checkpoint = source("llama")
+    data = draw(checkpoint, rng)
+    data = Data(data.windows[:, :-1], data.held_out[:, :-1])
+    settings = replace(SETTINGS, window=WINDOW - 1)
+    record = heal(
+        checkpoint, shortened(checkpoint), data, tmp_path / "odd", settings,
+        voice=writer, dtype=torch.float32,
+    )  # fmt: skip
+    assert WINDOW % 2 == 0 and record.steps == 10
+    assert record.perplexity_after == record.checks[-1] > 1
 
 
 def test_a_killed_second_round_comes_to_the_same_bits(source, rng, tmp_path):
