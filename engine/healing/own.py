@@ -1,7 +1,7 @@
 """A second round, on what the healed model writes itself: it learns to leave its circles.
 
 Text of others teaches a model what comes next, and its own greedy text to go round in circles more
-than before: of the default model without five layers 73 % of it did, after this round 58 %, of the
+than before: of the default model without five layers 73 % of it did, after this round 60 %, of the
 whole model 52 to 57 % (benchmarks/results/heal.md). So the student writes, likeliest token by
 likeliest token, and the teacher is asked what it would have said there (Agarwal et al., arXiv
 2306.13649), but that a token which goes on in a circle is made e**PENALTY times less likely
@@ -26,7 +26,10 @@ PENALTY = 4.0  # nats
 LONGEST = 32  # period of a circle, in tokens
 LEAST = 8  # tokens that go round before it is one
 SHARE = 0.25  # of the first round's steps or minutes
-RATE = 0.5  # of its learning rate
+RATE, MOST_RATE = (
+    0.5,
+    5e-5,
+)  # of its learning rate, but no more: it would forget other kinds of text
 
 
 def circling(row: Sequence[int]) -> list[int]:
@@ -79,7 +82,7 @@ def second(settings: Settings) -> Settings:
         settings,
         steps=None if settings.steps is None else max(1, round(settings.steps * SHARE)),
         minutes=None if settings.minutes is None else settings.minutes * SHARE,
-        lr=settings.lr * RATE,
+        lr=min(settings.lr * RATE, MOST_RATE),
         patience=1 << 30,  # what it learns is not what the held-out text measures
     )
 

@@ -12,7 +12,7 @@ from engine.checkpoint import open_checkpoint
 from engine.evaluate.health import loops
 from engine.healing.data import Data
 from engine.healing.heal import heal
-from engine.healing.own import LEAST, LONGEST, PENALTY, avoiding, circling, mixed
+from engine.healing.own import LEAST, LONGEST, PENALTY, avoiding, circling, mixed, second
 from engine.healing.settings import Settings
 from engine.options import Options
 from engine.runtime.reference import ReferenceRuntime
@@ -72,6 +72,14 @@ def test_a_round_is_half_text_and_half_its_own(texts, own):
     times = order.bincount()
     for part in (times[:texts], times[texts:]):
         assert part.max() - part.min() <= 1
+
+
+@pytest.mark.parametrize(("lr", "expected"), [(3e-5, 1.5e-5), (1e-4, 5e-5), (3e-4, 5e-5)])
+def test_a_second_round_is_shorter_and_slower(lr, expected):
+    asked = second(replace(SETTINGS, lr=lr, steps=40))
+    assert asked.lr == pytest.approx(expected) and asked.steps == 10 and asked.minutes is None
+    asked = second(replace(SETTINGS, lr=lr, steps=None, minutes=20.0))
+    assert asked.steps is None and asked.minutes == 5
 
 
 def writer(path):
