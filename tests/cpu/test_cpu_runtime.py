@@ -80,8 +80,15 @@ def test_logits_of_every_family(pair, mode, cache_dtype):
     whole = reference.forward(ids, reference.new_cache(2), logits="all")
     prompt = runtime.forward(ids, runtime.new_cache(2), logits="all")
     assert_close("prompt", whole, prompt, bound)
-    # Of the same run: two tokens drawn afresh are too few to hold to a bound of the mean.
-    assert_close("last", prompt[:, -1:], runtime.forward(ids, runtime.new_cache(2)), bound)
+    # Prompts of several lengths: one token a row is too small a sample of what rounding costs.
+    starts = [ids[:, :length] for length in range(LENGTH - 7, LENGTH + 1)]
+    expected, last = (
+        torch.cat([each.forward(start, each.new_cache(2)) for start in starts], dim=1)
+        for each in (reference, runtime)
+    )
+    assert_close("last", expected, last, bound)
+    if mode == "exact" or runtime.isa != "amx":  # amx rounds 32 rows or more more finely
+        assert torch.equal(last[:, -1:], prompt[:, -1:])
     assert_close("steps", steps(reference, ids, 50), steps(runtime, ids, 50), bound)
 
 
@@ -233,9 +240,8 @@ def test_weight_bytes(llama):
     assert dropped.weight_bytes < runtime.weight_bytes
     reference = ReferenceRuntime.load(checkpoint, checkpoint.config.keep([0, 3]))
     expected = reference.forward(ids, reference.new_cache(2), logits="all")
-    assert_close(
-        "dropped", expected, dropped.forward(ids, dropped.new_cache(2), logits="all"), 3e-2
-    )
+    got = dropped.forward(ids, dropped.new_cache(2), logits="all")
+    assert_close("dropped", expected, got, 3e-2)
 
 
 def test_of_an_embedding_of_its_own_a_token_reads_a_row(tmp_path, monkeypatch):
