@@ -254,7 +254,7 @@ class Healing:
         return student.packed(), standing
 
     def _taught(self, student: Student, run: Path, cache: Path) -> Standing:
-        ask = partial(self._teacher(cache), logits=self._logits())
+        ask = partial(self._teacher(cache), logits=self._teacher_logits())
         with self.reporting(self._unit) as report:
             return distil(student, ask, self.data, self.settings, run, report)
 
@@ -262,7 +262,7 @@ class Healing:
         size = self.config.vocab_size
         return Teacher(self.data.windows, self.settings.top, size, cache, self.known)
 
-    def _logits(self) -> Logits:
+    def _teacher_logits(self) -> Logits:
         return self.spoken.logits if self.spoken else self._decoder()
 
     def _second(self, student: Student, start: Path, run: Path, cache: Path) -> Standing:
@@ -284,7 +284,7 @@ class Healing:
         order = mixed(texts, len(own))
         windows = torch.cat((self.data.windows[:, :width], own))
         data = Data(windows[order], self.data.held_out[:, :width])
-        logits = self._logits()
+        logits = self._teacher_logits()
         of_text = self._teacher(cache)
         of_own = Teacher(own, settings.top, self.config.vocab_size, place, name)
 

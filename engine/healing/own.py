@@ -26,10 +26,8 @@ PENALTY = 4.0  # nats
 LONGEST = 32  # period of a circle, in tokens
 LEAST = 8  # tokens that go round before it is one
 SHARE = 0.25  # of the first round's steps or minutes
-RATE, MOST_RATE = (
-    0.5,
-    5e-5,
-)  # of its learning rate, but no more: it would forget other kinds of text
+RATE = 0.5  # of its learning rate
+MOST_RATE = 5e-5  # more, and it forgets the kinds of text that it does not learn from
 
 
 def circling(row: Sequence[int]) -> list[int]:
@@ -59,7 +57,8 @@ def avoiding(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 def own_windows(
     data: Data, tokens: int, write: Write, directory: Path, *, name: str, seed: int, report: Report
 ) -> torch.Tensor:
-    """What the student writes, greedily: two texts of it a window, from beginnings of the text."""
+    """What the student writes, greedily, from beginnings of the text: (M, W) int64, W even, two of
+    its texts a window."""
     half = data.windows.shape[1] // 2
     rows = written(
         data.windows[:, :half], -(-tokens // (2 * half)) * 2 * half, None, write, directory,
