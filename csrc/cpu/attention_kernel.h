@@ -17,7 +17,10 @@ using std::int8_t;
 using std::uint8_t;
 
 constexpr int kRowGroup = 6;  // rows that meet a key or value while it is in registers
-constexpr int kAhead = 2;     // stripes that are fetched into L2 before they are read
+// Of fewer than these, four vectors of keys or values meet all in registers at once: of three rows
+// twelve sums, which two units that take four cycles each need eight of to be busy.
+constexpr int kNarrow = 4;
+constexpr int kAhead = 2;  // stripes that are fetched into L2 before they are read
 constexpr int64_t kPageStripes = kPage / kStripe;
 
 // Of fewer rows than a group, such as a decode's: attention at 1,024 tokens went from 758 to 640 us
@@ -73,33 +76,75 @@ private:
     int64_t stripe_ = 0;
 };
 
+// total (R, V) += row (R,) * vector (V,); the fewer of the two are held, the others pass by.
+template <int R, int V, class Row, class Vector>
+inline __attribute__((always_inline)) void add_products(F (&total)[R][V], const Row& row,
+                                                        const Vector& vector) {
+    F held[std::min(R, V)];
+    if constexpr (R < V) {
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) held[r] = row(r);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+            const F some = vector(v);
+#pragma GCC unroll 6
+            for (int r = 0; r < R; ++r) total[r][v] = Lanes::fma(held[r], some, total[r][v]);
+        }
+    } else {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) held[v] = vector(v);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+            const F some = row(r);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) total[r][v] = Lanes::fma(some, held[v], total[r][v]);
+        }
+    }
+}
+
+// scores (R, kPage) of V vectors of keys from position p on, which is a multiple of them.
+template <class T, int R, int V>
+inline void score_part(const T* keys, int64_t head_dim, const float* const* rows, int64_t p,
+                       const char* const* ahead, float* scores) {
+    constexpr int kVectors = kStripe / Lanes::count;  // of a stripe
+    constexpr int kStripes = (V - 1) / kVectors + 1;
+    const T* key = keys + p / kStripe * kStripe * head_dim + p % kStripe;
+    const char* fetched[kStripes];
+    for (int i = 0; i < kStripes; ++i) fetched[i] = ahead[p / kStripe + i];
+    F total[R][V];
+    for (auto& row : total)
+        for (F& vector : row) vector = Lanes::set(0);
+    for (int64_t e = 0; e < head_dim; ++e, key += kStripe) {
+        for (int i = 0; i < kStripes; ++i)
+            prefetch<R>(fetched[i] + e * kStripe * sizeof(T), kStripe * sizeof(T));
+        add_products<R, V>(
+            total, [&](int r) { return Lanes::set(rows[r][e]); },
+            [&](int v) {
+                const int64_t stripe = v / kVectors * kStripe * head_dim;
+                return Lanes::load(key + stripe + v % kVectors * Lanes::count);
+            });
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v)
+            Lanes::store(scores + r * kPage + p + v * Lanes::count, total[r][v]);
+}
+
 // scores (R, kPage) of the first `positions` keys, rounded up to two vectors. ahead: what to fetch
 // while each stripe is read.
 template <class T, int R>
 void score(const T* keys, int64_t head_dim, const float* const* rows, int64_t positions,
            const char* const* ahead, float* scores) {
-    static_assert(kStripe % (2 * Lanes::count) == 0, "two vectors lie in one stripe");
-    for (int64_t p = 0; p < positions; p += 2 * Lanes::count) {
-        const T* key = keys + p / kStripe * kStripe * head_dim + p % kStripe;
-        F total[R][2];
-        for (auto& pair : total) pair[0] = pair[1] = Lanes::set(0);
-        const char* fetched = ahead[p / kStripe];
-        for (int64_t e = 0; e < head_dim; ++e, key += kStripe, fetched += kStripe * sizeof(T)) {
-            prefetch<R>(fetched, kStripe * sizeof(T));
-            const F a = Lanes::load(key), b = Lanes::load(key + Lanes::count);
-#pragma GCC unroll 6
-            for (int r = 0; r < R; ++r) {
-                const F query = Lanes::set(rows[r][e]);
-                total[r][0] = Lanes::fma(query, a, total[r][0]);
-                total[r][1] = Lanes::fma(query, b, total[r][1]);
-            }
-        }
-#pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) {
-            Lanes::store(scores + r * kPage + p, total[r][0]);
-            Lanes::store(scores + r * kPage + p + Lanes::count, total[r][1]);
-        }
-    }
+    constexpr int64_t kTwo = 2 * Lanes::count;
+    static_assert(kStripe % kTwo == 0, "two vectors lie in one stripe");
+    // Two stripes at once are two streams, which fewer rows would wait for.
+    constexpr bool kFour = R < kNarrow && (2 * kTwo <= kStripe || R == kNarrow - 1);
+    int64_t p = 0;
+    if constexpr (kFour)
+        for (; p + kTwo < positions; p += 2 * kTwo)
+            score_part<T, R, 4>(keys, head_dim, rows, p, ahead, scores);
+    for (; p < positions; p += kTwo) score_part<T, R, 2>(keys, head_dim, rows, p, ahead, scores);
 }
 
 // sums (R, width) = factors * sums + shares (R, kPage) @ values, features from.. of W vectors.
@@ -118,15 +163,9 @@ inline void weigh_part(const T* values, int64_t width, int64_t positions, const 
     for (int64_t p = 0; p < positions; ++p, values += width) {
         prefetch<R>(ahead[p / kStripe] + (p % kStripe * width + from) * sizeof(T),
                     W * Lanes::count * sizeof(T));
-        F value[W];
-#pragma GCC unroll 4
-        for (int w = 0; w < W; ++w) value[w] = Lanes::load(values + w * Lanes::count);
-#pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) {
-            const F share = Lanes::set(shares[r * kPage + p]);
-#pragma GCC unroll 4
-            for (int w = 0; w < W; ++w) total[r][w] = Lanes::fma(share, value[w], total[r][w]);
-        }
+        add_products<R, W>(
+            total, [&](int r) { return Lanes::set(shares[r * kPage + p]); },
+            [&](int w) { return Lanes::load(values + w * Lanes::count); });
     }
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
@@ -137,12 +176,16 @@ inline void weigh_part(const T* values, int64_t width, int64_t positions, const 
 template <class T, int R>
 void weigh(const T* values, int64_t width, int64_t positions, const float* shares,
            const float* factors, const char* const* ahead, float* sums) {
-    constexpr int64_t kWide = Lanes::wide * Lanes::count;
+    constexpr int kMost = R < kNarrow ? std::max(Lanes::wide, 4) : Lanes::wide;
     int64_t from = 0;
-    for (; from + kWide <= width; from += kWide)
-        weigh_part<T, R, Lanes::wide>(values, width, positions, shares, factors, ahead, from, sums);
-    for (; from < width; from += Lanes::count)
-        weigh_part<T, R, 1>(values, width, positions, shares, factors, ahead, from, sums);
+    const auto columns = [&](auto vectors) {
+        for (constexpr int64_t some = vectors() * Lanes::count; from + some <= width; from += some)
+            weigh_part<T, R, vectors()>(values, width, positions, shares, factors, ahead, from,
+                                        sums);
+    };
+    columns(std::integral_constant<int, kMost>());
+    columns(std::integral_constant<int, 2>());
+    columns(std::integral_constant<int, 1>());
 }
 
 // call(std::integral_constant<int, R>, first row) for groups of R rows, R at most kRowGroup.
