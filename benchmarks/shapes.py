@@ -82,6 +82,7 @@ def write(name: str, directory: Path, layers: int | None = None) -> Path:
     text = load_text(source)
     kind = architecture(config)
     fields: dict[str, Any] = {"general.architecture": kind, "general.name": name}
+    fields["general.file_type"] = 2  # Q4_0; without it OpenVINO does not open a file
     fields |= {f"{kind}.{key}": value for key, value in model_fields(config).items()}
     fields |= to_gguf(text, config.vocab_size)
     found = list(places(name, layers))
