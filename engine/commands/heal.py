@@ -123,10 +123,20 @@ def heal(
         typer.Option(
             metavar="N",
             rich_help_panel=_TRAINING,
-            help="Tokens that the healed model writes, to learn from in a second round, a quarter "
-            "as long, at half the rate and at most 5e-5: its text goes round in circles less.",
+            help="Tokens that the healed model writes, to learn from once in a second round, at "
+            "most a quarter as long, at half the rate and at most 5e-5: its text goes round in "
+            "circles less.",
         ),
     ] = 0,
+    residual: Annotated[
+        float,
+        typer.Option(
+            metavar="WEIGHT",
+            rich_help_panel=_TRAINING,
+            help="Of distil: of the squared error of the residual stream at the end of every cut, "
+            "beside the logits' KL.",
+        ),
+    ] = 0.0,
     precision: Annotated[
         str,
         typer.Option(
@@ -183,6 +193,7 @@ def heal(
         adapter=adapter,
         written=written,
         own=own,
+        residual=residual,
         precision=precision,
     )
     check_backend(None, dtype)

@@ -10,6 +10,7 @@ import torch
 from engine.healing import state
 from engine.healing.data import Data, perplexity
 from engine.healing.settings import Settings
+from engine.healing.streams import Streams, strayed
 from engine.healing.student import Student
 from engine.healing.teacher import divergence
 
@@ -28,12 +29,14 @@ def distil(
     directory: Path,
     report: Report | None = None,
     keep_last: bool = False,
+    streams: Streams | None = None,
 ) -> state.Standing:
     """Trains `student` and leaves it with the weights of its best check, or of the last.
 
+    It learns what `taught` says, and the teacher's `streams`, weighed by `settings.residual`.
     `directory` holds what a killed run is taken up from, to the same bits where `steps` end it.
     """
-    training = Training(student, taught, data, settings, directory)
+    training = Training(student, taught, data, settings, directory, streams)
     standing = training.standing
     if not standing.checks:
         training.check()
@@ -97,9 +100,16 @@ class Training:
     """The student, its optimiser and where they stand."""
 
     def __init__(
-        self, student: Student, taught: Taught, data: Data, settings: Settings, directory: Path
+        self,
+        student: Student,
+        taught: Taught,
+        data: Data,
+        settings: Settings,
+        directory: Path,
+        streams: Streams | None = None,
     ) -> None:
         self.student, self.taught, self.data, self.settings = student, taught, data, settings
+        self.streams = streams
         self.file, self.best = directory / "training.safetensors", directory / "best.safetensors"
         weights = list(student.learning.values())
         self.optimiser = torch.optim.AdamW(weights, lr=settings.lr, weight_decay=0.0, fused=True)
@@ -139,7 +149,12 @@ class Training:
         expected, indices = (
             torch.stack(each).to(logits.device) for each in zip(*taught, strict=True)
         )
-        loss = divergence(logits, expected, indices) * (len(windows) / count)
+        loss = divergence(logits, expected, indices)
+        if self.streams is not None:
+            found = torch.stack(self.student.streams, 1)
+            wanted = torch.stack([self.streams(window) for window in windows]).to(found.device)
+            loss = loss + self.settings.residual * strayed(found, wanted)
+        loss = loss * (len(windows) / count)
         loss.backward()
         return float(loss.detach())
 

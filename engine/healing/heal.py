@@ -26,11 +26,13 @@ from engine.healing.place import RECORD, check_new, place_of
 from engine.healing.qlora import check_installed, qlora
 from engine.healing.replaced import Replaced
 from engine.healing.scales import ScaleStudent, check_packed
-from engine.healing.settings import TRAINED, Settings, check_model
+from engine.healing.settings import TRAINED, Settings, check_model, find_cuts
 from engine.healing.state import Standing, joined
+from engine.healing.streams import Streams
 from engine.healing.student import Student
 from engine.healing.teacher import Logits, Teacher
 from engine.healing.written import Write, written
+from engine.kernels.dtypes import dtype_of
 from engine.kernels.w4.format import Packed
 from engine.reference.cache import KVCache
 from engine.reference.decoder import Decoder, load_decoder
@@ -255,8 +257,16 @@ class Healing:
 
     def _taught(self, student: Student, run: Path, cache: Path) -> Standing:
         ask = partial(self._teacher(cache), logits=self._teacher_logits())
+        streams = self._streams(cache) if self.settings.residual else None
         with self.reporting(self._unit) as report:
-            return distil(student, ask, self.data, self.settings, run, report)
+            return distil(student, ask, self.data, self.settings, run, report, streams=streams)
+
+    def _streams(self, cache: Path) -> Streams:
+        ends = [cut.stop for cut in find_cuts(self.config)]
+        return Streams(
+            self.source, ends, self.data.windows, cache, self.known,
+            dtype=dtype_of(self.settings.precision), device=self.device,
+        )  # fmt: skip
 
     def _teacher(self, cache: Path) -> Teacher:
         size = self.config.vocab_size
@@ -268,7 +278,7 @@ class Healing:
     def _second(self, student: Student, start: Path, run: Path, cache: Path) -> Standing:
         """A round on what the student writes as it stands; how that went."""
         assert self.voice is not None, "text of its own needs a runtime"
-        settings, place = second(self.settings), run / "own"
+        place = run / "own"
         place.mkdir(exist_ok=True)
         base, weights = open_checkpoint(start), student.tensors()
         name, writer = digest(weights), place / "model"
@@ -278,10 +288,11 @@ class Healing:
         with self.reporting("tokens of its own") as report:
             own = own_windows(
                 self.data, self.settings.own, self.voice(writer), place,
-                name=name, seed=settings.seed, report=report,
+                name=name, seed=self.settings.seed, report=report,
             )  # fmt: skip
         texts, width = len(self.data.windows), own.shape[1]
         order = mixed(texts, len(own))
+        settings = second(self.settings, len(order))
         windows = torch.cat((self.data.windows[:, :width], own))
         data = Data(windows[order], self.data.held_out[:, :width])
         logits = self._teacher_logits()

@@ -25,7 +25,7 @@ from engine.options import Options
 PENALTY = 4.0  # nats
 LONGEST = 32  # period of a circle, in tokens
 LEAST = 8  # tokens that go round before it is one
-SHARE = 0.25  # of the first round's steps or minutes
+SHARE = 0.25  # of the first round's steps or minutes, at most
 RATE = 0.5  # of its learning rate
 MOST_RATE = 5e-5  # more, and it forgets the kinds of text that it does not learn from
 
@@ -68,20 +68,24 @@ def own_windows(
 
 
 def mixed(texts: int, own: int) -> torch.Tensor:
-    """Windows of a round, as indices into those of the text and the student's own behind them: as
-    many of each, whichever are fewer over and over. The text goes on, since of a few windows of it
-    alone the student forgets what it learnt of all."""
-    each = torch.arange(max(texts, own))
-    return torch.cat((each % texts, texts + each % own))
+    """Windows of a round, as indices into those of the text and the student's own behind them: each
+    of its own once, and as many of the text, spread over all of it: of a part of it alone the
+    student forgets what it learnt of the rest."""
+    each = torch.arange(own)
+    return torch.cat((each * texts // own, texts + each))
 
 
-def second(settings: Settings) -> Settings:
-    """What is asked of the second round."""
+def second(settings: Settings, windows: int) -> Settings:
+    """What is asked of the second round, which goes at most once through its `windows`: more takes
+    fewer circles away than it costs of all else."""
+    once = -(-windows // settings.batch)
+    asked = once if settings.steps is None else max(1, round(settings.steps * SHARE))
     return replace(
         settings,
-        steps=None if settings.steps is None else max(1, round(settings.steps * SHARE)),
+        steps=min(once, asked),
         minutes=None if settings.minutes is None else settings.minutes * SHARE,
         lr=min(settings.lr * RATE, MOST_RATE),
+        residual=0.0,  # it learns words, and the streams of its own text would have to be kept
         patience=1 << 30,  # what it learns is not what the held-out text measures
     )
 

@@ -40,6 +40,7 @@ class ScaleStudent(Student):
         device: torch.device | str,
     ) -> None:
         self.config, self.vocab_size = config, config.vocab_size
+        self.streams = []
         self.dtype = dtype_of(settings.precision)
         self.matrices: dict[str, LearningLinear] = {}
         model = assemble(checkpoint, config, self._linear, self._embedding, self.dtype)

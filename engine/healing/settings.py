@@ -44,6 +44,7 @@ class Settings:
     adapter: bool = False  # stays beside its 4-bit base
     written: int = 0  # tokens that the teacher writes, beside the text
     own: int = 0  # tokens that the healed model writes, for a second round
+    residual: float = 0.0  # weight of the streams' error at the end of the cuts (streams.py)
     precision: str = "auto"  # of the student's products: float32, bfloat16
 
     def __post_init__(self) -> None:
@@ -62,6 +63,10 @@ class Settings:
             raise InputError("own: text that the healed model writes is for distil of weights")
         if self.written and not self.trained:
             raise InputError("self: text that the teacher writes is for distil and qlora to learn")
+        if not 0 <= self.residual < float("inf"):
+            raise InputError(f"residual: expected a weight of at least 0, found {self.residual}")
+        if self.residual and self.methods[-1] != "distil":
+            raise InputError("residual: what the teacher's layers give is for distil to learn")
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -137,6 +142,7 @@ def check_model(settings: Settings, config: ModelConfig, has_teacher: bool) -> N
         raise InputError("train scales: expected --teacher, the model before it was quantized")
     if has_teacher:
         needs = patches or (["--train around"] if settings.train == "around" else [])
+        needs = needs or (["--residual"] if settings.residual else [])
         if cuts or needs:
             what = needs[0] if needs else "--drop"
             raise InputError(

@@ -29,6 +29,9 @@ class Student:
         """`config`: of the layers that `directory` holds, under their original numbers."""
         self.directory, self.vocab_size = directory, config.vocab_size
         self.model = _load(directory, dtype_of(settings.precision)).to(device)
+        self.streams: list[torch.Tensor] = []
+        if settings.residual:
+            self._watch(config)
         self.adapted = settings.train == "lora"
         if self.adapted:
             self.model = _adapt(self.model, config, settings)
@@ -42,8 +45,22 @@ class Student:
             for name, weight in self.own.items()
         }
 
+    def _watch(self, config: ModelConfig) -> None:
+        """Keeps in `streams` what comes to the end of every cut, (B, W, D), of the last call."""
+        norm = FAMILIES[config.family].final_norm
+        layers = self.model.get_submodule(norm.rpartition(".")[0]).layers
+
+        def enters(module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            self.streams.append(given[0] if given else named["hidden_states"])
+
+        for cut in find_cuts(config):
+            slot = sum(entry.layer < cut.start for entry in config.layers)
+            module = layers[slot] if slot < len(layers) else self.model.get_submodule(norm)
+            module.register_forward_pre_hook(enters, with_kwargs=True)
+
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens (B, W) -> (B, W, V)."""
+        self.streams.clear()
         device = next(iter(self.own.values())).device
         found: torch.Tensor = self.model(tokens.to(device), use_cache=False).logits
         return found

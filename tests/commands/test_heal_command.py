@@ -147,6 +147,12 @@ def test_text_of_its_own(tree, tmp_path):
         ("self: text that the teacher", ("--drop", 2, "--method", "linear", "--self", 9)),
         ("own: expected at least 0 tokens, found -1", ("--drop", 2, "--own", -1)),
         ("own: text that the healed model", ("--drop", 2, "--method", "linear", "--own", 9)),
+        ("residual: expected a weight of at least 0", ("--drop", 2, "--residual", -1)),
+        ("residual: expected a weight of at least 0", ("--drop", 2, "--residual", "inf")),
+        (
+            "residual: what the teacher's layers give",
+            ("--drop", 2, "--method", "linear", "--residual", 1),
+        ),
         ("precision: expected one of auto,", ("--drop", 2, "--precision", "int3")),
         ("excludes scale", ("--method", "linear,scale")),
         (

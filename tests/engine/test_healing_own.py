@@ -63,23 +63,30 @@ def test_the_teacher_lowers_what_goes_on_in_a_circle(rng):
     assert torch.allclose((logits - found)[0, at, tokens[0, at + 1]], torch.tensor(PENALTY))
 
 
-@pytest.mark.parametrize(("texts", "own"), [(1, 1), (7, 3), (3, 7), (8, 4)])
+@pytest.mark.parametrize(("texts", "own"), [(1, 1), (7, 3), (3, 7), (8, 4), (1801, 59)])
 def test_a_round_is_half_text_and_half_its_own(texts, own):
+    """All of its own once, and text from everywhere as often."""
     order = mixed(texts, own)
     of_text = order[order < texts]
-    assert len(order) == 2 * len(of_text) == 2 * max(texts, own)
-    assert order.unique().tolist() == list(range(texts + own))
-    times = order.bincount()
-    for part in (times[:texts], times[texts:]):
-        assert part.max() - part.min() <= 1
+    assert order[own:].tolist() == list(range(texts, texts + own)) and len(of_text) == own
+    gaps = of_text.diff(prepend=torch.tensor([-1]), append=torch.tensor([texts]))
+    assert len(of_text.unique()) == min(texts, own)
+    assert gaps.max() <= -(-texts // own) + 1
 
 
 @pytest.mark.parametrize(("lr", "expected"), [(3e-5, 1.5e-5), (1e-4, 5e-5), (3e-4, 5e-5)])
 def test_a_second_round_is_shorter_and_slower(lr, expected):
-    asked = second(replace(SETTINGS, lr=lr, steps=40))
+    asked = second(replace(SETTINGS, lr=lr, steps=40), 1000)
     assert asked.lr == pytest.approx(expected) and asked.steps == 10 and asked.minutes is None
-    asked = second(replace(SETTINGS, lr=lr, steps=None, minutes=20.0))
-    assert asked.steps is None and asked.minutes == 5
+    asked = second(replace(SETTINGS, lr=lr, steps=None, minutes=20.0), 1000)
+    assert asked.steps == 250 and asked.minutes == 5
+
+
+@pytest.mark.parametrize(("windows", "batch", "steps"), [(118, 4, 30), (7, 1, 7), (2, 4, 1)])
+def test_a_second_round_goes_once_through_its_windows(windows, batch, steps):
+    settings = replace(SETTINGS, steps=1000, batch_tokens=batch * WINDOW)
+    assert second(settings, windows).steps == steps
+    assert second(replace(settings, steps=8), windows).steps == min(2, steps)
 
 
 def writer(path):
