@@ -46,6 +46,8 @@ SHALLOW_INLINE void add_to_codes(const TileView& w, const uint8_t* block, const 
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) add(i, x.q, x.scales);
     const float* const scales = x.scales + x.plane;
+    if constexpr (R > 1)
+        if (all_zero<R>(scales)) return;
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
         if (scales[i] > 0) add(i, x.q + x.plane * kBlock, scales);
@@ -120,6 +122,7 @@ void int8_rows(const TileView& w, const Int8Input& x, const Output& y, const Pla
     const int8_t* q = x.q + (at.panel * w.blocks * x.panel + at.first) * kBlock;
     const float* scales = x.scales + at.panel * w.blocks * x.panel + at.first;
     const float* sums = x.sums + at.panel * w.groups * x.panel + at.first;
+    if constexpr (R > 1) fetch<R>(y, at);
     TileSums<V, C, R, Split> first(w, at.tile, at.ahead);
     TileSums<V, C, R, Split> second(w, at.tile + (kPair ? at.apart : 0), at.ahead);
     const auto walk = [&](auto pair) {

@@ -49,17 +49,21 @@ SHALLOW_INLINE void meet(const TileView& w, const Meeting& at, float* total) {
     V::template dots<C, First, Last>(w, at.block, at.q + 16 * First, dots);
     wait();
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i)
+    for (int i = 0; i < N; ++i) {
+        const auto scale = V::set(at.scales[i]);
+        typename V::F sums[Begin + 1];
+        for (int group = 0; group < Begin; ++group)
+            sums[group] = V::set(at.sums[group * at.panel + i]);
 #pragma GCC unroll 2
         for (int p = 0; p < kParts<V>; ++p) {
             float* const sum = total + i * kTileRows + p * V::lanes;
             auto value = V::load(sum, ScaleType::float32);
             for (int group = 0; group < Begin; ++group)
-                value =
-                    V::fma(param(2 * group + 1, p), V::set(at.sums[group * at.panel + i]), value);
-            value = V::fma(dots[p][i], V::mul(param(0, p), V::set(at.scales[i])), value);
+                value = V::fma(param(2 * group + 1, p), sums[group], value);
+            value = V::fma(dots[p][i], V::mul(param(0, p), scale), value);
             V::store_all(sum, value);
         }
+    }
     wait();
 }
 
@@ -69,10 +73,11 @@ template <class V, Codes C, int First, int Last, int R, int Begin>
 SHALLOW_INLINE void meet_planes(const TileView& w, Meeting at, int64_t plane, float* total) {
     meet<V, C, First, Last, R, Begin>(w, at, total);
     at.scales += plane;
+    if (all_zero<R>(at.scales)) return;
     int fine = 0, last = 0;
     for (int i = 0; i < R; ++i)
         if (at.scales[i] > 0) ++fine, last = i;
-    if (fine == 0) return;
+    if (fine == 0) return;  // NaN alone
     at.q += plane * kBlock;
     if (fine > 1) return meet<V, C, First, Last, R, 0>(w, at, total);
     at.q += last * kBlock;
@@ -85,6 +90,7 @@ template <class V, Codes C, int R, bool Split>
 void passing_rows(const TileView& w, const Int8Input& x, const Output& y, const Place& at) {
     alignas(64) float total[R * kTileRows] = {};
     const int64_t panel = x.panel, plane = x.plane, first = at.panel * w.blocks * panel + at.first;
+    fetch<R>(y, at);
     const bool fetches = at.panel == 0 && at.first == 0;  // else others have
     Meeting here{w.data + at.tile * w.tile_bytes,
                  x.q + first * kBlock,
