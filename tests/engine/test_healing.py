@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from support import tiny
 from support.close import assert_close
-from support.healing import WINDOW, draw, killing, kl, logits, shortened
+from support.healing import WINDOW, draw, kl, logits, same_after_a_kill, shortened
 from tokenizers import processors
 
 from engine.api import load
@@ -143,14 +143,7 @@ def test_a_killed_run_comes_to_the_same_bits(source, rng, tmp_path):
     checkpoint = source("llama")
     config, data = shortened(checkpoint), draw(checkpoint, rng)
     settings = replace(SETTINGS, methods=("linear", "distil"))
-    straight = heal(checkpoint, config, data, tmp_path / "a", settings, dtype=torch.float32)
-    with pytest.raises(KeyboardInterrupt):
-        heal(checkpoint, config, data, tmp_path / "b", settings, reporting=killing)
-    assert not (tmp_path / "b").exists()
-    resumed = heal(checkpoint, config, data, tmp_path / "b", settings, dtype=torch.float32)
-    assert resumed.losses == straight.losses and resumed.checks == straight.checks
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    straight = same_after_a_kill(checkpoint, config, data, tmp_path, settings)
     other = heal(checkpoint, config, data, tmp_path / "c", replace(settings, seed=1))
     assert other.losses != straight.losses
 

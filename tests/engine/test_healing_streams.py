@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from support.close import assert_close
-from support.healing import WINDOW, draw, killing, logits, shortened
+from support.healing import WINDOW, draw, logits, same_after_a_kill, shortened
 
 from engine.checkpoint import open_checkpoint
 from engine.errors import InputError
@@ -122,13 +121,7 @@ def test_a_killed_run_comes_to_the_same_bits(source, rng, tmp_path):
     checkpoint = source("llama")
     config, data = shortened(checkpoint), draw(checkpoint, rng)
     settings = replace(SETTINGS, methods=("linear", "distil"))
-    straight = heal(checkpoint, config, data, tmp_path / "a", settings, dtype=torch.float32)
-    with pytest.raises(KeyboardInterrupt):
-        heal(checkpoint, config, data, tmp_path / "b", settings, reporting=killing)
-    resumed = heal(checkpoint, config, data, tmp_path / "b", settings, dtype=torch.float32)
-    assert resumed.losses == straight.losses and resumed.checks == straight.checks
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    straight = same_after_a_kill(checkpoint, config, data, tmp_path, settings)
     without = heal(checkpoint, config, data, tmp_path / "c", replace(settings, residual=0.0))
     assert without.losses[0] < straight.losses[0]
 

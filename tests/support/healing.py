@@ -2,10 +2,13 @@
 
 from contextlib import contextmanager
 
+import pytest
 import torch
+from safetensors.torch import load_file
 from support import tiny
 
 from engine.healing.data import Data
+from engine.healing.heal import heal
 from engine.reference.cache import KVCache
 from engine.reference.decoder import load_decoder
 
@@ -49,3 +52,17 @@ def killing(label):
             raise KeyboardInterrupt
 
     yield report
+
+
+def same_after_a_kill(checkpoint, config, data, directory, settings):
+    """The record of a run that nothing stopped; one that is killed and goes on gives its bits."""
+    given = {"dtype": torch.float32}
+    straight = heal(checkpoint, config, data, directory / "a", settings, **given)
+    with pytest.raises(KeyboardInterrupt):
+        heal(checkpoint, config, data, directory / "b", settings, reporting=killing)
+    assert not (directory / "b").exists()
+    resumed = heal(checkpoint, config, data, directory / "b", settings, **given)
+    assert resumed.losses == straight.losses and resumed.checks == straight.checks
+    first, second = (load_file(directory / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    return straight
