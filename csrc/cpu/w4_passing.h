@@ -67,13 +67,11 @@ SHALLOW_INLINE void meet(const TileView& w, const Meeting& at, float* total) {
     wait();
 }
 
-// Both planes of R rows. Where two rows have a second one all are taken together, those without by a
-// scale of zero: alone one takes three quarters of the time of four.
-template <class V, Codes C, int First, int Last, int R, int Begin>
-SHALLOW_INLINE void meet_planes(const TileView& w, Meeting at, int64_t plane, float* total) {
-    meet<V, C, First, Last, R, Begin>(w, at, total);
+// The second plane of R rows. Where two have one all are taken together, those without by a scale of
+// zero: alone one takes three quarters of the time of four.
+template <class V, Codes C, int First, int Last, int R>
+SHALLOW_INLINE void meet_second(const TileView& w, Meeting at, int64_t plane, float* total) {
     at.scales += plane;
-    if (all_zero<R>(at.scales)) return;
     int fine = 0, last = 0;
     for (int i = 0; i < R; ++i)
         if (at.scales[i] > 0) ++fine, last = i;
@@ -83,6 +81,24 @@ SHALLOW_INLINE void meet_planes(const TileView& w, Meeting at, int64_t plane, fl
     at.q += last * kBlock;
     at.scales += last;
     meet<V, C, First, Last, 1, 0>(w, at, total + last * kTileRows);
+}
+
+// Out of line for halves of blocks of nibbles, whose products else take a third longer; in line for the
+// others, which are 5-12 % faster by that.
+template <class V, Codes C, int First, int R>
+__attribute__((noinline)) void meet_second_of_half(const TileView& w, Meeting at, int64_t plane,
+                                                   float* total) {
+    meet_second<V, C, First, First + 1, R>(w, at, plane, total);
+}
+
+template <class V, Codes C, int First, int Last, int R, int Begin>
+SHALLOW_INLINE void meet_planes(const TileView& w, const Meeting& at, int64_t plane, float* total) {
+    meet<V, C, First, Last, R, Begin>(w, at, total);
+    if (all_zero<R>(at.scales + plane)) return;
+    if constexpr (Last - First == 1 && C == Codes::nibble)
+        meet_second_of_half<V, C, First, R>(w, at, plane, total);
+    else
+        meet_second<V, C, First, Last, R>(w, at, plane, total);
 }
 
 // R rows of x. Split: group 16, two groups a block.
