@@ -77,8 +77,9 @@ def quantize(
         int | None, typer.Option(rich_help_panel=_CALIBRATION, help=f"Default: up to {SAMPLES}.")
     ] = None,
     length: Annotated[
-        int, typer.Option(rich_help_panel=_CALIBRATION, help="Tokens a sample.")
-    ] = LENGTH,
+        int | None,
+        typer.Option(rich_help_panel=_CALIBRATION, help=f"Tokens a sample.  [default: {LENGTH}]"),
+    ] = None,
     threads: common.Threads = None,
 ) -> None:
     """Quantize a model a layer at a time; a killed run goes on where it was."""
@@ -100,17 +101,21 @@ def quantize(
     common.set_threads(threads)
     if not asked and is_quantized(checkpoint):
         recipe = as_recipe({"method": "keep"})
+    calibration = {"text": text, "samples": samples, "length": length}
     tokens: list[list[int]] = []
     if recipe.method == "gptq":
         tokens, _ = read_samples(
             text,
             load_text(path),
-            length,
+            LENGTH if length is None else length,
             count=samples,
             most=SAMPLES,
             column=column,
             built_in=mixed_text,
         )
+    elif given_for := [name for name, value in calibration.items() if value is not None]:
+        anew = "; --method gptq quantizes anew" if recipe.method == "keep" else ""
+        raise InputError(f"{given_for[0]}: calibrates gptq, not {recipe.method}{anew}")
     with output.progress("files") as progress:
         entries = pack(
             checkpoint,

@@ -83,7 +83,7 @@ def shrink(
         int, typer.Option(metavar="N", help="As of heal; 0: without its second round.")
     ] = OWN,
     rule: Annotated[str, typer.Option(help="As of plan.")] = "greedy",
-    windows: Annotated[int, typer.Option(help="As of plan.")] = 8,
+    windows: Annotated[int, typer.Option(min=1, help="As of plan.")] = 8,
     window: Annotated[int, typer.Option(help="Tokens of a window of text.")] = 512,
     judge_text: Annotated[
         list[Path] | None,
@@ -118,8 +118,13 @@ def shrink(
                 f"heals on the built-in text and {written:,} tokens that {model} writes; more text "
                 "(--text) heals more"
             )
-        with output.joint("shrink") as bar:
-            run.all(bar)
+        try:
+            with output.joint("shrink") as bar:
+                run.all(bar)
+        except InputError:
+            if not any(stage.artefact.exists() for stage in run.stages):
+                run.clear()
+            raise
     run.clear()
     show(out)
 
@@ -176,19 +181,26 @@ class Run:
         from engine.commands.quantize import as_recipe
         from engine.healing.settings import Settings
         from engine.pruning.plan import check_count, default_protection
+        from engine.text import load_text
         from engine.text.questions import read_questions
+        from engine.text.samples import read_samples
 
         asked = self.asked
         as_recipe({"bits": asked.bits})
         if asked.rule not in RULES or asked.rule == "manual":
             known = ", ".join(RULES[:-1])
             raise InputError(f"rule: expected one of {known}, found {asked.rule!r}")
-        Settings(("distil",), **self.heal_options("weights"))
+        options = self.heal_options("weights")
+        if asked.minutes is not None:  # all of them, which the user knows
+            options["minutes"] = asked.minutes
+        Settings(("distil",), **options)
         total = self.config.total_layers
         if asked.drop.isdecimal():
             check_count(total, int(asked.drop), default_protection(total))
         else:
             self.config.keep(_kept(total, asked.drop))
+        for source in asked.text:
+            read_samples(source, load_text(self.path), 2, most=1)
         read_texts(list(asked.judge_text))
         if asked.choices is not None:
             list(read_questions(asked.choices))

@@ -71,7 +71,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 said = name.removeprefix("qlora_")
-                raise InputError(f"{said}: expected more than 0, found {value}")
+                wanted = "a finite number" if value == float("inf") else "more than 0"
+                raise InputError(f"{said}: expected {wanted}, found {value}")
         if self.window < 2:
             raise InputError(f"window: expected at least 2 tokens, found {self.window}")
         if self.trained and self.steps is None and self.minutes is None:

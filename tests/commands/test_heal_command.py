@@ -127,6 +127,7 @@ def test_text_of_its_own(tree, tmp_path):
     [
         ("lr: expected more than 0, found -1.0", ("--drop", 2, "--lr", -1)),
         ("lr: expected more than 0, found nan", ("--drop", 2, "--lr", "nan")),
+        ("lr: expected a finite number, found inf", ("--drop", 2, "--lr", "inf")),
         ("steps: expected more than 0, found 0", ("--drop", 2, "--steps", 0)),
         (
             "method: expected some of linear, scale, qlora, distil, found 'magic'",

@@ -198,6 +198,8 @@ def test_places_and_texts_that_are_refused(model, tmp_path):
         quantize(model, tmp_path / "out", "--text", tmp_path / "text.txt")
     with pytest.raises(InputError, match="length: 300 tokens exceed the context of 256"):
         quantize(model, tmp_path / "out", "--length", "300", "--samples", "2")
+    with pytest.raises(InputError, match="samples: calibrates gptq, not rtn"):
+        quantize(model, tmp_path / "out", "--method", "rtn", "--samples", "2")
 
 
 def test_one_line_and_exit_code_2(model, tmp_path):

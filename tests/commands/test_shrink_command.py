@@ -79,6 +79,7 @@ def test_a_finished_run_is_found_and_settings_tell_runs_apart(tree, tmp_path, mo
 
 
 def test_refusals(tree, tmp_path):
+    (tmp_path / "empty.txt").touch()
     for sentence, options in [
         ("count: expected 1 to 5 of 6 layers, found 6", ("--drop", 6)),
         ("count: 4 of 6 layers cannot go", ("--drop", 4)),
@@ -86,11 +87,14 @@ def test_refusals(tree, tmp_path):
         ("rule: expected one of similarity", ("--rule", "best")),
         ("bits", ("--bits", 3)),
         ("steps: expected more than 0, found 0", ("--steps", 0)),
+        ("minutes: expected more than 0, found -2.0", ("--minutes", -2)),
+        ("Invalid value for '--windows'", ("--windows", 0)),
         ("self: expected at least 0 tokens", ("--self", -1)),
         ("absent.txt: expected a text file, found none", ("--text", "absent.txt")),
+        ("empty.txt: expected text, found an empty file", ("--text", tmp_path / "empty.txt")),
         ("absent.txt: expected a text file, found none", ("--judge-text", "absent.txt")),
         ("absent.jsonl", ("--choices", "absent.jsonl")),
     ]:
         refused(sentence, *arguments(tree, tmp_path / "small", *options))
     refused("there is no directory", *arguments(tree, tmp_path / "no" / "small"))
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
