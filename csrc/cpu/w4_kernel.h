@@ -241,6 +241,15 @@ struct Int8Run {
     void rows(int64_t first) const {
         Place here = at;
         here.first = first;
+        for (int64_t i = 0; i < at.together; ++i) {
+            here.tile = at.tile + i;
+            here.column = at.column + i * kTileRows;
+            here.params = at.params + i * 2 * kTileRows * w.groups;
+            meet<R>(here);
+        }
+    }
+    template <int R>
+    SHALLOW_INLINE void meet(const Place& here) const {
         if constexpr (R > 1 && !V::keeps_codes) {
             if (w.group_blocks)
                 passing_rows<V, C, R, false>(w, x, y, here);
@@ -275,48 +284,52 @@ struct FloatRun {
     }
 };
 
-template <class V, template <class, Codes> class Run, Codes C, class Input>
-void panels(const TileView& w, const Input& x, const Output& y, int64_t tile, int64_t column,
-            int64_t n, int64_t apart = 0, int64_t ahead = kAhead, const float* params = nullptr) {
+inline Place place_of(const TileView& w, int64_t tile) {
     Place at{};
-    at.params = params;
     at.tile = tile;
-    at.column = column;
-    at.n = n;
-    at.apart = apart;
-    at.ahead = ahead;
+    at.column = tile * kTileRows;
+    at.n = w.n;
+    return at;
+}
+
+// All rows of x meet the tile, or the tiles, at this place.
+template <class V, template <class, Codes> class Run, Codes C, class Input>
+void panels(const TileView& w, const Input& x, const Output& y, Place at) {
     for (int64_t left = x.m; left > 0; ++at.panel, left -= kPanelRows)
         in_steps<Run<V, C>::most>(0, left < kPanelRows ? left : kPanelRows, Run<V, C>{w, x, y, at});
 }
 
-// Writes one tile as an unpacked matrix of its own.
+// Writes the tiles from `first` on as an unpacked matrix of their own.
 template <class V, Codes C>
-TileView unpack_tile(const TileView& w, int64_t tile, uint8_t* scratch) {
-    TileView one = w;
-    one.data = scratch;
-    one.kind = Codes::unpacked;
-    one.block_bytes = kBlock * kTileRows;
-    one.record_bytes = 2 * kTileRows * static_cast<int64_t>(sizeof(float));
-    one.tiles = 1;
-    one.set_runs();
-
-    Stream<V, C> stream(w, tile);
-    for (int64_t b = 0; b < w.blocks; ++b) {
-        const int64_t group = w.group_blocks ? b / w.group_blocks : 2 * b;
-        if (!w.group_blocks || b % w.group_blocks == 0)
-            for (int half = 0; half < (w.group_blocks ? 1 : 2); ++half) {
-                typename V::F scale[kParts<V>], min[kParts<V>];
-                stream.next8(scale, min);
-                auto* const out =
-                    reinterpret_cast<float*>(const_cast<uint8_t*>(one.record(0, group + half)));
-                for (int p = 0; p < kParts<V>; ++p) {
-                    V::store_all(out + p * V::lanes, scale[p]);
-                    V::store_all(out + kTileRows + p * V::lanes, min[p]);
+TileView unpack_tiles(const TileView& w, int64_t first, int64_t count, uint8_t* scratch) {
+    TileView own = w;
+    own.data = scratch;
+    own.kind = Codes::unpacked;
+    own.block_bytes = kBlock * kTileRows;
+    own.record_bytes = 2 * kTileRows * static_cast<int64_t>(sizeof(float));
+    own.tiles = count;
+    own.set_runs();
+    const auto record = [&](int64_t tile, int64_t group) {
+        return reinterpret_cast<float*>(const_cast<uint8_t*>(own.record(tile, group)));
+    };
+    for (int64_t tile = 0; tile < count; ++tile) {
+        Stream<V, C> stream(w, first + tile);
+        for (int64_t b = 0; b < w.blocks; ++b) {
+            const int64_t group = w.group_blocks ? b / w.group_blocks : 2 * b;
+            if (!w.group_blocks || b % w.group_blocks == 0)
+                for (int half = 0; half < (w.group_blocks ? 1 : 2); ++half) {
+                    typename V::F scale[kParts<V>], min[kParts<V>];
+                    stream.next8(scale, min);
+                    float* const out = record(tile, group + half);
+                    for (int p = 0; p < kParts<V>; ++p) {
+                        V::store_all(out + p * V::lanes, scale[p]);
+                        V::store_all(out + kTileRows + p * V::lanes, min[p]);
+                    }
                 }
-            }
-        V::template unpack<C>(w, stream.block(), const_cast<uint8_t*>(one.block(0, b)));
+            V::template unpack<C>(w, stream.block(), const_cast<uint8_t*>(own.block(tile, b)));
+        }
     }
-    return one;
+    return own;
 }
 
 template <class V, Codes C>
@@ -325,22 +338,35 @@ void int8_tiles_of(const TileView& w, const Int8Input& x, const Output& y, int64
     if (x.m == 1) {
         const int64_t half = (end - begin) / 2;
         const int64_t ahead = half * w.tile_bytes < kLong ? kAhead : bytes_ahead();
-        for (int64_t tile = begin; tile < begin + half; ++tile)
-            panels<V, Int8Run, C>(w, x, y, tile, tile * kTileRows, w.n, half, ahead);
+        for (int64_t tile = begin; tile < begin + half; ++tile) {
+            Place at = place_of(w, tile);
+            at.apart = half;
+            at.ahead = ahead;
+            panels<V, Int8Run, C>(w, x, y, at);
+        }
         begin += 2 * half;
     }
+    const int64_t most = x.m < kManyRows ? 1 : tiles_together(w);
     auto* const params = reinterpret_cast<float*>(scratch);
-    for (int64_t tile = begin; tile < end; ++tile) {
+    for (int64_t tile = begin, some; tile < end; tile += some) {
+        some = std::min(most, end - tile);
+        Place at = place_of(w, tile);
+        at.together = some;
         if constexpr (V::unpacks) {
             if (x.m >= kManyRows) {
-                const TileView one = unpack_tile<V, C>(w, tile, scratch);
-                panels<V, Int8Run, Codes::unpacked>(one, x, y, 0, tile * kTileRows, w.n);
+                at.tile = 0;
+                const TileView own = unpack_tiles<V, C>(w, tile, some, scratch);
+                panels<V, Int8Run, Codes::unpacked>(own, x, y, at);
                 continue;
             }
         }
-        if constexpr (!V::keeps_codes)
-            if (x.m > 1) widen_params<V, C>(w, tile, params);
-        panels<V, Int8Run, C>(w, x, y, tile, tile * kTileRows, w.n, 0, kAhead, params);
+        if constexpr (!V::keeps_codes) {
+            at.params = params;
+            if (x.m > 1)
+                for (int64_t i = 0; i < some; ++i)
+                    widen_params<V, C>(w, tile + i, params + i * 2 * kTileRows * w.groups);
+        }
+        panels<V, Int8Run, C>(w, x, y, at);
     }
 }
 
@@ -358,7 +384,7 @@ template <class V, Codes C>
 void float_tiles_of(const TileView& w, const FloatInput& x, const Output& y, int64_t begin,
                     int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile)
-        panels<V, FloatRun, C>(w, x, y, tile, tile * kTileRows, w.n);
+        panels<V, FloatRun, C>(w, x, y, place_of(w, tile));
 }
 
 template <class V>

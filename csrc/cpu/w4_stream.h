@@ -117,6 +117,7 @@ struct Place {
     int64_t apart = 0;     // where a second tile is to be met along with it, so many tiles on
     int64_t ahead = kAhead;
     const float* params = nullptr;  // the tile's, as widen_params() leaves them
+    int64_t together = 1;           // tiles one after the other, their params too
 };
 
 // Fetches where write() will write: the lines of a prefill's outputs have left every cache, and each

@@ -98,6 +98,14 @@ void claims() {
                 assert(share >= 1 && (m >= kManyRows || share * threads >= tiles));
                 assert((row.scratch_bytes(w, share) > 0) == (m > 1));
             }
+    for (const std::int64_t k : {32, 576, 8192, 65536, 1 << 20}) {
+        const TileView wide = view(Codes::nibble, k, 32);
+        const std::int64_t some = tiles_together(wide);
+        assert(some == 4 || (some >= 1 && k > 8192));
+        const Form many(wide, Path::int8, kManyRows, true), few(wide, Path::int8, 2, true);
+        assert(many.scratch_bytes(wide, 1) >= some * k * kTileRows);  // of unpacked codes
+        assert(few.scratch_bytes(wide, 1) < k * kTileRows);
+    }
     assert(rows_within(1, 1 << 20) == 64 && rows_within(1 << 30, 1) == 512);
     assert(rows_within(100 * 4096, 4096) == 96);
 }
