@@ -60,6 +60,11 @@ def distil(
     return standing
 
 
+def unit(settings: Settings) -> str:
+    """What `extent` counts."""
+    return "seconds" if settings.steps is None else "steps"
+
+
 def extent(standing: state.Standing, settings: Settings) -> tuple[int, int]:
     """(steps done, in all), or seconds where only the minutes are limited."""
     if settings.steps is not None:

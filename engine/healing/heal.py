@@ -19,7 +19,7 @@ from engine.errors import InputError
 from engine.export import hf, packed
 from engine.healing import adapters, processes
 from engine.healing.data import Data, perplexity
-from engine.healing.distil import distil
+from engine.healing.distil import distil, unit
 from engine.healing.own import avoiding, digest, mixed, own_windows, second
 from engine.healing.patch import patch
 from engine.healing.place import RECORD, check_new, place_of
@@ -178,7 +178,7 @@ class Healing:
             if not base.exists():
                 pack(checkpoint, config, base)
             processes.wait(self.device)
-            with self.reporting(self._unit) as report:
+            with self.reporting(unit(self.settings)) as report:
                 standing, pairs = qlora(base, self.data, self.settings, run, self.device, report)
             if self.settings.adapter:
                 checkpoint = AdaptedCheckpoint(open_checkpoint(base), pairs, 1.0)
@@ -258,7 +258,7 @@ class Healing:
     def _taught(self, student: Student, run: Path, cache: Path) -> Standing:
         ask = partial(self._teacher(cache), logits=self._teacher_logits())
         streams = self._streams(cache) if self.settings.residual else None
-        with self.reporting(self._unit) as report:
+        with self.reporting(unit(self.settings)) as report:
             return distil(student, ask, self.data, self.settings, run, report, streams=streams)
 
     def _streams(self, cache: Path) -> Streams:
@@ -306,14 +306,9 @@ class Healing:
                 return values[:width], indices[:width]
             return of_own(at - texts, lambda tokens: avoiding(logits(tokens), tokens))
 
-        with self.reporting(self._unit) as report:
+        with self.reporting(unit(settings)) as report:
             found = distil(student, ask, data, settings, place, report, keep_last=True)
         return replace(found, best=found.checks[-1], best_step=found.step)
-
-    @property
-    def _unit(self) -> str:
-        """Of a training's progress."""
-        return "seconds" if self.settings.steps is None else "steps"
 
     def _decoder(self) -> Logits:
         return partial(_logits, load_decoder(self.source, self.source.config, self.device))
