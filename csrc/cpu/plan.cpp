@@ -7,7 +7,7 @@ namespace {
 
 constexpr std::int64_t kThreadBytes = 32 << 10;  // of weights for each thread, by four rows of x
 constexpr std::int64_t kCacheBytes = 1 << 20;    // of L2 for the activations that all tiles meet
-constexpr std::int64_t kTilesBytes = 640 << 10;  // of L2 for tiles, as if they were unpacked
+constexpr std::int64_t kTilesBytes = 512 << 10;  // of L2 for tiles that rows meet together
 constexpr std::int64_t kMostTogether = 4;        // more was slower (benchmarks/results/decoder.md)
 constexpr std::int64_t kSumsBytes = 512 << 10;   // of L2 for sums that wait for the next columns
 constexpr std::int64_t kLeastRows = 64, kMostRows = 512;  // at once
@@ -21,10 +21,8 @@ std::int64_t bfloat_scratch_bytes(std::int64_t rows, std::int64_t tiles) {
     return 2 * kSliceBlocks * kBlock * kTileRows * 2 + pairs * 4 * kPanelRows * kTileRows * 4;
 }
 
-std::int64_t params_bytes(const TileView& w) { return w.groups * 2 * 4 * kTileRows; }
-
-std::int64_t unpacked_bytes(const TileView& w) {  // of a tile
-    return line_up(w.blocks * kBlock * kTileRows + params_bytes(w));
+std::int64_t params_bytes(const TileView& w) {  // of a tile's, as floats
+    return line_up(w.groups * 2 * 4 * kTileRows);
 }
 
 template <class T>
@@ -37,7 +35,8 @@ void gather_as(const Rows& x, const std::int32_t* perm, T* to) {
 }  // namespace
 
 std::int64_t tiles_together(const TileView& w) {
-    return std::clamp<std::int64_t>(kTilesBytes / unpacked_bytes(w), 1, kMostTogether);
+    return std::clamp<std::int64_t>(kTilesBytes / (w.tile_bytes + params_bytes(w)), 1,
+                                    kMostTogether);
 }
 
 Path choose_path(const TileView& w, std::int64_t m, Mode mode, const Kernels& kernels) {
@@ -127,7 +126,9 @@ std::int64_t Form::claim(std::int64_t tiles, int threads, Start start) const {
 std::int64_t Form::scratch_bytes(const TileView& w, std::int64_t claim) const {
     if (path == Path::bfloat) return line_up(bfloat_scratch_bytes(m, claim));
     if (path == Path::exact || m == 1) return 0;
-    return m < kManyRows ? line_up(params_bytes(w)) : tiles_together(w) * unpacked_bytes(w);
+    if (m < kManyRows) return params_bytes(w);
+    const std::int64_t codes = w.blocks * kBlock * kTileRows;  // a tile's, unpacked
+    return line_up(std::max(codes + params_bytes(w), tiles_together(w) * params_bytes(w)));
 }
 
 void Form::multiply(const Kernels& kernels, const TileView& w, std::uint8_t* base, const Output& y,

@@ -299,37 +299,34 @@ void panels(const TileView& w, const Input& x, const Output& y, Place at) {
         in_steps<Run<V, C>::most>(0, left < kPanelRows ? left : kPanelRows, Run<V, C>{w, x, y, at});
 }
 
-// Writes the tiles from `first` on as an unpacked matrix of their own.
+// Writes one tile as an unpacked matrix of its own.
 template <class V, Codes C>
-TileView unpack_tiles(const TileView& w, int64_t first, int64_t count, uint8_t* scratch) {
-    TileView own = w;
-    own.data = scratch;
-    own.kind = Codes::unpacked;
-    own.block_bytes = kBlock * kTileRows;
-    own.record_bytes = 2 * kTileRows * static_cast<int64_t>(sizeof(float));
-    own.tiles = count;
-    own.set_runs();
-    const auto record = [&](int64_t tile, int64_t group) {
-        return reinterpret_cast<float*>(const_cast<uint8_t*>(own.record(tile, group)));
-    };
-    for (int64_t tile = 0; tile < count; ++tile) {
-        Stream<V, C> stream(w, first + tile);
-        for (int64_t b = 0; b < w.blocks; ++b) {
-            const int64_t group = w.group_blocks ? b / w.group_blocks : 2 * b;
-            if (!w.group_blocks || b % w.group_blocks == 0)
-                for (int half = 0; half < (w.group_blocks ? 1 : 2); ++half) {
-                    typename V::F scale[kParts<V>], min[kParts<V>];
-                    stream.next8(scale, min);
-                    float* const out = record(tile, group + half);
-                    for (int p = 0; p < kParts<V>; ++p) {
-                        V::store_all(out + p * V::lanes, scale[p]);
-                        V::store_all(out + kTileRows + p * V::lanes, min[p]);
-                    }
+TileView unpack_tile(const TileView& w, int64_t tile, uint8_t* scratch) {
+    TileView one = w;
+    one.data = scratch;
+    one.kind = Codes::unpacked;
+    one.block_bytes = kBlock * kTileRows;
+    one.record_bytes = 2 * kTileRows * static_cast<int64_t>(sizeof(float));
+    one.tiles = 1;
+    one.set_runs();
+
+    Stream<V, C> stream(w, tile);
+    for (int64_t b = 0; b < w.blocks; ++b) {
+        const int64_t group = w.group_blocks ? b / w.group_blocks : 2 * b;
+        if (!w.group_blocks || b % w.group_blocks == 0)
+            for (int half = 0; half < (w.group_blocks ? 1 : 2); ++half) {
+                typename V::F scale[kParts<V>], min[kParts<V>];
+                stream.next8(scale, min);
+                auto* const out =
+                    reinterpret_cast<float*>(const_cast<uint8_t*>(one.record(0, group + half)));
+                for (int p = 0; p < kParts<V>; ++p) {
+                    V::store_all(out + p * V::lanes, scale[p]);
+                    V::store_all(out + kTileRows + p * V::lanes, min[p]);
                 }
-            V::template unpack<C>(w, stream.block(), const_cast<uint8_t*>(own.block(tile, b)));
-        }
+            }
+        V::template unpack<C>(w, stream.block(), const_cast<uint8_t*>(one.block(0, b)));
     }
-    return own;
+    return one;
 }
 
 template <class V, Codes C>
@@ -346,7 +343,7 @@ void int8_tiles_of(const TileView& w, const Int8Input& x, const Output& y, int64
         }
         begin += 2 * half;
     }
-    const int64_t most = x.m < kManyRows ? 1 : tiles_together(w);
+    const int64_t most = V::unpacks || x.m < kManyRows ? 1 : tiles_together(w);
     auto* const params = reinterpret_cast<float*>(scratch);
     for (int64_t tile = begin, some; tile < end; tile += some) {
         some = std::min(most, end - tile);
@@ -355,8 +352,8 @@ void int8_tiles_of(const TileView& w, const Int8Input& x, const Output& y, int64
         if constexpr (V::unpacks) {
             if (x.m >= kManyRows) {
                 at.tile = 0;
-                const TileView own = unpack_tiles<V, C>(w, tile, some, scratch);
-                panels<V, Int8Run, Codes::unpacked>(own, x, y, at);
+                const TileView one = unpack_tile<V, C>(w, tile, scratch);
+                panels<V, Int8Run, Codes::unpacked>(one, x, y, at);
                 continue;
             }
         }

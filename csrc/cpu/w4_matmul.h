@@ -172,8 +172,8 @@ struct Kernels {
 // (benchmarks/results/decoder.md).
 constexpr std::int64_t kManyRows = 32;
 
-// How many tiles some of many rows meet one after the other before the next rows do, which come from
-// farther away: rows of a panel stay in L1 meanwhile, the tiles in L2.
+// How many tiles, where they are not unpacked, some of many rows meet one after the other before the
+// next rows do, which come from farther away: the rows stay in L1 meanwhile, the tiles in L2.
 std::int64_t tiles_together(const TileView& w);
 
 constexpr int kSliceBlocks = 18;  // blocks of two tiles in bfloat16 that stay in 48 KiB of L1

@@ -19,6 +19,7 @@ TileView view(Codes kind, std::int64_t k, std::int64_t group) {
     w.blocks = w4::ceil_div(k, kBlock);
     w.group_blocks = group / kBlock;
     w.groups = w.group_blocks ? w4::ceil_div(w.blocks, w.group_blocks) : 2 * w.blocks;
+    w.tile_bytes = w.blocks * kBlock * kTileRows / 2;  // codes alone
     return w;
 }
 
@@ -103,8 +104,9 @@ void claims() {
         const std::int64_t some = tiles_together(wide);
         assert(some == 4 || (some >= 1 && k > 8192));
         const Form many(wide, Path::int8, kManyRows, true), few(wide, Path::int8, 2, true);
-        assert(many.scratch_bytes(wide, 1) >= some * k * kTileRows);  // of unpacked codes
-        assert(few.scratch_bytes(wide, 1) < k * kTileRows);
+        const std::int64_t params = few.scratch_bytes(wide, 1);  // a tile's
+        assert(params >= wide.groups * 2 * 4 * kTileRows);
+        assert(many.scratch_bytes(wide, 1) >= std::max(some * params, k * kTileRows + params));
     }
     assert(rows_within(1, 1 << 20) == 64 && rows_within(1 << 30, 1) == 512);
     assert(rows_within(100 * 4096, 4096) == 96);
