@@ -58,7 +58,7 @@ template <class V, Codes C, int First, int Last>
 SHALLOW_INLINE void add_to_sums(const TileView& w, const uint8_t* block, const Planes& x,
                                 const typename V::F (&scale)[kParts<V>],
                                 typename V::F (&total)[kParts<V>][1]) {
-    const auto add = [&](const int8_t* q, float x_scale) {
+    const auto add = [&](const int8_t* q, float x_scale) __attribute__((always_inline)) {
         typename V::F dots[kParts<V>][1];
         V::template dots<C, First, Last>(w, block, q + 16 * First, dots);
         for (int p = 0; p < kParts<V>; ++p)
@@ -92,8 +92,10 @@ struct TileSums {
         const uint8_t* const block = stream.block();
         if constexpr (C != Codes::unpacked)
 #pragma GCC unroll 8
-            for (int line = 0; line < kBlockBytes<C>; line += 64)
-                __builtin_prefetch(block + stream.ahead + line, 0, 3);
+            for (int line = 0; line < kBlockBytes<C>; line += 64) {
+                __builtin_prefetch(block + stream.ahead + line, 0, V::keeps_codes ? 3 : 2);
+                if (!V::keeps_codes) __builtin_prefetch(block + kNear + line, 0, 3);
+            }
         if constexpr (Split) {
             add_half<0, 1>(w, block, x, scale[0]);
             add_half<1, 2>(w, block, x, scale[1]);
