@@ -351,6 +351,7 @@ void int8_tiles_of(const TileView& w, const Int8Input& x, const Output& y, int64
         some = std::min(most, end - tile);
         Place at = place_of(w, tile);
         at.together = some;
+        at.params = params;
         if constexpr (V::unpacks) {
             if (x.m >= kManyRows) {
                 at.tile = 0;
@@ -359,12 +360,10 @@ void int8_tiles_of(const TileView& w, const Int8Input& x, const Output& y, int64
                 continue;
             }
         }
-        if constexpr (!V::keeps_codes) {
-            at.params = params;
+        if constexpr (!V::keeps_codes)
             if (x.m > 1)
                 for (int64_t i = 0; i < some; ++i)
                     widen_params<V, C>(w, tile + i, params + i * 2 * kTileRows * w.groups);
-        }
         panels<V, Int8Run, C>(w, x, y, at);
     }
 }

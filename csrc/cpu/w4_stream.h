@@ -9,9 +9,9 @@
 namespace shallow {
 namespace {
 
-// Bytes of weights prefetched, into L1 but for kNear: from memory 3-6 % faster than into L2. With 8 KiB instead of 2
-// a model in L3 decodes at 493 tok/s instead of 464; from memory 8 rows are 5 % faster, but one row
-// 4-8 % slower, so that its long streams take less: bytes_ahead()
+// Bytes of weights prefetched, into L1 but for kNear: from memory 3-6 % faster than into L2. With
+// 8 KiB instead of 2 a model in L3 decodes at 493 tok/s instead of 464; from memory 8 rows are 5 %
+// faster, but one row 4-8 % slower, so that its long streams take less: bytes_ahead()
 // (benchmarks/results/decoder.md).
 constexpr int64_t kAhead = 8192, kAheadOfPlain = 2048;
 constexpr int64_t kLong = 512 << 10;  // bytes of a stream
