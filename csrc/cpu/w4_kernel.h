@@ -124,7 +124,7 @@ void int8_rows(const TileView& w, const Int8Input& x, const Output& y, const Pla
     const int8_t* q = x.q + (at.panel * w.blocks * x.panel + at.first) * kBlock;
     const float* scales = x.scales + at.panel * w.blocks * x.panel + at.first;
     const float* sums = x.sums + at.panel * w.groups * x.panel + at.first;
-    if constexpr (R > 1) fetch<R>(y, at);
+    if constexpr (R > 1) fetch(y, at, R);
     TileSums<V, C, R, Split> first(w, at.tile, at.ahead);
     TileSums<V, C, R, Split> second(w, at.tile + (kPair ? at.apart : 0), at.ahead);
     const auto walk = [&](auto pair) {
@@ -224,7 +224,13 @@ void plain_rows(const TileView& w, const FloatInput& x, const Output& y, const P
 // Calls run.template rows<R>() until `rows` are covered: R = 16, then what is left of 8 at once.
 template <int R, class Run>
 inline void in_steps(int64_t first, int64_t rows, const Run& run) {
-    for (; rows - first >= R; first += R) run.template rows<R>(first);
+    if constexpr (Run::template passing<R>) {
+        const int64_t steps = (rows - first) / R;
+        if (steps > 0) run.template rows<R>(first, steps);
+        first += steps * R;
+    } else {
+        for (; rows - first >= R; first += R) run.template rows<R>(first);
+    }
     if constexpr (R > 8)
         in_steps<R / 2>(first, rows, run);
     else if constexpr (R > 1)
@@ -234,29 +240,31 @@ inline void in_steps(int64_t first, int64_t rows, const Run& run) {
 template <class V, Codes C>
 struct Int8Run {
     static constexpr int most = V::template most_rows<C>;
+    template <int R>
+    static constexpr bool passing = R > 1 && !V::keeps_codes;
 
     const TileView& w;
     const Int8Input& x;
     const Output& y;
     Place at;
     template <int R>
-    void rows(int64_t first) const {
+    void rows(int64_t first, int64_t steps = 1) const {
         Place here = at;
         here.first = first;
         for (int64_t i = 0; i < at.together; ++i) {
             here.tile = at.tile + i;
             here.column = at.column + i * kTileRows;
             here.params = at.params + i * 2 * kTileRows * w.groups;
-            meet<R>(here);
+            meet<R>(here, steps);
         }
     }
     template <int R>
-    SHALLOW_INLINE void meet(const Place& here) const {
-        if constexpr (R > 1 && !V::keeps_codes) {
+    SHALLOW_INLINE void meet(const Place& here, int64_t steps) const {
+        if constexpr (passing<R>) {
             if (w.group_blocks)
-                passing_rows<V, C, R, false>(w, x, y, here);
+                passing_rows<V, C, R, false>(w, x, y, here, steps);
             else
-                passing_rows<V, C, R, true>(w, x, y, here);
+                passing_rows<V, C, R, true>(w, x, y, here, steps);
         } else if (w.group_blocks) {
             int8_rows<V, C, R, false>(w, x, y, here);
         } else {
@@ -268,6 +276,8 @@ struct Int8Run {
 template <class V, Codes C>
 struct FloatRun {
     static constexpr int most = V::max_rows;
+    template <int R>
+    static constexpr bool passing = false;
 
     const TileView& w;
     const FloatInput& x;

@@ -101,12 +101,16 @@ SHALLOW_INLINE void meet_planes(const TileView& w, const Meeting& at, int64_t pl
         meet_second<V, C, First, Last, R>(w, at, plane, total);
 }
 
-// R rows of x. Split: group 16, two groups a block.
+// Steps of R rows: all meet a block before the next, whose parameters and addresses they share. Rows
+// that met the tile one step after the other took 7 % longer. Split: group 16, two groups a block.
 template <class V, Codes C, int R, bool Split>
-void passing_rows(const TileView& w, const Int8Input& x, const Output& y, const Place& at) {
-    alignas(64) float total[R * kTileRows] = {};
+void passing_rows(const TileView& w, const Int8Input& x, const Output& y, const Place& at,
+                  int64_t steps) {
+    alignas(64) float total[kPanelRows * kTileRows];
+    const int rows = static_cast<int>(steps) * R;
+    std::fill_n(total, rows * kTileRows, 0.0f);
     const int64_t panel = x.panel, plane = x.plane, first = at.panel * w.blocks * panel + at.first;
-    fetch<R>(y, at);
+    fetch(y, at, rows);
     const bool fetches = at.panel == 0 && at.first == 0;  // else others have
     Meeting here{w.data + at.tile * w.tile_bytes,
                  x.q + first * kBlock,
@@ -120,12 +124,17 @@ void passing_rows(const TileView& w, const Int8Input& x, const Output& y, const 
 #pragma GCC unroll 8
             for (int line = 0; line < kBlockBytes<C>; line += 64)
                 __builtin_prefetch(here.block + at.ahead + line, 0, 3);
-        if constexpr (Split) {
-            meet_planes<V, C, 0, 1, R, kBegin>(w, here, plane, total);
-            here.params += 2 * kTileRows;
-            meet_planes<V, C, 1, 2, R, 0>(w, here, plane, total);
-        } else {
-            meet_planes<V, C, 0, 2, R, kBegin>(w, here, plane, total);
+        Meeting step = here;
+        for (float* sums = total; sums < total + rows * kTileRows; sums += R * kTileRows) {
+            meet_planes<V, C, 0, Split ? 1 : 2, R, kBegin>(w, step, plane, sums);
+            if constexpr (Split) {
+                Meeting half = step;
+                half.params += 2 * kTileRows;
+                meet_planes<V, C, 1, 2, R, 0>(w, half, plane, sums);
+            }
+            step.q += R * kBlock;
+            step.scales += R;
+            step.sums += R;
         }
         here.block += kBlockBytes<C>;
         here.q += panel * kBlock;
@@ -142,9 +151,9 @@ void passing_rows(const TileView& w, const Int8Input& x, const Output& y, const 
         add(std::integral_constant<int, 1 + Split>());
         while (++b < end) add(std::integral_constant<int, 0>());
         here.sums += (1 + Split) * panel;
-        here.params += 2 * kTileRows;
+        here.params += (1 + Split) * 2 * kTileRows;
     }
-    write<V>(total, R, y, at);
+    write<V>(total, rows, y, at);
 }
 
 }  // namespace
