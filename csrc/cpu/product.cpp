@@ -104,8 +104,12 @@ std::int64_t Product::nbytes() const {
     return bytes;
 }
 
+// A part in bfloat decides: its scratch holds one claim, that of the others any.
 std::int64_t Product::claim(std::int64_t m, int threads) const {
-    return input_->form(0, m).claim(tiles_, threads, Start::together);
+    std::int64_t claim = 0;
+    for (const Entry& part : entries_)
+        claim = std::max(claim, input_->form(part.form, m).claim(tiles_, threads, Start::together));
+    return claim;
 }
 
 std::int64_t Product::scratch_bytes(std::int64_t m, int threads) const {

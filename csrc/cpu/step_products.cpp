@@ -15,14 +15,18 @@ void multiply_then(Worker& worker, const Product& product, std::uint8_t* forms, 
     const std::int64_t claim = w4::ceil_div(product.claim(m, worker.planned), unit) * unit;
     const std::int64_t units = kNearBytes / (m * kTileRows * 8) / unit;  // of two floats each
     const std::int64_t piece =
-        m > 1 && m < kManyRows ? std::max<std::int64_t>(units, 1) * unit : claim;
-    worker.next_queue().take(product.tiles(), claim, [&](std::int64_t begin, std::int64_t end) {
+        m > 1 && m < kManyRows ? std::max<std::int64_t>(units, 1) * unit : product.tiles();
+    const auto run = [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; i += piece) {
             const std::int64_t last = std::min(i + piece, end);
             product.run(forms, m, y, i, last, worker.own.unpacked);
             after(i, last);
         }
-    });
+    };
+    if (claim)
+        worker.next_queue().take(product.tiles(), claim, run);
+    else
+        worker.next_queue().take_shares(product.tiles(), worker.planned, run);
     worker.mark(part);
 }
 

@@ -96,7 +96,7 @@ void claims() {
                 assert(tile.scratch_bytes(w, pairs) > 0);
                 assert(row.claim(tiles, threads, Start::scattered) == 0);
                 const std::int64_t share = row.claim(tiles, threads, Start::together);
-                assert(share >= 1 && (m >= kManyRows || share * threads >= tiles));
+                assert(m >= kManyRows ? share == 0 : share >= 1 && share * threads >= tiles);
                 assert((row.scratch_bytes(w, share) > 0) == (m > 1));
             }
     for (const std::int64_t k : {32, 576, 8192, 65536, 1 << 20}) {
