@@ -113,13 +113,22 @@ struct Avx2 {
         return _mm256_xor_si256(code, middle);
     }
 
-    // The low (0) or high (1) four bits of a byte, or of what a codebook has for a nibble.
-    template <Codes C, int Digit>
-    static __m256i digit(const TileView& w, __m256i code) {
-        if constexpr (C == Codes::nibble) return code;
-        if constexpr (C == Codes::byte) return nibble(Digit ? _mm256_srli_epi16(code, 4) : code);
+    // A block of a codebook's nibbles as the bytes that they stand for.
+    static void look_up(const TileView& w, const uint8_t* block, uint8_t* bytes) {
         const __m256i table = _mm256_broadcastsi128_si256(load_16_bytes(w.values8));
-        return _mm256_shuffle_epi8(nibble(Digit ? _mm256_srli_epi16(table, 4) : table), code);
+        for (int half = 0; half < 2; ++half)
+            for (int j = 0; j < 4; ++j)
+                for (int p = 0; p < 2; ++p, bytes += lanes * 4)
+                    _mm256_store_si256(
+                        reinterpret_cast<__m256i*>(bytes),
+                        _mm256_shuffle_epi8(table, codes<Codes::nibble>(block, half, j, p)));
+    }
+
+    // A nibble, or the low (0) or high (1) four bits of a byte.
+    template <Codes C, int Digit>
+    static __m256i digit(__m256i code) {
+        if constexpr (C == Codes::nibble) return code;
+        return nibble(Digit ? _mm256_srli_epi16(code, 4) : code);
     }
 
     // The dot products of half-blocks First..Last-1 with R rows of x, P vectors of the tile's rows.
@@ -132,8 +141,8 @@ struct Avx2 {
         if constexpr (C != Codes::nibble && R == 1) {
             byte_dots<C, First, Last>(w, block, q, sums);
         } else {
-            digit_dots<C, 0, First, Last>(w, block, q, sums);
-            if constexpr (C != Codes::nibble) digit_dots<C, 1, First, Last>(w, block, q, sums);
+            digit_dots<C, 0, First, Last>(block, q, sums);
+            if constexpr (C != Codes::nibble) digit_dots<C, 1, First, Last>(block, q, sums);
         }
         for (int i = 0; i < R; ++i)
             for (int p = 0; p < P; ++p) out[p][i] = _mm256_cvtepi32_ps(sums[p][i]);
@@ -141,7 +150,7 @@ struct Avx2 {
     // Pairs of products are summed in 16 bits: 8 chunks reach 8 * 2 * 15 * 127 = 30480. Digit 1 is
     // added to what digit 0 left.
     template <Codes C, int Digit, int First, int Last, int P, int R>
-    SHALLOW_INLINE static void digit_dots(const TileView& w, const uint8_t* block, const int8_t* q,
+    SHALLOW_INLINE static void digit_dots(const uint8_t* block, const int8_t* q,
                                           __m256i (&sums)[P][R]) {
         load_anew(block, q);
         __m256i pairs[P][R];
@@ -151,7 +160,7 @@ struct Avx2 {
             for (int half = First; half < Last; ++half) {
                 __m256i digits[P];
                 for (int p = 0; p < P; ++p)
-                    digits[p] = digit<C, Digit>(w, codes<C>(block, half, j, p));
+                    digits[p] = digit<C, Digit>(codes<C>(block, half, j, p));
 #pragma GCC unroll 8
                 for (int i = 0; i < R; ++i) {
                     const __m256i x = word(q + i * kBlock + 16 * (half - First) + 4 * j);
