@@ -221,7 +221,8 @@ void plain_rows(const TileView& w, const FloatInput& x, const Output& y, const P
     write_rows<V, R>(total, y, at);
 }
 
-// Calls run.template rows<R>() until `rows` are covered: R = 16, then what is left of 8 at once.
+// Calls run.template rows<R>() until `rows` are covered: R = 16, then what is left of 8 at once. Where
+// codes pass by, all steps of R rows in one call.
 template <int R, class Run>
 inline void in_steps(int64_t first, int64_t rows, const Run& run) {
     if constexpr (Run::template passing<R>) {

@@ -132,8 +132,8 @@ struct Avx2 {
     }
 
     // The dot products of half-blocks First..Last-1 with R rows of x, P vectors of the tile's rows.
-    // Codes of 8 bits meet several rows by four bits at a time, which take a tenth less than one product
-    // of magnitudes: all of whose steps want the two units that multiply; a lone row a tenth more.
+    // Codes of 8 bits meet several rows by four bits at a time: a tenth less time than by magnitudes and
+    // signs, most of whose steps wait for the two units that multiply, but a tenth more for a lone row.
     template <Codes C, int First, int Last, int P, int R>
     SHALLOW_INLINE static void dots(const TileView& w, const uint8_t* block, const int8_t* q,
                                     F (&out)[P][R]) {
