@@ -61,11 +61,12 @@ std::int64_t attention_scratch(const KvShape& shape, std::int64_t rows);
 
 #if defined(SHALLOW_X86)
 extern const AttentionKernels kAttentionAvx2, kAttentionAvx512, kAttentionAmx;
+extern const AttentionKernels kAttentionWordsAvx2, kAttentionWordsAvxvnni, kAttentionWordsAvx512;
 #elif defined(SHALLOW_ARM)
 extern const AttentionKernels kAttentionNeon;
 #endif
 extern const AttentionKernels kAttentionGeneric;
-// rounds: many rows may be rounded to bfloat16 where that is fastest.
+// rounds: many rows may be rounded to 16 bits where that is fastest.
 const AttentionKernels& attention_kernels(Isa isa, bool rounds);
 
 }  // namespace shallow

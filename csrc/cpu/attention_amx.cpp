@@ -106,7 +106,8 @@ void attend_tiles(const KvShape& shape, const Span& span, const Queries& queries
     auto* const shares = asked + padded * width;                                  // (padded, kPage)
     auto* const keys = shares + padded * kPage;                                   // a page
     auto* const values = keys + kPage * width;                                    // a page
-    auto* const softmax = reinterpret_cast<Softmax*>(values + kPage * width);
+    auto* const factors = reinterpret_cast<float*>(values + kPage * width);       // (padded,)
+    auto* const softmax = reinterpret_cast<Softmax*>(factors + padded);
 
     std::fill(sums, sums + padded * width, 0.0f);
     std::fill(asked, keys, std::uint16_t{0});
@@ -129,14 +130,16 @@ void attend_tiles(const KvShape& shape, const Span& span, const Queries& queries
         product.c = scores;
         product.c_stride = kPage;
         product.run(padded, 2 * steps, true);
+        in_groups(rows, [&](auto group, int64_t row) {
+            update<T, group()>(queries, row, at, positions, 32 * steps, page, softmax, scores,
+                               factors);
+        });
         for (int64_t r = 0; r < rows; ++r) {
-            const float factor =
-                update(softmax[r], queries, r, at, positions, 32 * steps, page, scores + r * kPage);
             round_row(scores + r * kPage, 32 * steps, shares + r * kPage);
-            if (factor != 1)
+            if (factors[r] != 1)
                 for (int64_t e = 0; e < width; e += 16)
-                    Lanes::store(sums + r * width + e,
-                                 Lanes::mul(Lanes::load(sums + r * width + e), Lanes::set(factor)));
+                    Lanes::store(sums + r * width + e, Lanes::mul(Lanes::load(sums + r * width + e),
+                                                                  Lanes::set(factors[r])));
         }
         product.a = shares;
         product.a_stride = kPage;

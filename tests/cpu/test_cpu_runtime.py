@@ -180,6 +180,7 @@ def test_long_contexts(tmp_path, case):
     assert runtime.new_cache(1, capacity=2300).nbytes == single[1].nbytes
 
 
+@pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("cache_dtype", ["float16", "int8"])
 @pytest.mark.parametrize(
     ("case", "settings"),
@@ -190,14 +191,14 @@ def test_long_contexts(tmp_path, case):
         ("phi2", {"head_dim": 80, "max_position_embeddings": 500}),
     ],
 )
-def test_many_queries(tmp_path, case, settings, cache_dtype):
+def test_many_queries(tmp_path, case, settings, cache_dtype, isa):
     """Attention of many rows, which may be rounded as well; weights are not, so it stands out."""
     seed = secrets.randbits(32)
     print(f"seed {seed}")
     tiny.write(case, tmp_path, seed, spread=0.1, **settings)  # as `write` does
     checkpoint = open_checkpoint(tmp_path)
     reference = ReferenceRuntime.load(checkpoint, checkpoint.config)
-    runtime = load(checkpoint, mode="int8", cache_dtype=cache_dtype)
+    runtime = load(checkpoint, mode="int8", cache_dtype=cache_dtype, isa=isa)
     ids = torch.randint(3, tiny.VOCAB, (2, 450))
     ids[1, :90] = -1
     caches = [each.new_cache(2) for each in (reference, runtime)]
