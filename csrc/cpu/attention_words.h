@@ -114,11 +114,10 @@ private:
         asked_scales_[r] = norm / kNorm * queries_.scale;
         const F factor = Lanes::set(to_words(norm));
         for (int64_t e = 0; e < head_dim_; e += kColumns) {
-            int32_t pairs[Lanes::count];
-            Words::store(pairs,
+            Words::store(products_,
                          Words::in_order(Lanes::mul(Lanes::load(from + e), factor),
                                          Lanes::mul(Lanes::load(from + e + Lanes::count), factor)));
-            for (int i = 0; i < Lanes::count; ++i) to[(e / 2 + i) * kRowGroup] = pairs[i];
+            for (int i = 0; i < Lanes::count; ++i) to[(e / 2 + i) * kRowGroup] = products_[i];
         }
     }
 
