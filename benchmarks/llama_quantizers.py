@@ -41,9 +41,10 @@ from engine.text import Text, heldout_text, load_text, mixed_text, read_text_fil
 from engine.text.samples import read_samples
 
 HEADING = "\n## Beside llama.cpp"
-OURS = (
-    *((64, "codebook"), (64, "symmetric"), (128, "minimum")),
-    *((32, "codebook"), (64, "minimum"), (32, "minimum")),
+OURS = (  # group, scheme, bits of v
+    *((128, "codebook", 8), (64, "codebook", 4), (64, "symmetric", 4), (128, "minimum", 4)),
+    *((64, "codebook", 8), (32, "codebook", 4), (64, "minimum", 4), (32, "codebook", 8)),
+    *((32, "minimum", 4), (32, "minimum", 8)),
 )
 THEIRS = ("Q4_0", "IQ4_NL", "Q4_1", "Q4_K")
 FALLBACK = {"Q4_K": "Q5_0"}  # where a row is not whole blocks
@@ -192,13 +193,13 @@ def theirs(
 def ours(
     given: argparse.Namespace, checkpoint: Checkpoint, judge: Judge, samples: list[list[int]]
 ) -> Iterator[Row]:
-    for group, scheme in OURS:
-        name = f"GPTQ, {scheme}, groups of {group}"
+    for group, scheme, v in OURS:
+        name = f"GPTQ, {scheme}, groups of {group}" + (", v in 8 bits" if v == 8 else "")
         note = given.work / f"{given.source} {name}.json"
         if not note.is_file():
             out = note.with_suffix("")
             if not out.exists():
-                recipe = Recipe("gptq", 4, group, scheme, head=None)
+                recipe = Recipe("gptq", 4, group, scheme, head=None, v=v)
                 pack(checkpoint, checkpoint.config, out, recipe, samples)
             packed = open_checkpoint(out)
             layers = load_decoder(packed, packed.config).layers

@@ -41,15 +41,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "RTN, MSE": {"method": "rtn", "clip": "mse"},
     "HQQ": {"method": "hqq"},
     "NF4": {"method": "nf4", "scheme": "codebook"},
-    "GPTQ": {"method": "gptq", "clip": "minmax"},
-    "GPTQ, MSE": {"method": "gptq"},
-    "GPTQ, MSE, activation order": {"method": "gptq", "act_order": True},
+    "GPTQ": {"method": "gptq", "clip": "minmax", "v": 4},
+    "GPTQ, MSE": {"method": "gptq", "v": 4},
+    "GPTQ, MSE, activation order": {"method": "gptq", "act_order": True, "v": 4},
+    "GPTQ, MSE, v in 8 bits": {"method": "gptq", "v": 8},
 }
 SIZES = {  # (group, scheme) -> methods
     (128, "symmetric"): ("RTN", "RTN, MSE", "HQQ", "NF4", "GPTQ", "GPTQ, MSE"),
     (128, "minimum"): ("RTN", "HQQ", "GPTQ, MSE"),
     (64, "symmetric"): ("RTN", "GPTQ", "GPTQ, MSE", "GPTQ, MSE, activation order"),
-    (64, "codebook"): ("GPTQ", "GPTQ, MSE"),
+    (64, "codebook"): ("GPTQ", "GPTQ, MSE", "GPTQ, MSE, v in 8 bits"),
     (32, "minimum"): ("RTN", "GPTQ, MSE"),
 }
 

@@ -29,6 +29,7 @@ def budget(
     bits: Annotated[int, typer.Option(help="Of the layers' matrices: 4, 8 or 16.")] = 4,
     group: Annotated[int, typer.Option(help="Weights that share a scale; 0: a row.")] = 64,
     head: Annotated[int, typer.Option(help="Bits of the head: 4, 8 or 16.")] = 16,
+    v: Annotated[int | None, typer.Option(help="Bits of v_proj; if not given, --bits.")] = None,
     minimum: Annotated[
         bool, typer.Option("--minimum", help="Groups carry a minimum beside the scale.")
     ] = False,
@@ -50,7 +51,7 @@ def budget(
         model = "llama-2-70b"
         drop, plan, keep = "39-78", None, None  # half of 80 layers, all but the last of the end
     config, sizes = read_model(model)
-    storage = Storage(bits, group, head, 32 if minimum else 16)
+    storage = Storage(bits, group, head, 32 if minimum else 16, v or 0)
     kept = kept_config(config, plan, drop, keep)
     file = None if sizes is None else file_bytes(config, sizes)
     found = compute(model, config, kept, storage, context, file)

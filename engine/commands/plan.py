@@ -159,11 +159,14 @@ def how_many(
 def to_fit(found: "Profile", model: str, target: str, bits: int, group: int) -> int:
     """The fewest of the profiled layers to drop so that the weights fit."""
     from engine.commands.budget import parse_bytes, read_model
+    from engine.commands.quantize import as_recipe
     from engine.pruning.budget import Storage, smallest_drop
 
     config, _ = read_model(model)
     check_same(found, config, model)
-    count = smallest_drop(config.keep(found.layers), Storage(bits, group), parse_bytes(target))
+    v_bits = 0 if bits == 16 else as_recipe({"bits": bits, "group": group}).of(config).v or 0
+    storage = Storage(bits, group, v_bits=v_bits)
+    count = smallest_drop(config.keep(found.layers), storage, parse_bytes(target))
     if not count:
         raise InputError(f"target-memory: {model} fits {target} with all its layers")
     return count

@@ -33,26 +33,33 @@ def quantize(
             "gptq; keep for a quantized source where no other option asks for a change."
         ),
     ] = None,
-    bits: Annotated[int | None, typer.Option(help="4 or 8.  [default: 4]")] = None,
+    bits: Annotated[int | None, typer.Option(help="4 or 8; 4 if not given.")] = None,
     group: Annotated[
         int | None,
-        typer.Option(help="Weights that share a scale: 16-128; 0 a row.  [default: 64]"),
+        typer.Option(help="Weights that share a scale: 16-128, 0 a row; 64 if not given."),
     ] = None,
     scheme: Annotated[
         str | None,
         typer.Option(
-            help="symmetric, zero, minimum or codebook (IQ4_NL's).  [default: gptq: codebook, in "
-            "groups of 16 and 32 minimum; hqq: minimum; rtn and 8 bits: symmetric]"
+            help="symmetric, zero, minimum or codebook (IQ4_NL's). If not given: gptq codebook, "
+            "in groups of 16 and 32 minimum; hqq minimum; rtn and 8 bits symmetric."
         ),
     ] = None,
     scale_dtype: Annotated[
-        str | None, typer.Option(help="float16, bfloat16, float32.  [default: float16]")
+        str | None, typer.Option(help="float16, bfloat16, float32; float16 if not given.")
     ] = None,
     clip: Annotated[
-        str | None, typer.Option(help="minmax or mse, of rtn and gptq.  [default: gptq: mse]")
+        str | None, typer.Option(help="minmax or mse, of rtn and gptq; mse for gptq if not given.")
     ] = None,
     head: Annotated[
-        str | None, typer.Option(help="Bits of the head: 4, 8, 16 or keep.  [default: 8]")
+        str | None, typer.Option(help="Bits of the head: 4, 8, 16 or keep; 8 if not given.")
+    ] = None,
+    v: Annotated[
+        int | None,
+        typer.Option(
+            help="Bits of v_proj, which does most harm: 4 or 8. If not given: 8 beside gptq's "
+            "codebook where several heads share a v, else --bits."
+        ),
     ] = None,
     act_order: Annotated[
         bool, typer.Option("--act-order", help="gptq: the largest inputs first.")
@@ -78,13 +85,13 @@ def quantize(
     ] = None,
     length: Annotated[
         int | None,
-        typer.Option(rich_help_panel=_CALIBRATION, help=f"Tokens a sample.  [default: {LENGTH}]"),
+        typer.Option(rich_help_panel=_CALIBRATION, help=f"Tokens a sample; {LENGTH} if not given."),
     ] = None,
     threads: common.Threads = None,
 ) -> None:
     """Quantize a model a layer at a time; a killed run goes on where it was."""
     asked = {"method": method, "bits": bits, "group": group, "scheme": scheme, "clip": clip}
-    asked |= {"scale_dtype": scale_dtype, "act_order": act_order or None, "head": head}
+    asked |= {"scale_dtype": scale_dtype, "act_order": act_order or None, "head": head, "v": v}
     asked = {name: value for name, value in asked.items() if value is not None}
 
     from engine.checkpoint import choose_layers
@@ -101,6 +108,7 @@ def quantize(
     common.set_threads(threads)
     if not asked and is_quantized(checkpoint):
         recipe = as_recipe({"method": "keep"})
+    recipe = recipe.of(config)
     calibration = {"text": text, "samples": samples, "length": length}
     tokens: list[list[int]] = []
     if recipe.method == "gptq":
@@ -154,10 +162,11 @@ def outcome(recipe: "Recipe", entries: list["Entry"], by_default: bool) -> str:
         return "keep"
     from engine.checkpoint.weights import describe_spec
 
-    spec = describe_spec(recipe.spec)
-    made = [entry for entry in entries if entry.stored.startswith(spec)]
+    made = [entry for entry in entries if entry.in_layers]
     bits = 8 * sum(entry.nbytes for entry in made) / sum(entry.weights for entry in made)
-    said = f"{recipe.method}: {spec}, {bits:.2f} bits a weight"
+    said = f"{recipe.method}: {describe_spec(recipe.spec)}, "
+    said += "" if recipe.v == recipe.bits else f"v in {recipe.v} bits, "
+    said += f"{bits:.2f} bits a weight"
     if by_default and recipe.method == "gptq" and recipe.scheme in WHY:
         return f"{said}, {WHY[recipe.scheme]}"
     return said

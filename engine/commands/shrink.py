@@ -398,7 +398,7 @@ def collect(model: str, path: Path, packed: Path) -> "Shrunk":
     config, sizes = read_model(model)
     how = read_json(packed / "config.json")["quantization_config"]
     scale_bits = 32 if how["scheme"] == "minimum" else 16
-    storage = Storage(how["bits"], how["group"], how["head"] or 16, scale_bits)
+    storage = Storage(how["bits"], how["group"], how["head"] or 16, scale_bits, how.get("v", 0))
     file = None if sizes is None else file_bytes(config, sizes)
     context = min(4096, config.max_context)
     cost = budget(model, config, config.keep(plan.keep), storage, context, file)

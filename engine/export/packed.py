@@ -32,11 +32,15 @@ _KIND = re.compile(r"(\w+(?:\.bias)?)(?:\.weight)?$")
 
 @dataclass(frozen=True)
 class Entry:
-    """Kinds of tensors that fared alike, such as q_proj and k_proj."""
+    """Kinds of tensors that fared alike, such as q_proj and k_proj.
+
+    `in_layers`: quantized matrices of layers, which a head in the same bits does not join.
+    """
 
     kinds: tuple[str, ...]
     source: str
     stored: str
+    in_layers: bool
     count: int
     weights: int
     nbytes: int
@@ -116,12 +120,13 @@ def tensor_names(path: Path) -> list[str]:
 
 def summary(shards: Sequence[Path]) -> list[Entry]:
     """What a packed directory holds and what that was made from."""
-    found: dict[tuple[str, str], Entry] = {}
+    found: dict[tuple[str, str, bool], Entry] = {}
     for file in map(SafetensorsFile, shards):
         for name in _names(file):
             stored, source = _stored(file, name), file.metadata[name + _SOURCE]
             kind = match[1] if (match := _KIND.search(name)) else name
-            key = source, describe(stored)
+            in_layers = isinstance(stored, Packed) and name.startswith("model.layers.")
+            key = source, describe(stored), in_layers
             entry = found.get(key, Entry((), *key, 0, 0, 0))
             found[key] = replace(
                 entry,

@@ -56,7 +56,8 @@ class Storage:
     """How weights are stored: matrices of layers in `bits`, a scale a `group` (0: a row).
 
     `head_bits` is for the head, and for the embedding where it is tied; an embedding of its own,
-    norms and biases stay in 16 bits. `scale_bits` counts what every group carries beside the
+    norms and biases stay in 16 bits. `v_bits` is for v where a family keeps it apart; 0: as the
+    other matrices. `scale_bits` counts what every group carries beside the
     codes: 16 for a scale, 32 for a scale and a minimum. 16 bits mean no groups.
     """
 
@@ -64,11 +65,13 @@ class Storage:
     group: int = 128
     head_bits: int = 16
     scale_bits: int = 16
+    v_bits: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("bits", "head_bits"):
-            if getattr(self, name) not in (4, 8, 16):
-                raise InputError(f"{name}: expected 4, 8 or 16, found {getattr(self, name)}")
+        for name in ("bits", "head_bits", "v_bits"):
+            found = getattr(self, name)
+            if found not in (4, 8, 16) and (name, found) != ("v_bits", 0):
+                raise InputError(f"{name}: expected 4, 8 or 16, found {found}")
         if self.group < 0:
             raise InputError(f"group: expected 0 (a row) or more, found {self.group}")
 
@@ -166,7 +169,8 @@ def cost(
     read += 0 if config.tied else 2 * config.hidden_size  # one row of the embedding
     for entry in config.layers:
         for role, (_, shape) in layer_tensors(config, entry.layer).items():
-            count(_part(role), shape, storage.bits)
+            bits = storage.v_bits if role == "v" and storage.v_bits else storage.bits
+            count(_part(role), shape, bits)
     seen = [min(context, entry.window or context) for entry in config.layers]
     row = 2 * config.kv_heads * config.head_dim * kv_bits // 8  # one layer's keys and values
     over_cache = sum(4 * config.heads * config.head_dim * positions for positions in seen)

@@ -58,7 +58,7 @@ def pack(
     stay as they are; so does an embedding of its own, in 16 bits where it was wider. `progress` is
     called with files done and in all. InputError names what cannot be quantized.
     """
-    out = Path(out)
+    out, recipe = Path(out), recipe.of(config)
     quantization = recipe.to_json()
     if recipe.method == "gptq":
         quantization["calibration"] = _calibration(config, samples)

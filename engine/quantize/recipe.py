@@ -1,14 +1,14 @@
 """What becomes of each tensor of a model when it is quantized."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine.architecture.config import ModelConfig
-from engine.architecture.families import layer_parts, outer_tensors
+from engine.architecture.families import FAMILIES, layer_parts, outer_tensors
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.weights import Stored, describe, outer_weights, packed_form, values
 from engine.errors import InputError
@@ -30,8 +30,9 @@ class Recipe:
     """How a model is quantized; InputError for what cannot be.
 
     "keep" leaves every matrix in the bits that it has, the head aside. `head` is of the head, and
-    of the embedding where that is tied; None leaves it as it is. `clip` is for rtn and gptq.
-    A `scheme` and `clip` of "" are chosen: `default_scheme`, and "mse" for gptq.
+    of the embedding where that is tied; None leaves it as it is. `v` is of the matrices that make
+    values for attention; None is chosen by `of`. `clip` is for rtn and gptq. A `scheme` and `clip`
+    of "" are chosen: `default_scheme`, and "mse" for gptq.
     """
 
     method: str = "gptq"
@@ -42,6 +43,7 @@ class Recipe:
     clip: str = ""
     act_order: bool = False
     head: int | None = 8
+    v: int | None = None
 
     def __post_init__(self) -> None:
         if not self.scheme:
@@ -54,6 +56,7 @@ class Recipe:
             "scale_dtype": DTYPES,
             "clip": ("minmax", "mse"),
             "head": (4, 8, 16, None),
+            "v": (*{self.bits, 8}, None),
         }
         for name, allowed in choices.items():
             if (found := getattr(self, name)) not in allowed:
@@ -68,10 +71,36 @@ class Recipe:
         except ValueError as error:
             raise InputError(str(error)) from None
 
+    def of(self, config: ModelConfig) -> "Recipe":
+        """The same for one model, `v` chosen: 8 bits beside gptq's codebook where they are cheap.
+
+        Where several heads read one head of values, v is a small matrix and does most of the harm
+        (`benchmarks/results/quality.md`); the other schemes are of one kind throughout, as other
+        engines have them. InputError for bits of its own where the family stores q, k and v as one
+        matrix.
+        """
+        if self.method == "keep":
+            return self
+        apart = all("v" not in roles for roles in FAMILIES[config.family].fused.values())
+        if self.v is not None:
+            if self.v != self.bits and not apart:
+                raise InputError(
+                    f"v: expected {self.bits}, as {config.family} stores q, k and v as one matrix, "
+                    f"found {self.v}"
+                )
+            return self
+        fine = self.method == "gptq" and self.scheme == "codebook"
+        cheap = apart and config.kv_heads < config.heads
+        return replace(self, v=8 if fine and cheap else self.bits)
+
     @property
     def spec(self) -> Spec:
-        """Of the layers' matrices."""
+        """Of the layers' matrices, v aside where it has bits of its own."""
         return Spec(self.bits, self.group, self.scheme, dtype_of(self.scale_dtype))
+
+    def rounded(self, bits: int) -> Spec:
+        """Of a matrix that is rounded to nearest in other bits than the layers'."""
+        return Spec(bits, self.group, "symmetric", dtype_of(self.scale_dtype))
 
     def to_json(self) -> dict[str, Any]:
         """What a packed directory's `quantization_config` says."""
@@ -107,10 +136,12 @@ def pack_layer(
     sources: dict[str, str] = {}
     for role, matrix in stored.items():
         name, where = parts[role].name, f"{path}: {originals[role].name}"
-        if len(matrix.shape) == 2 and recipe.method != "keep":
-            packed[name] = _quantized(matrix, recipe, where, hessians.get(role))
-        else:
+        if len(matrix.shape) != 2 or recipe.method == "keep":
             packed[name] = _kept(matrix, where)
+        elif role == "v" and recipe.v not in (None, recipe.bits):
+            packed[name] = methods.rtn(values(matrix), recipe.rounded(recipe.v), name=where)
+        else:
+            packed[name] = _quantized(matrix, recipe, where, hessians.get(role))
         sources[name] = describe(matrix)
     return packed, sources
 
@@ -157,8 +188,7 @@ def _head(matrix: Stored, recipe: Recipe, where: str) -> Packed | torch.Tensor:
         return _half(matrix, where)
     if recipe.head == 4 and recipe.bits == 4 and recipe.method != "keep":
         return _quantized(matrix, recipe, where)
-    spec = Spec(recipe.head, recipe.group, "symmetric", dtype_of(recipe.scale_dtype))
-    return methods.rtn(values(matrix), spec, name=where)
+    return methods.rtn(values(matrix), recipe.rounded(recipe.head), name=where)
 
 
 def _kept(matrix: Stored, where: str) -> Packed | torch.Tensor:

@@ -130,6 +130,17 @@ def test_the_fewest_that_fit_a_memory(tree, planned):
         assert len(plan.drop) == 3
 
 
+def test_what_fits_is_what_quantize_would_write(tree, planned):
+    """In 4 bits v has 8 of them: between the two a layer more has to go."""
+    config = open_checkpoint(tree / "model").config
+    kept = config.keep(range(LAYERS - 2))
+    whole, less = (cost(kept, Storage(4, 64, v_bits=v)).total_weight_bytes for v in (8, 4))
+    plan, _ = planned("--target-memory", f"{whole / 1e3:.3f}kB")
+    assert len(plan.drop) == 2
+    plan, _ = planned("--target-memory", f"{(whole + less) / 2e3:.3f}kB")
+    assert len(plan.drop) == 3
+
+
 def test_layers_by_hand_are_the_users_word(planned):
     plan, said = planned("--rule", "manual", "--drop", "0,3-4,7")
     assert (plan.drop, plan.protect, plan.score) == ((0, 3, 4, 7), (), None)

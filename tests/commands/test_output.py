@@ -86,6 +86,18 @@ def test_a_run_taken_up_again_does_not_count_what_it_found(monkeypatch, capfd):
     assert lines == ["steps: 82 of 100, loss 18, 54 s left", "steps: 84 of 100, loss 16, 48 s left"]
 
 
+def test_no_word_of_help_is_taken_for_markup():
+    """What stands in square brackets would not be shown."""
+    import typer
+
+    from engine.cli import app
+
+    commands = typer.main.get_command(app).commands
+    said = {name: [p.help or "" for p in command.params] for name, command in commands.items()}
+    assert said.keys() >= {"quantize", "shrink", "run"}
+    assert not [(n, text) for n, texts in said.items() for text in texts if "[" in text]
+
+
 # What needs neither torch nor transformers; MODEL is a directory, GGUF the default model's file.
 LIGHT = [
     ("--help",), ("--version",), ("run", "--help"), ("quantize", "--help"), ("heal", "--help"),

@@ -29,6 +29,7 @@ from engine.text import default_text
 
 testing = pytest.importorskip("typer.testing")
 UP = "model.layers.1.mlp.up_proj.weight"
+V = "model.layers.1.self_attn.v_proj.weight"
 ROOT = Path(__file__).parents[2]
 
 
@@ -56,18 +57,18 @@ def test_by_default_gptq_in_4_bits_with_a_head_of_8(model, tmp_path):
     output = quantize(model, tmp_path / "out", *SHORT)
     found = stored(tmp_path / "out")
     assert found[UP].spec == Spec(4, 64, "codebook")
-    assert found["lm_head.weight"].spec == Spec(8, 64, "symmetric")
+    assert found["lm_head.weight"].spec == found[V].spec == Spec(8, 64, "symmetric")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     said = config["quantization_config"]
     calibration = said.pop("calibration")
     assert (calibration["samples"], calibration["tokens"]) == (4, 128)
-    assert said == {"quant_method": "shallow", "version": 2} | Recipe().__dict__
+    assert said == {"quant_method": "shallow", "version": 2} | Recipe(v=8).__dict__
     rows = [line for line in output.splitlines() if "float32" in line]
-    assert len(rows) == 4  # matrices, norms, embedding, head
-    assert any("28" in row and "4 bits, group 64, codebook" in row for row in rows)
+    assert len(rows) == 5  # matrices, v, norms, embedding, head
+    assert any("24" in row and "4 bits, group 64, codebook" in row for row in rows)
     assert any("as it was" in row and "9" in row for row in rows)
     (last,) = [line for line in output.splitlines() if "4 of 4 layers" in line]
-    assert re.search(r"gptq: 4 bits, group 64, codebook, \d\.\d\d bits a weight, the least", last)
+    assert re.search(r"gptq: 4 bits, group 64, codebook, v in 8 bits, \d\.\d\d bits a weigh", last)
     opened = load(tmp_path / "out", backend="reference")
     assert opened.generate("The sea", max_new_tokens=4).text is not None
     judged = evaluate(opened.runtime, opened.text, default_text(), window=32, count=2)
@@ -83,6 +84,35 @@ def test_options_reach_the_directory(model, tmp_path):
     options = ("--act-order", "--group", "0", "--text", ROOT / "README.md", *SHORT)
     quantize(model, tmp_path / "row", *options)
     assert stored(tmp_path / "row")[UP].spec == Spec(4, 0, "codebook")
+
+
+def test_v_has_bits_of_its_own_where_they_pay(model, source, tmp_path):
+    """Not for a scheme that is for other engines, nor where each head has its own v."""
+
+    def bits(*options) -> set[int]:
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        said = quantize(*options, out, *(() if "rtn" in options else SHORT))
+        found = {m.spec.bits for name, m in stored(out).items() if name.endswith("v_proj.weight")}
+        assert ("v in 8 bits" in said) == (found == {8} and "8" not in options)
+        return found
+
+    assert bits(model, "--group", 32, "--scheme", "codebook") == {8}
+    assert bits(model, "--v", 4) == bits(model, "--group", 32) == {4}
+    assert bits(model, "--scheme", "symmetric") == bits(model, "--method", "rtn") == {4}
+    assert bits(model, "--group", 32, "--v", 8) == {8}
+    assert bits(model, "--bits", "8", "--method", "rtn") == {8}
+    quantize(model, tmp_path / "rounded", "--method", "rtn", "--v", 8)
+    assert stored(tmp_path / "rounded")[V].spec == Spec(8, 64, "symmetric")
+    assert stored(tmp_path / "rounded")[UP].spec == Spec(4, 64, "symmetric")
+    own = source("llama", vocab_size=700, num_key_value_heads=6).path
+    byte_level().save(str(own / "tokenizer.json"))
+    assert bits(own) == {4}
+    joined = source("phi3", vocab_size=700).path
+    byte_level().save(str(joined / "tokenizer.json"))
+    assert bits(joined) == {4}
+    with pytest.raises(InputError, match="v: expected 4, as phi3 stores q, k and v as one matrix"):
+        quantize(joined, tmp_path / "no", "--v", 8)
+    assert not list(tmp_path.glob("no*"))
 
 
 def test_a_quantized_source_is_kept_unless_asked_otherwise(model, tmp_path):
@@ -157,6 +187,9 @@ def test_what_is_chosen_where_nothing_is_said(options, scheme, clip):
         ({"clip": "mse", "method": "hqq"}, "clip: belongs to rtn and gptq, not to hqq"),
         ({"act_order": True, "method": "rtn"}, "act-order: belongs to gptq, not to rtn"),
         ({"head": "2"}, "head: expected 4, 8, 16 or keep, found '2'"),
+        ({"v": 16}, "v: expected one of .*, None, found 16"),
+        ({"v": 4, "bits": 8}, "v: expected one of 8, None, found 4"),
+        ({"method": "keep", "v": 8}, "v: says nothing with --method keep"),
         ({"method": "keep", "group": 32}, "group: says nothing with --method keep"),
     ],
 )

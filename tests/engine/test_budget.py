@@ -71,6 +71,15 @@ def test_llama_2_70b_by_hand():
         assert after.weight_bytes["scales"] == matrices // group * scale_bits // 8
 
 
+def test_v_in_bits_of_its_own():
+    config = built_in("llama-3-8b")
+    plain, finer = (cost(config, Storage(4, 64, v_bits=bits)) for bits in (0, 8))
+    rows = config.kv_heads * config.head_dim
+    assert plain == cost(config, Storage(4, 64, v_bits=4))
+    assert finer.total_weight_bytes - plain.total_weight_bytes == 32 * rows * 4096 // 2
+    assert finer.bytes_per_token - plain.bytes_per_token == 32 * rows * 4096 // 2
+
+
 def test_windows_bound_what_a_token_reads():
     config = built_in("mistral-7b")
     short, long = cost(config, context=4096), cost(config, context=32768)
@@ -111,7 +120,7 @@ def test_sizes_that_are_none(size):
 def test_sizes():
     assert parse_bytes("8GB") == 8_000_000_000
     assert parse_bytes("1.5 GiB") == 3 * 2**29
-    for bad in ({"bits": 5}, {"head_bits": 3}, {"group": -1}):
+    for bad in ({"bits": 5}, {"head_bits": 3}, {"v_bits": 2}, {"group": -1}):
         with pytest.raises(InputError):
             Storage(**bad)
 

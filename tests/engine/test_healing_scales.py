@@ -29,6 +29,7 @@ ROUGH = {
     "minimum": Recipe("rtn", group=0, scheme="minimum", head=8),
     "zero": Recipe("rtn", group=0, scheme="zero", scale_dtype="bfloat16", head=16),
     "codebook": Recipe("nf4", group=0, scheme="codebook", head=None),
+    "v in 8 bits": Recipe("nf4", group=16, scheme="codebook", head=8, v=8),
 }
 
 
@@ -55,6 +56,7 @@ def arrays(shard) -> dict[str, torch.Tensor]:
         ("phi3", "symmetric"),
         ("gemma3", "symmetric"),
         ("phi2", "codebook"),
+        ("qwen3", "v in 8 bits"),
     ],
 )
 def test_it_is_nearer_at_the_same_bytes(case, scheme, source, rng, tmp_path, monkeypatch):

@@ -22,12 +22,13 @@ def opened(directory, **options):
     return model.eval()
 
 
-@pytest.mark.parametrize("case, head", [
-    ("qwen2", 8), ("qwen3", 8), ("gemma3", 8), ("phi3", 16), ("phi2", 4), ("llama-biased-tied", 16),
+@pytest.mark.parametrize("case, head, v", [
+    ("qwen2", 8, 8), ("qwen3", 8, 4), ("gemma3", 8, 8), ("phi3", 16, 4), ("phi2", 4, 4),
+    ("llama-biased-tied", 16, 8),
 ])  # fmt: skip
 @torch.no_grad()
-def test_logits_and_text_are_ours(case, head, source, rng, tmp_path):
-    ours = packed_model(source(case), tmp_path / "ours", rng, drop=(1,), group=16, head=head)
+def test_logits_and_text_are_ours(case, head, v, source, rng, tmp_path):
+    ours = packed_model(source(case), tmp_path / "ours", rng, drop=(1,), group=16, head=head, v=v)
     model = opened(tmp_path / "ours")
     linears = [m for m in model.modules() if isinstance(m, W4Linear)]
     assert len(linears) >= 4 * len(ours.config.layers)

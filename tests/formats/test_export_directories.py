@@ -59,13 +59,13 @@ def test_compressed_tensors_decompresses_to_our_values(kind, source, rng, tmp_pa
     assert_same_matrices(ours, open_checkpoint(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("case", ["gemma3", "phi3", "qwen2", "olmo2"])
+@pytest.mark.parametrize("case, v", [("gemma3", 8), ("phi3", 4), ("qwen2", 8), ("olmo2", 4)])
 @torch.no_grad()
-def test_compressed_tensors_in_transformers(case, source, rng, tmp_path):
+def test_compressed_tensors_in_transformers(case, v, source, rng, tmp_path):
     import transformers
 
     whole = source(case, **(WIDE if case != "phi3" else {"hidden_size": 96}))
-    ours = packed_model(whole, tmp_path / "ours", rng, drop=(1,), group=16)
+    ours = packed_model(whole, tmp_path / "ours", rng, drop=(1,), group=16, v=v)
     export(ours, ours.config, tmp_path / "out", "compressed-tensors")
     ids = torch.randint(3, tiny.VOCAB, (2, 40), generator=rng)
     peer = transformers.AutoModelForCausalLM.from_pretrained(
@@ -140,6 +140,7 @@ def test_hf_is_what_the_values_are(source, rng, tmp_path):
     ({"method": "gptq", "scheme": "symmetric", "act_order": True}, "compressed-tensors",
      "no longer has an activation order; the nearest format that can is gptq"),
     ({"scale_dtype": "float32"}, "gptq", "scales are no float16"),
+    ({"v": 8}, "gptq", r"alike, found 4 bits, group 32 \(\S+\) and 8 bits, group 32 \(\S+v_proj\)"),
 ])  # fmt: skip
 def test_what_cannot_be_said_is_refused(recipe, to, sentence, source, rng, tmp_path):
     tied = {"tie_word_embeddings": True} if "head" in recipe else {}

@@ -164,6 +164,7 @@ def test_cuts_that_gguf_has_no_word_for(case, keep, sentence, tmp_path):
 @pytest.mark.parametrize("recipe", [
     {"group": 32}, {"group": 64}, {"group": 0}, {"group": 32, "scheme": "minimum", "head": 8},
     {"group": 64, "bits": 8}, {"group": 64, "scheme": "codebook"},
+    {"group": 64, "scheme": "codebook", "v": 8}, {"group": 32, "scheme": "minimum", "v": 8},
 ], ids=str)  # fmt: skip
 def test_packed_models_keep_their_bits(recipe, source, rng, tmp_path):
     sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}

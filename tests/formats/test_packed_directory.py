@@ -128,6 +128,27 @@ def test_bits_of_the_head(case, head, source, tmp_path):
     assert found["model.layers.0.mlp.up_proj.weight"].spec.bits == 8
 
 
+@pytest.mark.parametrize("ordered", [False, True], ids=["", "ordered"])
+@pytest.mark.parametrize("case", ["llama", "qwen2", "gemma3"])
+def test_v_in_8_bits_beside_a_codebook(case, ordered, source, tmp_path, rng):
+    """Of the model's own values; both decoders read it, an activation order beside it or none."""
+    checkpoint = source(case)
+    samples = torch.randint(3, tiny.VOCAB, (6, 24), generator=rng).tolist()
+    recipe = Recipe(group=16, scheme="codebook", act_order=ordered)
+    pack(checkpoint, checkpoint.config, tmp_path / "out", recipe, samples)
+    found = stored(tmp_path / "out")
+    for slot in range(checkpoint.config.total_layers):
+        name = f"model.layers.{slot}.self_attn.v_proj.weight"
+        expected = methods.rtn(checkpoint.read(name), Spec(8, 16, "symmetric"))
+        assert found[name].spec == expected.spec
+        assert torch.equal(unpack(found[name]), unpack(expected))
+        assert found[name.replace("v_proj", "k_proj")].spec == recipe.spec
+    tokens = torch.randint(3, tiny.VOCAB, (2, 24), generator=rng)
+    expected = logits(load(tmp_path / "out", backend="reference").runtime, tokens)
+    got = logits(load(tmp_path / "out", backend="cpu").runtime, tokens)
+    assert rms_ratio(expected, got) <= 3e-2
+
+
 class Blocks:
     """A checkpoint whose matrices are GGUF blocks of one type, as a GGUF of any family has them."""
 
