@@ -69,11 +69,11 @@ SHALLOW_INLINE void add_to_sums(const TileView& w, const uint8_t* block, const P
 }
 
 // The products of one tile with R rows of x, block by block. Split: group 16, two groups a block.
-template <class V, Codes C, int R, bool Split>
+template <class V, Codes C, int R, bool Split, Params P>
 struct TileSums {
     using F = typename V::F;
 
-    Stream<V, C> stream;
+    Stream<V, C, P> stream;
     F total[kParts<V>][R], scale[1 + Split][kParts<V>];
 
     SHALLOW_INLINE TileSums(const TileView& w, int64_t tile, int64_t ahead)
@@ -118,16 +118,17 @@ struct TileSums {
 // One tile, or for one row of x two in turn, which memory then reads as two streams: a matrix of an
 // 8B model took 73-90 % of the bandwidth of a plain read by two, 67-78 % by one; from L3 both take
 // 94 % (benchmarks/results/decoder.md).
-template <class V, Codes C, int R, bool Split>
+template <class V, Codes C, int R, bool Split, Params P = Params::any>
 void int8_rows(const TileView& w, const Int8Input& x, const Output& y, const Place& at) {
     constexpr bool kPair = R == 1 && C != Codes::unpacked;
     const int8_t* q = x.q + (at.panel * w.blocks * x.panel + at.first) * kBlock;
     const float* scales = x.scales + at.panel * w.blocks * x.panel + at.first;
     const float* sums = x.sums + at.panel * w.groups * x.panel + at.first;
     if constexpr (R > 1) fetch(y, at, R);
-    TileSums<V, C, R, Split> first(w, at.tile, at.ahead);
-    TileSums<V, C, R, Split> second(w, at.tile + (kPair ? at.apart : 0), at.ahead);
-    const auto walk = [&](auto pair) {
+    TileSums<V, C, R, Split, P> first(w, at.tile, at.ahead);
+    TileSums<V, C, R, Split, P> second(w, at.tile + (kPair ? at.apart : 0), at.ahead);
+    // In line: of a function that is called twice GCC keeps tiles and sums in memory.
+    const auto walk = [&](auto pair) __attribute__((always_inline)) {
         for (int64_t b = 0, left = 0; b < w.blocks; ++b) {
             if (left-- == 0) {
                 for (int half = 0; half < 1 + Split; ++half, sums += x.panel) {
@@ -261,15 +262,24 @@ struct Int8Run {
     }
     template <int R>
     SHALLOW_INLINE void meet(const Place& here, int64_t steps) const {
+        if (w.group_blocks)
+            meet<R, false>(here, steps);
+        else
+            meet<R, true>(here, steps);
+    }
+    template <int R, bool Split>
+    SHALLOW_INLINE void meet(const Place& here, int64_t steps) const {
         if constexpr (passing<R>) {
-            if (w.group_blocks)
-                passing_rows<V, C, R, false>(w, x, y, here, steps);
-            else
-                passing_rows<V, C, R, true>(w, x, y, here, steps);
-        } else if (w.group_blocks) {
-            int8_rows<V, C, R, false>(w, x, y, here);
+            passing_rows<V, C, R, Split>(w, x, y, here, steps);
+        } else if constexpr (R == 1 && C != Codes::unpacked) {
+            switch (params_of(w)) {
+                case Params::half: return int8_rows<V, C, R, Split, Params::half>(w, x, y, here);
+                case Params::half_minimum:
+                    return int8_rows<V, C, R, Split, Params::half_minimum>(w, x, y, here);
+                default: return int8_rows<V, C, R, Split>(w, x, y, here);
+            }
         } else {
-            int8_rows<V, C, R, true>(w, x, y, here);
+            int8_rows<V, C, R, Split>(w, x, y, here);
         }
     }
 };
