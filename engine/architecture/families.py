@@ -73,6 +73,10 @@ class Family:
     windows: str = "none"  # "none"; "all": every layer has the window; "types": by layer_types
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
+    def apart(self, role: str) -> bool:
+        """Whether the matrix of `role` is stored as one of its own."""
+        return all(role not in roles for roles in self.fused.values())
+
 
 _PHI2_BIASES = frozenset({"q", "k", "v", "o", "up", "down", "head"})
 _GEMMA_DEFAULTS = {
@@ -223,6 +227,14 @@ def layer_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
         if role not in fused:
             parts[stored] = Part(name, shape)
     return parts
+
+
+def check_v_bits(config: ModelConfig, bits: int, found: int) -> None:
+    """InputError for a v of other bits than the `bits` of a matrix that it is stored in."""
+    if found != bits and not FAMILIES[config.family].apart("v"):
+        raise InputError(
+            f"v: expected {bits}, as {config.family} stores q, k and v as one matrix, found {found}"
+        )
 
 
 def outer_tensors(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -8,7 +8,12 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from engine.architecture.config import ModelConfig
-from engine.architecture.families import layer_parts, layer_tensors, outer_tensors
+from engine.architecture.families import (
+    check_v_bits,
+    layer_parts,
+    layer_tensors,
+    outer_tensors,
+)
 from engine.architecture.hf_config import from_hf
 from engine.artifacts import Artifact
 from engine.errors import InputError
@@ -56,9 +61,9 @@ class Storage:
     """How weights are stored: matrices of layers in `bits`, a scale a `group` (0: a row).
 
     `head_bits` is for the head, and for the embedding where it is tied; an embedding of its own,
-    norms and biases stay in 16 bits. `v_bits` is for v where a family keeps it apart; 0: as the
-    other matrices. `scale_bits` counts what every group carries beside the
-    codes: 16 for a scale, 32 for a scale and a minimum. 16 bits mean no groups.
+    norms and biases stay in 16 bits. `v_bits` is for v; 0: as the other matrices. `scale_bits`
+    counts what every group carries beside the codes: 16 for a scale, 32 for a scale and a minimum.
+    16 bits mean no groups.
     """
 
     bits: int = 16
@@ -139,9 +144,13 @@ class Budget(Artifact):
 def cost(
     config: ModelConfig, storage: Storage = Storage(), context: int = 4096, kv_bits: int = 16
 ) -> Cost:
-    """The Cost of the layers that `config` keeps."""
+    """The Cost of the layers that `config` keeps.
+
+    InputError for a v of bits of its own in a family that stores it with q and k.
+    """
     if not 1 <= context:
         raise InputError(f"context: expected at least 1, found {context}")
+    check_v_bits(config, storage.bits, storage.v_bits or storage.bits)
     parameters, codes, flops = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0), 0
     read = 0
 

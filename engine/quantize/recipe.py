@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from engine.architecture.config import ModelConfig
-from engine.architecture.families import FAMILIES, layer_parts, outer_tensors
+from engine.architecture.families import FAMILIES, check_v_bits, layer_parts, outer_tensors
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.weights import Stored, describe, outer_weights, packed_form, values
 from engine.errors import InputError
@@ -81,16 +81,11 @@ class Recipe:
         """
         if self.method == "keep":
             return self
-        apart = all("v" not in roles for roles in FAMILIES[config.family].fused.values())
         if self.v is not None:
-            if self.v != self.bits and not apart:
-                raise InputError(
-                    f"v: expected {self.bits}, as {config.family} stores q, k and v as one matrix, "
-                    f"found {self.v}"
-                )
+            check_v_bits(config, self.bits, self.v)
             return self
         fine = self.method == "gptq" and self.scheme == "codebook"
-        cheap = apart and config.kv_heads < config.heads
+        cheap = FAMILIES[config.family].apart("v") and config.kv_heads < config.heads
         return replace(self, v=8 if fine and cheap else self.bits)
 
     @property

@@ -80,6 +80,20 @@ def test_v_in_bits_of_its_own():
     assert finer.bytes_per_token - plain.bytes_per_token == 32 * rows * 4096 // 2
 
 
+def test_v_has_the_bits_of_the_matrix_that_it_is_stored_in(tmp_path):
+    """As `engine quantize --v` has it; "qkv" of Phi-3 is one matrix."""
+    tiny.write("phi3", tmp_path / "model", 1)
+    config, _ = read_model(str(tmp_path / "model"))
+    plain = cost(config, Storage(4, 16), 64)
+    assert plain == cost(config, Storage(4, 16, v_bits=4), 64)
+    for refused in (
+        lambda: cost(config, Storage(4, 16, v_bits=8), 64),
+        lambda: Recipe(v=8).of(config),
+    ):
+        with pytest.raises(InputError, match="v: expected 4, as phi3 stores q, k and v as one"):
+            refused()
+
+
 def test_windows_bound_what_a_token_reads():
     config = built_in("mistral-7b")
     short, long = cost(config, context=4096), cost(config, context=32768)
