@@ -44,7 +44,8 @@ Path choose_path(const TileView& w, std::int64_t m, Mode mode, const Kernels& ke
     if (kernels.bfloat_tiles && m >= kManyRows) return Path::bfloat;
     const bool plain = w.kind == Codes::float16 || w.kind == Codes::bfloat16;
     const bool coarse = w.kind == Codes::nibble_table && w.values8_step == 0;
-    return plain || coarse ? Path::exact : Path::int8;
+    if (plain || coarse) return Path::exact;
+    return kernels.int16_tiles && w.kind != Codes::nibble ? Path::int16 : Path::int8;
 }
 
 Form::Form(const TileView& like, Path path, std::int64_t m, bool fine)
@@ -60,20 +61,25 @@ std::int64_t Form::nbytes() const {
         case Path::int8:
             return line_up(2 * rows * blocks * kBlock) + line_up(2 * rows * blocks * 4) +
                    line_up(rows * groups * 4);
+        case Path::int16:
+            return line_up(2 * rows * blocks * kBlock) + line_up(rows * blocks * 4) +
+                   line_up(rows * groups * 4);
     }
     return 0;
 }
 
-Int8Input Form::int8(std::uint8_t* base) const {
+template <class T>
+IntInput<T> Form::ints(std::uint8_t* base) const {
+    constexpr std::int64_t kPlanes = sizeof(T) == 1 ? 2 : 1;
     Cutter cutter{base};
-    Int8Input input;
+    IntInput<T> input;
     input.m = m;
     input.panel = panel;
     input.plane = rows * blocks;
     input.group_blocks = group_blocks;
     input.fine = fine;
-    input.q = cutter.cut<std::int8_t>(2 * input.plane * kBlock);
-    input.scales = cutter.cut<float>(2 * input.plane);
+    input.q = cutter.cut<T>(kPlanes * input.plane * kBlock);
+    input.scales = cutter.cut<float>(kPlanes * input.plane);
     input.sums = cutter.cut<float>(rows * groups);
     return input;
 }
@@ -91,6 +97,13 @@ void Form::write(const Kernels& kernels, const Rows& x, std::uint8_t* base, std:
                  std::int64_t column) const {
     const std::int64_t lane = row % panel, first = row - lane, block = column / kBlock;
     const std::int64_t at = first * blocks + block * panel;
+    const auto from = [&](auto to) {
+        const std::int64_t group = group_blocks ? block / group_blocks : 2 * block;
+        to.q += (at + lane) * kBlock;
+        to.scales += at + lane;
+        to.sums += first * groups + group * panel + lane;
+        return to;
+    };
     switch (path) {
         case Path::exact: {
             FloatInput to = wide(base);
@@ -102,14 +115,8 @@ void Form::write(const Kernels& kernels, const Rows& x, std::uint8_t* base, std:
             to.values += first / kPanelRows * to.stride;
             return kernels.write_bfloat(x, to);
         }
-        case Path::int8: {
-            const std::int64_t group = group_blocks ? block / group_blocks : 2 * block;
-            Int8Input to = int8(base);
-            to.q += (at + lane) * kBlock;
-            to.scales += at + lane;
-            to.sums += first * groups + group * panel + lane;
-            return kernels.write_int8(x, to);
-        }
+        case Path::int8: return kernels.write_int8(x, from(ints<std::int8_t>(base)));
+        case Path::int16: return kernels.write_int16(x, from(ints<std::int16_t>(base)));
     }
 }
 
@@ -136,7 +143,10 @@ void Form::multiply(const Kernels& kernels, const TileView& w, std::uint8_t* bas
     switch (path) {
         case Path::exact: return kernels.float_tiles(w, wide(base), y, begin, end);
         case Path::bfloat: return kernels.bfloat_tiles(w, bfloat(base), y, begin, end, scratch);
-        case Path::int8: return kernels.int8_tiles(w, int8(base), y, begin, end, scratch);
+        case Path::int8:
+            return kernels.int8_tiles(w, ints<std::int8_t>(base), y, begin, end, scratch);
+        case Path::int16:
+            return kernels.int16_tiles(w, ints<std::int16_t>(base), y, begin, end, scratch);
     }
 }
 
@@ -144,9 +154,11 @@ std::int64_t rows_within(std::int64_t bytes, std::int64_t row_bytes) {
     return std::clamp(bytes / row_bytes / kPanelRows * kPanelRows, kLeastRows, kMostRows);
 }
 
-// Every tile meets all rows of int8, which should stay in the cache.
+// Every tile meets all rows of integers, which should stay in the cache.
 std::int64_t rows_at_once(const TileView& w, Path path) {
-    return path == Path::int8 ? rows_within(kCacheBytes, w.blocks * kBlock) : kMostRows;
+    const std::int64_t bytes = w.blocks * kBlock;
+    if (path == Path::int8) return rows_within(kCacheBytes, bytes);
+    return path == Path::int16 ? rows_within(kCacheBytes, 2 * bytes) : kMostRows;
 }
 
 int useful_threads(const TileView& w, std::int64_t m, int threads) {

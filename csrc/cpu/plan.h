@@ -10,7 +10,7 @@
 
 namespace shallow {
 
-enum class Path { int8, exact, bfloat };  // the kernels of these names, see Kernels
+enum class Path { int8, int16, exact, bfloat };  // the kernels of these names, see Kernels
 
 Path choose_path(const TileView& w, std::int64_t m, Mode mode, const Kernels& kernels);
 
@@ -46,7 +46,8 @@ struct Form {
                   std::int64_t begin, std::int64_t end, std::uint8_t* scratch) const;
 
 private:
-    Int8Input int8(std::uint8_t* base) const;
+    template <class T>
+    IntInput<T> ints(std::uint8_t* base) const;
     FloatInput wide(std::uint8_t* base) const;
     BfloatInput bfloat(std::uint8_t* base) const;
 };

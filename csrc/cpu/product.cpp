@@ -24,17 +24,17 @@ Rows FloatRows::part(std::int64_t i, std::int64_t count, std::int64_t begin,
     return x;
 }
 
-bool Input::exact(const TiledMatrix& w) const {
-    return choose_path(w.view(), 1, mode_, kernels_) == Path::exact;
+Path Input::path_of_few(const TiledMatrix& w) const {
+    return choose_path(w.view(), 1, mode_, kernels_);
 }
 
 std::size_t Input::add(const std::shared_ptr<const TiledMatrix>& w) {
     const TileView& v = w->view();
     const auto agrees = [&](const std::shared_ptr<const TiledMatrix>& like) {
         const TileView& other = like->view();
-        return exact(*like) == exact(*w) && same_order(*like, *w) &&
+        return path_of_few(*like) == path_of_few(*w) && same_order(*like, *w) &&
                (other.kind == Codes::float32) == (v.kind == Codes::float32) &&
-               (exact(*w) || other.group_blocks == v.group_blocks);
+               (path_of_few(*w) == Path::exact || other.group_blocks == v.group_blocks);
     };
     const auto found = std::find_if(like_.begin(), like_.end(), agrees);
     if (found == like_.end()) return like_.push_back(w), like_.size() - 1;
@@ -66,7 +66,7 @@ std::int64_t Input::grain() const {
     std::int64_t blocks = 1;
     for (const std::shared_ptr<const TiledMatrix>& like : like_) {
         if (like->perm()) return 0;
-        if (exact(*like)) continue;
+        if (path_of_few(*like) == Path::exact) continue;
         blocks = std::lcm(blocks, std::max<std::int64_t>(like->view().group_blocks, 1));
     }
     return blocks * kBlock;

@@ -44,7 +44,7 @@ public:
     const Kernels& kernels() const { return kernels_; }
 
 private:
-    bool exact(const TiledMatrix& w) const;  // without int8 kernel
+    Path path_of_few(const TiledMatrix& w) const;  // rows
 
     const Kernels& kernels_;
     Mode mode_;

@@ -8,6 +8,7 @@
 namespace shallow {
 namespace {
 
+using std::int16_t;
 using std::int64_t;
 using std::int8_t;
 using std::uint8_t;
@@ -23,17 +24,18 @@ inline const uint8_t* element(const Rows& x, int64_t row, int64_t column) {
     return static_cast<const uint8_t*>(x.data) + (row * x.stride + column) * size;
 }
 
-// Rounds one row of x to int8, and where asked to what that leaves of the blocks whose step is not
-// below the RMS of all: a sixth of the blocks of a trained model's norms, with most of the error.
-template <class V>
+// Rounds one row of x to integers T; to int8, where asked, also what that leaves of the blocks whose
+// step is not below the RMS of all: a sixth of the blocks of a trained model's norms, with most of the
+// error.
+template <class V, class T>
 struct RowRounding {
     const Rows& x;
-    const Int8Input to;
+    const IntInput<T> to;
     int64_t row, blocks;
-    int8_t* q;  // of the row's first block, as are the scales and sums
+    T* q;  // of the row's first block, as are the scales and sums
     float *scales, *sums;
 
-    RowRounding(const Rows& x, const Int8Input& to, int64_t row)
+    RowRounding(const Rows& x, const IntInput<T>& to, int64_t row)
         : x(x), to(to), row(row), blocks(w4::ceil_div(x.k, kBlock)), q(to.q + row * kBlock),
           scales(to.scales + row), sums(to.sums + row) {}
 
@@ -47,6 +49,7 @@ struct RowRounding {
             const float scale = round(values, b * to.panel, sum);
             squares += scale * scale;
         });
+        if constexpr (sizeof(T) > 1) return;
         const float limit = to.fine ? squares / static_cast<float>(blocks) : INFINITY;
         each_block([&](int64_t b, float* sum) {
             const int64_t at = b * to.panel;
@@ -87,9 +90,9 @@ struct RowRounding {
     }
 };
 
-template <class V>
-void write_int8(const Rows& x, const Int8Input& to) {
-    for (int64_t row = 0; row < x.m; ++row) RowRounding<V>(x, to, row).run();
+template <class V, class T>
+void write_int(const Rows& x, const IntInput<T>& to) {
+    for (int64_t row = 0; row < x.m; ++row) RowRounding<V, T>(x, to, row).run();
 }
 
 template <class V>

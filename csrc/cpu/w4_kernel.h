@@ -4,7 +4,8 @@
 //
 // V names its vector F of V::lanes floats (16, 8 or 4 rows of a tile), V::max_rows rows of x that meet
 // a block at once (V::most_rows<C> of int8), whether it gains from unpacked tiles (V::unpacks),
-// whether its registers hold a block's codes (V::keeps_codes), and the functions used below.
+// whether its registers hold a block's codes (V::keeps_codes), whether it has products of 16 bits
+// (V::words), and the functions used below.
 #pragma once
 
 #include <type_traits>
@@ -27,8 +28,9 @@ inline void write_rows(const typename V::F (&total)[kParts<V>][R], const Output&
 }
 
 // One block of rows of x.
+template <class T>
 struct Planes {
-    const int8_t* q;
+    const T* q;
     const float* scales;
     int64_t plane;
 };
@@ -36,7 +38,7 @@ struct Planes {
 // Adds the products of half-blocks First..Last-1 of a block with R rows of x: their codes stay in
 // registers, and rows meet them one by one.
 template <class V, Codes C, int R, int First, int Last>
-SHALLOW_INLINE void add_to_codes(const TileView& w, const uint8_t* block, const Planes& x,
+SHALLOW_INLINE void add_to_codes(const TileView& w, const uint8_t* block, const Planes<int8_t>& x,
                                  typename V::F scale, typename V::F (&total)[R]) {
     const auto codes = V::template codes<C, First, Last>(w, block);
     const auto add = [&](int i, const int8_t* q, const float* scales) {
@@ -54,18 +56,19 @@ SHALLOW_INLINE void add_to_codes(const TileView& w, const uint8_t* block, const 
 }
 
 // The same for one row, all parts of the tile, where 16 registers hold sums and codes pass by.
-template <class V, Codes C, int First, int Last>
-SHALLOW_INLINE void add_to_sums(const TileView& w, const uint8_t* block, const Planes& x,
+template <class V, Codes C, int First, int Last, class T>
+SHALLOW_INLINE void add_to_sums(const TileView& w, const uint8_t* block, const Planes<T>& x,
                                 const typename V::F (&scale)[kParts<V>],
                                 typename V::F (&total)[kParts<V>][1]) {
-    const auto add = [&](const int8_t* q, float x_scale) __attribute__((always_inline)) {
+    const auto add = [&](const T* q, float x_scale) __attribute__((always_inline)) {
         typename V::F dots[kParts<V>][1];
         V::template dots<C, First, Last>(w, block, q + 16 * First, dots);
         for (int p = 0; p < kParts<V>; ++p)
             total[p][0] = V::fma(dots[p][0], V::mul(scale[p], V::set(x_scale)), total[p][0]);
     };
     add(x.q, x.scales[0]);
-    if (x.scales[x.plane] > 0) add(x.q + x.plane * kBlock, x.scales[x.plane]);
+    if constexpr (sizeof(T) == 1)
+        if (x.scales[x.plane] > 0) add(x.q + x.plane * kBlock, x.scales[x.plane]);
 }
 
 // The products of one tile with R rows of x, block by block. Split: group 16, two groups a block.
@@ -88,7 +91,8 @@ struct TileSums {
 #pragma GCC unroll 16
             for (int i = 0; i < R; ++i) total[p][i] = V::fma(min[p], V::set(sums[i]), total[p][i]);
     }
-    SHALLOW_INLINE void add(const TileView& w, const Planes& x) {
+    template <class T>
+    SHALLOW_INLINE void add(const TileView& w, const Planes<T>& x) {
         const uint8_t* const block = stream.block();
         if constexpr (C != Codes::unpacked)
 #pragma GCC unroll 8
@@ -103,8 +107,8 @@ struct TileSums {
             add_half<0, 2>(w, block, x, scale[0]);
         }
     }
-    template <int First, int Last>
-    SHALLOW_INLINE void add_half(const TileView& w, const uint8_t* block, const Planes& x,
+    template <int First, int Last, class T>
+    SHALLOW_INLINE void add_half(const TileView& w, const uint8_t* block, const Planes<T>& x,
                                  const F (&steps)[kParts<V>]) {
         if constexpr (V::keeps_codes)
             for (int p = 0; p < kParts<V>; ++p)
@@ -118,10 +122,10 @@ struct TileSums {
 // One tile, or for one row of x two in turn, which memory then reads as two streams: a matrix of an
 // 8B model took 73-90 % of the bandwidth of a plain read by two, 67-78 % by one; from L3 both take
 // 94 % (benchmarks/results/decoder.md).
-template <class V, Codes C, int R, bool Split, Params P = Params::any>
-void int8_rows(const TileView& w, const Int8Input& x, const Output& y, const Place& at) {
+template <class V, Codes C, int R, bool Split, Params P = Params::any, class T>
+void int_rows(const TileView& w, const IntInput<T>& x, const Output& y, const Place& at) {
     constexpr bool kPair = R == 1 && C != Codes::unpacked;
-    const int8_t* q = x.q + (at.panel * w.blocks * x.panel + at.first) * kBlock;
+    const T* q = x.q + (at.panel * w.blocks * x.panel + at.first) * kBlock;
     const float* scales = x.scales + at.panel * w.blocks * x.panel + at.first;
     const float* sums = x.sums + at.panel * w.groups * x.panel + at.first;
     if constexpr (R > 1) fetch(y, at, R);
@@ -137,7 +141,7 @@ void int8_rows(const TileView& w, const Int8Input& x, const Output& y, const Pla
                 }
                 left = Split ? 0 : w.group_blocks - 1;
             }
-            const Planes planes{q, scales, x.plane};
+            const Planes<T> planes{q, scales, x.plane};
             first.add(w, planes);
             if constexpr (pair()) second.add(w, planes);
             q += x.panel * kBlock;
@@ -239,14 +243,14 @@ inline void in_steps(int64_t first, int64_t rows, const Run& run) {
         in_steps<R - 1>(first, rows, run);
 }
 
-template <class V, Codes C>
-struct Int8Run {
+template <class V, Codes C, class T>
+struct IntRun {
     static constexpr int most = V::template most_rows<C>;
     template <int R>
     static constexpr bool passing = R > 1 && !V::keeps_codes;
 
     const TileView& w;
-    const Int8Input& x;
+    const IntInput<T>& x;
     const Output& y;
     Place at;
     template <int R>
@@ -270,16 +274,19 @@ struct Int8Run {
     template <int R, bool Split>
     SHALLOW_INLINE void meet(const Place& here, int64_t steps) const {
         if constexpr (passing<R>) {
-            passing_rows<V, C, R, Split>(w, x, y, here, steps);
+            if (steps > 1)
+                passing_rows<V, C, R, Split, true>(w, x, y, here, steps);
+            else
+                passing_rows<V, C, R, Split, false>(w, x, y, here, steps);
         } else if constexpr (R == 1 && C != Codes::unpacked) {
             switch (params_of(w)) {
-                case Params::half: return int8_rows<V, C, R, Split, Params::half>(w, x, y, here);
+                case Params::half: return int_rows<V, C, R, Split, Params::half>(w, x, y, here);
                 case Params::half_minimum:
-                    return int8_rows<V, C, R, Split, Params::half_minimum>(w, x, y, here);
-                default: return int8_rows<V, C, R, Split>(w, x, y, here);
+                    return int_rows<V, C, R, Split, Params::half_minimum>(w, x, y, here);
+                default: return int_rows<V, C, R, Split>(w, x, y, here);
             }
         } else {
-            int8_rows<V, C, R, Split>(w, x, y, here);
+            int_rows<V, C, R, Split>(w, x, y, here);
         }
     }
 };
@@ -316,10 +323,10 @@ inline Place place_of(const TileView& w, int64_t tile) {
 }
 
 // All rows of x meet the tile, or the tiles, at this place.
-template <class V, template <class, Codes> class Run, Codes C, class Input>
+template <class Run, class Input>
 void panels(const TileView& w, const Input& x, const Output& y, Place at) {
     for (int64_t left = x.m; left > 0; ++at.panel, left -= kPanelRows)
-        in_steps<Run<V, C>::most>(0, left < kPanelRows ? left : kPanelRows, Run<V, C>{w, x, y, at});
+        in_steps<Run::most>(0, left < kPanelRows ? left : kPanelRows, Run{w, x, y, at});
 }
 
 // Writes one tile as an unpacked matrix of its own.
@@ -352,9 +359,9 @@ TileView unpack_tile(const TileView& w, int64_t tile, uint8_t* scratch) {
     return one;
 }
 
-template <class V, Codes C>
-void int8_tiles_of(const TileView& w, const Int8Input& x, const Output& y, int64_t begin,
-                   int64_t end, uint8_t* scratch) {
+template <class V, Codes C, class T>
+void int_tiles_of(const TileView& w, const IntInput<T>& x, const Output& y, int64_t begin,
+                  int64_t end, uint8_t* scratch) {
     if (x.m == 1) {
         const int64_t half = (end - begin) / 2;
         const int64_t ahead = half * w.tile_bytes < kLong ? kAhead : bytes_ahead();
@@ -362,7 +369,7 @@ void int8_tiles_of(const TileView& w, const Int8Input& x, const Output& y, int64
             Place at = place_of(w, tile);
             at.apart = half;
             at.ahead = ahead;
-            panels<V, Int8Run, C>(w, x, y, at);
+            panels<IntRun<V, C, T>>(w, x, y, at);
         }
         begin += 2 * half;
     }
@@ -377,7 +384,7 @@ void int8_tiles_of(const TileView& w, const Int8Input& x, const Output& y, int64
             if (x.m >= kManyRows) {
                 at.tile = 0;
                 const TileView one = unpack_tile<V, C>(w, tile, scratch);
-                panels<V, Int8Run, Codes::unpacked>(one, x, y, at);
+                panels<IntRun<V, Codes::unpacked, T>>(one, x, y, at);
                 continue;
             }
         }
@@ -385,25 +392,34 @@ void int8_tiles_of(const TileView& w, const Int8Input& x, const Output& y, int64
             if (x.m > 1)
                 for (int64_t i = 0; i < some; ++i)
                     widen_params<V, C>(w, tile + i, params + i * 2 * kTileRows * w.groups);
-        panels<V, Int8Run, C>(w, x, y, at);
+        panels<IntRun<V, C, T>>(w, x, y, at);
     }
+}
+
+// Bytes, and codebooks of them.
+template <class V, class T>
+void byte_tiles(const TileView& w, const IntInput<T>& x, const Output& y, int64_t begin,
+                int64_t end, uint8_t* scratch) {
+    if (w.kind == Codes::byte)
+        int_tiles_of<V, Codes::byte>(w, x, y, begin, end, scratch);
+    else
+        int_tiles_of<V, Codes::nibble_table>(w, x, y, begin, end, scratch);
 }
 
 template <class V>
 void int8_tiles(const TileView& w, const Int8Input& x, const Output& y, int64_t begin, int64_t end,
                 uint8_t* scratch) {
-    switch (w.kind) {
-        case Codes::nibble: return int8_tiles_of<V, Codes::nibble>(w, x, y, begin, end, scratch);
-        case Codes::byte: return int8_tiles_of<V, Codes::byte>(w, x, y, begin, end, scratch);
-        default: return int8_tiles_of<V, Codes::nibble_table>(w, x, y, begin, end, scratch);
-    }
+    if (V::words || w.kind == Codes::nibble)
+        int_tiles_of<V, Codes::nibble>(w, x, y, begin, end, scratch);
+    else if constexpr (!V::words)
+        byte_tiles<V>(w, x, y, begin, end, scratch);
 }
 
 template <class V, Codes C>
 void float_tiles_of(const TileView& w, const FloatInput& x, const Output& y, int64_t begin,
                     int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile)
-        panels<V, FloatRun, C>(w, x, y, place_of(w, tile));
+        panels<FloatRun<V, C>>(w, x, y, place_of(w, tile));
 }
 
 template <class V>
@@ -423,10 +439,14 @@ void float_tiles(const TileView& w, const FloatInput& x, const Output& y, int64_
 template <class V>
 constexpr Kernels make_kernels() {
     Kernels kernels{};
-    kernels.write_int8 = write_int8<V>;
+    kernels.write_int8 = write_int<V, int8_t>;
     kernels.write_float = write_float<V>;
     kernels.int8_tiles = int8_tiles<V>;
     kernels.float_tiles = float_tiles<V>;
+    if constexpr (V::words) {
+        kernels.write_int16 = write_int<V, int16_t>;
+        kernels.int16_tiles = byte_tiles<V, int16_t>;
+    }
     return kernels;
 }
 

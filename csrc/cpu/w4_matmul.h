@@ -1,5 +1,5 @@
 // y = x @ W.T on packed weights, and the layout that the CPU kernels read.
-// defines: TiledMatrix Rows Output matmul | for kernels: TileView Int8Input FloatInput Kernels
+// defines: TiledMatrix Rows Output matmul | for kernels: TileView IntInput FloatInput Kernels
 #pragma once
 
 #include <cstdint>
@@ -125,19 +125,23 @@ struct Output {
     const float* bias;  // null or (n,)
 };
 
-// Activations in int8, a scale for each block of 32, in panels of `panel` rows.
+// Activations as integers, a scale for each block of 32, in panels of `panel` rows.
 // Element (row, column) of panel p: q[((p * blocks + column / 32) * panel + row) * 32 + column % 32].
-// Where `fine`, the coarsest blocks of a row, which must come whole, have what rounding left of them
-// in a second plane; the scale there is 0 for all others.
-struct Int8Input {
-    std::int8_t* q;
-    float* scales;  // (2, panels, blocks, panel)
+// int8: where `fine`, the coarsest blocks of a row, which must come whole, have what rounding left of
+// them in a second plane; the scale there is 0 for all others.
+// int16: one plane, and of each four columns the second and third have changed places.
+template <class T>
+struct IntInput {
+    T* q;
+    float* scales;  // (planes, panels, blocks, panel)
     float* sums;    // (panels, groups, panel): sum over the group of scale * q, of both planes
     std::int64_t m, panel;
     std::int64_t plane;         // scales in one
     std::int64_t group_blocks;  // as in TileView
     bool fine;
 };
+using Int8Input = IntInput<std::int8_t>;
+using Int16Input = IntInput<std::int16_t>;
 
 // The same in float32: values[(p * blocks * 32 + column) * panel + row].
 struct FloatInput {
@@ -161,6 +165,11 @@ struct Kernels {
                        std::int64_t end, std::uint8_t* scratch);
     void (*float_tiles)(const TileView& w, const FloatInput& x, const Output& y, std::int64_t begin,
                         std::int64_t end);
+    // For bytes and codebooks where two products of four bits cost as much as one of 16 (AVX2), else
+    // null.
+    void (*write_int16)(const Rows& x, const Int16Input& to);
+    void (*int16_tiles)(const TileView& w, const Int16Input& x, const Output& y, std::int64_t begin,
+                        std::int64_t end, std::uint8_t* scratch);
     // For many rows where the processor multiplies tiles of bfloat16, else null.
     void (*write_bfloat)(const Rows& x, const BfloatInput& to);
     void (*bfloat_tiles)(const TileView& w, const BfloatInput& x, const Output& y,
@@ -192,8 +201,8 @@ enum class Mode { int8, exact };
 void read_row(const TiledMatrix& matrix, std::int64_t row, float* out);
 
 // exact: float32 activations and weights. int8: activations rounded to int8 a block of 32, twice
-// for the coarsest blocks, where that is fastest: many rows on amx are rounded to bfloat16 (a smaller
-// error), and 16-bit weights and codebooks that 8 bits hold badly take the exact kernel, as float32
+// for the coarsest blocks, where that is fastest: many rows on amx are rounded to bfloat16, and on
+// avx2 those that meet bytes or codebooks to int16 (smaller errors), and 16-bit weights and codebooks that 8 bits hold badly take the exact kernel, as float32
 // weights always do. Throws std::bad_alloc.
 void matmul(const Rows& x, const TiledMatrix& w, const Output& y, Mode mode, Isa isa, int threads);
 

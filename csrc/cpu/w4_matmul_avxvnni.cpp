@@ -4,6 +4,8 @@ namespace shallow {
 namespace {
 
 struct AvxVnni : Avx2 {
+    static constexpr bool words = false;  // one step for a byte as for a nibble
+
     template <Codes C, int First, int Last, int P, int R>
     SHALLOW_INLINE static void dots(const TileView& w, const uint8_t* block, const int8_t* q,
                                     F (&out)[P][R]) {

@@ -1,6 +1,6 @@
-// Several rows of int8 times one tile where 16 registers hold a block's sums and no more (AVX2): codes
-// pass by a chunk at a time, and what is summed over blocks waits in memory, which each block reads
-// and writes once.
+// Several rows of integers times one tile where 16 registers hold a block's sums and no more (AVX2):
+// codes pass by a chunk at a time, and what is summed over blocks waits in memory, which each block
+// reads and writes once.
 #pragma once
 
 #include <algorithm>
@@ -13,9 +13,9 @@ namespace {
 
 // The parameters of a tile's groups: 16 scales, then 16 minimums, of each. Read by type and scheme
 // beside every block they took a third of its time (benchmarks/results/decoder.md).
-template <class V, Codes C>
-void widen_params(const TileView& w, int64_t tile, float* out) {
-    Stream<V, C> stream(w, tile);
+template <class V, Codes C, Params P>
+void widen_params_of(const TileView& w, int64_t tile, float* out) {
+    Stream<V, C, P> stream(w, tile, 0, 0);  // nothing ahead: passing_rows() fetches
     for (int64_t group = 0; group < w.groups; ++group, out += 2 * kTileRows) {
         typename V::F scale[kParts<V>], min[kParts<V>];
         stream.next8(scale, min);
@@ -28,18 +28,28 @@ void widen_params(const TileView& w, int64_t tile, float* out) {
     }
 }
 
+template <class V, Codes C>
+void widen_params(const TileView& w, int64_t tile, float* out) {
+    switch (params_of(w)) {
+        case Params::half: return widen_params_of<V, C, Params::half>(w, tile, out);
+        case Params::half_minimum: return widen_params_of<V, C, Params::half_minimum>(w, tile, out);
+        default: return widen_params_of<V, C, Params::any>(w, tile, out);
+    }
+}
+
 // Where the parts of a block lie that some rows of x meet.
+template <class T>
 struct Meeting {
     const uint8_t* block;
-    const int8_t* q;
+    const T* q;
     const float *scales, *sums, *params;
     int64_t panel;
 };
 
 // Adds half-blocks First..Last-1, all that a group has of the block, for N rows, and before it the
 // minimums of the groups that begin here. total: (N, 16).
-template <class V, Codes C, int First, int Last, int N, int Begin>
-SHALLOW_INLINE void meet(const TileView& w, const Meeting& at, float* total) {
+template <class V, Codes C, int First, int Last, int N, int Begin, class T>
+SHALLOW_INLINE void meet(const TileView& w, const Meeting<T>& at, float* total) {
     // Or the compiler reads the sums before the products, and has no registers to hold them in.
     const auto wait = [&] { asm volatile("" : : "r"(total) : "memory"); };
     const auto param = [&](int which, int p) {
@@ -70,7 +80,8 @@ SHALLOW_INLINE void meet(const TileView& w, const Meeting& at, float* total) {
 // The second plane of R rows. Where two have one all are taken together, those without by a scale of
 // zero: alone one takes three quarters of the time of four.
 template <class V, Codes C, int First, int Last, int R>
-SHALLOW_INLINE void meet_second(const TileView& w, Meeting at, int64_t plane, float* total) {
+SHALLOW_INLINE void meet_second(const TileView& w, Meeting<int8_t> at, int64_t plane,
+                                float* total) {
     at.scales += plane;
     int fine = 0, last = 0;
     for (int i = 0; i < R; ++i)
@@ -83,28 +94,21 @@ SHALLOW_INLINE void meet_second(const TileView& w, Meeting at, int64_t plane, fl
     meet<V, C, First, Last, 1, 0>(w, at, total + last * kTileRows);
 }
 
-// Out of line for halves of blocks of nibbles, whose products else take a third longer; in line for the
-// others, which are 5-12 % faster by that.
-template <class V, Codes C, int First, int R>
-__attribute__((noinline)) void meet_second_of_half(const TileView& w, Meeting at, int64_t plane,
-                                                   float* total) {
-    meet_second<V, C, First, First + 1, R>(w, at, plane, total);
-}
-
-template <class V, Codes C, int First, int Last, int R, int Begin>
-SHALLOW_INLINE void meet_planes(const TileView& w, const Meeting& at, int64_t plane, float* total) {
+template <class V, Codes C, int First, int Last, int R, int Begin, class T>
+SHALLOW_INLINE void meet_planes(const TileView& w, const Meeting<T>& at, int64_t plane,
+                                float* total) {
     meet<V, C, First, Last, R, Begin>(w, at, total);
-    if (all_zero<R>(at.scales + plane)) return;
-    if constexpr (Last - First == 1 && C == Codes::nibble)
-        meet_second_of_half<V, C, First, R>(w, at, plane, total);
-    else
+    if constexpr (sizeof(T) == 1) {
+        if (all_zero<R>(at.scales + plane)) return;
         meet_second<V, C, First, Last, R>(w, at, plane, total);
+    }
 }
 
 // Steps of R rows: all meet a block before the next, whose parameters and addresses they share. Rows
 // that met the tile one step after the other took 7 % longer. Split: group 16, two groups a block.
-template <class V, Codes C, int R, bool Split>
-void passing_rows(const TileView& w, const Int8Input& x, const Output& y, const Place& at,
+// Several: steps > 1.
+template <class V, Codes C, int R, bool Split, bool Several, class T>
+void passing_rows(const TileView& w, const IntInput<T>& x, const Output& y, const Place& at,
                   int64_t steps) {
     alignas(64) float total[kPanelRows * kTileRows];
     const int rows = static_cast<int>(steps) * R;
@@ -112,31 +116,35 @@ void passing_rows(const TileView& w, const Int8Input& x, const Output& y, const 
     const int64_t panel = x.panel, plane = x.plane, first = at.panel * w.blocks * panel + at.first;
     fetch(y, at, rows);
     const bool fetches = at.panel == 0 && at.first == 0;  // else others have
-    Meeting here{w.data + at.tile * w.tile_bytes,
-                 x.q + first * kBlock,
-                 x.scales + first,
-                 x.sums + at.panel * w.groups * panel + at.first,
-                 at.params,
-                 panel};
-    // What a codebook has for a block is looked up once for all rows, a tenth less for 512.
-    constexpr bool kLooksUp = C == Codes::nibble_table;
-    constexpr Codes kMet = kLooksUp ? Codes::byte : C;
-    alignas(64) uint8_t bytes[kLooksUp ? kBlockBytes<kMet> : 64];
+    Meeting<T> here{w.data + at.tile * w.tile_bytes,
+                    x.q + first * kBlock,
+                    x.scales + first,
+                    x.sums + at.panel * w.groups * panel + at.first,
+                    at.params,
+                    panel};
+    // Nibbles become bytes once for all steps: a tenth less for 512 rows. So do those of codebooks and
+    // halves of blocks for one step, halves in half the time.
+    constexpr bool kUnpacks =
+        C == Codes::nibble_table || (C == Codes::nibble && (Several || Split));
+    constexpr Codes kMet = kUnpacks ? Codes::byte : C;
+    alignas(64) uint8_t bytes[kUnpacks ? kBlockBytes<kMet> : 64];
     const auto add = [&](auto begins) {
         constexpr int kBegin = begins();
         if (fetches)
 #pragma GCC unroll 8
-            for (int line = 0; line < kBlockBytes<C>; line += 64)
-                __builtin_prefetch(here.block + at.ahead + line, 0, 3);
-        Meeting step = here;
-        if constexpr (kLooksUp) {
-            V::look_up(w, here.block, bytes);
+            for (int line = 0; line < kBlockBytes<C>; line += 64) {
+                __builtin_prefetch(here.block + at.ahead + line, 0, 2);
+                __builtin_prefetch(here.block + kNear + line, 0, 3);
+            }
+        Meeting<T> step = here;
+        if constexpr (kUnpacks) {
+            V::template unpack<C>(w, here.block, bytes);
             step.block = bytes;
         }
         for (float* sums = total; sums < total + rows * kTileRows; sums += R * kTileRows) {
             meet_planes<V, kMet, 0, Split ? 1 : 2, R, kBegin>(w, step, plane, sums);
             if constexpr (Split) {
-                Meeting half = step;
+                Meeting<T> half = step;
                 half.params += 2 * kTileRows;
                 meet_planes<V, kMet, 1, 2, R, 0>(w, half, plane, sums);
             }
@@ -151,6 +159,10 @@ void passing_rows(const TileView& w, const Int8Input& x, const Output& y, const 
     int64_t groups = 0;  // left of a run
     for (int64_t b = 0, end; b < w.blocks;) {
         if (groups == 0) {
+            if (fetches) {
+                __builtin_prefetch(here.block + at.ahead, 0, 2);
+                __builtin_prefetch(here.block + kNear, 0, 3);
+            }
             here.block += w.head_bytes;
             groups = w.run_groups;
         }

@@ -15,7 +15,7 @@ struct Avx2 {
     static constexpr int lanes = 8, max_rows = 8;
     template <Codes C>
     static constexpr int most_rows = 4;  // 8 of 16 registers are their sums
-    static constexpr bool unpacks = false, keeps_codes = false;
+    static constexpr bool unpacks = false, keeps_codes = false, words = true;
 
     static F set(float v) { return _mm256_set1_ps(v); }
     static F add(F a, F b) { return _mm256_add_ps(a, b); }
@@ -97,75 +97,44 @@ struct Avx2 {
 
     // For the compiler, which otherwise keeps what two calls load alike, and sums as a tree: more than
     // 16 registers hold, and a block takes a third longer (benchmarks/results/decoder.md).
-    static void load_anew(const uint8_t*& block, const int8_t*& q) {
+    template <class T>
+    static void load_anew(const uint8_t*& block, const T*& q) {
         asm("" : "+r"(block), "+r"(q));
     }
     static void in_this_order(__m256i& sum) { asm("" : : "x"(sum)); }
 
-    // A byte's or a codebook's value less 128.
+    // A block of nibbles as bytes, of a codebook's as those that they stand for.
     template <Codes C>
-    static __m256i value(const TileView& w, __m256i code) {
-        const __m256i middle = _mm256_set1_epi8(-128);
-        if constexpr (C == Codes::nibble_table) {
-            const __m256i table = _mm256_broadcastsi128_si256(load_16_bytes(w.values8));
-            return _mm256_shuffle_epi8(_mm256_xor_si256(table, middle), code);
-        }
-        return _mm256_xor_si256(code, middle);
-    }
-
-    // A block of a codebook's nibbles as the bytes that they stand for.
-    static void look_up(const TileView& w, const uint8_t* block, uint8_t* bytes) {
+    static void unpack(const TileView& w, const uint8_t* block, uint8_t* bytes) {
         const __m256i table = _mm256_broadcastsi128_si256(load_16_bytes(w.values8));
         for (int half = 0; half < 2; ++half)
             for (int j = 0; j < 4; ++j)
-                for (int p = 0; p < 2; ++p, bytes += lanes * 4)
+                for (int p = 0; p < 2; ++p, bytes += lanes * 4) {
+                    const __m256i code = codes<C>(block, half, j, p);
                     _mm256_store_si256(
                         reinterpret_cast<__m256i*>(bytes),
-                        _mm256_shuffle_epi8(table, codes<Codes::nibble>(block, half, j, p)));
+                        C == Codes::nibble_table ? _mm256_shuffle_epi8(table, code) : code);
+                }
     }
 
-    // A nibble, or the low (0) or high (1) four bits of a byte.
-    template <Codes C, int Digit>
-    static __m256i digit(__m256i code) {
-        if constexpr (C == Codes::nibble) return code;
-        return nibble(Digit ? _mm256_srli_epi16(code, 4) : code);
-    }
-
-    // The dot products of half-blocks First..Last-1 with R rows of x, P vectors of the tile's rows.
-    // Codes of 8 bits meet several rows by four bits at a time: a tenth less time than by magnitudes and
-    // signs, most of whose steps wait for the two units that multiply, but a tenth more for a lone row.
+    // The dot products of half-blocks First..Last-1, of nibbles, with R rows of x, P vectors of the
+    // tile's rows. Pairs of products are summed in 16 bits: 8 chunks reach 8 * 2 * 15 * 127 = 30480.
     template <Codes C, int First, int Last, int P, int R>
-    SHALLOW_INLINE static void dots(const TileView& w, const uint8_t* block, const int8_t* q,
+    SHALLOW_INLINE static void dots(const TileView&, const uint8_t* block, const int8_t* q,
                                     F (&out)[P][R]) {
-        __m256i sums[P][R];
-        if constexpr (C != Codes::nibble && R == 1) {
-            byte_dots<C, First, Last>(w, block, q, sums);
-        } else {
-            digit_dots<C, 0, First, Last>(block, q, sums);
-            if constexpr (C != Codes::nibble) digit_dots<C, 1, First, Last>(block, q, sums);
-        }
-        for (int i = 0; i < R; ++i)
-            for (int p = 0; p < P; ++p) out[p][i] = _mm256_cvtepi32_ps(sums[p][i]);
-    }
-    // Pairs of products are summed in 16 bits: 8 chunks reach 8 * 2 * 15 * 127 = 30480. Digit 1 is
-    // added to what digit 0 left.
-    template <Codes C, int Digit, int First, int Last, int P, int R>
-    SHALLOW_INLINE static void digit_dots(const uint8_t* block, const int8_t* q,
-                                          __m256i (&sums)[P][R]) {
         load_anew(block, q);
         __m256i pairs[P][R];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j)
 #pragma GCC unroll 2
             for (int half = First; half < Last; ++half) {
-                __m256i digits[P];
-                for (int p = 0; p < P; ++p)
-                    digits[p] = digit<C, Digit>(codes<C>(block, half, j, p));
+                __m256i code[P];
+                for (int p = 0; p < P; ++p) code[p] = codes<C>(block, half, j, p);
 #pragma GCC unroll 8
                 for (int i = 0; i < R; ++i) {
                     const __m256i x = word(q + i * kBlock + 16 * (half - First) + 4 * j);
                     for (int p = 0; p < P; ++p) {
-                        const __m256i more = _mm256_maddubs_epi16(digits[p], x);
+                        const __m256i more = _mm256_maddubs_epi16(code[p], x);
                         const bool first = j == 0 && half == First;
                         pairs[p][i] = first ? more : _mm256_add_epi16(pairs[p][i], more);
                         in_this_order(pairs[p][i]);
@@ -173,56 +142,49 @@ struct Avx2 {
                 }
             }
         for (int i = 0; i < R; ++i)
-            for (int p = 0; p < P; ++p) {
-                const __m256i sum =
-                    _mm256_madd_epi16(pairs[p][i], _mm256_set1_epi16(Digit ? 16 : 1));
-                sums[p][i] = Digit ? _mm256_add_epi32(sums[p][i], sum) : sum;
-            }
+            for (int p = 0; p < P; ++p)
+                out[p][i] =
+                    _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs[p][i], _mm256_set1_epi16(1)));
     }
-    // Of 8 bits only one pair fits into 16, and the first factor is to be unsigned: the magnitude of
-    // the value less 128 meets x with that value's sign, and 128 times the sum of x comes on top.
+    // The same of bytes, or of a codebook's, and x in 16 bits: two steps of products for one of nibbles,
+    // whose sums fit, and x needs no second plane. Four bits of a byte at a time, and before that its
+    // magnitude and sign, took half as long again.
     template <Codes C, int First, int Last, int P, int R>
-    SHALLOW_INLINE static void byte_dots(const TileView& w, const uint8_t* block, const int8_t* q,
-                                         __m256i (&sums)[P][R]) {
+    SHALLOW_INLINE static void dots(const TileView& w, const uint8_t* block, const int16_t* q,
+                                    F (&out)[P][R]) {
         load_anew(block, q);
-        for (int i = 0; i < R; ++i) {
-            const __m256i rest = _mm256_slli_epi32(sum_of<Last - First>(q + i * kBlock), 7);
-            for (int p = 0; p < P; ++p) sums[p][i] = rest;
-        }
+        __m256i sums[P][R];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j)
 #pragma GCC unroll 2
             for (int half = First; half < Last; ++half) {
-                __m256i values[P], sizes[P];
+                __m256i even[P], odd[P];
                 for (int p = 0; p < P; ++p) {
-                    values[p] = value<C>(w, codes<C>(block, half, j, p));
-                    sizes[p] = _mm256_abs_epi8(values[p]);
+                    __m256i code = codes<C>(block, half, j, p);
+                    if constexpr (C == Codes::nibble_table)
+                        code = _mm256_shuffle_epi8(
+                            _mm256_broadcastsi128_si256(load_16_bytes(w.values8)), code);
+                    even[p] = _mm256_and_si256(code, _mm256_set1_epi16(255));
+                    odd[p] = _mm256_srli_epi16(code, 8);
                 }
 #pragma GCC unroll 8
                 for (int i = 0; i < R; ++i) {
-                    const __m256i x = word(q + i * kBlock + 16 * (half - First) + 4 * j);
+                    const int16_t* const at = q + i * kBlock + 16 * (half - First) + 4 * j;
+                    const __m256i x = word(at), other = word(at + 2);
                     for (int p = 0; p < P; ++p) {
-                        const __m256i pairs =
-                            _mm256_maddubs_epi16(sizes[p], _mm256_sign_epi8(x, values[p]));
-                        sums[p][i] = _mm256_add_epi32(
-                            sums[p][i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+                        const __m256i more = _mm256_madd_epi16(even[p], x);
+                        const bool first = j == 0 && half == First;
+                        sums[p][i] = first ? more : _mm256_add_epi32(sums[p][i], more);
+                        in_this_order(sums[p][i]);
+                        sums[p][i] = _mm256_add_epi32(sums[p][i], _mm256_madd_epi16(odd[p], other));
                         in_this_order(sums[p][i]);
                     }
                 }
             }
+        for (int i = 0; i < R; ++i)
+            for (int p = 0; p < P; ++p) out[p][i] = _mm256_cvtepi32_ps(sums[p][i]);
     }
-    // Of 16 bytes a half-block, in every lane.
-    template <int Halves>
-    static __m256i sum_of(const int8_t* q) {
-        const __m256i bytes =
-            Halves == 2 ? load_32_bytes(q) : _mm256_zextsi128_si256(load_16_bytes(q));
-        const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
-        __m256i sum = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-        sum = _mm256_add_epi32(sum, _mm256_permute2x128_si256(sum, sum, 1));
-        sum = _mm256_add_epi32(sum, _mm256_shuffle_epi32(sum, 0x4e));
-        return _mm256_add_epi32(sum, _mm256_shuffle_epi32(sum, 0xb1));
-    }
-    static __m256i word(const int8_t* p) {
+    static __m256i word(const void* p) {
         int bits;
         std::memcpy(&bits, p, sizeof bits);
         return _mm256_set1_epi32(bits);
@@ -271,11 +233,11 @@ struct Avx2 {
         return _mm_cvtsi128_si32(_mm_max_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
     }
 
-    // 32 floats -> int8, the scale, and the sums of both halves.
-    static float quantize(const float* x, int8_t* q, std::int32_t* sums) {
+    // 32 floats -> integers up to `most`, the scale, and the sums of both halves.
+    static float quantize(const float* x, float most, __m256i (&v)[4], std::int32_t* sums) {
         // As integers, so that NaN counts as larger than infinity and spoils the scale.
         const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
-        __m256i largest = _mm256_setzero_si256(), v[4];
+        __m256i largest = _mm256_setzero_si256();
         for (int j = 0; j < 4; ++j)
             largest =
                 _mm256_max_epi32(largest, _mm256_and_si256(load_32_bytes(x + 8 * j), magnitude));
@@ -283,18 +245,35 @@ struct Avx2 {
         float peak;
         std::memcpy(&peak, &bits, sizeof peak);
         const bool tiny = peak < kTiny;
-        const F inverse = set(tiny ? 0.0f : 127.0f / peak);
+        const F inverse = set(tiny ? 0.0f : most / peak);
         for (int j = 0; j < 4; ++j)
             v[j] = _mm256_cvtps_epi32(mul(_mm256_loadu_ps(x + 8 * j), inverse));
         sums[0] = horizontal_sum(_mm256_add_epi32(v[0], v[1]));
         sums[1] = horizontal_sum(_mm256_add_epi32(v[2], v[3]));
+        return tiny ? 0.0f : peak / most;
+    }
+    static float quantize(const float* x, int8_t* q, std::int32_t* sums) {
+        __m256i v[4];
+        const float scale = quantize(x, 127.0f, v, sums);
         // packs works in 128-bit halves: dwords come out as 0 4 1 5 2 6 3 7 would read
         const __m256i words =
             _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
         const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(q),
                             _mm256_permutevar8x32_epi32(words, order));
-        return tiny ? 0.0f : peak / 127.0f;
+        return scale;
+    }
+    // Even columns beside each other, and odd ones, as dots() meets them.
+    static float quantize(const float* x, int16_t* q, std::int32_t* sums) {
+        __m256i v[4];
+        const float scale = quantize(x, 32767.0f, v, sums);
+        for (int j = 0; j < 4; j += 2) {
+            const __m256i words = _mm256_packs_epi32(_mm256_shuffle_epi32(v[j], 0xd8),
+                                                     _mm256_shuffle_epi32(v[j + 1], 0xd8));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + 8 * j),
+                                _mm256_permute4x64_epi64(words, 0xd8));
+        }
+        return scale;
     }
 };
 
