@@ -21,10 +21,6 @@ std::int64_t bfloat_scratch_bytes(std::int64_t rows, std::int64_t tiles) {
     return 2 * kSliceBlocks * kBlock * kTileRows * 2 + pairs * 4 * kPanelRows * kTileRows * 4;
 }
 
-std::int64_t params_bytes(const TileView& w) {  // of a tile's, as floats
-    return line_up(w.groups * 2 * 4 * kTileRows);
-}
-
 template <class T>
 void gather_as(const Rows& x, const std::int32_t* perm, T* to) {
     const T* from = static_cast<const T*>(x.data);
@@ -35,8 +31,7 @@ void gather_as(const Rows& x, const std::int32_t* perm, T* to) {
 }  // namespace
 
 std::int64_t tiles_together(const TileView& w) {
-    return std::clamp<std::int64_t>(kTilesBytes / (w.tile_bytes + params_bytes(w)), 1,
-                                    kMostTogether);
+    return std::clamp<std::int64_t>(kTilesBytes / w.tile_bytes, 1, kMostTogether);
 }
 
 Path choose_path(const TileView& w, std::int64_t m, Mode mode, const Kernels& kernels) {
@@ -132,10 +127,10 @@ std::int64_t Form::claim(std::int64_t tiles, int threads, Start start) const {
 
 std::int64_t Form::scratch_bytes(const TileView& w, std::int64_t claim) const {
     if (path == Path::bfloat) return line_up(bfloat_scratch_bytes(m, claim));
-    if (path == Path::exact || m == 1) return 0;
-    if (m < kManyRows) return params_bytes(w);
+    if (path == Path::exact || m < kManyRows) return 0;
     const std::int64_t codes = w.blocks * kBlock * kTileRows;  // a tile's, unpacked
-    return line_up(std::max(codes + params_bytes(w), tiles_together(w) * params_bytes(w)));
+    const std::int64_t params = w.groups * 2 * kTileRows * 4;  // as floats
+    return line_up(codes + params);
 }
 
 void Form::multiply(const Kernels& kernels, const TileView& w, std::uint8_t* base, const Output& y,

@@ -76,7 +76,7 @@ template <class V, Codes C, int R, bool Split, Params P>
 struct TileSums {
     using F = typename V::F;
 
-    Stream<V, C, P> stream;
+    Stream<V, C> stream;
     F total[kParts<V>][R], scale[1 + Split][kParts<V>];
 
     SHALLOW_INLINE TileSums(const TileView& w, int64_t tile, int64_t ahead)
@@ -86,7 +86,7 @@ struct TileSums {
     }
     SHALLOW_INLINE void enter_group(int half, const float* sums) {
         F min[kParts<V>];
-        stream.next8(scale[half], min);
+        stream.template next8<P>(scale[half], min);
         for (int p = 0; p < kParts<V>; ++p)
 #pragma GCC unroll 16
             for (int i = 0; i < R; ++i) total[p][i] = V::fma(min[p], V::set(sums[i]), total[p][i]);
@@ -260,7 +260,6 @@ struct IntRun {
         for (int64_t i = 0; i < at.together; ++i) {
             here.tile = at.tile + i;
             here.column = at.column + i * kTileRows;
-            here.params = at.params + i * 2 * kTileRows * w.groups;
             meet<R>(here, steps);
         }
     }
@@ -374,12 +373,10 @@ void int_tiles_of(const TileView& w, const IntInput<T>& x, const Output& y, int6
         begin += 2 * half;
     }
     const int64_t most = V::unpacks || x.m < kManyRows ? 1 : tiles_together(w);
-    auto* const params = reinterpret_cast<float*>(scratch);
     for (int64_t tile = begin, some; tile < end; tile += some) {
         some = std::min(most, end - tile);
         Place at = place_of(w, tile);
         at.together = some;
-        at.params = params;
         if constexpr (V::unpacks) {
             if (x.m >= kManyRows) {
                 at.tile = 0;
@@ -388,10 +385,6 @@ void int_tiles_of(const TileView& w, const IntInput<T>& x, const Output& y, int6
                 continue;
             }
         }
-        if constexpr (!V::keeps_codes)
-            if (x.m > 1)
-                for (int64_t i = 0; i < some; ++i)
-                    widen_params<V, C>(w, tile + i, params + i * 2 * kTileRows * w.groups);
         panels<IntRun<V, C, T>>(w, x, y, at);
     }
 }

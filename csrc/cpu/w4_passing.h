@@ -11,29 +11,24 @@
 namespace shallow {
 namespace {
 
-// The parameters of a tile's groups: 16 scales, then 16 minimums, of each. Read by type and scheme
-// beside every block they took a third of its time (benchmarks/results/decoder.md).
+// The parameters of the next group, as 16 scales, then 16 minimums. Read by type and scheme beside every
+// block for every step of rows they took a third of its time (benchmarks/results/decoder.md).
 template <class V, Codes C, Params P>
-void widen_params_of(const TileView& w, int64_t tile, float* out) {
-    Stream<V, C, P> stream(w, tile, 0, 0);  // nothing ahead: passing_rows() fetches
-    for (int64_t group = 0; group < w.groups; ++group, out += 2 * kTileRows) {
-        typename V::F scale[kParts<V>], min[kParts<V>];
-        stream.next8(scale, min);
-        for (int p = 0; p < kParts<V>; ++p) {
-            V::store_all(out + p * V::lanes, scale[p]);
-            V::store_all(out + kTileRows + p * V::lanes, min[p]);
-        }
-        if (w.group_blocks || group % 2)
-            stream.at += kBlockBytes<C> * std::max<int64_t>(w.group_blocks, 1);
+SHALLOW_INLINE void widen_params_of(Stream<V, C>& stream, float* out) {
+    typename V::F scale[kParts<V>], min[kParts<V>];
+    stream.template next8<P>(scale, min);
+    for (int p = 0; p < kParts<V>; ++p) {
+        V::store_all(out + p * V::lanes, scale[p]);
+        V::store_all(out + kTileRows + p * V::lanes, min[p]);
     }
 }
 
 template <class V, Codes C>
-void widen_params(const TileView& w, int64_t tile, float* out) {
-    switch (params_of(w)) {
-        case Params::half: return widen_params_of<V, C, Params::half>(w, tile, out);
-        case Params::half_minimum: return widen_params_of<V, C, Params::half_minimum>(w, tile, out);
-        default: return widen_params_of<V, C, Params::any>(w, tile, out);
+SHALLOW_INLINE void widen_params(Params kind, Stream<V, C>& stream, float* out) {
+    switch (kind) {
+        case Params::half: return widen_params_of<V, C, Params::half>(stream, out);
+        case Params::half_minimum: return widen_params_of<V, C, Params::half_minimum>(stream, out);
+        default: return widen_params_of<V, C, Params::any>(stream, out);
     }
 }
 
@@ -116,12 +111,12 @@ void passing_rows(const TileView& w, const IntInput<T>& x, const Output& y, cons
     const int64_t panel = x.panel, plane = x.plane, first = at.panel * w.blocks * panel + at.first;
     fetch(y, at, rows);
     const bool fetches = at.panel == 0 && at.first == 0;  // else others have
-    Meeting<T> here{w.data + at.tile * w.tile_bytes,
-                    x.q + first * kBlock,
-                    x.scales + first,
-                    x.sums + at.panel * w.groups * panel + at.first,
-                    at.params,
-                    panel};
+    const Params kind = params_of(w);
+    Stream<V, C> stream(w, at.tile, 0, fetches ? at.ahead : 0);
+    alignas(64) float params[(1 + Split) * 2 * kTileRows];
+    Meeting<T> here{nullptr,          x.q + first * kBlock,
+                    x.scales + first, x.sums + at.panel * w.groups * panel + at.first,
+                    params,           panel};
     // Nibbles become bytes once for all steps: a tenth less for 512 rows. So do those of codebooks and
     // halves of blocks for one step, halves in half the time.
     constexpr bool kUnpacks =
@@ -130,6 +125,7 @@ void passing_rows(const TileView& w, const IntInput<T>& x, const Output& y, cons
     alignas(64) uint8_t bytes[kUnpacks ? kBlockBytes<kMet> : 64];
     const auto add = [&](auto begins) {
         constexpr int kBegin = begins();
+        here.block = stream.block();
         if (fetches)
 #pragma GCC unroll 8
             for (int line = 0; line < kBlockBytes<C>; line += 64) {
@@ -152,26 +148,16 @@ void passing_rows(const TileView& w, const IntInput<T>& x, const Output& y, cons
             step.scales += R;
             step.sums += R;
         }
-        here.block += kBlockBytes<C>;
         here.q += panel * kBlock;
         here.scales += panel;
     };
-    int64_t groups = 0;  // left of a run
     for (int64_t b = 0, end; b < w.blocks;) {
-        if (groups == 0) {
-            if (fetches) {
-                __builtin_prefetch(here.block + at.ahead, 0, 2);
-                __builtin_prefetch(here.block + kNear, 0, 3);
-            }
-            here.block += w.head_bytes;
-            groups = w.run_groups;
-        }
-        groups -= 1 + Split;
+        for (int group = 0; group < 1 + Split; ++group)
+            widen_params(kind, stream, params + group * 2 * kTileRows);
         end = Split ? b + 1 : std::min(b + w.group_blocks, w.blocks);
         add(std::integral_constant<int, 1 + Split>());
         while (++b < end) add(std::integral_constant<int, 0>());
         here.sums += (1 + Split) * panel;
-        here.params += (1 + Split) * 2 * kTileRows;
     }
     write<V>(total, rows, y, at);
 }

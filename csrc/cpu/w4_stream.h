@@ -77,7 +77,7 @@ SHALLOW_INLINE void load_params(const TileView& w, const uint8_t* record,
 
 // Walks one tile, or the rest of it from a block on: the parameters of each group in which a block
 // lies, then its blocks.
-template <class V, Codes C, Params P = Params::any>
+template <class V, Codes C>
 struct Stream {
     const TileView& w;
     const int64_t ahead;
@@ -91,6 +91,7 @@ struct Stream {
           left(w.run_groups - group % w.run_groups), record(w.record(tile, group)),
           at(w.block(tile, first)), super(w.supers + tile * ((w.blocks + 7) / 8) * 32) {}
 
+    template <Params P = Params::any>
     SHALLOW_INLINE void next(typename V::F* scale, typename V::F* min) {
         if (left == 0) {
             if constexpr (C != Codes::unpacked) __builtin_prefetch(at + ahead, 0, 2);
@@ -110,8 +111,9 @@ struct Stream {
         return here;
     }
     // For int8 products, where a codebook is a table of bytes around 128.
+    template <Params P = Params::any>
     SHALLOW_INLINE void next8(typename V::F* scale, typename V::F* min) {
-        next(scale, min);
+        next<P>(scale, min);
         if (C != Codes::nibble_table) return;
         for (int p = 0; p < kParts<V>; ++p) {
             scale[p] = V::mul(scale[p], V::set(w.values8_step));
@@ -138,8 +140,7 @@ struct Place {
     int64_t column, n;     // of y, and how many columns y has
     int64_t apart = 0;     // where a second tile is to be met along with it, so many tiles on
     int64_t ahead = kAhead;
-    const float* params = nullptr;  // the tile's, as widen_params() leaves them
-    int64_t together = 1;           // tiles one after the other, their params too
+    int64_t together = 1;  // tiles one after the other
 };
 
 // Fetches where write() will write: the lines of a prefill's outputs have left every cache, and each

@@ -24,7 +24,9 @@ TileView view(Codes kind, std::int64_t k, std::int64_t group) {
 }
 
 void paths() {
-    Kernels vectors{}, tiles{};
+    Kernels vectors{}, tiles{}, words{};
+    words.int16_tiles = [](const TileView&, const Int16Input&, const Output&, std::int64_t,
+                           std::int64_t, std::uint8_t*) {};
     tiles.bfloat_tiles = [](const TileView&, const BfloatInput&, const Output&, std::int64_t,
                             std::int64_t, std::uint8_t*) {};
     TileView coarse = view(Codes::nibble_table, 64, 32);
@@ -36,10 +38,15 @@ void paths() {
         assert(choose_path(w, kManyRows, Mode::int8, tiles) == Path::bfloat);
         assert(choose_path(w, kManyRows, Mode::int8, vectors) == Path::int8);
         assert(choose_path(w, kManyRows, Mode::exact, tiles) == Path::exact);
+        const Path by_words = kind == Codes::nibble ? Path::int8 : Path::int16;
+        for (const std::int64_t m : {std::int64_t{1}, kManyRows})
+            assert(choose_path(w, m, Mode::int8, words) == by_words);
+        assert(choose_path(w, 1, Mode::exact, words) == Path::exact);
     }
     for (const TileView& w :
          {coarse, view(Codes::float16, 64, 64), view(Codes::bfloat16, 64, 64)}) {
         assert(choose_path(w, 1, Mode::int8, tiles) == Path::exact);
+        assert(choose_path(w, 1, Mode::int8, words) == Path::exact);
         assert(choose_path(w, kManyRows, Mode::int8, tiles) == Path::bfloat);
     }
     assert(choose_path(view(Codes::float32, 64, 64), 512, Mode::int8, tiles) == Path::exact);
@@ -67,10 +74,16 @@ void forms() {
         for (int half = 0; half < (to.group_blocks ? 1 : 2); ++half)
             hit(to.sums + half * to.panel, 4);
     };
+    kernels.write_int16 = [](const Rows&, const Int16Input& to) {
+        hit(to.q, 2 * kBlock);
+        hit(to.scales, 4);
+        for (int half = 0; half < (to.group_blocks ? 1 : 2); ++half)
+            hit(to.sums + half * to.panel, 4);
+    };
     Rows x{};
     x.m = 1;
     x.k = kBlock;
-    for (const Path path : {Path::exact, Path::int8})
+    for (const Path path : {Path::exact, Path::int8, Path::int16})
         for (const std::int64_t group : {16, 32})
             for (const std::int64_t m : kRowCounts) {
                 const TileView w = view(Codes::nibble, 90, group);
@@ -97,16 +110,15 @@ void claims() {
                 assert(row.claim(tiles, threads, Start::scattered) == 0);
                 const std::int64_t share = row.claim(tiles, threads, Start::together);
                 assert(m >= kManyRows ? share == 0 : share >= 1 && share * threads >= tiles);
-                assert((row.scratch_bytes(w, share) > 0) == (m > 1));
+                assert((row.scratch_bytes(w, share) > 0) == (m >= kManyRows));
             }
     for (const std::int64_t k : {32, 576, 8192, 65536, 1 << 20}) {
         const TileView wide = view(Codes::nibble, k, 32);
         const std::int64_t some = tiles_together(wide);
         assert(some == 4 || (some >= 1 && k > 8192));
-        const Form many(wide, Path::int8, kManyRows, true), few(wide, Path::int8, 2, true);
-        const std::int64_t params = few.scratch_bytes(wide, 1);  // a tile's
-        assert(params >= wide.groups * 2 * 4 * kTileRows);
-        assert(many.scratch_bytes(wide, 1) >= std::max(some * params, k * kTileRows + params));
+        const std::int64_t unpacked = (k + wide.groups * 2 * 4) * kTileRows;  // with its parameters
+        for (const Path path : {Path::int8, Path::int16})
+            assert(Form(wide, path, kManyRows, true).scratch_bytes(wide, 1) >= unpacked);
     }
     assert(rows_within(1, 1 << 20) == 64 && rows_within(1 << 30, 1) == 512);
     assert(rows_within(100 * 4096, 4096) == 96);
