@@ -26,7 +26,7 @@ MINUTES = 40.0  # some 170 steps on two cores, the second round and the scales
 SHARES = {"weights": 0.6, "scales": 0.25}  # of them; the second round takes what is left
 WRITTEN = 200_000  # tokens, to four times what ships: that alone is learnt by heart in 20 steps
 RATES = {"weights": 2e-4, "scales": 1e-3}  # of the weights twice heal's: benchmarks/results/heal.md
-OWN = 30_000  # tokens that the healed model writes, to go round in circles less
+OWN = 60_000  # tokens that the healed model writes, to go round in circles less
 SAMPLES = 64  # of the profile
 SPEED_TOKENS = 512, 128  # prompt and new ones, fewer where the context is shorter
 
