@@ -26,8 +26,8 @@ constexpr int kParts = kTileRows / V::lanes;  // vectors a tile's 16 rows take
 template <Codes C>
 constexpr int kBlockBytes = C == Codes::byte || C == Codes::unpacked ? 512 : 256;
 
-// What a lone row's kernel knows of a group's parameters before it runs: to ask their kind of every
-// group took it up to a tenth of its time.
+// What a kernel knows of a group's parameters before it meets them: to ask their kind of every group
+// took a lone row up to a tenth of its time.
 enum class Params { any, half, half_minimum };  // float16: scales alone, with minimums
 
 inline Params params_of(const TileView& w) {

@@ -117,8 +117,8 @@ struct Avx2 {
                 }
     }
 
-    // The dot products of half-blocks First..Last-1, of nibbles, with R rows of x, P vectors of the
-    // tile's rows. Pairs of products are summed in 16 bits: 8 chunks reach 8 * 2 * 15 * 127 = 30480.
+    // The dot products of half-blocks First..Last-1, of nibbles or the bytes that unpack() made of them,
+    // with R rows of x, P vectors of the tile's rows. Pairs of products are summed in 16 bits: 8 chunks reach 8 * 2 * 15 * 127 = 30480.
     template <Codes C, int First, int Last, int P, int R>
     SHALLOW_INLINE static void dots(const TileView&, const uint8_t* block, const int8_t* q,
                                     F (&out)[P][R]) {
