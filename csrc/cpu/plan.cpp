@@ -121,7 +121,7 @@ std::int64_t Form::claim(std::int64_t tiles, int threads, Start start) const {
         const std::int64_t fitting = kSumsBytes / (m * kTileRows * 4);
         return std::clamp<std::int64_t>(fitting, 2, fair + fair % 2) / 2 * 2;
     }
-    if (start == Start::scattered || m >= kManyRows) return 0;
+    if (start == Start::scattered || m > 1) return 0;
     return w4::ceil_div(tiles, threads);
 }
 

@@ -35,10 +35,9 @@ struct Form {
     void write(const Kernels& kernels, const Rows& x, std::uint8_t* base, std::int64_t row,
                std::int64_t column) const;
 
-    // Tiles for a thread to claim at a time; 0: half of a fair share of what is left. A matmul of
-    // its own and the many rows of a prefill are 2-5 % faster by that than by equal claims, after
-    // which threads end 0.1-0.25 ms of 1.9 apart; in the step of a few rows one share a thread is as
-    // fast (benchmarks/results/decoder.md).
+    // Tiles for a thread to claim at a time; 0: half of a fair share of what is left, so that
+    // threads end together on cores that others slow down. The lone row of a step streams one share
+    // a thread: it is done too soon for more (benchmarks/results/decoder.md).
     std::int64_t claim(std::int64_t tiles, int threads, Start start) const;
     std::int64_t scratch_bytes(const TileView& w, std::int64_t claim) const;  // a thread
     // Tiles begin..end-1 of y, a claim at most.

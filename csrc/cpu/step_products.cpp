@@ -7,26 +7,33 @@ namespace {
 // claims (benchmarks/results/decoder.md).
 constexpr std::int64_t kNearBytes = 16 << 10;
 
+// Eighths of its fair share that each thread takes at once of a few rows: with all of them one waited
+// where others slow the other down, by half of them AVX-512 lost more than it gained (decoder.md).
+constexpr std::int64_t kFirstEighths = 7;
+
 // after(begin, end) follows each piece of tiles, a multiple of `unit` or the last; of a few rows
 // while the first-level cache holds the outputs.
 template <class After>
 void multiply_then(Worker& worker, const Product& product, std::uint8_t* forms, std::int64_t m,
                    const FloatRows& y, Part part, std::int64_t unit, const After& after) {
-    const std::int64_t claim = w4::ceil_div(product.claim(m, worker.planned), unit) * unit;
-    const std::int64_t units = kNearBytes / (m * kTileRows * 8) / unit;  // of two floats each
-    const std::int64_t piece =
-        m > 1 && m < kManyRows ? std::max<std::int64_t>(units, 1) * unit : product.tiles();
+    const std::int64_t tiles = product.tiles(), claim = product.claim(m, worker.planned);
+    const std::int64_t near = kNearBytes / (m * kTileRows * 8) / unit;  // of two floats each
+    const bool few = m < kManyRows;
+    const std::int64_t piece = m > 1 && few ? std::max<std::int64_t>(near, 1) * unit : tiles;
     const auto run = [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; i += piece) {
-            const std::int64_t last = std::min(i + piece, end);
+        const std::int64_t behind = std::min(end * unit, tiles);
+        for (std::int64_t i = begin * unit; i < behind; i += piece) {
+            const std::int64_t last = std::min(i + piece, behind);
             product.run(forms, m, y, i, last, worker.own.unpacked);
             after(i, last);
         }
     };
+    const std::int64_t units = w4::ceil_div(tiles, unit);
+    const std::int64_t first = few ? units * kFirstEighths / 8 / worker.planned : 0;
     if (claim)
-        worker.next_queue().take(product.tiles(), claim, run);
+        worker.next_queue().take(units, w4::ceil_div(claim, unit), run);
     else
-        worker.next_queue().take_shares(product.tiles(), worker.planned, run);
+        worker.next_queue().take_shares(units, worker.planned, first, run);
     worker.mark(part);
 }
 

@@ -54,7 +54,7 @@ void multiply(const Rows& x, const TiledMatrix& matrix, const Output& y, Path pa
         if (claim)
             queue.take(w.tiles, claim, take);
         else
-            queue.take_shares(w.tiles, count, take);
+            queue.take_shares(w.tiles, count, 0, take);
     });
 }
 
