@@ -21,16 +21,42 @@ constexpr int kRowGroup = 6;  // rows that meet a key or value while it is in re
 // twelve sums, which two units that take four cycles each need eight of to be busy.
 constexpr int kNarrow = 4;
 constexpr int kAhead = 2;  // stripes that are fetched into L2 before they are read
+constexpr int64_t kNear = 1024;
 constexpr int64_t kPageStripes = kPage / kStripe;
 
-// Of fewer rows than a group, such as a decode's: attention at 1,024 tokens went from 758 to 640 us
-// a step by it (benchmarks/results/decoder.md). A whole group has so much arithmetic to each line
-// that it is left to the processor's own prefetcher.
+// Of fewer rows than a group, such as a decode's, what is read soon is asked for: kAhead stripes
+// ahead into L2, in the very order in which it is read, and kNear bytes ahead into L1
+// (benchmarks/results/decoder.md). A whole group has so much arithmetic to each line that it is left
+// to the processor's own prefetcher.
 template <int R>
-inline void prefetch(const char* at, int64_t bytes) {
+inline void prefetch(const char* far, const void* here, int64_t bytes) {
     if constexpr (R < kRowGroup)
-        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line, 0, 2);
+        for (int64_t line = 0; line < bytes; line += 64) {
+            __builtin_prefetch(far + line, 0, 2);
+            __builtin_prefetch(static_cast<const char*>(here) + kNear + line, 0, 3);
+        }
 }
+
+// Walks through stripes of `bytes` each. Values are read by blocks of columns, every second line at
+// a time, and fetched so they came a third slower than line after line.
+class Walk {
+public:
+    Walk(const char* const* stripes, int64_t bytes) : stripes_(stripes), bytes_(bytes) {}
+
+    // The next `some` bytes, which end where a stripe does or before.
+    const char* next(int64_t some) {
+        if (left_ == 0) at_ = *stripes_++, left_ = bytes_;
+        left_ -= some;
+        at_ += some;
+        return at_ - some;
+    }
+
+private:
+    const char* const* stripes_;
+    const char* at_ = nullptr;
+    const int64_t bytes_;
+    int64_t left_ = 0;
+};
 
 // One kv head of one page.
 template <class T>
@@ -116,7 +142,8 @@ inline void score_part(const T* keys, int64_t head_dim, const float* const* rows
         for (F& vector : row) vector = Lanes::set(0);
     for (int64_t e = 0; e < head_dim; ++e, key += kStripe) {
         for (int i = 0; i < kStripes; ++i)
-            prefetch<R>(fetched[i] + e * kStripe * sizeof(T), kStripe * sizeof(T));
+            prefetch<R>(fetched[i] + e * kStripe * sizeof(T), key + i * kStripe * head_dim,
+                        kStripe * sizeof(T));
         add_products<R, V>(
             total, [&](int r) { return Lanes::set(rows[r][e]); },
             [&](int v) {
@@ -150,7 +177,8 @@ void score(const T* keys, int64_t head_dim, const float* const* rows, int64_t po
 // sums (R, width) = factors * sums + shares (R, kPage) @ values, features from.. of W vectors.
 template <class T, int R, int W>
 inline void weigh_part(const T* values, int64_t width, int64_t positions, const float* shares,
-                       const float* factors, const char* const* ahead, int64_t from, float* sums) {
+                       const float* factors, Walk& ahead, int64_t from, float* sums) {
+    constexpr int64_t kBytes = W * Lanes::count * sizeof(T);
     values += from;
     sums += from;
     F total[R][W];
@@ -161,8 +189,7 @@ inline void weigh_part(const T* values, int64_t width, int64_t positions, const 
             total[r][w] = Lanes::mul(Lanes::load(sums + r * width + w * Lanes::count),
                                      Lanes::set(factors[r]));
     for (int64_t p = 0; p < positions; ++p, values += width) {
-        prefetch<R>(ahead[p / kStripe] + (p % kStripe * width + from) * sizeof(T),
-                    W * Lanes::count * sizeof(T));
+        if constexpr (R < kRowGroup) prefetch<R>(ahead.next(kBytes), values, kBytes);
         add_products<R, W>(
             total, [&](int r) { return Lanes::set(shares[r * kPage + p]); },
             [&](int w) { return Lanes::load(values + w * Lanes::count); });
@@ -175,8 +202,9 @@ inline void weigh_part(const T* values, int64_t width, int64_t positions, const 
 
 template <class T, int R>
 void weigh(const T* values, int64_t width, int64_t positions, const float* shares,
-           const float* factors, const char* const* ahead, float* sums) {
+           const float* factors, const char* const* stripes, float* sums) {
     constexpr int kMost = R < kNarrow ? std::max(Lanes::wide, 4) : Lanes::wide;
+    Walk ahead(stripes, kStripe * width * sizeof(T));
     int64_t from = 0;
     const auto columns = [&](auto vectors) {
         for (constexpr int64_t some = vectors() * Lanes::count; from + some <= width; from += some)
