@@ -1,7 +1,9 @@
 // What the matmul planner promises, as assertions; test_matmul_plan.py compiles and runs it.
 #undef NDEBUG
 #include "cpu/plan.h"
+#include "cpu/threads.h"
 
+#include <algorithm>
 #include <cassert>
 #include <vector>
 
@@ -109,7 +111,7 @@ void claims() {
                 assert(tile.scratch_bytes(w, pairs) > 0);
                 assert(row.claim(tiles, threads, Start::scattered) == 0);
                 const std::int64_t share = row.claim(tiles, threads, Start::together);
-                assert(m >= kManyRows ? share == 0 : share >= 1 && share * threads >= tiles);
+                assert(m > 1 ? share == 0 : share >= 1 && share * threads >= tiles);
                 assert((row.scratch_bytes(w, share) > 0) == (m >= kManyRows));
             }
     for (const std::int64_t k : {32, 576, 8192, 65536, 1 << 20}) {
@@ -124,10 +126,33 @@ void claims() {
     assert(rows_within(100 * 4096, 4096) == 96);
 }
 
+// Every unit is claimed once, in order: `first` for each thread, then at most half of what is a
+// thread's fair share, or two.
+void shares() {
+    for (const std::int64_t count : {1, 2, 5, 36, 3072})
+        for (const int threads : {1, 2, 7})
+            for (const std::int64_t first : {std::int64_t{0}, count * 7 / 8 / threads}) {
+                Queue queue;
+                std::int64_t claimed = 0;
+                int claims = 0;
+                queue.take_shares(count, threads, first, [&](std::int64_t begin, std::int64_t end) {
+                    assert(begin == claimed && end > begin && end <= count);
+                    const std::int64_t fair = (count - begin) / (2 * threads);
+                    const std::int64_t most =
+                        first && claims < threads ? first : std::max<std::int64_t>(2, fair);
+                    assert(end - begin == std::min(most, count - begin));
+                    claimed = end;
+                    ++claims;
+                });
+                assert(claimed == count);
+            }
+}
+
 }  // namespace
 
 int main() {
     paths();
     forms();
     claims();
+    shares();
 }
