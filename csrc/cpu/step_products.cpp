@@ -7,8 +7,8 @@ namespace {
 // claims (benchmarks/results/decoder.md).
 constexpr std::int64_t kNearBytes = 16 << 10;
 
-// Eighths of its fair share that each thread takes at once of a few rows: with all of them one waited
-// where others slow the other down, by half of them AVX-512 lost more than it gained (decoder.md).
+// Eighths of its fair share that each thread takes at once of a few rows: by all of them one waited
+// where others slow the other down, by none of them AMX was 6 % slower (decoder.md).
 constexpr std::int64_t kFirstEighths = 7;
 
 // after(begin, end) follows each piece of tiles, a multiple of `unit` or the last; of a few rows
