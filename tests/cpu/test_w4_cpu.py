@@ -185,7 +185,8 @@ def test_non_finite_and_vanishing_activations(rng, isa, mode, m):
 
 def test_a_codebook_that_8_bits_hold_badly_is_multiplied_exactly(rng):
     packed = random_packed(rng, 64, 64, Spec(4, 32, "codebook", torch.float32))
-    packed.codebook[:] = 0.1 + 0.1 * torch.rand(16, generator=rng)
+    # Drawn once: 8 bits happen to hold one in 170 of them well.
+    packed.codebook[:] = 0.1 + 0.1 * torch.rand(16, generator=torch.Generator().manual_seed(0))
     packed.codebook[3] = -1.5
     x = randn(rng, 8, 64)
     got = matmul(x, CpuWeight.from_packed(packed))
