@@ -17,19 +17,19 @@ namespace shallow {
 
 typedef uint64_t Vector __attribute__((vector_size(16)));
 
-uint64_t sum_words_generic(const void* data, size_t bytes) {
-    return sum_words<Vector>(data, bytes);
+uint64_t sum_words_generic(const void* data, size_t bytes, int streams) {
+    return sum_words<Vector>(data, bytes, streams);
 }
 
 namespace {
 
 using Clock = std::chrono::steady_clock;
 
-uint64_t sum_words_fastest(const void* data, size_t bytes) {
+uint64_t sum_words_fastest(const void* data, size_t bytes, int streams) {
 #if defined(SHALLOW_X86)
-    if (features().avx2) return sum_words_avx2(data, bytes);
+    if (features().avx2) return sum_words_avx2(data, bytes, streams);
 #endif
-    return sum_words_generic(data, bytes);
+    return sum_words_generic(data, bytes, streams);
 }
 
 // Memory in huge pages where there are any, and the threads that read it.
@@ -42,10 +42,22 @@ public:
             // Written, since pages that nothing was written to are all one page.
             std::memset(data() + begin, 1, thread + 1 < count ? part : size - begin);
         });
+        double few = 0, many = 0;
+        for (int i = 0; i < kTries; ++i) {
+            few = std::max(few, pass_in(kFewStreams));
+            many = std::max(many, pass_in(kManyStreams));
+        }
+        streams_ = few > many ? kFewStreams : kManyStreams;
     }
 
     // GB/s of one pass, from the first thread's start to the last one's end.
-    double pass() {
+    double pass() { return pass_in(streams_); }
+
+private:
+    static constexpr int64_t kUnit = 4096;
+    static constexpr int kTries = 2;
+
+    double pass_in(int streams) {
         auto start = Clock::time_point::max(), end = Clock::time_point::min();
         size_t bytes_read = 0;
         uint64_t sum = 0;
@@ -56,7 +68,7 @@ public:
             ++arrived;
             while (arrived < count) std::this_thread::yield();
             const auto mine = Clock::now();
-            const uint64_t found = sum_words_fastest(data() + part * size_t(thread), part);
+            const uint64_t found = sum_words_fastest(data() + part * size_t(thread), part, streams);
             const auto done = Clock::now();
             const std::lock_guard lock(mutex);
             start = std::min(start, mine), end = std::max(end, done);
@@ -68,9 +80,6 @@ public:
                std::chrono::duration<double>(end - start).count() / 1e9;
     }
 
-private:
-    static constexpr int64_t kUnit = 4096;
-
     static size_t checked(const Reader& reader) {
         if (reader.threads_ < 1 || reader.bytes_ < reader.threads_ * kUnit)
             throw std::invalid_argument(
@@ -81,7 +90,7 @@ private:
     char* data() const { return static_cast<char*>(pages_.data()); }
 
     int64_t bytes_;
-    int threads_;
+    int threads_, streams_ = kFewStreams;
     Pages pages_;
 };
 
