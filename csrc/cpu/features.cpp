@@ -99,4 +99,9 @@ int bytes_ahead() {
     return zen ? 4096 : 2048;
 }
 
+int long_streams() {
+    static const bool amd = by_amd();
+    return amd ? 2 : 4;
+}
+
 }  // namespace shallow

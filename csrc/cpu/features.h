@@ -18,9 +18,13 @@ struct Features {
 #undef SHALLOW_FIELD
 };
 
-// Of one row's weights from memory, to be prefetched in each of two streams: what a core reads while
-// memory answers. 4 KiB on AMD's Zen 4 and 5, whose cores read 40 GB/s, 2 KiB elsewhere.
+// Of one row's weights from memory, to be prefetched in each stream: what a core reads while memory
+// answers. 4 KiB on AMD's Zen 4 and 5, whose cores read 40 GB/s, 2 KiB elsewhere.
 int bytes_ahead();
+
+// Streams in which a core reads them: 4, or the 2 that were measured on AMD
+// (benchmarks/results/decoder.md).
+int long_streams();
 
 // Asked once, on first use. AMX on Linux also needs a permission per process (arch_prctl).
 const Features& features();

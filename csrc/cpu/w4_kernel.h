@@ -119,44 +119,43 @@ struct TileSums {
     }
 };
 
-// One tile, or for one row of x two in turn, which memory then reads as two streams: a matrix of an
-// 8B model took 73-90 % of the bandwidth of a plain read by two, 67-78 % by one; from L3 both take
-// 94 % (benchmarks/results/decoder.md).
+// One tile, or for one row of x two or four in turn, which memory then reads as so many streams: a
+// matrix of an 8B model took 73-90 % of the bandwidth of a plain read by two, 67-78 % by one; from L3
+// both take 94 % (benchmarks/results/decoder.md).
 template <class V, Codes C, int R, bool Split, Params P = Params::any, class T>
 void int_rows(const TileView& w, const IntInput<T>& x, const Output& y, const Place& at) {
-    constexpr bool kPair = R == 1 && C != Codes::unpacked;
+    constexpr bool kStreams = R == 1 && C != Codes::unpacked;
     const T* q = x.q + (at.panel * w.blocks * x.panel + at.first) * kBlock;
     const float* scales = x.scales + at.panel * w.blocks * x.panel + at.first;
     const float* sums = x.sums + at.panel * w.groups * x.panel + at.first;
     if constexpr (R > 1) fetch(y, at, R);
-    TileSums<V, C, R, Split, P> first(w, at.tile, at.ahead);
-    TileSums<V, C, R, Split, P> second(w, at.tile + (kPair ? at.apart : 0), at.ahead);
     // In line: of a function that is called twice GCC keeps tiles and sums in memory.
-    const auto walk = [&](auto pair) __attribute__((always_inline)) {
+    const auto walk = [&](auto... stream) __attribute__((always_inline)) {
+        TileSums<V, C, R, Split, P> tiles[] = {{w, at.tile + stream * at.apart, at.ahead}...};
         for (int64_t b = 0, left = 0; b < w.blocks; ++b) {
             if (left-- == 0) {
-                for (int half = 0; half < 1 + Split; ++half, sums += x.panel) {
-                    first.enter_group(half, sums);
-                    if constexpr (pair()) second.enter_group(half, sums);
-                }
+                for (int half = 0; half < 1 + Split; ++half, sums += x.panel)
+#pragma GCC unroll 8
+                    for (auto& tile : tiles) tile.enter_group(half, sums);
                 left = Split ? 0 : w.group_blocks - 1;
             }
             const Planes<T> planes{q, scales, x.plane};
-            first.add(w, planes);
-            if constexpr (pair()) second.add(w, planes);
+#pragma GCC unroll 8
+            for (auto& tile : tiles) tile.add(w, planes);
             q += x.panel * kBlock;
             scales += x.panel;
         }
-        write_rows<V, R>(first.total, y, at);
-        if constexpr (pair()) {
-            Place there = at;
+        Place there = at;
+        for (const auto& tile : tiles) {
+            write_rows<V, R>(tile.total, y, there);
             there.column += at.apart * kTileRows;
-            write_rows<V, R>(second.total, y, there);
         }
     };
-    if constexpr (kPair)
-        if (at.apart) return walk(std::true_type());
-    walk(std::false_type());
+    if constexpr (kStreams) {
+        if (at.streams == 4) return walk(0, 1, 2, 3);
+        if (at.streams == 2) return walk(0, 1);
+    }
+    walk(0);
 }
 
 // One weight vector a column, in float32, times R rows of x.
@@ -362,15 +361,18 @@ template <class V, Codes C, class T>
 void int_tiles_of(const TileView& w, const IntInput<T>& x, const Output& y, int64_t begin,
                   int64_t end, uint8_t* scratch) {
     if (x.m == 1) {
-        const int64_t half = (end - begin) / 2;
-        const int64_t ahead = half * w.tile_bytes < kLong ? kAhead : bytes_ahead();
-        for (int64_t tile = begin; tile < begin + half; ++tile) {
-            Place at = place_of(w, tile);
-            at.apart = half;
-            at.ahead = ahead;
-            panels<IntRun<V, C, T>>(w, x, y, at);
+        const bool is_long = (end - begin) / 2 * w.tile_bytes >= kLong;
+        for (int streams = is_long ? long_streams() : 2; streams > 1; streams /= 2) {
+            const int64_t each = (end - begin) / streams;
+            for (int64_t tile = begin; tile < begin + each; ++tile) {
+                Place at = place_of(w, tile);
+                at.streams = streams;
+                at.apart = each;
+                at.ahead = is_long ? bytes_ahead() : kAhead;
+                panels<IntRun<V, C, T>>(w, x, y, at);
+            }
+            begin += streams * each;
         }
-        begin += 2 * half;
     }
     const int64_t most = V::unpacks || x.m < kManyRows ? 1 : tiles_together(w);
     for (int64_t tile = begin, some; tile < end; tile += some) {

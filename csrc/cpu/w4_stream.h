@@ -138,7 +138,8 @@ struct Place {
     int64_t tile;          // of the view
     int64_t panel, first;  // rows of x: first.. of the panel
     int64_t column, n;     // of y, and how many columns y has
-    int64_t apart = 0;     // where a second tile is to be met along with it, so many tiles on
+    int streams = 1;       // tiles that are met in turn, block by block,
+    int64_t apart = 0;     // each so many behind the one before
     int64_t ahead = kAhead;
     int64_t together = 1;  // tiles one after the other
 };
