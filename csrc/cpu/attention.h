@@ -43,6 +43,8 @@ struct AttentionKernels {
     // Stores the key and value (head_dim) of kv head `head` at `position`.
     void (*append)(const KvShape& shape, std::uint8_t* const* pages, std::int64_t head,
                    std::int64_t position, const float* key, const float* value);
+    // Asks for the first page of a span that is not empty, which attend() is to read soon.
+    void (*fetch)(const KvShape& shape, const Span& span);
     // `next`, what the thread attends to next, is fetched in the end; it may be empty. Scratch as
     // below.
     void (*attend)(const KvShape& shape, const Span& span, const Span& next, const Queries& queries,

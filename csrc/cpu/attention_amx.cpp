@@ -117,7 +117,7 @@ void attend_tiles(const KvShape& shape, const Span& span, const Queries& queries
     }
     const TileConfig config;
     _tile_loadconfig(&config);
-    for (int64_t at = first_page(span, queries); at < span.end; at += kPage) {
+    for (int64_t at = span.begin; at < span.end; at += kPage) {
         const Head<T> page(shape, span.pages[at / kPage], span.head);
         const int64_t positions = std::min(kPage, span.end - at), steps = (positions + 31) / 32;
         round_keys(page.keys, width, steps, keys);

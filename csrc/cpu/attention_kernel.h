@@ -20,43 +20,38 @@ constexpr int kRowGroup = 6;  // rows that meet a key or value while it is in re
 // Of fewer than these, four vectors of keys or values meet all in registers at once: of three rows
 // twelve sums, which two units that take four cycles each need eight of to be busy.
 constexpr int kNarrow = 4;
-constexpr int kAhead = 2;  // stripes that are fetched into L2 before they are read
 constexpr int64_t kNear = 1024;
 constexpr int64_t kPageStripes = kPage / kStripe;
 
-// Of fewer rows than a group, such as a decode's, what is read soon is asked for: kAhead stripes
-// ahead into L2, in the very order in which it is read, and kNear bytes ahead into L1
-// (benchmarks/results/decoder.md). A whole group has so much arithmetic to each line that it is left
-// to the processor's own prefetcher.
-template <int R>
-inline void prefetch(const char* far, const void* here, int64_t bytes) {
-    if constexpr (R < kRowGroup)
-        for (int64_t line = 0; line < bytes; line += 64) {
-            __builtin_prefetch(far + line, 0, 2);
-            __builtin_prefetch(static_cast<const char*>(here) + kNear + line, 0, 3);
-        }
-}
-
-// Walks through stripes of `bytes` each. Values are read by blocks of columns, every second line at
-// a time, and fetched so they came a third slower than line after line.
-class Walk {
+// What a thread reads next, one kv head of a page, to be fetched meanwhile: a line of each of its
+// stripes in turn, since so many streams come faster than one (benchmarks/results/decoder.md).
+class Ahead {
 public:
-    Walk(const char* const* stripes, int64_t bytes) : stripes_(stripes), bytes_(bytes) {}
+    void add(const void* stripe) { stripes_[count_++] = static_cast<const char*>(stripe); }
+    int count() const { return count_; }
 
-    // The next `some` bytes, which end where a stripe does or before.
-    const char* next(int64_t some) {
-        if (left_ == 0) at_ = *stripes_++, left_ = bytes_;
-        left_ -= some;
-        at_ += some;
-        return at_ - some;
+    // The next `step` bytes, at most a line.
+    const char* next(int64_t step) {
+        const char* const found = stripes_[stripe_] + at_;
+        if (++stripe_ == count_) stripe_ = 0, at_ += step;
+        return found;
     }
 
 private:
-    const char* const* stripes_;
-    const char* at_ = nullptr;
-    const int64_t bytes_;
-    int64_t left_ = 0;
+    const char* stripes_[2 * kPageStripes];
+    int count_ = 0, stripe_ = 0;
+    int64_t at_ = 0;
 };
+
+// While the first rows of a page meet it, what is read soon is asked for: what comes next into L2,
+// and kNear bytes ahead into L1. ahead: null where other rows have done so.
+inline void prefetch(Ahead* ahead, const void* here, int64_t bytes) {
+    if (!ahead) return;
+    for (int64_t line = 0; line < bytes; line += 64) {
+        __builtin_prefetch(ahead->next(std::min<int64_t>(bytes, 64)), 0, 2);
+        __builtin_prefetch(static_cast<const char*>(here) + kNear + line, 0, 3);
+    }
+}
 
 // One kv head of one page.
 template <class T>
@@ -73,34 +68,16 @@ struct Head {
     }
 };
 
-// The stripes of keys and values in the order they are read: a page's keys, then its values.
+// The stripes of the positions of `span` in its first page.
 template <class T>
-class Stripes {
-public:
-    Stripes(const KvShape& shape, const Span& span, const Span& next)
-        : shape_(shape), span_(span), next_(next) {}
-
-    // The next stripe, null behind the last one.
-    const char* next() {
-        if (span_.begin >= span_.end) {
-            if (next_.begin >= next_.end) return nullptr;
-            span_ = next_;
-            next_.end = next_.begin;
-        }
-        const Head<T> page(shape_, span_.pages[span_.begin / kPage], span_.head);
-        const int64_t count = std::min(kPageStripes, (span_.end - span_.begin - 1) / kStripe + 1);
-        const T* const at = stripe_ < count
-                                ? page.keys + stripe_ * kStripe * shape_.head_dim
-                                : page.values + (stripe_ - count) * kStripe * shape_.width;
-        if (++stripe_ == 2 * count) stripe_ = 0, span_.begin += kPage;
-        return reinterpret_cast<const char*>(at);
-    }
-
-private:
-    const KvShape& shape_;
-    Span span_, next_;
-    int64_t stripe_ = 0;
-};
+Ahead stripes_of(const KvShape& shape, const Span& span) {
+    const Head<T> page(shape, span.pages[span.begin / kPage], span.head);
+    const int64_t count = std::min(kPageStripes, (span.end - span.begin - 1) / kStripe + 1);
+    Ahead ahead;
+    for (int64_t i = 0; i < count; ++i) ahead.add(page.keys + i * kStripe * shape.head_dim);
+    for (int64_t i = 0; i < count; ++i) ahead.add(page.values + i * kStripe * shape.width);
+    return ahead;
+}
 
 // total (R, V) += row (R,) * vector (V,); the fewer of the two are held, the others pass by.
 template <int R, int V, class Row, class Vector>
@@ -131,19 +108,16 @@ inline __attribute__((always_inline)) void add_products(F (&total)[R][V], const 
 // scores (R, kPage) of V vectors of keys from position p on, which is a multiple of them.
 template <class T, int R, int V>
 inline void score_part(const T* keys, int64_t head_dim, const float* const* rows, int64_t p,
-                       const char* const* ahead, float* scores) {
+                       Ahead* ahead, float* scores) {
     constexpr int kVectors = kStripe / Lanes::count;  // of a stripe
     constexpr int kStripes = (V - 1) / kVectors + 1;
     const T* key = keys + p / kStripe * kStripe * head_dim + p % kStripe;
-    const char* fetched[kStripes];
-    for (int i = 0; i < kStripes; ++i) fetched[i] = ahead[p / kStripe + i];
     F total[R][V];
     for (auto& row : total)
         for (F& vector : row) vector = Lanes::set(0);
     for (int64_t e = 0; e < head_dim; ++e, key += kStripe) {
         for (int i = 0; i < kStripes; ++i)
-            prefetch<R>(fetched[i] + e * kStripe * sizeof(T), key + i * kStripe * head_dim,
-                        kStripe * sizeof(T));
+            prefetch(ahead, key + i * kStripe * head_dim, kStripe * sizeof(T));
         add_products<R, V>(
             total, [&](int r) { return Lanes::set(rows[r][e]); },
             [&](int v) {
@@ -162,7 +136,7 @@ inline void score_part(const T* keys, int64_t head_dim, const float* const* rows
 // while each stripe is read.
 template <class T, int R>
 void score(const T* keys, int64_t head_dim, const float* const* rows, int64_t positions,
-           const char* const* ahead, float* scores) {
+           Ahead* ahead, float* scores) {
     constexpr int64_t kTwo = 2 * Lanes::count;
     static_assert(kStripe % kTwo == 0, "two vectors lie in one stripe");
     // Two stripes at once are two streams, which fewer rows would wait for.
@@ -177,7 +151,7 @@ void score(const T* keys, int64_t head_dim, const float* const* rows, int64_t po
 // sums (R, width) = factors * sums + shares (R, kPage) @ values, features from.. of W vectors.
 template <class T, int R, int W>
 inline void weigh_part(const T* values, int64_t width, int64_t positions, const float* shares,
-                       const float* factors, Walk& ahead, int64_t from, float* sums) {
+                       const float* factors, Ahead* ahead, int64_t from, float* sums) {
     constexpr int64_t kBytes = W * Lanes::count * sizeof(T);
     values += from;
     sums += from;
@@ -189,7 +163,7 @@ inline void weigh_part(const T* values, int64_t width, int64_t positions, const 
             total[r][w] = Lanes::mul(Lanes::load(sums + r * width + w * Lanes::count),
                                      Lanes::set(factors[r]));
     for (int64_t p = 0; p < positions; ++p, values += width) {
-        if constexpr (R < kRowGroup) prefetch<R>(ahead.next(kBytes), values, kBytes);
+        prefetch(ahead, values, kBytes);
         add_products<R, W>(
             total, [&](int r) { return Lanes::set(shares[r * kPage + p]); },
             [&](int w) { return Lanes::load(values + w * Lanes::count); });
@@ -202,9 +176,8 @@ inline void weigh_part(const T* values, int64_t width, int64_t positions, const 
 
 template <class T, int R>
 void weigh(const T* values, int64_t width, int64_t positions, const float* shares,
-           const float* factors, const char* const* stripes, float* sums) {
+           const float* factors, Ahead* ahead, float* sums) {
     constexpr int kMost = R < kNarrow ? std::max(Lanes::wide, 4) : Lanes::wide;
-    Walk ahead(stripes, kStripe * width * sizeof(T));
     int64_t from = 0;
     const auto columns = [&](auto vectors) {
         for (constexpr int64_t some = vectors() * Lanes::count; from + some <= width; from += some)
@@ -321,13 +294,6 @@ void update(const Seen<R>& seen, const Scaling& scaling, const float* weights, i
     }
 }
 
-// The first position of the page from which on the queries see anything.
-inline int64_t first_page(const Span& span, const Queries& queries) {
-    const int64_t oldest =
-        queries.window ? std::max<int64_t>(0, queries.position + 1 - queries.window) : 0;
-    return std::max(span.begin, oldest / kPage * kPage);
-}
-
 // The same for scores of queries and keys as they are, from row `row` on.
 template <class T, int R>
 void update(const Queries& queries, int64_t row, int64_t at, int64_t positions, int64_t end,
@@ -355,7 +321,7 @@ inline void write(const KvShape& shape, const Queries& queries, const Softmax* s
 }
 
 template <class T>
-void attend_to(const KvShape& shape, Span span, const Span& next, const Queries& queries,
+void attend_to(const KvShape& shape, const Span& span, const Span& next, const Queries& queries,
                const Attended& to, float* scratch) {
     const int64_t rows = queries.count * queries.heads, width = shape.width;
     float* const scores = scratch;               // (rows, kPage)
@@ -364,22 +330,17 @@ void attend_to(const KvShape& shape, Span span, const Span& next, const Queries&
     auto* const softmax = reinterpret_cast<Softmax*>(factors + rows);
     std::fill(sums, sums + rows * width, 0.0f);
     for (int64_t r = 0; r < rows; ++r) softmax[r] = Softmax();
-    span.begin = first_page(span, queries);
-    Stripes<T> stripes(shape, span, next);
-    for (int i = 0; i < kAhead; ++i) stripes.next();
     for (int64_t at = span.begin; at < span.end; at += kPage) {
         const Head<T> page(shape, span.pages[at / kPage], span.head);
         const int64_t positions = std::min(kPage, span.end - at);
-        const int64_t count = (positions - 1) / kStripe + 1;
-        const char* ahead[2 * kPageStripes];
-        for (int64_t i = 0; i < 2 * count; ++i) {
-            const char* const fetched = stripes.next();
-            ahead[i] = fetched ? fetched : reinterpret_cast<const char*>(page.keys);
-        }
+        const Span here{span.pages, span.head, at, span.end};
+        const Span rest{span.pages, span.head, at + kPage, span.end};
+        const Span& following = rest.begin < rest.end ? rest : next;
+        Ahead ahead = stripes_of<T>(shape, following.begin < following.end ? following : here);
         in_groups(rows, [&](auto group, int64_t row) {
             const float* some[group()];
             for (int r = 0; r < group(); ++r) some[r] = queries.row(row + r, shape.head_dim);
-            score<T, group()>(page.keys, shape.head_dim, some, positions, ahead,
+            score<T, group()>(page.keys, shape.head_dim, some, positions, row ? nullptr : &ahead,
                               scores + row * kPage);
         });
         in_groups(rows, [&](auto group, int64_t row) {
@@ -388,7 +349,7 @@ void attend_to(const KvShape& shape, Span span, const Span& next, const Queries&
         });
         in_groups(rows, [&](auto group, int64_t row) {
             weigh<T, group()>(page.values, width, positions, scores + row * kPage, factors + row,
-                              ahead + count, sums + row * width);
+                              row ? nullptr : &ahead, sums + row * width);
         });
     }
     write(shape, queries, softmax, sums, to);
@@ -401,6 +362,21 @@ void attend(const KvShape& shape, const Span& span, const Span& next, const Quer
         case KvType::float16:
             return attend_to<std::uint16_t>(shape, span, next, queries, to, scratch);
         case KvType::int8: return attend_to<int8_t>(shape, span, next, queries, to, scratch);
+    }
+}
+
+template <class T>
+void fetch_as(const KvShape& shape, const Span& span) {
+    Ahead ahead = stripes_of<T>(shape, span);
+    const int64_t lines = (kStripe * shape.width * int64_t{sizeof(T)} - 1) / 64 + 1;
+    for (int64_t i = 0; i < ahead.count() * lines; ++i) __builtin_prefetch(ahead.next(64), 0, 2);
+}
+
+void fetch(const KvShape& shape, const Span& span) {
+    switch (shape.type) {
+        case KvType::float32: return fetch_as<float>(shape, span);
+        case KvType::float16: return fetch_as<std::uint16_t>(shape, span);
+        case KvType::int8: return fetch_as<int8_t>(shape, span);
     }
 }
 
@@ -475,6 +451,7 @@ void append(const KvShape& shape, uint8_t* const* pages, int64_t head, int64_t p
 constexpr AttentionKernels make_attention_kernels() {
     AttentionKernels kernels{};
     kernels.append = append;
+    kernels.fetch = fetch;
     kernels.attend = attend;
     kernels.combine = combine;
     kernels.query_rows = 48;

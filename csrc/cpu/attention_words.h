@@ -84,7 +84,7 @@ public:
             softmax_[r] = Softmax();
             round_query(r);
         }
-        for (int64_t at = first_page(span, queries_); at < span.end; at += kPage) {
+        for (int64_t at = span.begin; at < span.end; at += kPage) {
             const Head<T> page(shape_, span.pages[at / kPage], span.head);
             const int64_t positions = std::min(kPage, span.end - at);
             for (int64_t p = 0; p < positions; p += kColumns) round_keys(page, p);

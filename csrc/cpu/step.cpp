@@ -16,8 +16,10 @@ void run_layer(Worker& worker, Residual& residual, const Layer& layer, std::int6
     residual.write_norm(set, layer.attn_norm, layer.qkv.input());
     multiply(worker, layer.qkv, worker.hidden_forms, set.size(), shared.qkv, Part::qkv);
     if (parallel) mlp.write_activated();
+    StepAttention attention(worker, layer, slot, set);
+    attention.fetch();
     worker.barrier();
-    std::uint8_t* const attended = StepAttention(worker, layer, slot, set).run();
+    std::uint8_t* const attended = attention.run();
     multiply(worker, layer.o, attended, set.size(), shared.y, Part::o);
     worker.barrier();
     if (!parallel) {

@@ -20,6 +20,15 @@ bool StepAttention::rounds_heads() const {
     return set_.size() < kManyRows && !set_.split && grain && width % grain == 0;
 }
 
+void StepAttention::fetch() const {
+    if (set_.size() >= kManyRows) return;
+    Span first{};
+    each_fair_item([&](const AttentionItem& item) {
+        if (first.begin >= first.end) first = span(item);
+    });
+    if (first.begin < first.end) w_.model.attention_kernels.fetch(w_.chunk.cache->shape(), first);
+}
+
 std::uint8_t* StepAttention::run() {
     turn();
     attend();
@@ -92,8 +101,7 @@ void StepAttention::attend() {
 template <class Visit>
 void StepAttention::each_fair_item(const Visit& visit) const {
     const auto cost = [&](const AttentionItem& item) {
-        const std::int64_t oldest = layer_.window ? item.position + 1 - layer_.window : 0;
-        const std::int64_t seen = item.end - std::max(item.begin, oldest);
+        const std::int64_t seen = item.end - std::max(item.begin, oldest(item));
         return kItemPositions + std::max<std::int64_t>(seen, 0);
     };
     std::int64_t total = 0, before = 0;
@@ -144,11 +152,17 @@ Attended StepAttention::target(const AttentionItem& item) const {
     return to;
 }
 
+// The first position that any of its queries sees.
+std::int64_t StepAttention::oldest(const AttentionItem& item) const {
+    return layer_.window ? std::max<std::int64_t>(0, item.position + 1 - layer_.window) : 0;
+}
+
+// From the page on in which its queries see anything.
 Span StepAttention::span(const AttentionItem& item) const {
     Span span;
     span.pages = w_.chunk.cache->pages(item.sequence, slot_);
     span.head = item.head;
-    span.begin = item.begin;
+    span.begin = std::max(item.begin, oldest(item) / kPage * kPage);
     span.end = item.end;
     return span;
 }

@@ -10,6 +10,8 @@ class StepAttention {
 public:
     StepAttention(Worker& worker, const Layer& layer, std::int64_t slot, const RowSet& set);
 
+    // Asks for what this thread attends to first, while others still multiply.
+    void fetch() const;
     // Behind a barrier; returns the forms of `o`'s input.
     std::uint8_t* run();
 
@@ -24,6 +26,7 @@ private:
     void each_fair_item(const Visit& visit) const;
     Queries queries(const AttentionItem& item) const;
     Attended target(const AttentionItem& item) const;
+    std::int64_t oldest(const AttentionItem& item) const;
     Span span(const AttentionItem& item) const;
     void mix();
     void join(std::int64_t row, float* out) const;
