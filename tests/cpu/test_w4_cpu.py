@@ -66,6 +66,17 @@ def test_every_size(rng, isa, mode, spec):
 
 
 @every_isa
+@every_kind
+def test_one_row_of_a_matrix_long_enough_for_four_streams(rng, isa, spec):
+    n, k = 16 * (4 * 34 + 2) + 5, 1024  # 139 tiles, over 512 KiB in each half; three left of fours
+    packed, x, bias = random_packed(rng, n, k, spec), randn(rng, 1, k), randn(rng, n)
+    weight = CpuWeight.from_packed(packed, isa)
+    got = matmul(x, weight, bias, threads=1)
+    assert_close("long", x.double() @ unpack(packed).double().T + bias, got, BOUND["int8"])
+    assert torch.equal(got, matmul(x.expand(2, -1).contiguous(), weight, bias)[:1])
+
+
+@every_isa
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_16_bit_activations(rng, isa, dtype):
     packed = random_packed(rng, 50, 96, Q4_1)
