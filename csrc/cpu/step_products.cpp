@@ -4,7 +4,7 @@ namespace shallow {
 namespace {
 
 // Of L1, for outputs that are to be activated. A batch of 8 is 1.5 % faster by it than by whole
-// claims (benchmarks/results/decoder.md).
+// claims (benchmarks/results/decoder.md); fewer rows take these, which streams divide.
 constexpr std::int64_t kNearBytes = 16 << 10;
 
 // Eighths of its fair share that each thread takes at once of a few rows: by all of them one waited
@@ -19,7 +19,8 @@ void multiply_then(Worker& worker, const Product& product, std::uint8_t* forms, 
     const std::int64_t tiles = product.tiles(), claim = product.claim(m, worker.planned);
     const std::int64_t near = kNearBytes / (m * kTileRows * 8) / unit;  // of two floats each
     const bool few = m < kManyRows;
-    const std::int64_t piece = m > 1 && few ? std::max<std::int64_t>(near, 1) * unit : tiles;
+    const std::int64_t piece =
+        m > kStreamedRows && few ? std::max<std::int64_t>(near, 1) * unit : tiles;
     const auto run = [&](std::int64_t begin, std::int64_t end) {
         const std::int64_t behind = std::min(end * unit, tiles);
         for (std::int64_t i = begin * unit; i < behind; i += piece) {

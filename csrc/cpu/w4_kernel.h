@@ -79,6 +79,7 @@ struct TileSums {
     Stream<V, C> stream;
     F total[kParts<V>][R], scale[1 + Split][kParts<V>];
 
+    TileSums() = default;
     SHALLOW_INLINE TileSums(const TileView& w, int64_t tile, int64_t ahead)
         : stream(w, tile, 0, ahead) {
         for (auto& part : total)
@@ -119,43 +120,76 @@ struct TileSums {
     }
 };
 
-// One tile, or for one row of x two or four in turn, which memory then reads as so many streams: a
-// matrix of an 8B model took 73-90 % of the bandwidth of a plain read by two, 67-78 % by one; from L3
-// both take 94 % (benchmarks/results/decoder.md).
+constexpr int kMostStreams = 4;
+constexpr int64_t kInTurn = 4;  // blocks
+
+// Where codes pass by (AVX2) two rows do not wait for memory.
+template <class V>
+constexpr int64_t kInStreams = V::keeps_codes ? kStreamedRows : 1;  // rows of x
+
+// Where the blocks of rows of x begin that tiles meet next.
+template <class T>
+struct RowBlocks {
+    const T* q;
+    const float *scales, *sums;
+};
+
+// One tile, or two or four in turn, which memory then reads as so many streams: by one row a matrix of
+// an 8B model took 73-90 % of the bandwidth of a plain read by two, 67-78 % by one; from L3 both take
+// 94 % (benchmarks/results/decoder.md).
 template <class V, Codes C, int R, bool Split, Params P = Params::any, class T>
 void int_rows(const TileView& w, const IntInput<T>& x, const Output& y, const Place& at) {
-    constexpr bool kStreams = R == 1 && C != Codes::unpacked;
-    const T* q = x.q + (at.panel * w.blocks * x.panel + at.first) * kBlock;
-    const float* scales = x.scales + at.panel * w.blocks * x.panel + at.first;
-    const float* sums = x.sums + at.panel * w.groups * x.panel + at.first;
-    if constexpr (R > 1) fetch(y, at, R);
-    // In line: of a function that is called twice GCC keeps tiles and sums in memory.
-    const auto walk = [&](auto... stream) __attribute__((always_inline)) {
-        TileSums<V, C, R, Split, P> tiles[] = {{w, at.tile + stream * at.apart, at.ahead}...};
-        for (int64_t b = 0, left = 0; b < w.blocks; ++b) {
+    using Tile = TileSums<V, C, R, Split, P>;
+    RowBlocks<T> next{x.q + (at.panel * w.blocks * x.panel + at.first) * kBlock,
+                      x.scales + at.panel * w.blocks * x.panel + at.first,
+                      x.sums + at.panel * w.groups * x.panel + at.first};
+    const auto tile = [&](int stream) __attribute__((always_inline)) {
+        return Tile(w, at.tile + stream * at.apart, at.ahead);
+    };
+    // The next blocks of tiles that take turns block by block.
+    const auto meet = [&](int64_t blocks, auto&... tiles) __attribute__((always_inline)) {
+        for (int64_t b = 0, left = 0; b < blocks; ++b) {
             if (left-- == 0) {
-                for (int half = 0; half < 1 + Split; ++half, sums += x.panel)
-#pragma GCC unroll 8
-                    for (auto& tile : tiles) tile.enter_group(half, sums);
+                for (int half = 0; half < 1 + Split; ++half, next.sums += x.panel)
+                    (tiles.enter_group(half, next.sums), ...);
                 left = Split ? 0 : w.group_blocks - 1;
             }
-            const Planes<T> planes{q, scales, x.plane};
-#pragma GCC unroll 8
-            for (auto& tile : tiles) tile.add(w, planes);
-            q += x.panel * kBlock;
-            scales += x.panel;
-        }
-        Place there = at;
-        for (const auto& tile : tiles) {
-            write_rows<V, R>(tile.total, y, there);
-            there.column += at.apart * kTileRows;
+            (tiles.add(w, Planes<T>{next.q, next.scales, x.plane}), ...);
+            next.q += x.panel * kBlock;
+            next.scales += x.panel;
         }
     };
-    if constexpr (kStreams) {
-        if (at.streams == 4) return walk(0, 1, 2, 3);
-        if (at.streams == 2) return walk(0, 1);
+    // In line: of a function that is called twice GCC keeps tiles and sums in memory.
+    const auto walk = [&](auto... tiles) __attribute__((always_inline)) {
+        meet(w.blocks, tiles...);
+        int stream = 0;
+        (write_rows<V, R>(tiles.total, y, at.of_stream(stream++)), ...);
+    };
+    if constexpr (R == 1 && C != Codes::unpacked) {
+        if (at.streams == 4) return walk(tile(0), tile(1), tile(2), tile(3));
+        if (at.streams == 2) return walk(tile(0), tile(1));
     }
-    walk(0);
+    if constexpr (R > 1) fetch(y, at, R);
+    // Block by block the sums of several rows would not stay in registers: four blocks a turn, or a group.
+    if constexpr (R > 1 && R <= kInStreams<V> && C != Codes::unpacked)
+        if (at.streams > 1) {
+            Tile tiles[kMostStreams];
+            for (int i = 0; i < at.streams; ++i) tiles[i] = tile(i);
+            const int64_t turn = std::max(kInTurn, w.group_blocks);
+            for (int64_t b = 0; b < w.blocks; b += turn) {
+                const RowBlocks<T> here = next;
+                for (int i = 0; i < at.streams; ++i) {
+                    next = here;
+                    Tile one = tiles[i];
+                    meet(std::min(turn, w.blocks - b), one);
+                    tiles[i] = one;
+                }
+            }
+            for (int i = 0; i < at.streams; ++i)
+                write_rows<V, R>(tiles[i].total, y, at.of_stream(i));
+            return;
+        }
+    walk(tile(0));
 }
 
 // One weight vector a column, in float32, times R rows of x.
@@ -360,8 +394,8 @@ TileView unpack_tile(const TileView& w, int64_t tile, uint8_t* scratch) {
 template <class V, Codes C, class T>
 void int_tiles_of(const TileView& w, const IntInput<T>& x, const Output& y, int64_t begin,
                   int64_t end, uint8_t* scratch) {
-    if (x.m == 1) {
-        const bool is_long = (end - begin) / 2 * w.tile_bytes >= kLong;
+    const bool is_long = (end - begin) / 2 * w.tile_bytes >= kLong;
+    if (x.m == 1 || (is_long && x.m <= kInStreams<V>)) {
         for (int streams = is_long ? long_streams() : 2; streams > 1; streams /= 2) {
             const int64_t each = (end - begin) / streams;
             for (int64_t tile = begin; tile < begin + each; ++tile) {

@@ -181,6 +181,10 @@ struct Kernels {
 // (benchmarks/results/decoder.md).
 constexpr std::int64_t kManyRows = 32;
 
+// Up to here tiles may take turns, so that memory reads several streams: more rows do not wait for it
+// (benchmarks/results/decoder.md).
+constexpr std::int64_t kStreamedRows = 4;
+
 // How many tiles, where they are not unpacked, some of many rows meet one after the other before the
 // next rows do, which come from farther away: the rows stay in L1 meanwhile, the tiles in L2.
 std::int64_t tiles_together(const TileView& w);

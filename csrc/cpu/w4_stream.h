@@ -79,29 +79,32 @@ SHALLOW_INLINE void load_params(const TileView& w, const uint8_t* record,
 // lies, then its blocks.
 template <class V, Codes C>
 struct Stream {
-    const TileView& w;
-    const int64_t ahead;
+    const TileView* w;
+    int64_t ahead;
     int64_t group, left;  // the next, and how many of its run
     const uint8_t *record, *at;
     const std::uint16_t* super;
 
+    Stream() = default;
     SHALLOW_INLINE Stream(const TileView& view, int64_t tile, int64_t first = 0,
                           int64_t bytes_ahead = kAhead)
-        : w(view), ahead(bytes_ahead), group(w.group_blocks ? first / w.group_blocks : 2 * first),
-          left(w.run_groups - group % w.run_groups), record(w.record(tile, group)),
-          at(w.block(tile, first)), super(w.supers + tile * ((w.blocks + 7) / 8) * 32) {}
+        : w(&view), ahead(bytes_ahead),
+          group(view.group_blocks ? first / view.group_blocks : 2 * first),
+          left(view.run_groups - group % view.run_groups), record(view.record(tile, group)),
+          at(view.block(tile, first)), super(view.supers + tile * ((view.blocks + 7) / 8) * 32) {}
 
     template <Params P = Params::any>
     SHALLOW_INLINE void next(typename V::F* scale, typename V::F* min) {
         if (left == 0) {
             if constexpr (C != Codes::unpacked) __builtin_prefetch(at + ahead, 0, 2);
             record = at;
-            at += w.head_bytes;
-            left = w.run_groups;
+            at += w->head_bytes;
+            left = w->run_groups;
         }
         for (int p = 0; p < kParts<V>; ++p)
-            load_params<V, C, P>(w, record, super + group / 8 * 32, p * V::lanes, scale[p], min[p]);
-        record += w.record_bytes;
+            load_params<V, C, P>(*w, record, super + group / 8 * 32, p * V::lanes, scale[p],
+                                 min[p]);
+        record += w->record_bytes;
         ++group;
         --left;
     }
@@ -116,7 +119,7 @@ struct Stream {
         next<P>(scale, min);
         if (C != Codes::nibble_table) return;
         for (int p = 0; p < kParts<V>; ++p) {
-            scale[p] = V::mul(scale[p], V::set(w.values8_step));
+            scale[p] = V::mul(scale[p], V::set(w->values8_step));
             min[p] = V::mul(scale[p], V::set(-128.0f));
         }
     }
@@ -138,10 +141,17 @@ struct Place {
     int64_t tile;          // of the view
     int64_t panel, first;  // rows of x: first.. of the panel
     int64_t column, n;     // of y, and how many columns y has
-    int streams = 1;       // tiles that are met in turn, block by block,
+    int streams = 1;       // tiles that are met in turn, some blocks of each,
     int64_t apart = 0;     // each so many behind the one before
     int64_t ahead = kAhead;
     int64_t together = 1;  // tiles one after the other
+
+    Place of_stream(int i) const {
+        Place there = *this;
+        there.tile += i * apart;
+        there.column += i * apart * kTileRows;
+        return there;
+    }
 };
 
 // Fetches where write() will write: the lines of a prefill's outputs have left every cache, and each
@@ -149,9 +159,12 @@ struct Place {
 SHALLOW_INLINE void fetch(const Output& y, const Place& at, int rows) {
     const int64_t size = y.type == ScaleType::float32 ? 4 : 2;
     const int64_t row = at.panel * kPanelRows + at.first;
-    for (int i = 0; i < rows; ++i)
-        __builtin_prefetch(
-            static_cast<uint8_t*>(y.data) + ((row + i) * y.stride + at.column) * size, 1, 3);
+    for (int stream = 0; stream < at.streams; ++stream) {
+        const int64_t column = at.of_stream(stream).column;
+        for (int i = 0; i < rows; ++i)
+            __builtin_prefetch(
+                static_cast<uint8_t*>(y.data) + ((row + i) * y.stride + column) * size, 1, 3);
+    }
 }
 
 // sums: (rows, 16), for the place's rows of x and the tile's rows of W.

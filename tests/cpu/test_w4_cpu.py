@@ -67,13 +67,14 @@ def test_every_size(rng, isa, mode, spec):
 
 @every_isa
 @every_kind
-def test_one_row_of_a_matrix_long_enough_for_four_streams(rng, isa, spec):
-    n, k = 16 * (4 * 34 + 2) + 5, 1024  # 139 tiles, over 512 KiB in each half; three left of fours
-    packed, x, bias = random_packed(rng, n, k, spec), randn(rng, 1, k), randn(rng, n)
+def test_few_rows_of_a_matrix_long_enough_for_four_streams(rng, isa, spec):
+    n, k = 16 * (4 * 34 + 2) + 5, 1056  # 139 tiles, over 512 KiB in each half; three left of fours
+    packed, x, bias = random_packed(rng, n, k, spec), randn(rng, 5, k), randn(rng, n)
     weight = CpuWeight.from_packed(packed, isa)
-    got = matmul(x, weight, bias, threads=1)
-    assert_close("long", x.double() @ unpack(packed).double().T + bias, got, BOUND["int8"])
-    assert torch.equal(got, matmul(x.expand(2, -1).contiguous(), weight, bias)[:1])
+    plain = matmul(x, weight, bias)
+    assert_close("long", x.double() @ unpack(packed).double().T + bias, plain, BOUND["int8"])
+    for m in range(1, 5):
+        assert torch.equal(matmul(x[:m].contiguous(), weight, bias, threads=1), plain[:m])
 
 
 @every_isa
