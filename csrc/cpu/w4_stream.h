@@ -75,54 +75,85 @@ SHALLOW_INLINE void load_params(const TileView& w, const uint8_t* record,
         min = V::mul(scale, V::set(-w.center));
 }
 
-// Walks one tile, or the rest of it from a block on: the parameters of each group in which a block
-// lies, then its blocks.
-template <class V, Codes C>
-struct Stream {
-    const TileView* w;
-    int64_t ahead;
-    int64_t group, left;  // the next, and how many of its run
-    const uint8_t *record, *at;
-    const std::uint16_t* super;
+// A tile so many behind that of a stream.
+struct Behind {
+    int64_t tiles = 0, bytes = 0;
+};
 
-    Stream() = default;
+// Walks one tile, or the rest of it from a block on, and others behind it in step: the parameters of
+// each group in which a block lies, then its blocks.
+template <class V, Codes C>
+class Stream {
+public:
     SHALLOW_INLINE Stream(const TileView& view, int64_t tile, int64_t first = 0,
                           int64_t bytes_ahead = kAhead)
-        : w(&view), ahead(bytes_ahead),
-          group(view.group_blocks ? first / view.group_blocks : 2 * first),
-          left(view.run_groups - group % view.run_groups), record(view.record(tile, group)),
-          at(view.block(tile, first)), super(view.supers + tile * ((view.blocks + 7) / 8) * 32) {}
-
-    template <Params P = Params::any>
-    SHALLOW_INLINE void next(typename V::F* scale, typename V::F* min) {
-        if (left == 0) {
-            if constexpr (C != Codes::unpacked) __builtin_prefetch(at + ahead, 0, 2);
-            record = at;
-            at += w->head_bytes;
-            left = w->run_groups;
-        }
-        for (int p = 0; p < kParts<V>; ++p)
-            load_params<V, C, P>(*w, record, super + group / 8 * 32, p * V::lanes, scale[p],
-                                 min[p]);
-        record += w->record_bytes;
-        ++group;
-        --left;
+        : w_(view), ahead_(bytes_ahead),
+          group_(w_.group_blocks ? first / w_.group_blocks : 2 * first),
+          next_(w_.record(tile, group_)), at_(w_.block(tile, first)),
+          super_(w_.supers + tile * supers()) {
+        const int64_t entered = group_ % w_.run_groups;
+        left_ = entered ? w_.run_groups - entered : 0;
+        if (!entered) at_ = next_;
     }
-    SHALLOW_INLINE const uint8_t* block() {
-        const uint8_t* const here = at;
-        at += kBlockBytes<C>;
-        return here;
+
+    // The next group. Does a run begin with it?
+    SHALLOW_INLINE bool enter() {
+        const bool begins = left_ == 0;
+        if (begins) {
+            next_ = at_;
+            at_ += w_.head_bytes;
+            left_ = w_.run_groups;
+        }
+        record_ = next_;
+        next_ += w_.record_bytes;
+        ++group_;
+        --left_;
+        return begins;
+    }
+    // What follows the run that begins.
+    SHALLOW_INLINE void fetch_head(Behind by = {}) const {
+        if constexpr (C != Codes::unpacked) __builtin_prefetch(record_ + by.bytes + ahead_, 0, 2);
+    }
+    // The group's parameters.
+    template <Params P = Params::any>
+    SHALLOW_INLINE void params(typename V::F* scale, typename V::F* min, Behind by = {}) const {
+        const std::uint16_t* const super = super_ + by.tiles * supers() + (group_ - 1) / 8 * 32;
+        for (int p = 0; p < kParts<V>; ++p)
+            load_params<V, C, P>(w_, record_ + by.bytes, super, p * V::lanes, scale[p], min[p]);
     }
     // For int8 products, where a codebook is a table of bytes around 128.
     template <Params P = Params::any>
-    SHALLOW_INLINE void next8(typename V::F* scale, typename V::F* min) {
-        next<P>(scale, min);
+    SHALLOW_INLINE void params8(typename V::F* scale, typename V::F* min, Behind by = {}) const {
+        params<P>(scale, min, by);
         if (C != Codes::nibble_table) return;
         for (int p = 0; p < kParts<V>; ++p) {
-            scale[p] = V::mul(scale[p], V::set(w->values8_step));
+            scale[p] = V::mul(scale[p], V::set(w_.values8_step));
             min[p] = V::mul(scale[p], V::set(-128.0f));
         }
     }
+    SHALLOW_INLINE void next(typename V::F* scale, typename V::F* min) {
+        if (enter()) fetch_head();
+        params(scale, min);
+    }
+    template <Params P = Params::any>
+    SHALLOW_INLINE void next8(typename V::F* scale, typename V::F* min) {
+        if (enter()) fetch_head();
+        params8<P>(scale, min);
+    }
+    SHALLOW_INLINE const uint8_t* block() {
+        const uint8_t* const here = at_;
+        at_ += kBlockBytes<C>;
+        return here;
+    }
+
+private:
+    const TileView& w_;
+    const int64_t ahead_;
+    int64_t group_, left_;  // the next, and how many of its run
+    const uint8_t *next_, *at_, *record_ = nullptr;
+    const std::uint16_t* super_;
+
+    SHALLOW_INLINE int64_t supers() const { return (w_.blocks + 7) / 8 * 32; }  // of a tile
 };
 
 // Are these numbers, none of which is negative, all zero? Their bits tell: compared one by one they

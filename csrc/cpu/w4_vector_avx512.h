@@ -105,20 +105,19 @@ struct Avx512 {
     template <int Halves>
     static F dot(const Chunks<Halves>& codes, const int8_t* q) {
         sanitizer_reads(q, 16 * Halves);
+        using Bytes = const char[16 * Halves];
+        Bytes& bytes = *reinterpret_cast<Bytes*>(q);
         __m512i sum;
-        asm("vpxord %0, %0, %0\n\tvpdpbusd %2%{1to16%}, %1, %0"
+        asm("vpxord %0, %0, %0\n\tvpdpbusd (%2)%{1to16%}, %1, %0"
             : "=&v"(sum)
-            : "v"(codes.chunk[0]), "m"(word(q)));
+            : "v"(codes.chunk[0]), "r"(q), "m"(bytes));
 #pragma GCC unroll 7
         for (int j = 1; j < 4 * Halves; ++j)
-            asm("vpdpbusd %2%{1to16%}, %1, %0"
+            asm("vpdpbusd %c3(%2)%{1to16%}, %1, %0"
                 : "+v"(sum)
-                : "v"(codes.chunk[j]), "m"(word(q + 4 * j)));
+                : "v"(codes.chunk[j]), "r"(q), "i"(4 * j), "m"(bytes));
         return _mm512_cvtepi32_ps(sum);
     }
-    using Word = const char[4];
-    static Word& word(const int8_t* q) { return *reinterpret_cast<Word*>(q); }
-
     template <Codes C>
     static void unpack(const TileView& w, const uint8_t* block, uint8_t* out) {
         const auto bytes = codes<C, 0, 2>(w, block);
