@@ -8,11 +8,14 @@
 namespace shallow {
 namespace {
 
-// Registers 0..3: 2 x 2 tiles of sums; 4, 5: tiles of the left operand; 6, 7: of the right one.
+// Registers 0, 1: tiles of sums; 2: of the left operand; 3: of the right one. No more: where the
+// other thread of a core uses tiles too, loads wait for what few registers are left to rename these
+// to, and a product took 25 ns with eight in use, 12 with four, 6 on a core of its own
+// (benchmarks/results/decoder.md).
 struct alignas(64) TileConfig {
     std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    std::uint16_t row_bytes[16] = {64, 64, 64, 64};
+    std::uint8_t rows[16] = {16, 16, 16, 16};
 };
 static_assert(sizeof(TileConfig) == 64, "as the processor reads it");
 

@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kLeastRows = 32;      // from here on a page is turned into tiles
 constexpr int64_t kSteps = kPage / 32;  // tiles along a page's positions
 
-// c (rows, 16 * columns) = or += a (rows, 32 * steps) @ b; rows by 32, columns by 2. b: (columns,
+// c (rows, 16 * columns) = or += a (rows, 32 * steps) @ b; rows by 16, columns by 2. b: (columns,
 // room, kTile), the first `steps` of each.
 struct TileProduct {
     const std::uint16_t* a;
@@ -22,16 +22,15 @@ struct TileProduct {
     int64_t c_stride;
 
     void run(int64_t rows, int64_t columns, bool fresh) const {
-        for (int64_t row = 0; row < rows; row += 32)
+        for (int64_t row = 0; row < rows; row += 16)
             for (int64_t column = 0; column < columns; column += 2) add(row, column, fresh);
     }
     void add(int64_t row, int64_t column, bool fresh) const {
         float* const sums = c + row * c_stride + column * 16;
-        float* const below = sums + 16 * c_stride;
         const std::uint16_t* left = a + row * a_stride;
         const std::uint16_t* right = b + column * room * kTile;
         const int64_t a_bytes = a_stride * 2, c_bytes = c_stride * 4;
-        for (int64_t r = 0; r < 32; ++r) {
+        for (int64_t r = 0; r < 16; ++r) {
             sanitizer_reads(left + r * a_stride, steps * 32 * sizeof *left);
             sanitizer_writes(sums + r * c_stride, 32 * sizeof *sums);
         }
@@ -40,28 +39,19 @@ struct TileProduct {
         if (fresh) {
             _tile_zero(0);
             _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
         } else {
             _tile_loadd(0, sums, c_bytes);
             _tile_loadd(1, sums + 16, c_bytes);
-            _tile_loadd(2, below, c_bytes);
-            _tile_loadd(3, below + 16, c_bytes);
         }
         for (int64_t step = 0; step < steps; ++step, left += 32, right += kTile) {
-            _tile_loadd(4, left, a_bytes);
-            _tile_loadd(6, right, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, right + room * kTile, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, left + 16 * a_stride, a_bytes);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
+            _tile_loadd(2, left, a_bytes);
+            _tile_loadd(3, right, 64);
+            _tile_dpbf16ps(0, 2, 3);
+            _tile_loadd(3, right + room * kTile, 64);
+            _tile_dpbf16ps(1, 2, 3);
         }
         _tile_stored(0, sums, c_bytes);
         _tile_stored(1, sums + 16, c_bytes);
-        _tile_stored(2, below, c_bytes);
-        _tile_stored(3, below + 16, c_bytes);
     }
 };
 
@@ -98,7 +88,7 @@ void round_row(const float* from, int64_t n, std::uint16_t* to) {
 template <class T>
 void attend_tiles(const KvShape& shape, const Span& span, const Queries& queries,
                   const Attended& to, float* scratch) {
-    const int64_t rows = queries.count * queries.heads, padded = (rows + 31) / 32 * 32;
+    const int64_t rows = queries.count * queries.heads, padded = (rows + 15) / 16 * 16;
     const int64_t width = shape.width, depth = width / 32;
     float* const scores = scratch;                                                // (padded, kPage)
     float* const sums = scores + padded * kPage;                                  // (padded, width)

@@ -15,10 +15,10 @@ constexpr std::int64_t kLeastRows = 64, kMostRows = 512;  // at once
 // An odd number of KiB: panels a power of two apart would share few cache sets.
 std::int64_t bfloat_stride(std::int64_t blocks) { return (blocks | 1) * kBlock * kPanelRows; }
 
-// A slice of two tiles, and the sums of pairs of panels and tiles.
+// A slice of two tiles, and the sums of panels and pairs of tiles.
 std::int64_t bfloat_scratch_bytes(std::int64_t rows, std::int64_t tiles) {
-    const std::int64_t pairs = w4::ceil_div(rows, 2 * kPanelRows) * w4::ceil_div(tiles, 2);
-    return 2 * kSliceBlocks * kBlock * kTileRows * 2 + pairs * 4 * kPanelRows * kTileRows * 4;
+    const std::int64_t pairs = w4::ceil_div(rows, kPanelRows) * w4::ceil_div(tiles, 2);
+    return 2 * kSliceBlocks * kBlock * kTileRows * 2 + pairs * 2 * kPanelRows * kTileRows * 4;
 }
 
 template <class T>

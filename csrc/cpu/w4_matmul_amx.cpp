@@ -60,7 +60,7 @@ const std::uint16_t* bfloats(const TileView& w, int64_t tile, int64_t begin, int
     return scratch;
 }
 
-using Sums = float[2][2][kPanelRows * kTileRows];  // 2 panels x 2 tiles x (16 of x, 16 of W)
+using Sums = float[2][kPanelRows * kTileRows];  // of a panel and two tiles
 
 // Where a tile of sums is to lie.
 struct Target {
@@ -68,44 +68,34 @@ struct Target {
     int64_t stride;  // bytes between rows
 };
 
-// `before`, if any, and the products of `blocks` blocks of two panels and two tiles.
-void multiply(const std::uint16_t* const (&x)[2], const std::uint16_t* const (&w)[2],
-              int64_t blocks, const Sums* before, const Target (&to)[2][2]) {
-    for (int i = 0; i < 2; ++i) {
-        sanitizer_reads(x[i], blocks * kTile * sizeof *x[i]);
-        sanitizer_reads(w[i], blocks * kTile * sizeof *w[i]);
-        for (const Target& target : to[i])
-            for (int row = 0; row < kPanelRows; ++row)
-                sanitizer_writes(target.data + row * target.stride / 4, 64);
+// `before`, if any, and the products of `blocks` blocks of a panel and two tiles, or one tile twice.
+void multiply(const std::uint16_t* x, const std::uint16_t* const (&w)[2], int64_t blocks,
+              const Sums* before, const Target (&to)[2]) {
+    sanitizer_reads(x, blocks * kTile * sizeof *x);
+    for (int t = 0; t < 2; ++t) {
+        sanitizer_reads(w[t], blocks * kTile * sizeof *x);
+        for (int row = 0; row < kPanelRows; ++row)
+            sanitizer_writes(to[t].data + row * to[t].stride / 4, 64);
     }
     if (before) {
-        _tile_loadd(0, (*before)[0][0], 64);
-        _tile_loadd(1, (*before)[0][1], 64);
-        _tile_loadd(2, (*before)[1][0], 64);
-        _tile_loadd(3, (*before)[1][1], 64);
+        _tile_loadd(0, (*before)[0], 64);
+        _tile_loadd(1, (*before)[1], 64);
     } else {
         _tile_zero(0);
         _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
     }
     for (int64_t at = 0; at < blocks * kTile; at += kTile) {
-        _tile_stream_loadd(4, x[0] + at, 64);
-        _tile_loadd(6, w[0] + at, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, w[1] + at, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_stream_loadd(5, x[1] + at, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        _tile_stream_loadd(2, x + at, 64);
+        _tile_loadd(3, w[0] + at, 64);
+        _tile_dpbf16ps(0, 2, 3);
+        _tile_loadd(3, w[1] + at, 64);
+        _tile_dpbf16ps(1, 2, 3);
     }
-    _tile_stored(0, to[0][0].data, to[0][0].stride);
-    _tile_stored(1, to[0][1].data, to[0][1].stride);
-    _tile_stored(2, to[1][0].data, to[1][0].stride);
-    _tile_stored(3, to[1][1].data, to[1][1].stride);
+    _tile_stored(0, to[0].data, to[0].stride);
+    _tile_stored(1, to[1].data, to[1].stride);
 }
 
-// Two panels and two tiles of y, of which some may lie outside or need more than a store.
+// A panel and two tiles of y, of which some may lie outside or need more than a store.
 struct Corner {
     const TileView& w;
     const Output& y;
@@ -113,29 +103,50 @@ struct Corner {
 
     // Sums of whole tiles go to y at once. Its lines are fetched while the tiles are multiplied: a
     // prefill is 4 % slower without (benchmarks/results/decoder.md).
-    Target target(int p, int t, Sums& spare) const {
-        const int64_t row = (panel + p) * kPanelRows, column = (tile + t) * kTileRows;
-        if (!whole(p, t)) return {spare[p][t], 64};
+    Target target(int t, Sums& spare) const {
+        const int64_t row = panel * kPanelRows, column = (tile + t) * kTileRows;
+        if (!whole(t)) return {spare[t], 64};
         float* const data = static_cast<float*>(y.data) + row * y.stride + column;
         for (int i = 0; i < kPanelRows; ++i) __builtin_prefetch(data + i * y.stride, 1);
         return {data, y.stride * 4};
     }
-    void finish(int p, int t, const Sums& spare) const {
-        const int64_t left = m - (panel + p) * kPanelRows;
-        if (whole(p, t) || left <= 0 || tile + t >= tiles) return;
+    void finish(int t, const Sums& spare) const {
+        if (whole(t) || tile + t >= tiles) return;
         Place at{};
         at.tile = tile + t;
-        at.panel = panel + p;
+        at.panel = panel;
         at.column = (tile + t) * kTileRows;
         at.n = w.n;
-        write<Avx512>(spare[p][t], static_cast<int>(left < kPanelRows ? left : kPanelRows), y, at);
+        const int64_t left = m - panel * kPanelRows;
+        write<Avx512>(spare[t], static_cast<int>(left < kPanelRows ? left : kPanelRows), y, at);
     }
 
 private:
-    bool whole(int p, int t) const {
-        return y.type == ScaleType::float32 && !y.bias && (panel + p + 1) * kPanelRows <= m &&
+    bool whole(int t) const {
+        return y.type == ScaleType::float32 && !y.bias && (panel + 1) * kPanelRows <= m &&
                tile + t < tiles && (tile + t + 1) * kTileRows <= w.n;
     }
+};
+
+// Blocks from..to-1 of the tiles tile..tile + 1, fetched a part at a time while rows meet others:
+// they come from memory, in pieces too short for the processor to foresee them. A prefill of a billion
+// weights is 6 % faster (benchmarks/results/decoder.md).
+class Ahead {
+public:
+    Ahead(const TileView& w, int64_t tile, int64_t end, int64_t from, int64_t to)
+        : data_(w.data + tile * w.tile_bytes + from / w.run_blocks * w.run_bytes),
+          tile_bytes_(w.tile_bytes), tiles_(tile + 1 < end ? 2 : 1),
+          lines_((w.block(tile, to - 1) + w.block_bytes - data_ + 63) / 64) {}
+
+    void fetch(int64_t part, int64_t parts) const {
+        for (int64_t line = lines_ * part / parts; line < lines_ * (part + 1) / parts; ++line)
+            for (int64_t t = 0; t < tiles_; ++t)
+                __builtin_prefetch(data_ + t * tile_bytes_ + 64 * line, 0, 2);
+    }
+
+private:
+    const uint8_t* data_;
+    int64_t tile_bytes_, tiles_, lines_;
 };
 
 void bfloat_tiles(const TileView& w, const BfloatInput& x, const Output& y, int64_t begin,
@@ -146,10 +157,11 @@ void bfloat_tiles(const TileView& w, const BfloatInput& x, const Output& y, int6
     auto* const sums = reinterpret_cast<Sums*>(scratch + 2 * kSliceBlocks * kTile * 2);
     const int64_t panels = (x.m + kPanelRows - 1) / kPanelRows;
     const int64_t slices = (w.blocks + kSliceBlocks - 1) / kSliceBlocks;
+    const auto first_of = [&](int64_t i) { return w.blocks * i / slices; };
     alignas(64) Sums spare;
 
     for (int64_t i = 0; i < slices; ++i) {
-        const int64_t from = w.blocks * i / slices, to = w.blocks * (i + 1) / slices;
+        const int64_t from = first_of(i), to = first_of(i + 1);
         const bool last = i + 1 == slices;
         Sums* sum = sums;
         for (int64_t tile = begin; tile < end; tile += 2) {
@@ -157,19 +169,19 @@ void bfloat_tiles(const TileView& w, const BfloatInput& x, const Output& y, int6
             const std::uint16_t* const second =
                 tile + 1 < end ? bfloats(w, tile + 1, from, to, slice + kSliceBlocks * kTile)
                                : first;
-            for (int64_t panel = 0; panel < panels; panel += 2, ++sum) {
-                const std::uint16_t* const rows = x.values + panel * x.stride + from * kTile;
+            // In this slice, or from the first tile in the next one.
+            const bool along = tile + 2 < end;
+            const int64_t then = along || last ? i : i + 1;
+            const Ahead ahead(w, along ? tile + 2 : begin, end, first_of(then), first_of(then + 1));
+            for (int64_t panel = 0; panel < panels; ++panel, ++sum) {
+                ahead.fetch(panel, panels);
                 const Corner corner{w, y, panel, tile, x.m, end};
-                Target targets[2][2];
-                for (int p = 0; p < 2; ++p)
-                    for (int t = 0; t < 2; ++t)
-                        targets[p][t] =
-                            last ? corner.target(p, t, spare) : Target{(*sum)[p][t], 64};
-                multiply({rows, panel + 1 < panels ? rows + x.stride : rows}, {first, second},
-                         to - from, i ? sum : nullptr, targets);
-                if (last)
-                    for (int p = 0; p < 2; ++p)
-                        for (int t = 0; t < 2; ++t) corner.finish(p, t, spare);
+                Target targets[2];
+                for (int t = 0; t < 2; ++t)
+                    targets[t] = last ? corner.target(t, spare) : Target{(*sum)[t], 64};
+                multiply(x.values + panel * x.stride + from * kTile, {first, second}, to - from,
+                         i ? sum : nullptr, targets);
+                for (int t = 0; last && t < 2; ++t) corner.finish(t, spare);
             }
         }
     }
