@@ -53,7 +53,7 @@ from engine.text import heldout_text
 
 Workloads = Mapping[str, tuple[int, int]]  # tokens of the prompt, new ones
 
-SMALL: Workloads = {"prefill": (512, 2), "decode": (16, 128), "context": (1024, 32)}
+SMALL: Workloads = {"prefill": (512, 2), "decode": (16, 128), "context": (1024, 128)}
 LARGE: Workloads = {"prefill": (512, 2), "decode": (16, 32)}  # a billion weights and more
 CONTEXT = 1280  # of llama.cpp and ik_llama.cpp
 JUDGED_WINDOWS = 8
@@ -112,7 +112,8 @@ def main() -> None:
 
 @dataclass
 class Subject:
-    """One file that all run, `contenders`, ours first; `gb_s`: reads measured beside them."""
+    """One file that all run, `contenders`, ours first; `gb_s`: passes of a read of as many bytes
+    right before and after each of our decodes."""
 
     name: str
     bits: str
@@ -121,7 +122,7 @@ class Subject:
     alone: bool = True  # of its model
     nbytes: int = 0  # of weights, read for a token
     contenders: list[Contender] = field(default_factory=list)
-    gb_s: list[float] = field(default_factory=list)
+    gb_s: list[list[float]] = field(default_factory=list)
     perplexity: float | None = None
 
     def best(self, name: str, workload: str) -> float | None:
@@ -221,15 +222,22 @@ def turns(subject: Subject, repeats: int) -> None:
     for contender in subject.contenders:
         found, _ = contender.run(ids[:prompt], new_tokens)
         contender.agreement = agreement(model.runtime, ids[:prompt], found)
+    reader = native.load("cpu").Reader(subject.nbytes, torch.get_num_threads())
+
+    def turn(contender: Contender, workload: str) -> None:
+        prompt, new_tokens = subject.workloads[workload]
+        passes = new_tokens // 2 if workload == "decode" and contender.name == "ours" else 0
+        before = [reader.gb_s() for _ in range(passes)]
+        _, timings = contender.run(ids[:prompt], new_tokens)
+        contender.runs[workload].append(timings)
+        if passes:
+            subject.gb_s.append(before + [reader.gb_s() for _ in range(passes)])
+
     for _ in range(repeats):
-        subject.gb_s.append(
-            native.load("cpu").read_bandwidth(subject.nbytes, torch.get_num_threads())
-        )
-        for workload, (prompt, new_tokens) in subject.workloads.items():
+        for workload in subject.workloads:
             for contender in subject.contenders:
                 if not contender.wrong:
-                    _, timings = contender.run(ids[:prompt], new_tokens)
-                    contender.runs[workload].append(timings)
+                    turn(contender, workload)
 
 
 def perplexity(model: Model) -> float:

@@ -1,5 +1,6 @@
 """The page that benchmarks/peers.py writes, a section an instruction set."""
 
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ set. All engines take turns in one run on the same file; a figure is the median 
 run's decode that of its steps. Files: the default model's GGUF, Q4_1; the Q4_0 that llama.cpp's \
 quantizer makes of it; random Q4_0 weights in the shape of a named model. Prompts are held-out \
 text: 512 tokens for prefill; 16 tokens and 128 new ones (a billion weights: 32) for decode; 1,024 \
-and 32 new ones for decode at that context. Keys and values are 16-bit floats, OpenVINO's and \
+and as many new ones for decode at that context. Keys and values are 16-bit floats, OpenVINO's and \
 transformers' as they come. llama.cpp and ik_llama.cpp have a context and a batch of 1,280 and a \
 micro-batch of 512. Ratios are ours on the same file over theirs; `agrees` is the share of a \
 peer's tokens that our model would choose after the same ones, and below {LEAST_AGREEMENT:.0%} no \
@@ -112,16 +113,28 @@ def speeds(subject: "Subject") -> list[str]:
     return rows
 
 
+def spread(found: list[float], digits: int = 1) -> str:
+    """The median, and what lies around it."""
+    middle, least, most = (
+        f"{value:.{digits}f}" for value in (statistics.median(found), min(found), max(found))
+    )
+    return f"{middle} ({least}-{most})"
+
+
 def read(subject: "Subject") -> list[str]:
     """What decoding takes of the memory's speed."""
     decode, context = subject.best("ours", "decode"), None
     assert decode
-    gb_s = decode * subject.nbytes / 1e9
-    best = max(subject.gb_s)
+    gb = subject.nbytes / 1e9
+    reads = [statistics.median(passes) for passes in subject.gb_s]
+    steps = [run.decode_tok_s() or 0.0 for run in subject.contenders[0].runs["decode"]]
+    shares = [100 * gb * step / read for step, read in zip(steps, reads, strict=True)]
+    best = max(map(max, subject.gb_s))
     line = (
-        f"A buffer of the model's size is read at {best:.1f} GB/s at best "
-        f"({min(subject.gb_s):.1f}-{best:.1f} over the turns); our decode reads {gb_s:.1f} GB/s of "
-        f"weights, {gb_s / best:.0%}."
+        f"Our decode reads {gb * decode:.1f} GB/s of weights. Right before and after it a buffer "
+        f"of their size is read at {spread(reads)} GB/s, by the median pass, of which it takes "
+        f"{spread(shares, 0)} %; by the best pass of all at {best:.1f} GB/s, "
+        f"{gb * decode / best:.0%}."
     )
     if "context" in subject.workloads:
         context = subject.best("ours", "context")
