@@ -8,10 +8,10 @@
 namespace shallow {
 namespace {
 
-// Registers 0, 1: tiles of sums; 2: of the left operand; 3: of the right one. No more: where the
-// other thread of a core uses tiles too, loads wait for what few registers are left to rename these
-// to, and a product took 25 ns with eight in use, 12 with four, 6 on a core of its own
-// (benchmarks/results/decoder.md).
+// Registers 0, 1: tiles of sums; 2: of the left operand; 3: of the right one. No more: on a shared
+// machine a product takes, for seconds at a time, 25 ns with eight in use and 12 with four, at other
+// times 6 with either. The other thread of the core, at tiles too, may leave few registers to rename
+// loads to; what it does cannot be seen from here (benchmarks/results/decoder.md).
 struct alignas(64) TileConfig {
     std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
     std::uint16_t row_bytes[16] = {64, 64, 64, 64};

@@ -130,7 +130,7 @@ private:
 
 // Blocks from..to-1 of the tiles tile..tile + 1, fetched a part at a time while rows meet others:
 // they come from memory, in pieces too short for the processor to foresee them. A prefill of a billion
-// weights is 6 % faster (benchmarks/results/decoder.md).
+// weights was 6 % faster, by three tiles (benchmarks/results/decoder.md).
 class Ahead {
 public:
     Ahead(const TileView& w, int64_t tile, int64_t end, int64_t from, int64_t to)
