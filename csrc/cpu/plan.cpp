@@ -115,14 +115,11 @@ void Form::write(const Kernels& kernels, const Rows& x, std::uint8_t* base, std:
     }
 }
 
-std::int64_t Form::claim(std::int64_t tiles, int threads, Start start) const {
-    if (path == Path::bfloat) {  // pairs of tiles
-        const std::int64_t fair = w4::ceil_div(tiles, threads * 4);
-        const std::int64_t fitting = kSumsBytes / (m * kTileRows * 4);
-        return std::clamp<std::int64_t>(fitting, 2, fair + fair % 2) / 2 * 2;
-    }
-    if (start == Start::scattered || m > 1) return 0;
-    return w4::ceil_div(tiles, threads);
+std::int64_t Form::claim(std::int64_t tiles, int threads) const {
+    if (path != Path::bfloat) return 0;
+    const std::int64_t fair = w4::ceil_div(tiles, threads * 4);  // pairs of tiles
+    const std::int64_t fitting = kSumsBytes / (m * kTileRows * 4);
+    return std::clamp<std::int64_t>(fitting, 2, fair + fair % 2) / 2 * 2;
 }
 
 std::int64_t Form::scratch_bytes(const TileView& w, std::int64_t claim) const {

@@ -1,6 +1,6 @@
 // The matmul planner: by which path a matrix multiplies rows of x, in what form it reads them, and
 // how memory and work are divided. The matmul of its own and the decoder's products follow it.
-// defines: Path choose_path Form Start rows_within rows_at_once useful_threads gather
+// defines: Path choose_path Form rows_within rows_at_once useful_threads gather
 //          element_bytes line_up Cutter
 #pragma once
 
@@ -13,9 +13,6 @@ namespace shallow {
 enum class Path { int8, int16, exact, bfloat };  // the kernels of these names, see Kernels
 
 Path choose_path(const TileView& w, std::int64_t m, Mode mode, const Kernels& kernels);
-
-// How the threads of a product begin: together, out of a barrier, or as each wakes up.
-enum class Start { together, scattered };
 
 // m rows of activations as the kernels of a path read them for `like`, and for any matrix with its
 // columns and groups.
@@ -35,10 +32,9 @@ struct Form {
     void write(const Kernels& kernels, const Rows& x, std::uint8_t* base, std::int64_t row,
                std::int64_t column) const;
 
-    // Tiles for a thread to claim at a time; 0: half of a fair share of what is left, so that
-    // threads end together on cores that others slow down. The lone row of a step streams one share
-    // a thread: it is done too soon for more (benchmarks/results/decoder.md).
-    std::int64_t claim(std::int64_t tiles, int threads, Start start) const;
+    // Tiles for a thread to claim at a time; 0: a share of what is left, so that threads end
+    // together on cores that others slow down.
+    std::int64_t claim(std::int64_t tiles, int threads) const;
     std::int64_t scratch_bytes(const TileView& w, std::int64_t claim) const;  // a thread
     // Tiles begin..end-1 of y, a claim at most.
     void multiply(const Kernels& kernels, const TileView& w, std::uint8_t* base, const Output& y,

@@ -108,7 +108,7 @@ std::int64_t Product::nbytes() const {
 std::int64_t Product::claim(std::int64_t m, int threads) const {
     std::int64_t claim = 0;
     for (const Entry& part : entries_)
-        claim = std::max(claim, input_->form(part.form, m).claim(tiles_, threads, Start::together));
+        claim = std::max(claim, input_->form(part.form, m).claim(tiles_, threads));
     return claim;
 }
 

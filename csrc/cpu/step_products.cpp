@@ -7,9 +7,17 @@ namespace {
 // claims (benchmarks/results/decoder.md); fewer rows take these, which streams divide.
 constexpr std::int64_t kNearBytes = 16 << 10;
 
-// Eighths of its fair share that each thread takes at once of a few rows: by all of them one waited
-// where others slow the other down, by none of them AMX was 6 % slower (decoder.md).
-constexpr std::int64_t kFirstEighths = 7;
+constexpr std::int64_t kLongShare = 1 << 20;  // bytes that a thread streams
+
+// What each thread takes at once, in sixteenths of its fair share. Of a few rows by all of it one waited
+// where others slow the other down, by none of it AMX was 6 % slower. A lone row is done with a short
+// share too soon for more claims; with a long one where nobody disturbs it more than one sixteenth
+// left costs 1-2 % (benchmarks/results/decoder.md).
+std::int64_t first_sixteenths(std::int64_t m, std::int64_t share_bytes) {
+    if (m >= kManyRows) return 0;
+    if (m > 1) return 14;
+    return share_bytes < kLongShare ? 16 : 15;
+}
 
 // after(begin, end) follows each piece of tiles, a multiple of `unit` or the last; of a few rows
 // while the first-level cache holds the outputs.
@@ -18,9 +26,8 @@ void multiply_then(Worker& worker, const Product& product, std::uint8_t* forms, 
                    const FloatRows& y, Part part, std::int64_t unit, const After& after) {
     const std::int64_t tiles = product.tiles(), claim = product.claim(m, worker.planned);
     const std::int64_t near = kNearBytes / (m * kTileRows * 8) / unit;  // of two floats each
-    const bool few = m < kManyRows;
     const std::int64_t piece =
-        m > kStreamedRows && few ? std::max<std::int64_t>(near, 1) * unit : tiles;
+        m > kStreamedRows && m < kManyRows ? std::max<std::int64_t>(near, 1) * unit : tiles;
     const auto run = [&](std::int64_t begin, std::int64_t end) {
         const std::int64_t behind = std::min(end * unit, tiles);
         for (std::int64_t i = begin * unit; i < behind; i += piece) {
@@ -30,7 +37,9 @@ void multiply_then(Worker& worker, const Product& product, std::uint8_t* forms, 
         }
     };
     const std::int64_t units = w4::ceil_div(tiles, unit);
-    const std::int64_t first = few ? units * kFirstEighths / 8 / worker.planned : 0;
+    const std::int64_t part_bytes = product.nbytes() / worker.planned;
+    const std::int64_t first =
+        w4::ceil_div(units * first_sixteenths(m, part_bytes) / 16, worker.planned);
     if (claim)
         worker.next_queue().take(units, w4::ceil_div(claim, unit), run);
     else

@@ -33,7 +33,7 @@ void multiply(const Rows& x, const TiledMatrix& matrix, const Output& y, Path pa
     const TileView& w = matrix.view();
     threads = useful_threads(w, x.m, threads);
     const Form form(w, path, x.m, true);
-    const int64_t claim = form.claim(w.tiles, threads, Start::scattered);
+    const int64_t claim = form.claim(w.tiles, threads);
     const int64_t gathered_bytes =
         matrix.perm() ? line_up(form.panel * x.k * element_bytes(x.type)) : 0;
     const int64_t own_bytes = gathered_bytes + form.scratch_bytes(w, claim);

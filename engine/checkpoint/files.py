@@ -5,6 +5,7 @@ import math
 import mmap
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,17 @@ def map_file(path: Path) -> mmap.mmap:
         raise InputError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:  # mmap's answer to length 0
         raise InputError(f"{path}: the file is empty") from error
+
+
+def ask_for_huge_pages(mapped: mmap.mmap) -> None:
+    """Has the system read a mapped file in pages of 2 MB where it can.
+
+    From small ones a model that is multiplied in its file, and that no cache holds, decodes 2-3 %
+    slower. What the system holds of the file already stays as it is.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError):  # built without them
+            mapped.madvise(mmap.MADV_HUGEPAGE)
 
 
 def forget(mapped: mmap.mmap) -> None:

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from engine.architecture.hf_config import from_hf
-from engine.checkpoint.files import forget, map_file, parse_json, read_json, view
+from engine.checkpoint.files import (
+    ask_for_huge_pages,
+    forget,
+    map_file,
+    parse_json,
+    read_json,
+    view,
+)
 from engine.errors import InputError
 from engine.kernels.dtypes import dtype_of, name_of
 from engine.scratch import replacing
@@ -64,6 +71,7 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         mapped = map_file(path)
+        ask_for_huge_pages(mapped)
         header, start = _header(path, mapped)
         metadata = header.pop("__metadata__", None)
         self.metadata = metadata if isinstance(metadata, dict) else {}

@@ -1,8 +1,11 @@
 """Hugging Face directories: safetensors read as stored, and what is wrong told in a sentence."""
 
+import errno
 import json
+import mmap
 import shutil
 import struct
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -10,6 +13,7 @@ import torch
 from support import tiny
 
 from engine.checkpoint import open_checkpoint
+from engine.checkpoint.files import ask_for_huge_pages
 from engine.checkpoint.safetensors import TYPES, SafetensorsFile
 from engine.errors import InputError
 from engine.kernels.dtypes import dtype_of
@@ -78,6 +82,28 @@ def test_reading_changes_no_file(tmp_path):
     before = path.read_bytes()
     SafetensorsFile(path).read("x").zero_()  # forbidden, but it must not reach the disk
     assert path.read_bytes() == before
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not HUGE_PAGES.exists(), reason="this system has no huge pages to ask for")
+def test_huge_pages_are_asked_for(tmp_path):
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({"x": torch.ones(4)}, path)
+    file = SafetensorsFile(path)
+    mappings = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    ours = next(i for i, mapping in enumerate(mappings) if str(path) in mapping)
+    assert "hg" in mappings[ours + 1].splitlines()[0].split()
+    assert file.read("x").tolist() == [1] * 4
+
+
+def test_a_system_without_huge_pages():
+    class Refusing(mmap.mmap):
+        def madvise(self, *call):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    ask_for_huge_pages(Refusing(-1, 4096))  # goes on
 
 
 def test_shards(sharded):

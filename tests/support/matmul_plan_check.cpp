@@ -105,14 +105,11 @@ void claims() {
         for (const std::int64_t tiles : {1, 2, 5, 36, 3072})
             for (const int threads : {1, 2, 7}) {
                 const Form tile(w, Path::bfloat, m, true), row(w, Path::int8, m, true);
-                const std::int64_t pairs = tile.claim(tiles, threads, Start::together);
+                const std::int64_t pairs = tile.claim(tiles, threads);
                 assert(pairs >= 2 && pairs % 2 == 0);
-                assert(pairs == tile.claim(tiles, threads, Start::scattered));
                 assert(tile.scratch_bytes(w, pairs) > 0);
-                assert(row.claim(tiles, threads, Start::scattered) == 0);
-                const std::int64_t share = row.claim(tiles, threads, Start::together);
-                assert(m > 1 ? share == 0 : share >= 1 && share * threads >= tiles);
-                assert((row.scratch_bytes(w, share) > 0) == (m >= kManyRows));
+                assert(row.claim(tiles, threads) == 0);
+                assert((row.scratch_bytes(w, 0) > 0) == (m >= kManyRows));
             }
     for (const std::int64_t k : {32, 576, 8192, 65536, 1 << 20}) {
         const TileView wide = view(Codes::nibble, k, 32);
