@@ -40,7 +40,7 @@ struct Planes {
 template <class V, Codes C, int R, int First, int Last>
 SHALLOW_INLINE void add_to_codes(const TileView& w, const uint8_t* block, const Planes<int8_t>& x,
                                  typename V::F scale, typename V::F (&total)[R]) {
-    const auto codes = V::template codes<C, First, Last>(w, block);
+    const auto codes = V::template codes<C, First, Last, R>(w, block);
     const auto add = [&](int i, const int8_t* q, const float* scales) {
         const typename V::F dot = V::dot(codes, q + i * kBlock + 16 * First);
         total[i] = V::fma(dot, V::mul(scale, V::set(scales[i])), total[i]);
@@ -86,12 +86,14 @@ struct TileSums {
         for (auto& part : total)
             for (F& sum : part) sum = V::set(0.0f);
     }
-    SHALLOW_INLINE void enter_group(const Stream<V, C>& stream, int half, const float* sums) {
+    // sums: of rows of x over the group, times what a minimum is of its scale where all are alike (half).
+    SHALLOW_INLINE void enter_group(const Stream<V, C>& stream, int half, const F (&sums)[R]) {
         F min[kParts<V>];
         stream.template params8<P>(scale[half], min, by);
+        const auto& by_sums = P == Params::half ? scale[half] : min;
         for (int p = 0; p < kParts<V>; ++p)
 #pragma GCC unroll 16
-            for (int i = 0; i < R; ++i) total[p][i] = V::fma(min[p], V::set(sums[i]), total[p][i]);
+            for (int i = 0; i < R; ++i) total[p][i] = V::fma(by_sums[p], sums[i], total[p][i]);
     }
     template <class T>
     SHALLOW_INLINE void add(const TileView& w, const uint8_t* block, int64_t ahead,
@@ -142,6 +144,11 @@ struct RowBlocks {
 template <class V, Codes C, int R, bool Split, Params P = Params::any, class T>
 void int_rows(const TileView& w, const IntInput<T>& x, const Output& y, const Place& at) {
     using Tile = TileSums<V, C, R, Split, P>;
+    using F = typename V::F;
+    // Minus a power of two, so that to multiply x by it and not every scale changes no bit.
+    const float of_scale = P != Params::half          ? 1.0f
+                           : C == Codes::nibble_table ? -128.0f
+                                                      : -w.center;
     RowBlocks<T> next{x.q + (at.panel * w.blocks * x.panel + at.first) * kBlock,
                       x.scales + at.panel * w.blocks * x.panel + at.first,
                       x.sums + at.panel * w.groups * x.panel + at.first};
@@ -155,7 +162,10 @@ void int_rows(const TileView& w, const IntInput<T>& x, const Output& y, const Pl
             if (left-- == 0) {
                 for (int half = 0; half < 1 + Split; ++half, next.sums += x.panel) {
                     if (stream.enter()) (stream.fetch_head(tiles.by), ...);
-                    (tiles.enter_group(stream, half, next.sums), ...);
+                    F sums[R];
+#pragma GCC unroll 16
+                    for (int i = 0; i < R; ++i) sums[i] = V::set(next.sums[i] * of_scale);
+                    (tiles.enter_group(stream, half, sums), ...);
                 }
                 left = Split ? 0 : w.group_blocks - 1;
             }

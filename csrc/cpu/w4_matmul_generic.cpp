@@ -114,7 +114,7 @@ struct Generic {
         F column[16 * Halves];
     };
 
-    template <Codes C, int First, int Last>
+    template <Codes C, int First, int Last, int R>
     static Columns<Last - First> codes(const TileView& w, const uint8_t* block) {
         Columns<Last - First> out;
         for (int k = 16 * First; k < 16 * Last; ++k) {

@@ -71,16 +71,17 @@ struct Avx512 {
         odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536)));
     }
 
-    // Chunks of code bytes, four a half-block.
-    template <int Halves>
+    // Chunks of code bytes, four a half-block. Raised: those of the last half are 16 times as large, as
+    // high nibbles lie, for a lone row: to shift its sum is less than to shift four chunks.
+    template <int Halves, bool Raised>
     struct Chunks {
         __m512i chunk[4 * Halves];
     };
-
-    template <Codes C, int First, int Last>
-    static Chunks<Last - First> codes(const TileView& w, const uint8_t* block) {
-        const __m512i low = _mm512_set1_epi8(15);
-        Chunks<Last - First> out;
+    template <Codes C, int First, int Last, int R>
+    static auto codes(const TileView& w, const uint8_t* block) {
+        constexpr bool kRaised = C == Codes::nibble && Last == 2 && R == 1;
+        const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8(-16);
+        Chunks<Last - First, kRaised> out;
         for (int half = First; half < Last; ++half)
             for (int j = 0; j < 4; ++j) {
                 __m512i& chunk = out.chunk[4 * (half - First) + j];
@@ -89,8 +90,8 @@ struct Avx512 {
                     continue;
                 }
                 chunk = _mm512_loadu_si512(block + 64 * j);
-                if (half) chunk = _mm512_srli_epi16(chunk, 4);
-                chunk = _mm512_and_si512(chunk, low);
+                if (half && !kRaised) chunk = _mm512_srli_epi16(chunk, 4);
+                chunk = _mm512_and_si512(chunk, half && kRaised ? high : low);
                 if constexpr (C == Codes::nibble_table) {
                     const __m128i table =
                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.values8));
@@ -102,25 +103,30 @@ struct Avx512 {
 
     // In assembly for two instructions a product that the compiler adds: a broadcast, and a copy
     // of zero, which takes a port that the products need.
-    template <int Halves>
-    static F dot(const Chunks<Halves>& codes, const int8_t* q) {
+    template <int Halves, bool Raised>
+    static F dot(const Chunks<Halves, Raised>& codes, const int8_t* q) {
+        constexpr int kChunks = 4 * Halves, kFirst = Raised ? kChunks - 4 : 0;
         sanitizer_reads(q, 16 * Halves);
         using Bytes = const char[16 * Halves];
         Bytes& bytes = *reinterpret_cast<Bytes*>(q);
         __m512i sum;
-        asm("vpxord %0, %0, %0\n\tvpdpbusd (%2)%{1to16%}, %1, %0"
+        asm("vpxord %0, %0, %0\n\tvpdpbusd %c3(%2)%{1to16%}, %1, %0"
             : "=&v"(sum)
-            : "v"(codes.chunk[0]), "r"(q), "m"(bytes));
+            : "v"(codes.chunk[kFirst]), "r"(q), "i"(4 * kFirst), "m"(bytes));
 #pragma GCC unroll 7
-        for (int j = 1; j < 4 * Halves; ++j)
+        for (int i = 1; i < kChunks; ++i) {
+            if (Raised && i == 4) sum = _mm512_srai_epi32(sum, 4);
+            const int j = (kFirst + i) % kChunks;
             asm("vpdpbusd %c3(%2)%{1to16%}, %1, %0"
                 : "+v"(sum)
                 : "v"(codes.chunk[j]), "r"(q), "i"(4 * j), "m"(bytes));
+        }
+        if (Raised && Halves == 1) sum = _mm512_srai_epi32(sum, 4);
         return _mm512_cvtepi32_ps(sum);
     }
     template <Codes C>
     static void unpack(const TileView& w, const uint8_t* block, uint8_t* out) {
-        const auto bytes = codes<C, 0, 2>(w, block);
+        const auto bytes = codes<C, 0, 2, max_rows>(w, block);
         for (int j = 0; j < 8; ++j) _mm512_storeu_si512(out + 64 * j, bytes.chunk[j]);
     }
     // Chunk j of a block's eight, the code of column 4 j + byte at bit 8 * byte.

@@ -87,7 +87,7 @@ struct Neon {
     struct Columns {
         uint8x16_t chunk[4 * Halves];
     };
-    template <Codes C, int First, int Last>
+    template <Codes C, int First, int Last, int R>  // one instruction shifts and clears
     static Columns<C, Last - First> codes(const TileView& w, const uint8_t* block) {
         Columns<C, Last - First> out;
         for (int j = 4 * First; j < 4 * Last; ++j) {
