@@ -195,10 +195,13 @@ def test_more_threads():
     assert two.stream < one.stream
 
 
-@pytest.mark.parametrize("isa", [isa for isa in isas() if isa in (isas()[0], "avx512")])
+BATCH_OF_8 = {"avx512": 0.6, "avx2": 0.75}
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa in (ISAS[0], *BATCH_OF_8)])
 def test_a_batch_of_8(isa):
-    """By the best instruction set; and by VNNI, for which the bound was set, without the tile
-    registers that double the prefill."""
+    """By the best instruction set; by VNNI, for which the first bound was set, without the tile
+    registers that double the prefill; and by AVX2."""
     path = locate(DEFAULT)
     checkpoint = open_checkpoint(path)
     model = Model(path, CpuRuntime.load(checkpoint, checkpoint.config, isa=isa))
@@ -212,7 +215,8 @@ def test_a_batch_of_8(isa):
     batch_ns, prefill_ns = medians_ns(Decode(model, batch=8), prefill)
     batch_tok_s, prefill_tok_s = 8 * TOKENS / batch_ns * 1e9, 512 / prefill_ns * 1e9
     print(f"\n{isa}: prefill {prefill_tok_s:.0f} tok/s, a batch of 8 {batch_tok_s:.0f}", end="")
-    report("a batch of 8, of the prefill", batch_tok_s / prefill_tok_s, 0.6)
+    asked = BATCH_OF_8.get(isa, 0.6)
+    report("a batch of 8, of the prefill", batch_tok_s / prefill_tok_s, asked)
 
 
 def test_opening(tmp_path):
