@@ -245,7 +245,12 @@ class Drafting:
     def propose(
         self, sequences: Sequence["Decoding"], running: Sequence[int]
     ) -> dict[int, list[int]]:
-        """A draft for each of `running`; nothing where none has one."""
+        """A draft for each of `running`; nothing where none has one.
+
+        Nor before a step without one was seen, which says what those with drafts cost.
+        """
+        if not self._pace.single:
+            return {}
         drafts = {
             row: self._drafts[row].propose(sequences[row].ids, sequences[row].room - 1)
             for row in running

@@ -8,7 +8,7 @@ b what one more token adds to a step, g tokens give (1 - a^(g+1)) / (1 - a) for 
 
 from collections.abc import Sequence
 
-MOST = 8  # tokens of a draft
+MOST = 7  # tokens of a draft: eight rows with the one before it, of which kernels take 4 at once
 SHORTEST, LONGEST = 2, 12  # tokens of a suffix that are compared
 PLACES = 32  # at most, the latest, where a suffix is looked at
 BELIEF = 4.0  # tokens that the first guess of a chance is worth

@@ -1,5 +1,7 @@
 """n-gram drafts: the same tokens as without them, in fewer steps where a text repeats."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support import tiny
@@ -7,8 +9,8 @@ from support.fake import FakeRuntime, FakeText
 
 from engine.api import load
 from engine.errors import InputError
-from engine.generation import Options, generate
-from engine.speculate import LONGEST, MOST, SHORTEST, Drafts, Pace
+from engine.generation import Drafting, Options, generate
+from engine.speculate import MOST, SHORTEST, Drafts, Pace
 
 LETTERS = [chr(ord("a") + i % 26) for i in range(64)]
 
@@ -28,7 +30,7 @@ class Repeating(FakeRuntime):
 @pytest.fixture
 def free(monkeypatch):
     """Steps cost the same whatever they run: drafts are as long as their chance allows."""
-    monkeypatch.setattr(Pace, "saw", lambda *_: None)
+    monkeypatch.setattr(Pace, "saw", lambda pace, *_: setattr(pace, "single", 1.0))
 
 
 def draw(rng, high: int, *shape: int) -> list:
@@ -95,13 +97,23 @@ def test_the_longest_suffix_and_what_followed_it():
     pace.more = 0.0
     drafts = Drafts(pace)
     ids = [1, 2, 3, 4, 5, 9, 2, 3, 7, 8, 6, 1, 2, 3]
-    assert drafts.propose(ids, 99) == [4, 5, 9, 2, 3, 7, 8, 6]  # three are longer than two
+    assert drafts.propose(ids, 99) == [4, 5, 9, 2, 3, 7, 8]  # three are longer than two
     assert drafts.propose([*ids[:-1], 5], 99) == []
     assert Drafts(pace).propose(ids, 2) == [4, 5]
     assert Drafts(pace).propose([0, *ids[1:-3], 2, 3], 99)[:3] == [7, 8, 6]  # the latest
-    assert Drafts(pace).propose([8, 4, 6, 8, 4], 99) == [6, 8, 4, 6, 8, 4, 6, 8]  # into itself
+    assert Drafts(pace).propose([8, 4, 6, 8, 4], 99) == [6, 8, 4, 6, 8, 4, 6]  # into itself
     assert Drafts(pace).propose([4] * (SHORTEST + 1), 99) == [4] * MOST
     assert Drafts(pace).propose([4], 99) == []
+
+
+def test_a_step_without_a_draft_comes_first():
+    """What others cost is told by it."""
+    drafting = Drafting(1)
+    sequence = SimpleNamespace(ids=[3, 4] * 8, room=99)
+    drafting.saw(1)  # the prompt
+    assert drafting.propose([sequence], [0]) == {}
+    drafting.saw(100)  # the lone step that followed
+    assert drafting.propose([sequence], [0]) == {0: [3, 4, 3, 4, 3, 4, 3]}
 
 
 def test_drafts_end_where_they_do_not_pay():
@@ -117,7 +129,7 @@ def test_drafts_end_where_they_do_not_pay():
     assert Pace().best(0.0) == 0 and Pace().best(1.0) == MOST
     for _ in range(50):
         pace.saw(1, 100)
-        pace.saw(1 + LONGEST, 100)
+        pace.saw(1 + MOST, 100)
     assert pace.more == pytest.approx(0, abs=1e-3)
 
 
