@@ -115,6 +115,20 @@ def test_the_lowest_of_equal_logits(rng, tmp_path, four_threads, isa):
 
 
 @pytest.mark.parametrize("isa", isas())
+def test_a_head_that_threads_claim_twice(tmp_path, four_threads, isa):
+    """A megabyte a thread and more, whose last sixteenth goes to whoever is first."""
+    checkpoint = Edited("llama", tmp_path, vocab_size=(1 << 16) + 3)
+    results = []
+    for threads in (1, 2, 4):
+        runtime = checkpoint.load(threads, isa)
+        assert checkpoint.nbytes("lm_head.weight") >= threads << 20
+        logits = runtime.forward(torch.tensor([[5]]), runtime.new_cache(1))
+        assert runtime.greedy([5], runtime.new_cache(1)) == likeliest(logits[:, -1]).tolist()
+        results.append(logits)
+    assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+@pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf])
 def test_logits_that_are_not_finite(tmp_path, isa, value):
     at = int(torch.randint(VOCAB, ()))

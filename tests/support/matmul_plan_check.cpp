@@ -128,7 +128,8 @@ void claims() {
 void shares() {
     for (const std::int64_t count : {1, 2, 5, 36, 3072})
         for (const int threads : {1, 2, 7})
-            for (const std::int64_t first : {std::int64_t{0}, count * 7 / 8 / threads}) {
+            for (const std::int64_t sixteenths : {0, 14, 15, 16}) {
+                const std::int64_t first = w4::ceil_div(count * sixteenths / 16, threads);
                 Queue queue;
                 std::int64_t claimed = 0;
                 int claims = 0;
