@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "cpu/attention.h"
+#include "cpu/features.h"
 #include "cpu/functions.h"
 
 namespace shallow {
@@ -20,13 +21,16 @@ constexpr int kRowGroup = 6;  // rows that meet a key or value while it is in re
 // Of fewer than these, four vectors of keys or values meet all in registers at once: of three rows
 // twelve sums, which two units that take four cycles each need eight of to be busy.
 constexpr int kNarrow = 4;
-constexpr int64_t kNear = 1024;
+// Bytes from what is read to what is fetched into L1; of whole pages so many on Zen 5.
+constexpr int64_t kNear = 1024, kNearOfPages = 8192;
 constexpr int64_t kPageStripes = kPage / kStripe;
 
 // What a thread reads next, one kv head of a page, to be fetched meanwhile: a line of each of its
 // stripes in turn, since so many streams come faster than one (benchmarks/results/decoder.md).
 class Ahead {
 public:
+    explicit Ahead(int64_t near = kNear) : near(near) {}
+
     void add(const void* stripe) { stripes_[count_++] = static_cast<const char*>(stripe); }
     int count() const { return count_; }
 
@@ -37,6 +41,8 @@ public:
         return found;
     }
 
+    const int64_t near;  // bytes from what is read now to what goes into L1
+
 private:
     const char* stripes_[2 * kPageStripes];
     int count_ = 0, stripe_ = 0;
@@ -44,12 +50,12 @@ private:
 };
 
 // While the first rows of a page meet it, what is read soon is asked for: what comes next into L2,
-// and kNear bytes ahead into L1. ahead: null where other rows have done so.
+// and what is near into L1. ahead: null where other rows have done so.
 inline void prefetch(Ahead* ahead, const void* here, int64_t bytes) {
     if (!ahead) return;
     for (int64_t line = 0; line < bytes; line += 64) {
         __builtin_prefetch(ahead->next(std::min<int64_t>(bytes, 64)), 0, 2);
-        __builtin_prefetch(static_cast<const char*>(here) + kNear + line, 0, 3);
+        __builtin_prefetch(static_cast<const char*>(here) + ahead->near + line, 0, 3);
     }
 }
 
@@ -70,10 +76,10 @@ struct Head {
 
 // The stripes of the positions of `span` in its first page.
 template <class T>
-Ahead stripes_of(const KvShape& shape, const Span& span) {
+Ahead stripes_of(const KvShape& shape, const Span& span, int64_t near = kNear) {
     const Head<T> page(shape, span.pages[span.begin / kPage], span.head);
     const int64_t count = std::min(kPageStripes, (span.end - span.begin - 1) / kStripe + 1);
-    Ahead ahead;
+    Ahead ahead(near);
     for (int64_t i = 0; i < count; ++i) ahead.add(page.keys + i * kStripe * shape.head_dim);
     for (int64_t i = 0; i < count; ++i) ahead.add(page.values + i * kStripe * shape.width);
     return ahead;
@@ -336,7 +342,9 @@ void attend_to(const KvShape& shape, const Span& span, const Span& next, const Q
         const Span here{span.pages, span.head, at, span.end};
         const Span rest{span.pages, span.head, at + kPage, span.end};
         const Span& following = rest.begin < rest.end ? rest : next;
-        Ahead ahead = stripes_of<T>(shape, following.begin < following.end ? following : here);
+        const int64_t near = far_into_l1() && positions == kPage ? kNearOfPages : kNear;
+        Ahead ahead =
+            stripes_of<T>(shape, following.begin < following.end ? following : here, near);
         in_groups(rows, [&](auto group, int64_t row) {
             const float* some[group()];
             for (int r = 0; r < group(); ++r) some[r] = queries.row(row + r, shape.head_dim);

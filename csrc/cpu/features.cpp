@@ -99,6 +99,11 @@ int bytes_ahead() {
     return zen ? 4096 : 2048;
 }
 
+bool far_into_l1() {
+    static const bool zen5 = by_amd() && features().avx_vnni;
+    return zen5;
+}
+
 int long_streams() {
     static const bool amd = by_amd();
     return amd ? 2 : 4;

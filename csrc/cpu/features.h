@@ -22,6 +22,11 @@ struct Features {
 // answers. 4 KiB on AMD's Zen 4 and 5, whose cores read 40 GB/s, 2 KiB elsewhere.
 int bytes_ahead();
 
+// Whether what is read from memory goes into L1 at once from kilobytes ahead, where others take it into
+// L2 first and into L1 from 1 KiB ahead. So on Zen 5, which AMD's 256-bit VNNI tells, with 48 KiB of
+// L1: one thread reads up to a fifth more (benchmarks/results/decoder.md).
+bool far_into_l1();
+
 // Streams in which a core reads them: 4, or the 2 that were measured on AMD
 // (benchmarks/results/decoder.md).
 int long_streams();

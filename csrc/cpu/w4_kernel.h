@@ -96,15 +96,11 @@ struct TileSums {
             for (int i = 0; i < R; ++i) total[p][i] = V::fma(by_sums[p], sums[i], total[p][i]);
     }
     template <class T>
-    SHALLOW_INLINE void add(const TileView& w, const uint8_t* block, int64_t ahead,
+    SHALLOW_INLINE void add(const TileView& w, const uint8_t* block, const Place& at,
                             const Planes<T>& x) {
         block += by.bytes;
         if constexpr (C != Codes::unpacked)
-#pragma GCC unroll 8
-            for (int line = 0; line < kBlockBytes<C>; line += 64) {
-                __builtin_prefetch(block + ahead + line, 0, V::keeps_codes ? 3 : 2);
-                if (!V::keeps_codes) __builtin_prefetch(block + kNear + line, 0, 3);
-            }
+            fetch_codes<C>(block, at.ahead, !V::keeps_codes && at.twice);
         if constexpr (Split) {
             add_half<0, 1>(w, block, x, scale[0]);
             add_half<1, 2>(w, block, x, scale[1]);
@@ -170,7 +166,7 @@ void int_rows(const TileView& w, const IntInput<T>& x, const Output& y, const Pl
                 left = Split ? 0 : w.group_blocks - 1;
             }
             const uint8_t* const block = stream.block();
-            (tiles.add(w, block, at.ahead, Planes<T>{next.q, next.scales, x.plane}), ...);
+            (tiles.add(w, block, at, Planes<T>{next.q, next.scales, x.plane}), ...);
             next.q += x.panel * kBlock;
             next.scales += x.panel;
         }
@@ -414,6 +410,7 @@ template <class V, Codes C, class T>
 void int_tiles_of(const TileView& w, const IntInput<T>& x, const Output& y, int64_t begin,
                   int64_t end, uint8_t* scratch) {
     const bool is_long = (end - begin) / 2 * w.tile_bytes >= kLong;
+    const bool twice = !V::keeps_codes && !far_into_l1();
     if (x.m == 1 || (is_long && x.m <= kInStreams<V>)) {
         for (int streams = is_long ? long_streams() : 2; streams > 1; streams /= 2) {
             const int64_t each = (end - begin) / streams;
@@ -421,7 +418,8 @@ void int_tiles_of(const TileView& w, const IntInput<T>& x, const Output& y, int6
                 Place at = place_of(w, tile);
                 at.streams = streams;
                 at.apart = each;
-                at.ahead = is_long ? bytes_ahead() : kAhead;
+                at.ahead = is_long && (V::keeps_codes || twice) ? bytes_ahead() : kAhead;
+                at.twice = twice;
                 panels<IntRun<V, C, T>>(w, x, y, at);
             }
             begin += streams * each;
@@ -432,6 +430,7 @@ void int_tiles_of(const TileView& w, const IntInput<T>& x, const Output& y, int6
         some = std::min(most, end - tile);
         Place at = place_of(w, tile);
         at.together = some;
+        at.twice = twice;
         if constexpr (V::unpacks) {
             if (x.m >= kManyRows) {
                 at.tile = 0;

@@ -126,12 +126,7 @@ void passing_rows(const TileView& w, const IntInput<T>& x, const Output& y, cons
     const auto add = [&](auto begins) {
         constexpr int kBegin = begins();
         here.block = stream.block();
-        if (fetches)
-#pragma GCC unroll 8
-            for (int line = 0; line < kBlockBytes<C>; line += 64) {
-                __builtin_prefetch(here.block + at.ahead + line, 0, 2);
-                __builtin_prefetch(here.block + kNear + line, 0, 3);
-            }
+        if (fetches) fetch_codes<C>(here.block, at.ahead, at.twice);
         Meeting<T> step = here;
         if constexpr (kUnpacks) {
             V::template unpack<C>(w, here.block, bytes);

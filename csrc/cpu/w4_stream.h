@@ -15,8 +15,8 @@ namespace {
 // (benchmarks/results/decoder.md).
 constexpr int64_t kAhead = 8192, kAheadOfPlain = 2048;
 constexpr int64_t kLong = 512 << 10;  // bytes of a stream
-// One row where codes pass by (AVX2) has them fetched into L2 first, and from so near into L1: from
-// memory 12 % faster than into L1 at once, from L2 and L3 7-9 %.
+// Where codes pass by (AVX2) they are fetched into L2 first, and from so near into L1: from memory
+// 12 % faster than into L1 at once, from L2 and L3 7-9 %; but see far_into_l1().
 constexpr int64_t kNear = 1024;
 
 template <class V>
@@ -156,6 +156,23 @@ private:
     SHALLOW_INLINE int64_t supers() const { return (w_.blocks + 7) / 8 * 32; }  // of a tile
 };
 
+// Asks for the lines of codes that follow the block's so many bytes on: into L1, or, twice, into L2
+// and those that are near into L1.
+template <Codes C>
+SHALLOW_INLINE void fetch_codes(const uint8_t* block, int64_t ahead, bool twice) {
+    if (twice) {
+#pragma GCC unroll 8
+        for (int line = 0; line < kBlockBytes<C>; line += 64) {
+            __builtin_prefetch(block + ahead + line, 0, 2);
+            __builtin_prefetch(block + kNear + line, 0, 3);
+        }
+    } else {
+#pragma GCC unroll 8
+        for (int line = 0; line < kBlockBytes<C>; line += 64)
+            __builtin_prefetch(block + ahead + line, 0, 3);
+    }
+}
+
 // Are these numbers, none of which is negative, all zero? Their bits tell: compared one by one they
 // took a tenth of the time of the products.
 template <int R>
@@ -169,12 +186,13 @@ SHALLOW_INLINE bool all_zero(const float* numbers) {
 
 // Where R rows of x meet one tile of W.
 struct Place {
-    int64_t tile;          // of the view
-    int64_t panel, first;  // rows of x: first.. of the panel
-    int64_t column, n;     // of y, and how many columns y has
-    int streams = 1;       // tiles that are met in turn, some blocks of each,
-    int64_t apart = 0;     // each so many behind the one before
-    int64_t ahead = kAhead;
+    int64_t tile;            // of the view
+    int64_t panel, first;    // rows of x: first.. of the panel
+    int64_t column, n;       // of y, and how many columns y has
+    int streams = 1;         // tiles that are met in turn, some blocks of each,
+    int64_t apart = 0;       // each so many behind the one before
+    int64_t ahead = kAhead;  // bytes, of fetch_codes()
+    bool twice = false;
     int64_t together = 1;  // tiles one after the other
 
     Place of_stream(int i) const {

@@ -93,6 +93,18 @@ struct Avx2 {
         const __m256i both = load_32_bytes(block + 64 * j + 32 * p);
         return nibble(half ? _mm256_srli_epi16(both, 4) : both);
     }
+    // Both halves' codes of chunk j, part p, by one load: two a cycle are what a core has.
+    template <Codes C, int First, int Last>
+    SHALLOW_INLINE static void load_codes(const uint8_t* block, int j, int p, __m256i (&code)[2]) {
+        if constexpr (C == Codes::nibble || C == Codes::nibble_table) {
+            __m256i both = load_32_bytes(block + 64 * j + 32 * p);
+            asm("" : "+x"(both));
+            if (First == 0) code[0] = nibble(both);
+            if (Last == 2) code[1] = nibble(_mm256_srli_epi16(both, 4));
+        } else {
+            for (int half = First; half < Last; ++half) code[half] = codes<C>(block, half, j, p);
+        }
+    }
     static __m256i nibble(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
 
     // For the compiler, which otherwise keeps what two calls load alike, and sums as a tree: more than
@@ -125,22 +137,23 @@ struct Avx2 {
         load_anew(block, q);
         __m256i pairs[P][R];
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j)
+        for (int j = 0; j < 4; ++j) {
+            __m256i code[P][2];
+            for (int p = 0; p < P; ++p) load_codes<C, First, Last>(block, j, p, code[p]);
 #pragma GCC unroll 2
             for (int half = First; half < Last; ++half) {
-                __m256i code[P];
-                for (int p = 0; p < P; ++p) code[p] = codes<C>(block, half, j, p);
 #pragma GCC unroll 8
                 for (int i = 0; i < R; ++i) {
                     const __m256i x = word(q + i * kBlock + 16 * (half - First) + 4 * j);
                     for (int p = 0; p < P; ++p) {
-                        const __m256i more = _mm256_maddubs_epi16(code[p], x);
+                        const __m256i more = _mm256_maddubs_epi16(code[p][half], x);
                         const bool first = j == 0 && half == First;
                         pairs[p][i] = first ? more : _mm256_add_epi16(pairs[p][i], more);
                         in_this_order(pairs[p][i]);
                     }
                 }
             }
+        }
         for (int i = 0; i < R; ++i)
             for (int p = 0; p < P; ++p)
                 out[p][i] =
