@@ -8,11 +8,12 @@
 
 namespace shallow {
 
-class Pages;
+struct Slab;
 
 // A zeroed buffer aligned to 64 bytes. Buffers under 8 MiB are cut from common slabs, so that a
-// model of many small matrices wastes no half-empty huge page each; a slab returns to the system
-// with its last buffer. Throws std::bad_alloc.
+// model of many small matrices wastes no half-empty huge page each. A few slabs that their last
+// buffer left are kept: mapped anew, the keys and values of a prompt would wait for the system to
+// find and zero their pages. Throws std::bad_alloc.
 class Memory {
 public:
     Memory() = default;
@@ -22,7 +23,7 @@ public:
     std::size_t size() const { return size_; }
 
 private:
-    std::shared_ptr<Pages> slab_;
+    std::shared_ptr<Slab> slab_;
     std::uint8_t* data_ = nullptr;
     std::size_t size_ = 0;
 };

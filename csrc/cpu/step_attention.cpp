@@ -96,8 +96,9 @@ void StepAttention::attend() {
     w_.mark(Part::attention);
 }
 
-// Shares out the items by the positions that they read. Claimed one by one they cost a decode at
-// 1,024 tokens 1.6 % of its step, a batch of 8 1.4 % (benchmarks/results/decoder.md).
+// Shares out the items by the positions that they read, each to the thread of its middle. Claimed
+// one by one they cost a decode at 1,024 tokens 1.6 % of its step, a batch of 8 1.4 %
+// (benchmarks/results/decoder.md).
 template <class Visit>
 void StepAttention::each_fair_item(const Visit& visit) const {
     const auto cost = [&](const AttentionItem& item) {
@@ -107,7 +108,8 @@ void StepAttention::each_fair_item(const Visit& visit) const {
     std::int64_t total = 0, before = 0;
     for (const AttentionItem& item : set_.items) total += cost(item);
     for (const AttentionItem& item : set_.items) {
-        if (before * w_.threads / total == w_.thread) visit(item);
+        const std::int64_t middle = 2 * before + cost(item);
+        if (middle * w_.threads / (2 * total) == w_.thread) visit(item);
         before += cost(item);
     }
 }
@@ -222,11 +224,13 @@ void RowSet::add_items(const std::vector<Row>& chunk, const Model& model) {
             item.count = end - item.first;
             item.sequence = row(chunk, item.first).sequence;
             item.position = row(chunk, item.first).position;
-            for (item.span = item.spans - 1; item.span >= 0; --item.span) {
-                item.begin = item.span * span;
-                item.end = std::min(item.begin + span, row(chunk, end - 1).position + 1);
-                for (item.head = 0; item.head < kv_heads; ++item.head) items.push_back(item);
-            }
+            // Head by head: the short last spans, all at first, went to one thread.
+            for (item.head = 0; item.head < kv_heads; ++item.head)
+                for (item.span = item.spans - 1; item.span >= 0; --item.span) {
+                    item.begin = item.span * span;
+                    item.end = std::min(item.begin + span, row(chunk, end - 1).position + 1);
+                    items.push_back(item);
+                }
         }
         last = first;
     }

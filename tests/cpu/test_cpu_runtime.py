@@ -233,6 +233,17 @@ def test_plain_and_permuted_weights(tmp_path, permuted):
         assert_close(mode, expected, got, BOUNDS[mode, cache_dtype])
 
 
+def test_a_cache_in_the_memory_of_others_is_as_new(llama):
+    """Memory that a cache leaves is kept for the next, of whatever type."""
+    checkpoint, _, ids = llama
+    runtimes = [load(checkpoint, mode=mode, cache_dtype=cache_dtype) for mode, cache_dtype in BOUNDS]
+    expected = [steps(runtime, ids, 50) for runtime in runtimes]
+    for other in runtimes:
+        for runtime, logits in zip(runtimes, expected, strict=True):
+            other.forward(ids.repeat(1, 3), other.new_cache(2))
+            assert torch.equal(logits, steps(runtime, ids, 50))
+
+
 def test_weight_bytes(llama):
     checkpoint, _, ids = llama
     runtime = load(checkpoint)
