@@ -87,6 +87,17 @@ Features detect() { return {}; }
 bool by_amd() { return false; }
 #endif
 
+// Whose memory answers as differently as was measured: AMD's, told by what each was the first to have.
+enum class Core { zen, zen4, zen5, other };
+
+Core core() {
+    static const Core found = !by_amd()             ? Core::other
+                              : features().avx_vnni ? Core::zen5
+                              : features().avx512f  ? Core::zen4
+                                                    : Core::zen;
+    return found;
+}
+
 }  // namespace
 
 const Features& features() {
@@ -94,19 +105,23 @@ const Features& features() {
     return found;
 }
 
-int bytes_ahead() {
-    static const bool zen = by_amd() && features().avx512f;
-    return zen ? 4096 : 2048;
+int bytes_ahead(bool twice) {
+    switch (core()) {
+        case Core::zen4: return twice ? 4096 : 2048;
+        case Core::zen5: return 4096;
+        default: return 2048;
+    }
 }
 
-bool far_into_l1() {
-    static const bool zen5 = by_amd() && features().avx_vnni;
-    return zen5;
-}
+bool far_into_l1() { return core() == Core::zen5; }
 
-int long_streams() {
-    static const bool amd = by_amd();
-    return amd ? 2 : 4;
+int long_streams(std::int64_t rows) {
+    switch (core()) {
+        case Core::zen4: return rows == 1 ? 2 : 1;
+        case Core::zen5:
+        case Core::zen: return 2;
+        default: return 4;
+    }
 }
 
 }  // namespace shallow

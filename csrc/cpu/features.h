@@ -1,6 +1,8 @@
 // What this processor can run and this system lets it run (registers saved on a task switch).
 #pragma once
 
+#include <cstdint>
+
 // Named as in Linux's /proc/cpuinfo, but for NEON, which that calls asimd, asimddp and i8mm.
 // clang-format off
 #define SHALLOW_FEATURES(X)                                                                   \
@@ -19,17 +21,16 @@ struct Features {
 };
 
 // Of one row's weights from memory, to be prefetched in each stream: what a core reads while memory
-// answers. 4 KiB on AMD's Zen 4 and 5, whose cores read 40 GB/s, 2 KiB elsewhere.
-int bytes_ahead();
+// answers. `twice`: into L2, and into L1 when they are near (fetch_codes() of w4_stream.h).
+int bytes_ahead(bool twice);
 
 // Whether what is read from memory goes into L1 at once from kilobytes ahead, where others take it into
-// L2 first and into L1 from 1 KiB ahead. So on Zen 5, which AMD's 256-bit VNNI tells, with 48 KiB of
-// L1: one thread reads up to a fifth more (benchmarks/results/decoder.md).
+// L2 first and into L1 from 1 KiB ahead. So on Zen 5 with 48 KiB of L1: one thread reads up to a fifth
+// more (benchmarks/results/decoder.md).
 bool far_into_l1();
 
-// Streams in which a core reads them: 4, or the 2 that were measured on AMD
-// (benchmarks/results/decoder.md).
-int long_streams();
+// Streams in which a core reads the weights of so many rows (benchmarks/results/decoder.md).
+int long_streams(std::int64_t rows);
 
 // Asked once, on first use. AMX on Linux also needs a permission per process (arch_prctl).
 const Features& features();

@@ -412,13 +412,13 @@ void int_tiles_of(const TileView& w, const IntInput<T>& x, const Output& y, int6
     const bool is_long = (end - begin) / 2 * w.tile_bytes >= kLong;
     const bool twice = !V::keeps_codes && !far_into_l1();
     if (x.m == 1 || (is_long && x.m <= kInStreams<V>)) {
-        for (int streams = is_long ? long_streams() : 2; streams > 1; streams /= 2) {
+        for (int streams = is_long ? long_streams(x.m) : 2; streams > 1; streams /= 2) {
             const int64_t each = (end - begin) / streams;
             for (int64_t tile = begin; tile < begin + each; ++tile) {
                 Place at = place_of(w, tile);
                 at.streams = streams;
                 at.apart = each;
-                at.ahead = is_long && (V::keeps_codes || twice) ? bytes_ahead() : kAhead;
+                at.ahead = is_long && (V::keeps_codes || twice) ? bytes_ahead(twice) : kAhead;
                 at.twice = twice;
                 panels<IntRun<V, C, T>>(w, x, y, at);
             }
