@@ -107,7 +107,7 @@ const Features& features() {
 
 int bytes_ahead(bool twice) {
     switch (core()) {
-        case Core::zen4: return twice ? 4096 : 2048;
+        case Core::zen4: return twice ? 5120 : 2048;
         case Core::zen5: return 4096;
         default: return 2048;
     }

@@ -236,7 +236,7 @@ def test_plain_and_permuted_weights(tmp_path, permuted):
 def test_a_cache_in_the_memory_of_others_is_as_new(llama):
     """Memory that a cache leaves is kept for the next, of whatever type."""
     checkpoint, _, ids = llama
-    runtimes = [load(checkpoint, mode=mode, cache_dtype=cache_dtype) for mode, cache_dtype in BOUNDS]
+    runtimes = [load(checkpoint, mode=mode, cache_dtype=dtype) for mode, dtype in BOUNDS]
     expected = [steps(runtime, ids, 50) for runtime in runtimes]
     for other in runtimes:
         for runtime, logits in zip(runtimes, expected, strict=True):
