@@ -96,7 +96,9 @@ def test_the_error_is_relative_to_every_token(rng):
 @pytest.mark.parametrize("case", ["llama", "gemma3"])
 def test_what_has_learnt_them_is_nearer_to_them(case, source, rng, tmp_path):
     checkpoint = source(case)
-    config, data = shortened(checkpoint), draw(checkpoint, rng)
+    config = shortened(checkpoint)
+    # Of 48 windows, seen three times, one text in fifty misses the bound.
+    data = draw(checkpoint, rng, windows=180, held_out=48)
     (cut,) = find_cuts(config)
     strays = []
     for weight in (0.0, 30.0):

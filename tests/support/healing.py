@@ -27,8 +27,8 @@ def written(checkpoint, count: int, rng: torch.Generator) -> torch.Tensor:
     return torch.cat(tokens, dim=1)
 
 
-def draw(checkpoint, rng) -> Data:
-    return Data(*written(checkpoint, 60, rng).split([48, 12]))
+def draw(checkpoint, rng, windows: int = 48, held_out: int = 12) -> Data:
+    return Data(*written(checkpoint, windows + held_out, rng).split([windows, held_out]))
 
 
 def shortened(checkpoint):
