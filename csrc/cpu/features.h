@@ -21,7 +21,8 @@ struct Features {
 };
 
 // Of one row's weights from memory, to be prefetched in each stream: what a core reads while memory
-// answers. `twice`: into L2, and into L1 when they are near (fetch_codes() of w4_stream.h).
+// answers, as measured on Zen 4, Zen 5 and Intel's Xeons (benchmarks/results/decoder.md). `twice`: into L2,
+// and into L1 when they are near (fetch_codes() of w4_stream.h).
 int bytes_ahead(bool twice);
 
 // Whether what is read from memory goes into L1 at once from kilobytes ahead, where others take it into

@@ -97,7 +97,8 @@ def test_the_error_is_relative_to_every_token(rng):
 def test_what_has_learnt_them_is_nearer_to_them(case, source, rng, tmp_path):
     checkpoint = source(case)
     config = shortened(checkpoint)
-    # Of 48 windows, seen three times, one text in fifty misses the bound.
+    # With 48 windows, seen three times, 2 of 20 gemma3 missed the bound (0.90 and 0.96); with 180
+    # all of 17 had 0.77 to 0.83.
     data = draw(checkpoint, rng, windows=180, held_out=48)
     (cut,) = find_cuts(config)
     strays = []
