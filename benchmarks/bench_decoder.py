@@ -20,7 +20,7 @@ import pytest
 import scaling
 import torch
 from ceiling import times_ns
-from shapes import SHAPES, write
+from shapes import FILES, write
 
 from engine.api import Model, load
 from engine.checkpoint import open_checkpoint
@@ -103,7 +103,7 @@ def report(name: str, found: float, asked: float) -> None:
     assert found >= asked
 
 
-@pytest.fixture(scope="module", params=[DEFAULT, *SHAPES])
+@pytest.fixture(scope="module", params=[DEFAULT, *FILES])
 def timed_model(request) -> str:
     """What `load` takes: the default model, or a file of --shapes."""
     if request.param == DEFAULT:
@@ -144,9 +144,9 @@ def test_share_of_the_bandwidth(model):
     report("decoding, of the bandwidth", weights / ns / read.gb_s, 0.65)
 
 
-@pytest.fixture(scope="module")
-def shape(tmp_path_factory) -> Path:
-    return write("Llama-3.2-1B", tmp_path_factory.mktemp("shape"))
+@pytest.fixture(scope="module", params=["Llama-3.2-1B", "Llama-3.2-1B-Q4_K_M"])
+def shape(request, tmp_path_factory) -> Path:
+    return write(request.param, tmp_path_factory.mktemp("shape"))
 
 
 @pytest.mark.parametrize(("threads", "asked"), [(2, 0.82), (1, 0.80)])

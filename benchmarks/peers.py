@@ -1,11 +1,11 @@
 """Ours beside llama.cpp, ik_llama.cpp, OpenVINO and transformers on this CPU.
 
-    python benchmarks/peers.py [--shape NAME] [--isa NAME] [--python PEER=PATH ...] [--peers NAMES]
+    python benchmarks/peers.py [--shape NAME] [--isa NAME] [--python PEER=PATH ...]
 
 All take turns on the same file, prompts and number of threads, in every setting that may be a
 peer's fastest: the default model, the same as Q4_0, which llama.cpp writes, and every `--shape` of
-random 4-bit weights (benchmarks/shapes.py). Writes the section of its instruction set in
-benchmarks/results/cpu.md and leaves the others.
+random weights, Q4_0 or as in files of Q4_K_M (benchmarks/shapes.py). Writes the section of its
+instruction set in benchmarks/results/cpu.md and leaves the others.
 
 `--isa` limits ours, and transformers by the switches of torch and oneDNN; OpenVINO, whose releases
 heed none yet, is left out below the processor's own set. llama.cpp and ik are limited when they are
@@ -92,7 +92,7 @@ class Contender:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m", help="a .gguf file, as Q4_1")
-    parser.add_argument("--shape", action="append", default=[], choices=shapes.SHAPES)
+    parser.add_argument("--shape", action="append", default=[], choices=shapes.FILES)
     parser.add_argument("--isa", choices=isas(), default=isas()[0])
     parser.add_argument("--peers", default=",".join(KNOWN))
     parser.add_argument("--python", action="append", default=[], metavar="PEER=PATH")
@@ -150,9 +150,9 @@ class Study:
         if self._quantize(judged.model, work / "Q4_0.gguf"):
             requantized = self._measured(ref, "Q4_0", work / "Q4_0.gguf", SMALL, alone=False)
             requantized.perplexity = perplexity(requantized.model)
-        for name in names:
-            path = shapes.write(name, work)
-            self._measured(name, "Q4_0", path, LARGE).model.close()
+        for file in names:
+            path = shapes.write(file, work)
+            self._measured(*shapes.bits_of(file), path, LARGE).model.close()
             path.unlink()
 
     def _measured(

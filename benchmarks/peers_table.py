@@ -25,16 +25,17 @@ TITLES = {  # in the page's order
 }
 HEAD = f"""# Ours beside the peers, on a CPU
 
-`python benchmarks/peers.py --isa NAME --shape Llama-3.2-1B` writes the section of an instruction \
-set. All engines take turns in one run on the same file; a figure is the median of the runs, a \
-run's decode that of its steps. Files: the default model's GGUF, Q4_1; the Q4_0 that llama.cpp's \
-quantizer makes of it; random Q4_0 weights in the shape of a named model. Prompts are held-out \
-text: 512 tokens for prefill; 16 tokens and 128 new ones (a billion weights: 32) for decode; 1,024 \
-and as many new ones for decode at that context. Keys and values are 16-bit floats, OpenVINO's and \
-transformers' as they come. llama.cpp and ik_llama.cpp have a context and a batch of 1,280 and a \
-micro-batch of 512. Ratios are ours on the same file over theirs; `agrees` is the share of a \
-peer's tokens that our model would choose after the same ones, and below {LEAST_AGREEMENT:.0%} no \
-speed is given. Peers run in processes of their own, stopped between their turns.
+`python benchmarks/peers.py --isa NAME --shape Llama-3.2-1B --shape Llama-3.2-1B-Q4_K_M` writes \
+the section of an instruction set. All engines take turns in one run on the same file; a figure \
+is the median of the runs, a run's decode that of its steps. Files: the default model's GGUF, \
+Q4_1; the Q4_0 that llama.cpp's quantizer makes of it; random weights in the shape of a named \
+model, Q4_0, or Q4_K and Q6_K as in a file of Q4_K_M. Prompts are held-out text: 512 tokens for \
+prefill; 16 tokens and 128 new ones (a billion weights: 32) for decode; 1,024 and as many new \
+ones for decode at that context. Keys and values are 16-bit floats, OpenVINO's and transformers' \
+as they come. llama.cpp and ik_llama.cpp have a context and a batch of 1,280 and a micro-batch of \
+512. Ratios are ours on the same file over theirs; `agrees` is the share of a peer's tokens that \
+our model would choose after the same ones, and below {LEAST_AGREEMENT:.0%} no speed is given. \
+Peers run in processes of their own, stopped between their turns.
 """
 HEADINGS = {
     "prefill": "prefill 512",
@@ -76,7 +77,7 @@ def lead(study: "Study") -> list[str]:
     """Every engine in its best setting, and ours over it; models side by side."""
     columns = [(found, workload) for found in study.subjects if found.alone
                for workload in found.workloads]  # fmt: skip
-    heads = [f"{found.name} {HEADINGS[workload]}" for found, workload in columns]
+    heads = [f"{found.name}, {found.bits}: {HEADINGS[workload]}" for found, workload in columns]
     rows = [f"| tok/s | {' | '.join(heads)} |", f"|---|{'---:|' * len(columns)}"]
     for name in ("ours", *(name for name in study.asked if name not in study.missing)):
         cells = []

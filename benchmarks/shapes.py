@@ -1,12 +1,14 @@
-"""Models of real size without their weights: random 4-bit codes in the shape of a named model.
+"""Models of real size without their weights: random codes in the shape of a named model.
 
     python benchmarks/shapes.py NAME DIRECTORY [--layers N] [--packed]
 
-Writes NAME.gguf, and with --packed the directory NAME-packed of the same bits. All matrices are
+Writes NAME.gguf, and with --packed the directory NAME-packed of the same weights. All matrices are
 Q4_0, the embedding too, which the head shares where the model's does: what a token reads is the
-file. Scales keep activations near unit size. A trained norm has a few large weights, whose columns
-make a sixth of the blocks of its output coarse (benchmarks/results/decoder.md): so have these. The
-tokenizer is the default model's, its vocabulary padded.
+file. Those of NAME-Q4_K_M are as llama.cpp has them in a file of that kind: Q4_K, but Q6_K the
+head and, in every second layer or so, `v` and `down`. Scales keep activations near unit size. A
+trained norm has a few large weights, whose columns make a sixth of the blocks of its output coarse
+(benchmarks/results/decoder.md): so have these. The tokenizer is the default model's, its
+vocabulary padded.
 """
 
 import argparse
@@ -37,12 +39,15 @@ SHAPES: dict[str, tuple[str, int, int, bool]] = {
     "Qwen2.5-1.5B": ("Qwen2", 128, 151936, True),
     "Llama-3-8B": ("Llama", 128, 128256, False),
 }
+NUMBERS = {"Q4_0": 2, "Q4_K_M": 15}  # of what a file holds most
+MIXED = "-Q4_K_M"
+FILES = [*SHAPES, *(name + MIXED for name in SHAPES)]
 LARGE_EVERY, LARGE = 192, 16.0  # columns of a norm, and their weight
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=SHAPES)
+    parser.add_argument("name", choices=FILES)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--layers", type=int, help="the model's own number by default")
     parser.add_argument("--packed", action="store_true")
@@ -75,25 +80,31 @@ def config_of(name: str, layers: int | None = None) -> dict[str, Any]:
     }
 
 
-def write(name: str, directory: Path, layers: int | None = None) -> Path:
-    """The new file NAME.gguf in `directory`."""
+def bits_of(file: str) -> tuple[str, str]:
+    """(name of its shape, Q4_0 or Q4_K_M)."""
+    return file.removesuffix(MIXED), "Q4_K_M" if file.endswith(MIXED) else "Q4_0"
+
+
+def write(file: str, directory: Path, layers: int | None = None) -> Path:
+    """The new file FILE.gguf in `directory`, FILE one of FILES."""
+    name, bits = bits_of(file)
     config = from_hf(config_of(name, layers), name)
     source = locate("smollm2-135m")
     text = load_text(source)
     kind = architecture(config)
     fields: dict[str, Any] = {"general.architecture": kind, "general.name": name}
-    fields["general.file_type"] = 2  # Q4_0; without it OpenVINO does not open a file
+    fields["general.file_type"] = NUMBERS[bits]  # without it OpenVINO does not open a file
     fields |= {f"{kind}.{key}": value for key, value in model_fields(config).items()}
     fields |= to_gguf(text, config.vocab_size)
-    found = list(places(name, layers))
+    found = list(places(name, layers, bits))
     generator = torch.Generator().manual_seed(0)
 
     def data(first: int) -> Iterator[Tensor]:
         for place in found[first:]:
-            yield blocks(place, generator) if place.type == "Q4_0" else vector(place)
+            yield vector(place) if place.type == "F32" else blocks(place, generator)
 
     directory.mkdir(parents=True, exist_ok=True)
-    out = directory / f"{name}.gguf"
+    out = directory / f"{file}.gguf"
     described = {key: typed(value) for key, value in fields.items()}
     write_gguf(out, source, config, described, found, data)
     return out
@@ -107,13 +118,17 @@ def write_packed(path: Path) -> Path:
     return out
 
 
-def places(name: str, layers: int | None = None) -> Iterator[Place]:
+def places(name: str, layers: int | None = None, bits: str = "Q4_0") -> Iterator[Place]:
     """Every tensor of the file."""
+    few, more = ("Q4_0", "Q4_0") if bits == "Q4_0" else ("Q4_K", "Q6_K")
     family, _, vocab, tied = SHAPES[name]
     model = MODELS[name]
     D, F, kv = model.hidden_size, model.ffn_size, model.kv_size
-    yield Place(f"{EMBEDDING}.weight", "Q4_0", (vocab, D))
-    for layer in range(layers or model.layers):
+    yield Place(f"{EMBEDDING}.weight", more if tied else few, (vocab, D))
+    count = layers or model.layers
+    for layer in range(count):
+        eighth = count // 8
+        spared = layer < eighth or layer >= 7 * count // 8 or (layer - eighth) % 3 == 2
         for role, shape in {
             "attn_q": (D, D),
             "attn_k": (kv, D),
@@ -123,23 +138,38 @@ def places(name: str, layers: int | None = None) -> Iterator[Place]:
             "ffn_up": (F, D),
             "ffn_down": (D, F),
         }.items():
-            yield Place(f"blk.{layer}.{role}.weight", "Q4_0", shape)
+            kind = more if spared and role in ("attn_v", "ffn_down") else few
+            yield Place(f"blk.{layer}.{role}.weight", kind, shape)
             if family == "Qwen2" and role in ("attn_q", "attn_k", "attn_v"):
                 yield Place(f"blk.{layer}.{role}.bias", "F32", shape[:1])
         for role in ("attn_norm", "ffn_norm"):
             yield Place(f"blk.{layer}.{role}.weight", "F32", (D,))
     yield Place(f"{FINAL_NORM}.weight", "F32", (D,))
     if not tied:
-        yield Place(f"{HEAD}.weight", "Q4_0", (vocab, D))
+        yield Place(f"{HEAD}.weight", more, (vocab, D))
 
 
 def blocks(place: Place, generator: torch.Generator) -> Tensor:
-    """Bytes of Q4_0: a float16 scale before every 32 codes; about unit RMS of w @ x for unit x."""
+    """Random bytes of the type's blocks under scales for about unit RMS of w @ x for unit x."""
     n, k = place.shape
-    words = torch.empty(n * k // 32 * 9 // 4, dtype=torch.int64)
-    made = words.random_(generator=generator).view(torch.uint8)[: n * k // 32 * 18].view(-1, 18)
-    step = (0.5 + made[:, 2].float() / 255) * k**-0.5 / 4.6  # the RMS of codes 0..15 less 8
-    made[:, :2] = step.half().view(torch.uint8).view(-1, 2)
+    count, nbytes = n * place.row_shape[-1] // place.tensor.type.nbytes, place.tensor.type.nbytes
+    words = torch.empty(count * nbytes // 8 + 1, dtype=torch.int64)
+    made = words.random_(generator=generator).view(torch.uint8)[: count * nbytes]
+    made = made.view(count, nbytes)
+    step = (0.5 + made[:, 16].float() / 255) * k**-0.5
+
+    def put(at: int, halves: Tensor) -> None:
+        made[:, at : at + 2] = halves.half().view(torch.uint8).view(-1, 2)
+
+    if place.type == "Q4_0":
+        put(0, step / 4.6)  # the RMS of codes 0..15 less 8
+    elif place.type == "Q4_K":  # every minimum is 7.5 of its step: four bytes twice, then nibbles
+        put(0, step / (4.6 * 36.8))  # the RMS of 0..63
+        put(2, 7.5 * step / (4.6 * 36.8))
+        made[:, 8:12] = made[:, 4:8]
+        made[:, 12:16] = (made[:, 12:16] & 15) * 17
+    else:
+        put(208, step / (18.5 * 73.9))  # codes 0..63 less 32, and steps -128..127
     return made.view(-1)
 
 

@@ -18,7 +18,8 @@ namespace w4 {
 constexpr std::int64_t kRowAlignBytes = 16;  // a row of codes is read in 16-byte loads
 constexpr std::int64_t kSuper = 256;         // weights under one pair of kquant super-scales
 
-enum class Scheme : std::int32_t { symmetric, zero, minimum, codebook, kquant };
+// stepped: of tiles alone (cpu/w4_matmul.h), symmetric with scales in two parts, as GGUF's Q6_K.
+enum class Scheme : std::int32_t { symmetric, zero, minimum, codebook, kquant, stepped };
 enum class ScaleType : std::int32_t { float16, bfloat16, float32 };
 
 W4_HD inline float bits_to_float(std::uint32_t bits) {
@@ -105,7 +106,8 @@ struct Matrix {
             case Scheme::zero: return static_cast<float>(q - zeros[i]) * scale;
             case Scheme::minimum: return product(static_cast<float>(q), scale) + load(mins, i);
             case Scheme::codebook: return codebook[q] * scale;
-            case Scheme::kquant: break;
+            case Scheme::kquant:
+            case Scheme::stepped: break;
         }
         const std::uint16_t* super = supers + 2 * (row * ceil_div(k, kSuper) + j / kSuper);
         const float step = product(half_to_float(super[0]), scale);

@@ -40,7 +40,8 @@ Path choose_path(const TileView& w, std::int64_t m, Mode mode, const Kernels& ke
     const bool plain = w.kind == Codes::float16 || w.kind == Codes::bfloat16;
     const bool coarse = w.kind == Codes::nibble_table && w.values8_step == 0;
     if (plain || coarse) return Path::exact;
-    return kernels.int16_tiles && w.kind != Codes::nibble ? Path::int16 : Path::int8;
+    const bool bytes = w.kind == Codes::byte || w.kind == Codes::nibble_table;
+    return kernels.int16_tiles && bytes ? Path::int16 : Path::int8;
 }
 
 Form::Form(const TileView& like, Path path, std::int64_t m, bool fine)

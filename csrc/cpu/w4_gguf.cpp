@@ -17,9 +17,9 @@ using std::uint8_t;
 
 // What a tile keeps of 32 weights of a row.
 struct Part {
-    uint8_t codes[32];     // bytes; nibbles: the first 16, columns 0..15 low and 16..31 high
-    uint8_t scales[2][4];  // float16, float32 or a byte; the second for groups of 16
-    uint8_t minimum[4];    // of the same type
+    uint8_t codes[32];     // nibbles: the first 16, columns 0..15 low and 16..31 high
+    uint8_t scales[2][2];  // float16 or a byte; the second for groups of 16
+    uint8_t minimum[2];    // of the same type
 };
 
 uint16_t half_at(const uint8_t* bytes) {
@@ -29,8 +29,6 @@ uint16_t half_at(const uint8_t* bytes) {
 }
 
 bool finite(uint16_t half) { return (half & 0x7c00) != 0x7c00; }
-
-void store(uint8_t* to, float value) { std::memcpy(to, &value, 4); }
 
 // Adds bit `i` of `bits` to code i, as its bit 4.
 void add_fifth(uint8_t* codes, std::uint32_t bits) {
@@ -44,6 +42,13 @@ void spread_nibbles(const uint8_t* pairs, uint8_t* codes) {
 // 32 codes below 16 -> 16 bytes.
 void join_nibbles(const uint8_t* codes, uint8_t* pairs) {
     for (int i = 0; i < 16; ++i) pairs[i] = static_cast<uint8_t>(codes[i] | codes[i + 16] << 4);
+}
+
+// 32 codes below 64 -> 24 bytes: of each 16 the last four in the high bits of the others.
+void join_sixes(const uint8_t* codes, uint8_t* bytes) {
+    for (int half = 0; half < 2; ++half, codes += 16, bytes += 12)
+        for (int i = 0; i < 12; ++i)
+            bytes[i] = static_cast<uint8_t>(codes[i] | codes[12 + i % 4] >> (4 - i / 4 * 2) << 6);
 }
 
 // The 6-bit scale and minimum of part `i` of a K-quant's 12 bytes.
@@ -85,21 +90,21 @@ struct Q4_1 : Q4_0 {
 
 struct Q5_0 : Q4_0 {
     static constexpr int64_t bytes = 22;
-    static constexpr int bits = 8;
+    static constexpr int bits = 6;
     static bool read(const uint8_t* block, int, Part& part) {
         std::uint32_t high;
         std::memcpy(part.scales[0], block, 2);
         std::memcpy(&high, block + 2, 4);
         spread_nibbles(block + 6, part.codes);
         add_fifth(part.codes, high);
-        for (uint8_t& code : part.codes) code = static_cast<uint8_t>(code + 128 - 16);
+        for (uint8_t& code : part.codes) code = static_cast<uint8_t>(code + 32 - 16);
         return finite(half_at(block));
     }
 };
 
 struct Q5_1 : Q4_1 {
     static constexpr int64_t bytes = 24;
-    static constexpr int bits = 8;
+    static constexpr int bits = 6;
     static bool read(const uint8_t* block, int, Part& part) {
         std::uint32_t high;
         std::memcpy(part.scales[0], block, 2);
@@ -129,7 +134,7 @@ void read_pairs(const uint8_t* low, int i, uint8_t* codes) {
 
 struct Q4_K {
     static constexpr int64_t weights = 256, bytes = 144, group = 32;
-    static constexpr int bits = 4;
+    static constexpr int bits = 4, super = 0;
     static constexpr auto scheme = w4::Scheme::kquant;
     static constexpr auto scale = ScaleType::float16;
     static bool read(const uint8_t* block, int i, Part& part) {
@@ -141,15 +146,11 @@ struct Q4_K {
     }
 };
 
-struct Q5_K {
-    static constexpr int64_t weights = 256, bytes = 176, group = 32;
-    static constexpr int bits = 8;
-    static constexpr auto scheme = w4::Scheme::minimum;
-    static constexpr auto scale = ScaleType::float32;
+struct Q5_K : Q4_K {
+    static constexpr int64_t bytes = 176;
+    static constexpr int bits = 6;
     static bool read(const uint8_t* block, int i, Part& part) {
-        const auto [step, low] = sub_scale(block + 4, i);
-        store(part.scales[0], w4::half_to_float(half_at(block)) * step);
-        store(part.minimum, -(w4::half_to_float(half_at(block + 2)) * low));
+        std::tie(part.scales[0][0], part.minimum[0]) = sub_scale(block + 4, i);
         read_pairs(block + 48, i, part.codes);
         for (int j = 0; j < 32; ++j)
             part.codes[j] |= static_cast<uint8_t>((block[16 + j] >> i & 1) << 4);
@@ -159,35 +160,37 @@ struct Q5_K {
 
 struct Q6_K {
     static constexpr int64_t weights = 256, bytes = 210, group = 16;
-    static constexpr int bits = 8;
-    static constexpr auto scheme = w4::Scheme::symmetric;
-    static constexpr auto scale = ScaleType::float32;
+    static constexpr int bits = 6, super = 208;
+    static constexpr auto scheme = w4::Scheme::stepped;
+    static constexpr auto scale = ScaleType::float16;
     static bool read(const uint8_t* block, int i, Part& part) {
-        const float d = w4::half_to_float(half_at(block + 208));
-        const auto* const steps = reinterpret_cast<const std::int8_t*>(block + 192);
-        for (int half = 0; half < 2; ++half) store(part.scales[half], d * steps[2 * i + half]);
+        for (int half = 0; half < 2; ++half) part.scales[half][0] = block[192 + 2 * i + half];
         const int run = i / 4, quarter = i % 4;  // of 128 weights, of which two share a nibble
         const uint8_t* const low = block + run * 64 + quarter % 2 * 32;
         const uint8_t* const high = block + 128 + run * 32;
         for (int j = 0; j < 32; ++j) {
             const int code = (low[j] >> (quarter < 2 ? 0 : 4) & 15) | (high[j] >> 2 * quarter & 3)
                                                                           << 4;
-            part.codes[j] = static_cast<uint8_t>(code + 128 - 32);
+            part.codes[j] = static_cast<uint8_t>(code);
         }
         return finite(half_at(block + 208));
     }
 };
 
+template <class Type>
+constexpr bool has_supers =
+    Type::scheme == w4::Scheme::kquant || Type::scheme == w4::Scheme::stepped;
+
 // One part into its place in the tiles.
 template <class Type>
 void write(const TileView& w, int64_t row, int64_t block, const Part& part) {
-    constexpr bool nibble = Type::bits == 4;
-    constexpr int64_t element = Type::scheme == w4::Scheme::kquant  ? 1
-                                : Type::scale == ScaleType::float32 ? 4
-                                                                    : 2;
+    constexpr int64_t element = has_supers<Type> ? 1 : 2;
     const int64_t tile = row / kTileRows, lane = row % kTileRows;
     auto* const codes = const_cast<uint8_t*>(w.block(tile, block)) + lane * 4;
-    for (int i = 0; i < (nibble ? 4 : 8); ++i) std::memcpy(codes + i * 64, part.codes + i * 4, 4);
+    uint8_t sixes[24];
+    if constexpr (Type::bits == 6) join_sixes(part.codes, sixes);
+    const uint8_t* const from = Type::bits == 6 ? sixes : part.codes;
+    for (int i = 0; i < Type::bits; ++i) std::memcpy(codes + i * 64, from + i * 4, 4);
     constexpr int64_t groups = 32 / Type::group;
     for (int64_t i = 0; i < groups; ++i) {
         auto* const record =
@@ -208,12 +211,12 @@ bool copy(const TileView& w, int64_t row, int64_t b, const uint8_t* block) {
         all &= Type::read(block, i, part);
         write<Type>(w, row, b * parts + i, part);
     }
-    if constexpr (Type::scheme == w4::Scheme::kquant) {
+    if constexpr (has_supers<Type>) {
         auto* const super = const_cast<uint16_t*>(w.supers) +
-                            (row / kTileRows * w4::ceil_div(w.blocks, parts) + b) * 2 * kTileRows +
+                            (row / kTileRows * w4::ceil_div(w.blocks, parts) + b) * w.super_halves +
                             row % kTileRows;
-        super[0] = half_at(block);
-        super[kTileRows] = half_at(block + 2);
+        super[0] = half_at(block + Type::super);
+        if (Type::scheme == w4::Scheme::kquant) super[kTileRows] = half_at(block + 2);
     }
     return all;
 }

@@ -90,7 +90,7 @@ struct TileSums {
     SHALLOW_INLINE void enter_group(const Stream<V, C>& stream, int half, const F (&sums)[R]) {
         F min[kParts<V>];
         stream.template params8<P>(scale[half], min, by);
-        const auto& by_sums = P == Params::half ? scale[half] : min;
+        const auto& by_sums = minimum_of_scale<P> ? scale[half] : min;
         for (int p = 0; p < kParts<V>; ++p)
 #pragma GCC unroll 16
             for (int i = 0; i < R; ++i) total[p][i] = V::fma(by_sums[p], sums[i], total[p][i]);
@@ -142,7 +142,7 @@ void int_rows(const TileView& w, const IntInput<T>& x, const Output& y, const Pl
     using Tile = TileSums<V, C, R, Split, P>;
     using F = typename V::F;
     // Minus a power of two, so that to multiply x by it and not every scale changes no bit.
-    const float of_scale = P != Params::half          ? 1.0f
+    const float of_scale = !minimum_of_scale<P>       ? 1.0f
                            : C == Codes::nibble_table ? -128.0f
                                                       : -w.center;
     RowBlocks<T> next{x.q + (at.panel * w.blocks * x.panel + at.first) * kBlock,
@@ -326,12 +326,9 @@ struct IntRun {
             else
                 passing_rows<V, C, R, Split, false>(w, x, y, here, steps);
         } else if constexpr (R == 1 && C != Codes::unpacked) {
-            switch (params_of(w)) {
-                case Params::half: return int_rows<V, C, R, Split, Params::half>(w, x, y, here);
-                case Params::half_minimum:
-                    return int_rows<V, C, R, Split, Params::half_minimum>(w, x, y, here);
-                default: return int_rows<V, C, R, Split>(w, x, y, here);
-            }
+            by_params<C, Split>(params_of(w), [&](auto params) {
+                int_rows<V, C, R, Split, params()>(w, x, y, here);
+            });
         } else {
             int_rows<V, C, R, Split>(w, x, y, here);
         }
@@ -456,7 +453,9 @@ void byte_tiles(const TileView& w, const IntInput<T>& x, const Output& y, int64_
 template <class V>
 void int8_tiles(const TileView& w, const Int8Input& x, const Output& y, int64_t begin, int64_t end,
                 uint8_t* scratch) {
-    if (V::words || w.kind == Codes::nibble)
+    if (w.kind == Codes::six)
+        int_tiles_of<V, Codes::six>(w, x, y, begin, end, scratch);
+    else if (V::words || w.kind == Codes::nibble)
         int_tiles_of<V, Codes::nibble>(w, x, y, begin, end, scratch);
     else if constexpr (!V::words)
         byte_tiles<V>(w, x, y, begin, end, scratch);
@@ -476,6 +475,7 @@ void float_tiles(const TileView& w, const FloatInput& x, const Output& y, int64_
         case Codes::nibble: return float_tiles_of<V, Codes::nibble>(w, x, y, begin, end);
         case Codes::nibble_table:
             return float_tiles_of<V, Codes::nibble_table>(w, x, y, begin, end);
+        case Codes::six: return float_tiles_of<V, Codes::six>(w, x, y, begin, end);
         case Codes::byte: return float_tiles_of<V, Codes::byte>(w, x, y, begin, end);
         case Codes::float32: return float_tiles_of<V, Codes::float32>(w, x, y, begin, end);
         case Codes::float16: return float_tiles_of<V, Codes::float16>(w, x, y, begin, end);

@@ -16,10 +16,14 @@ using std::int64_t;
 using std::uint8_t;
 
 constexpr int64_t kChunk = 64;                        // bytes
-constexpr std::uint64_t kMagic = 0x34574c4c41485302;  // changes with the layout
+constexpr std::uint64_t kMagic = 0x34574c4c41485303;  // changes with the layout
+
+bool has_supers(w4::Scheme scheme) {
+    return scheme == w4::Scheme::kquant || scheme == w4::Scheme::stepped;
+}
 
 int64_t scale_bytes(const w4::Matrix& matrix) {
-    if (matrix.scheme == w4::Scheme::kquant) return 1;
+    if (has_supers(matrix.scheme)) return 1;
     return matrix.scale_type == ScaleType::float32 ? 4 : 2;
 }
 
@@ -150,10 +154,13 @@ float element(const void* array, int64_t i, ScaleType type) {
 float value(const TileView& w, int64_t tile, int64_t group, int lane, int code) {
     const uint8_t* const record = w.record(tile, group);
     const auto c = static_cast<float>(code);
-    if (w.scheme == w4::Scheme::kquant) {
+    if (has_supers(w.scheme)) {
         const std::uint16_t* const super =
-            w.supers + (tile * ((w.blocks + 7) / 8) + group / 8) * 32;
-        const float step = w4::product(w4::half_to_float(super[lane]), record[lane]);
+            w.supers + (tile * ((w.blocks + 7) / 8) + group / w.super_groups) * w.super_halves;
+        const bool stepped = w.scheme == w4::Scheme::stepped;
+        const int steps = stepped ? static_cast<std::int8_t>(record[lane]) : record[lane];
+        const float step = w4::product(w4::half_to_float(super[lane]), static_cast<float>(steps));
+        if (stepped) return step * (c - w.center);
         const float low = w4::product(w4::half_to_float(super[16 + lane]), record[16 + lane]);
         return w4::product(step, c) - low;
     }
@@ -166,6 +173,13 @@ float value(const TileView& w, int64_t tile, int64_t group, int lane, int code) 
         case w4::Scheme::codebook: return w.values[code] * scale;
         default: return (c - w.center) * scale;
     }
+}
+
+// Code i of a row's 16 in half a block of sixes, whose chunks are 64 bytes apart.
+int six_at(const uint8_t* row, int64_t i) {
+    if (i < 12) return row[i / 4 * kChunk + i % 4] & 63;
+    const auto top = [&](int64_t chunk) { return row[chunk * kChunk + i % 4] >> 6; };
+    return top(0) << 4 | top(1) << 2 | top(2);
 }
 
 }  // namespace
@@ -189,11 +203,12 @@ struct alignas(64) TiledMatrix::Header {
 std::size_t TiledMatrix::place(bool permuted) {
     TileView& v = view_;
     Cutter cutter{bytes_, sizeof(Header)};
-    const bool kquant = v.scheme == w4::Scheme::kquant;
     v.set_runs();
     v.data = cutter.cut<uint8_t>(v.tiles * v.tile_bytes);
     v.supers =
-        kquant ? cutter.cut<std::uint16_t>(v.tiles * w4::ceil_div(v.k, w4::kSuper) * 32) : nullptr;
+        has_supers(v.scheme)
+            ? cutter.cut<std::uint16_t>(v.tiles * w4::ceil_div(v.k, w4::kSuper) * v.super_halves)
+            : nullptr;
     perm_ = permuted ? cutter.cut<std::int32_t>(v.k) : nullptr;
     return static_cast<std::size_t>(cutter.used);
 }
@@ -250,11 +265,14 @@ void TiledMatrix::describe(const w4::Matrix& matrix) {
     v.blocks = w4::ceil_div(v.k, kBlock);
     v.group_blocks = matrix.group ? matrix.group / kBlock : v.blocks;
     v.groups = v.group_blocks ? w4::ceil_div(v.blocks, v.group_blocks) : 2 * v.blocks;
-    v.kind = matrix.bits == 8 ? Codes::byte : Codes::nibble;
+    const bool stepped = matrix.scheme == w4::Scheme::stepped;
+    v.super_groups = stepped ? 16 : 8;
+    v.super_halves = stepped ? kTileRows : 2 * kTileRows;
+    v.kind = matrix.bits == 8 ? Codes::byte : matrix.bits == 6 ? Codes::six : Codes::nibble;
     v.block_bytes = matrix.bits * kChunk;
     v.scheme = matrix.scheme;
     v.scale_type = matrix.scale_type;
-    v.center = matrix.bits == 8 ? 128.0f : 8.0f;
+    v.center = static_cast<float>(1 << (matrix.bits - 1));
     v.record_bytes = kTileRows * element;
     if (v.scheme == w4::Scheme::zero) v.record_bytes += kTileRows;
     if (v.scheme == w4::Scheme::minimum || v.scheme == w4::Scheme::kquant)
@@ -329,7 +347,7 @@ void read_row(const TiledMatrix& matrix, int64_t row, float* out) {
     const TileView& w = matrix.view();
     const int64_t tile = row / kTileRows;
     const int lane = static_cast<int>(row % kTileRows);
-    const bool byte = w.kind == Codes::byte;
+    const bool byte = w.kind == Codes::byte, six = w.kind == Codes::six;
     const bool nibble = w.kind == Codes::nibble || w.kind == Codes::nibble_table;
     float values[16];  // of a group's nibbles
     for (int64_t half = 0, known = -1; half * 16 < w.k; ++half) {
@@ -348,6 +366,8 @@ void read_row(const TiledMatrix& matrix, int64_t row, float* out) {
                 v = values[first ? pair >> 4 : pair & 15];
             } else if (byte) {
                 v = value(w, tile, group, lane, codes[column / 4 * 64 + lane * 4 + column % 4]);
+            } else if (six) {
+                v = value(w, tile, group, lane, six_at(codes + first / 16 * 192 + lane * 4, i));
             } else if (w.kind == Codes::bfloat16) {
                 v = element(codes, (column / 2 * kTileRows + lane) * 2 + column % 2,
                             ScaleType::bfloat16);

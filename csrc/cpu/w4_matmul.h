@@ -20,6 +20,7 @@ constexpr int kPanelRows = 16;  // rows of x that a panel interleaves
 enum class Codes : std::int32_t {
     nibble,
     nibble_table,
+    six,
     byte,
     float32,
     float16,
@@ -30,30 +31,35 @@ enum class Codes : std::int32_t {
 // A matrix as the kernels read it. Rows lie in tiles of 16, columns in blocks of 32, both padded
 // with zeros. A chunk is 64 bytes: 16 rows x 4 consecutive columns, one byte each.
 //   nibble  block of 4 chunks: columns 0..15 in the low nibbles, 16..31 in the high ones
+//   six     block of 6 chunks, 3 for each 16 columns: of these 0..11 in the low six bits, 12..15 in the
+//           high two, of whose six the first chunk has the highest
 //   byte    block of 8 chunks
-//   unpacked  the same with float32 scales and minimums: what a nibble tile becomes for many rows
+//   unpacked  the same with float32 scales and minimums: what a tile becomes for many rows
 //   float32, float16   block of 32 columns x 16 rows
 //   bfloat16  block of 16 column pairs x 16 rows x 2: what the tile registers multiply
-// The parameters of one group of one tile are a record: 16 scales, then 16 mins or zeros.
+// The parameters of one group of one tile are a record: 16 scales, then 16 mins or zeros. kquant and
+// stepped have bytes there, which d and dmin multiply; those of stepped are signed.
 // A tile is a line of runs, so that memory is read as one stream (groups of 32 from memory: 3-6 %
 // faster than with the records apart, benchmarks/results/decoder.md): the records of as many groups
 // as fill whole cache lines, then the blocks of these groups. The last run may have fewer.
 // With group 16 the groups are padded to two a block.
 struct TileView {
     const std::uint8_t* data;     // tiles, tile_bytes apart
-    const std::uint16_t* supers;  // kquant: (tiles, ceil(blocks / 8), 2, 16) float16 d, dmin
+    const std::uint16_t* supers;  // kquant: (tiles, ceil(blocks / 8), 2, 16) float16 d, dmin;
+                                  // stepped: (tiles, ceil(blocks / 8), 16) d
     float values[16];             // value of each nibble
     std::uint8_t values8[16];     // nibble_table: value = values8_step * (byte - 128), nearly
     float values8_step;           // 0 where no step comes near enough
     std::int64_t n, k, tiles, blocks, groups;
-    std::int64_t group_blocks;  // blocks a group; 0 for group 16
+    std::int64_t group_blocks;                // blocks a group; 0 for group 16
+    std::int64_t super_groups, super_halves;  // groups under one super of a tile, and its size
     std::int64_t block_bytes, record_bytes, tile_bytes;
     std::int64_t run_groups, run_blocks;  // of a whole run
     std::int64_t head_bytes, run_bytes;   // of a run's records, and in all
     Codes kind;
     w4::Scheme scheme;
     ScaleType scale_type;
-    float center;  // symmetric: the code that means zero
+    float center;  // symmetric, stepped: the code that means zero
 
     const std::uint8_t* record(std::int64_t tile, std::int64_t group) const {
         return data + tile * tile_bytes + group / run_groups * run_bytes +

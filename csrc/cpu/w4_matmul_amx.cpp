@@ -53,6 +53,7 @@ const std::uint16_t* bfloats(const TileView& w, int64_t tile, int64_t begin, int
     switch (w.kind) {
         case Codes::bfloat16: return reinterpret_cast<const std::uint16_t*>(w.block(tile, begin));
         case Codes::float16: unpack_half(w, tile, begin, end, scratch); break;
+        case Codes::six: unpack<Codes::six>(w, tile, begin, end, scratch); break;
         case Codes::byte: unpack<Codes::byte>(w, tile, begin, end, scratch); break;
         case Codes::nibble_table: unpack<Codes::nibble_table>(w, tile, begin, end, scratch); break;
         default: unpack<Codes::nibble>(w, tile, begin, end, scratch);

@@ -10,6 +10,7 @@ namespace {
 typedef float Floats __attribute__((vector_size(16)));
 typedef std::uint32_t Words __attribute__((vector_size(16)));
 typedef uint8_t Bytes __attribute__((vector_size(4)));
+typedef std::int8_t Steps __attribute__((vector_size(4)));
 
 std::uint16_t to_half(float v) {
     std::uint32_t bits;
@@ -58,6 +59,11 @@ struct Generic {
         std::memcpy(&bytes, p, sizeof bytes);
         return __builtin_convertvector(bytes, F);
     }
+    static F load_steps(const void* p) {
+        Steps bytes;
+        std::memcpy(&bytes, p, sizeof bytes);
+        return __builtin_convertvector(bytes, F);
+    }
     static F load(const void* p, ScaleType type) {
         const int size = type == ScaleType::float32 ? 4 : 2;
         F v{};
@@ -97,11 +103,18 @@ struct Generic {
     }
     template <Codes C>
     static Words chunk(const uint8_t* block, int j) {
-        return C == Codes::byte ? chunk_words(block, j) : chunk_words(block, j % 4) >> (j / 4 * 4);
+        if (C == Codes::byte) return chunk_words(block, j);
+        if (C != Codes::six) return chunk_words(block, j % 4) >> (j / 4 * 4);
+        const uint8_t* const half = block + j / 4 * 192;
+        if (j % 4 < 3) return chunk_words(half, j % 4) & 0x3f3f3f3fu;
+        return (chunk_words(half, 0) >> 2 & 0x30303030u) |
+               (chunk_words(half, 1) >> 4 & 0x0c0c0c0cu) |
+               (chunk_words(half, 2) >> 6 & 0x03030303u);
     }
     template <Codes C>
     static F code(const TileView& w, Words chunk, int byte) {
-        const Words codes = chunk >> (8 * byte) & (C == Codes::byte ? 255u : 15u);
+        const Words codes =
+            chunk >> (8 * byte) & (C == Codes::byte || C == Codes::six ? 255u : 15u);
         if (C != Codes::nibble_table) return __builtin_convertvector(codes, F);
         F v{};
         for (int i = 0; i < lanes; ++i) v[i] = w.values[codes[i]];

@@ -13,23 +13,16 @@ namespace {
 
 // The parameters of the next group, as 16 scales, then 16 minimums. Read by type and scheme beside every
 // block for every step of rows they took a third of its time (benchmarks/results/decoder.md).
-template <class V, Codes C, Params P>
-SHALLOW_INLINE void widen_params_of(Stream<V, C>& stream, float* out) {
-    typename V::F scale[kParts<V>], min[kParts<V>];
-    stream.template next8<P>(scale, min);
-    for (int p = 0; p < kParts<V>; ++p) {
-        V::store_all(out + p * V::lanes, scale[p]);
-        V::store_all(out + kTileRows + p * V::lanes, min[p]);
-    }
-}
-
-template <class V, Codes C>
+template <class V, Codes C, bool Split>
 SHALLOW_INLINE void widen_params(Params kind, Stream<V, C>& stream, float* out) {
-    switch (kind) {
-        case Params::half: return widen_params_of<V, C, Params::half>(stream, out);
-        case Params::half_minimum: return widen_params_of<V, C, Params::half_minimum>(stream, out);
-        default: return widen_params_of<V, C, Params::any>(stream, out);
-    }
+    by_params<C, Split>(kind, [&](auto params) __attribute__((always_inline)) {
+        typename V::F scale[kParts<V>], min[kParts<V>];
+        stream.template next8<params()>(scale, min);
+        for (int p = 0; p < kParts<V>; ++p) {
+            V::store_all(out + p * V::lanes, scale[p]);
+            V::store_all(out + kTileRows + p * V::lanes, min[p]);
+        }
+    });
 }
 
 // Where the parts of a block lie that some rows of x meet.
@@ -117,11 +110,11 @@ void passing_rows(const TileView& w, const IntInput<T>& x, const Output& y, cons
     Meeting<T> here{nullptr,          x.q + first * kBlock,
                     x.scales + first, x.sums + at.panel * w.groups * panel + at.first,
                     params,           panel};
-    // Nibbles become bytes once for all steps: a tenth less for 512 rows. So do those of codebooks and
-    // halves of blocks for one step, halves in half the time.
+    // Nibbles become bytes once for all steps: a tenth less for 512 rows. So do sixes, those of codebooks
+    // and halves of blocks for one step, halves in half the time.
     constexpr bool kUnpacks =
-        C == Codes::nibble_table || (C == Codes::nibble && (Several || Split));
-    constexpr Codes kMet = kUnpacks ? Codes::byte : C;
+        C == Codes::nibble_table || C == Codes::six || (C == Codes::nibble && (Several || Split));
+    constexpr Codes kMet = C == Codes::six ? Codes::unpacked : kUnpacks ? Codes::byte : C;
     alignas(64) uint8_t bytes[kUnpacks ? kBlockBytes<kMet> : 64];
     const auto add = [&](auto begins) {
         constexpr int kBegin = begins();
@@ -148,7 +141,7 @@ void passing_rows(const TileView& w, const IntInput<T>& x, const Output& y, cons
     };
     for (int64_t b = 0, end; b < w.blocks;) {
         for (int group = 0; group < 1 + Split; ++group)
-            widen_params(kind, stream, params + group * 2 * kTileRows);
+            widen_params<V, C, Split>(kind, stream, params + group * 2 * kTileRows);
         end = Split ? b + 1 : std::min(b + w.group_blocks, w.blocks);
         add(std::integral_constant<int, 1 + Split>());
         while (++b < end) add(std::integral_constant<int, 0>());

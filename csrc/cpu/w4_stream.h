@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/w4_input.h"
 
@@ -24,17 +25,44 @@ constexpr int kParts = kTileRows / V::lanes;  // vectors a tile's 16 rows take
 
 // Of a block of codes.
 template <Codes C>
-constexpr int kBlockBytes = C == Codes::byte || C == Codes::unpacked ? 512 : 256;
+constexpr int kBlockBytes = C == Codes::byte || C == Codes::unpacked ? 512
+                            : C == Codes::six                        ? 384
+                                                                     : 256;
 
 // What a kernel knows of a group's parameters before it meets them: to ask their kind of every group
 // took a lone row up to a tenth of its time.
-enum class Params { any, half, half_minimum };  // float16: scales alone, with minimums
+enum class Params {
+    any,
+    half,
+    half_minimum,
+    kquant,
+    stepped
+};  // float16: scales alone, with minimums
 
 inline Params params_of(const TileView& w) {
+    if (w.scheme == w4::Scheme::kquant) return Params::kquant;
+    if (w.scheme == w4::Scheme::stepped) return Params::stepped;
     if (w.scale_type != ScaleType::float16) return Params::any;
     if (w.scheme == w4::Scheme::minimum) return Params::half_minimum;
     return w.scheme == w4::Scheme::symmetric || w.scheme == w4::Scheme::codebook ? Params::half
                                                                                  : Params::any;
+}
+
+// Is a minimum the same multiple of each scale?
+template <Params P>
+constexpr bool minimum_of_scale = P == Params::half || P == Params::stepped;
+
+// call() with that kind as a constant, if codes have it; Split: group 16.
+template <Codes C, bool Split, class Call>
+SHALLOW_INLINE void by_params(Params kind, const Call& call) {
+    constexpr bool kSupers = C == Codes::six || (C == Codes::nibble && !Split);
+    constexpr Params kSuper = Split ? Params::stepped : Params::kquant;
+    if (kind == Params::half) return call(std::integral_constant<Params, Params::half>());
+    if (kind == Params::half_minimum)
+        return call(std::integral_constant<Params, Params::half_minimum>());
+    if constexpr (kSupers)
+        if (kind == kSuper) return call(std::integral_constant<Params, kSuper>());
+    call(std::integral_constant<Params, Params::any>());
 }
 
 // The group's scale and min for the tile's rows from `lane` on: value = scale * code + min.
@@ -48,18 +76,23 @@ SHALLOW_INLINE void load_params(const TileView& w, const uint8_t* record,
         min = V::load(record + 64 + lane * 4, ScaleType::float32);
         return;
     }
+    if (P == Params::kquant || (P == Params::any && w.scheme == Scheme::kquant)) {
+        scale = V::mul(V::load_half(super + lane), V::load_bytes(record + lane));
+        min = V::mul(V::load_half(super + 16 + lane), V::load_bytes(record + 16 + lane));
+        min = V::mul(min, V::set(-1.0f));
+        return;
+    }
+    if (P == Params::stepped || (P == Params::any && w.scheme == Scheme::stepped)) {
+        scale = V::mul(V::load_half(super + lane), V::load_steps(record + lane));
+        min = V::mul(scale, V::set(-w.center));
+        return;
+    }
     if constexpr (P != Params::any) {
         scale = V::load_half(record + lane * 2);
         if constexpr (P == Params::half_minimum)
             min = V::load_half(record + 32 + lane * 2);
         else
             min = C == Codes::nibble_table ? V::set(0.0f) : V::mul(scale, V::set(-w.center));
-        return;
-    }
-    if (w.scheme == Scheme::kquant) {
-        scale = V::mul(V::load_half(super + lane), V::load_bytes(record + lane));
-        min = V::mul(V::load_half(super + 16 + lane), V::load_bytes(record + 16 + lane));
-        min = V::mul(min, V::set(-1.0f));
         return;
     }
     const int size = w.scale_type == ScaleType::float32 ? 4 : 2;
@@ -117,7 +150,13 @@ public:
     // The group's parameters.
     template <Params P = Params::any>
     SHALLOW_INLINE void params(typename V::F* scale, typename V::F* min, Behind by = {}) const {
-        const std::uint16_t* const super = super_ + by.tiles * supers() + (group_ - 1) / 8 * 32;
+        const std::uint16_t* super = nullptr;
+        if constexpr (P == Params::kquant)
+            super = super_ + by.tiles * supers() + (group_ - 1) / 8 * 32;
+        else if constexpr (P == Params::stepped)
+            super = super_ + by.tiles * supers() + (group_ - 1) / 16 * 16;
+        else if (P == Params::any && w_.supers)
+            super = super_ + by.tiles * supers() + (group_ - 1) / w_.super_groups * w_.super_halves;
         for (int p = 0; p < kParts<V>; ++p)
             load_params<V, C, P>(w_, record_ + by.bytes, super, p * V::lanes, scale[p], min[p]);
     }
@@ -153,7 +192,9 @@ private:
     const uint8_t *next_, *at_, *record_ = nullptr;
     const std::uint16_t* super_;
 
-    SHALLOW_INLINE int64_t supers() const { return (w_.blocks + 7) / 8 * 32; }  // of a tile
+    SHALLOW_INLINE int64_t supers() const {  // of a tile
+        return (w_.blocks + 7) / 8 * w_.super_halves;
+    }
 };
 
 // Asks for the lines of codes that follow the block's so many bytes on: into L1, or, twice, into L2

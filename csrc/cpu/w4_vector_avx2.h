@@ -37,6 +37,10 @@ struct Avx2 {
         const __m128i bytes = _mm_loadl_epi64(static_cast<const __m128i*>(p));
         return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
     }
+    static F load_steps(const void* p) {
+        const __m128i bytes = _mm_loadl_epi64(static_cast<const __m128i*>(p));
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+    }
     static F load(const void* p, ScaleType type) {
         if (type == ScaleType::float32) return _mm256_loadu_ps(static_cast<const float*>(p));
         const __m128i bits = load_16_bytes(p);
@@ -90,6 +94,7 @@ struct Avx2 {
     static __m256i codes(const uint8_t* block, int half, int j, int p) {
         if constexpr (C == Codes::byte || C == Codes::unpacked)
             return load_32_bytes(block + 64 * (4 * half + j) + 32 * p);
+        if constexpr (C == Codes::six) return six(block + 192 * half + 32 * p, j);
         const __m256i both = load_32_bytes(block + 64 * j + 32 * p);
         return nibble(half ? _mm256_srli_epi16(both, 4) : both);
     }
@@ -105,6 +110,17 @@ struct Avx2 {
             for (int half = First; half < Last; ++half) code[half] = codes<C>(block, half, j, p);
         }
     }
+    // Chunk j of the four of half a block of sixes.
+    static __m256i six(const uint8_t* half, int j) {
+        const auto bits = [](__m256i bytes, char which) {
+            return _mm256_and_si256(bytes, _mm256_set1_epi8(which));
+        };
+        if (j < 3) return bits(load_32_bytes(half + 64 * j), 63);
+        const __m256i a = bits(_mm256_srli_epi16(load_32_bytes(half), 2), 48);
+        const __m256i b = bits(_mm256_srli_epi16(load_32_bytes(half + 64), 4), 12);
+        const __m256i c = bits(_mm256_srli_epi16(load_32_bytes(half + 128), 6), 3);
+        return _mm256_or_si256(_mm256_or_si256(a, b), c);
+    }
     static __m256i nibble(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
 
     // For the compiler, which otherwise keeps what two calls load alike, and sums as a tree: more than
@@ -115,7 +131,7 @@ struct Avx2 {
     }
     static void in_this_order(__m256i& sum) { asm("" : : "x"(sum)); }
 
-    // A block of nibbles as bytes, of a codebook's as those that they stand for.
+    // A block of nibbles or sixes as bytes, of a codebook's as those that they stand for.
     template <Codes C>
     static void unpack(const TileView& w, const uint8_t* block, uint8_t* bytes) {
         const __m256i table = _mm256_broadcastsi128_si256(load_16_bytes(w.values8));
@@ -135,6 +151,8 @@ struct Avx2 {
     SHALLOW_INLINE static void dots(const TileView&, const uint8_t* block, const int8_t* q,
                                     F (&out)[P][R]) {
         load_anew(block, q);
+        if constexpr (C == Codes::six || C == Codes::unpacked)
+            return dots_of_sixes<C, First, Last>(block, q, out);
         __m256i pairs[P][R];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
@@ -158,6 +176,32 @@ struct Avx2 {
             for (int p = 0; p < P; ++p)
                 out[p][i] =
                     _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs[p][i], _mm256_set1_epi16(1)));
+    }
+    // The same of sixes, or the bytes that unpack() made of them: two chunks reach 4 * 63 * 127 = 32004.
+    template <Codes C, int First, int Last, int P, int R>
+    SHALLOW_INLINE static void dots_of_sixes(const uint8_t* block, const int8_t* q,
+                                             F (&out)[P][R]) {
+        __m256i sums[P][R];
+#pragma GCC unroll 4
+        for (int j = 4 * First; j < 4 * Last; j += 2) {
+            __m256i code[P][2];
+            for (int p = 0; p < P; ++p)
+                for (int i = 0; i < 2; ++i) code[p][i] = codes<C>(block, j / 4, j % 4 + i, p);
+#pragma GCC unroll 8
+            for (int i = 0; i < R; ++i) {
+                const int8_t* const at = q + i * kBlock + 4 * (j - 4 * First);
+                const __m256i x = word(at), other = word(at + 4);
+                for (int p = 0; p < P; ++p) {
+                    const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(code[p][0], x),
+                                                           _mm256_maddubs_epi16(code[p][1], other));
+                    const __m256i more = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+                    sums[p][i] = j == 4 * First ? more : _mm256_add_epi32(sums[p][i], more);
+                    in_this_order(sums[p][i]);
+                }
+            }
+        }
+        for (int i = 0; i < R; ++i)
+            for (int p = 0; p < P; ++p) out[p][i] = _mm256_cvtepi32_ps(sums[p][i]);
     }
     // The same of bytes, or of a codebook's, and x in 16 bits: two steps of products for one of nibbles,
     // whose sums fit, and x needs no second plane. Four bits of a byte at a time, and before that its
@@ -206,7 +250,7 @@ struct Avx2 {
     // Chunk j of a block's eight, the code of column 4 j + byte at bit 8 * byte.
     template <Codes C>
     static __m256i chunk(const uint8_t* block, int j) {
-        if (C == Codes::byte) return load_32_bytes(block + 64 * j);
+        if (C == Codes::byte || C == Codes::six) return codes<C>(block, j / 4, j % 4, 0);
         const __m256i both = load_32_bytes(block + 64 * (j % 4));
         return j < 4 ? both : _mm256_srli_epi32(both, 4);
     }
@@ -218,7 +262,7 @@ struct Avx2 {
             const F high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(w.values + 8), shifted);
             return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(shifted, 28)));
         }
-        const __m256i mask = _mm256_set1_epi32(C == Codes::byte ? 255 : 15);
+        const __m256i mask = _mm256_set1_epi32(C == Codes::nibble ? 15 : 255);
         return _mm256_cvtepi32_ps(_mm256_and_si256(shifted, mask));
     }
 

@@ -34,6 +34,10 @@ struct Avx512 {
         const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(p));
         return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
     }
+    static F load_steps(const void* p) {
+        const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(p));
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+    }
     static F load(const void* p, ScaleType type) {
         if (type == ScaleType::float16) return load_half(p);
         if (type == ScaleType::bfloat16) return load_bfloat(p);
@@ -89,6 +93,10 @@ struct Avx512 {
                     chunk = _mm512_loadu_si512(block + 64 * (4 * half + j));
                     continue;
                 }
+                if constexpr (C == Codes::six) {
+                    chunk = six(block + 192 * half, j);
+                    continue;
+                }
                 chunk = _mm512_loadu_si512(block + 64 * j);
                 if (half && !kRaised) chunk = _mm512_srli_epi16(chunk, 4);
                 chunk = _mm512_and_si512(chunk, half && kRaised ? high : low);
@@ -99,6 +107,19 @@ struct Avx512 {
                 }
             }
         return out;
+    }
+
+    // Chunk j of the four of half a block of sixes.
+    static __m512i six(const uint8_t* half, int j) {
+        const __m512i low = _mm512_set1_epi8(63);
+        if (j < 3) return _mm512_and_si512(_mm512_loadu_si512(half + 64 * j), low);
+        constexpr int kChoose = 0xca;  // by the first operand's bits the second's, else the third's
+        const __m512i a = _mm512_srli_epi16(_mm512_loadu_si512(half), 2);
+        const __m512i b = _mm512_srli_epi16(_mm512_loadu_si512(half + 64), 4);
+        const __m512i c = _mm512_srli_epi16(_mm512_loadu_si512(half + 128), 6);
+        const __m512i ab = _mm512_ternarylogic_epi32(_mm512_set1_epi8(48), a, b, kChoose);
+        return _mm512_and_si512(_mm512_ternarylogic_epi32(_mm512_set1_epi8(60), ab, c, kChoose),
+                                low);
     }
 
     // In assembly for two instructions a product that the compiler adds: a broadcast, and a copy
@@ -133,13 +154,14 @@ struct Avx512 {
     template <Codes C>
     static __m512i chunk(const uint8_t* block, int j) {
         if (C == Codes::byte) return _mm512_loadu_si512(block + 64 * j);
+        if (C == Codes::six) return six(block + j / 4 * 192, j % 4);
         const __m512i both = _mm512_loadu_si512(block + 64 * (j % 4));
         return j < 4 ? both : _mm512_srli_epi32(both, 4);
     }
     template <Codes C>
     static F code(const TileView& w, __m512i chunk, int byte) {
         const __m512i shifted = _mm512_srli_epi32(chunk, 8 * byte);
-        if (C == Codes::byte)
+        if (C == Codes::byte || C == Codes::six)
             return _mm512_cvtepi32_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(255)));
         return _mm512_permutexvar_ps(shifted, _mm512_loadu_ps(w.values));  // uses 4 bits
     }

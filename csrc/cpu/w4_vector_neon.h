@@ -31,6 +31,12 @@ struct Neon {
         const uint16x8_t words = vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(bytes)));
         return vcvtq_f32_u32(vmovl_u16(vget_low_u16(words)));
     }
+    static F load_steps(const void* p) {
+        std::int32_t bytes;
+        std::memcpy(&bytes, p, sizeof bytes);
+        const int16x8_t words = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(bytes)));
+        return vcvtq_f32_s32(vmovl_s16(vget_low_s16(words)));
+    }
     static F load_half(const void* p) {
         float16x4_t halves;
         std::memcpy(&halves, p, sizeof halves);
@@ -79,6 +85,12 @@ struct Neon {
     template <Codes C>
     static uint8x16_t bytes_of(const uint8_t* block, int j) {
         if constexpr (C == Codes::byte) return vld1q_u8(block + 64 * j);
+        if constexpr (C == Codes::six) {
+            const uint8_t* const half = block + j / 4 * 192;
+            if (j % 4 < 3) return vandq_u8(vld1q_u8(half + j % 4 * 64), vdupq_n_u8(63));
+            const uint8x16_t top = vsriq_n_u8(vld1q_u8(half), vld1q_u8(half + 64), 2);
+            return vshrq_n_u8(vsriq_n_u8(top, vld1q_u8(half + 128), 4), 2);
+        }
         const uint8x16_t both = vld1q_u8(block + 64 * (j % 4));
         return j < 4 ? vandq_u8(both, vdupq_n_u8(15)) : vshrq_n_u8(both, 4);
     }
@@ -107,14 +119,14 @@ struct Neon {
         }
         return vcvtq_f32_s32(sum);
     }
-    // Nibbles are signed bytes too; other codes, 0..255, are taken as 128 less where no instruction
+    // Nibbles and sixes are signed bytes too; other codes, 0..255, are taken as 128 less where no instruction
     // multiplies them by signed bytes, and 128 x is added as two times 64 x.
     template <Codes C>
     static int32x4_t add_products(int32x4_t sum, uint8x16_t codes, int8x16_t x) {
 #if defined(__ARM_FEATURE_MATMUL_INT8)
         if constexpr (B == Bytes::i8mm) return vusdotq_s32(sum, codes, x);
 #endif
-        if constexpr (C == Codes::nibble)
+        if constexpr (C == Codes::nibble || C == Codes::six)
             return signed_products(sum, vreinterpretq_s8_u8(codes), x);
         const int8x16_t less = vreinterpretq_s8_u8(veorq_u8(codes, vdupq_n_u8(128)));
         const int8x16_t shift = vdupq_n_s8(64);

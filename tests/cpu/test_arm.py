@@ -10,6 +10,7 @@ from support.mixed import MixedCheckpoint
 
 from engine.checkpoint import open_checkpoint
 from engine.kernels import native
+from engine.kernels.w4.from_gguf import BLOCKS
 from engine.runtime.reference import ReferenceRuntime
 
 if native.error("cpu") is not None:
@@ -28,12 +29,16 @@ def program():
     return crossed.build()
 
 
-@pytest.fixture(scope="module", params=tiny.CASES)
+@pytest.fixture(scope="module", params=[*tiny.CASES, "blocks"])
 def pair(request, tmp_path_factory):
-    """(checkpoint of mixed weights, its reference runtime)."""
+    """(checkpoint of mixed weights, its reference runtime); "blocks": of every GGUF type."""
     path = tmp_path_factory.mktemp("model")
-    tiny.write(request.param, path, 0, spread=0.1)
-    checkpoint = MixedCheckpoint(open_checkpoint(path))
+    if request.param == "blocks":
+        tiny.write("llama", path, 0, **tiny.WIDE)
+        checkpoint = MixedCheckpoint(open_checkpoint(path), kinds=tuple(BLOCKS))
+    else:
+        tiny.write(request.param, path, 0, spread=0.1)
+        checkpoint = MixedCheckpoint(open_checkpoint(path))
     return checkpoint, ReferenceRuntime.load(checkpoint, checkpoint.config)
 
 

@@ -25,6 +25,7 @@ if native.error("cpu") is not None:
 
 from engine.kernels.w4.cpu import CpuWeight, isas
 from engine.kernels.w4.format import Spec
+from engine.kernels.w4.from_gguf import BLOCKS
 from engine.quantize.methods import rtn
 from engine.runtime.cpu import CpuRuntime
 
@@ -229,6 +230,21 @@ def test_plain_and_permuted_weights(tmp_path, permuted):
     reference = ReferenceRuntime.load(checkpoint, checkpoint.config)
     for mode, cache_dtype in BOUNDS:
         runtime = load(checkpoint, mode=mode, cache_dtype=cache_dtype)
+        expected, got = steps(reference, ids, 50), steps(runtime, ids, 50)
+        assert_close(mode, expected, got, BOUNDS[mode, cache_dtype])
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_matrices_of_every_gguf_type(tmp_path, isa):
+    """As in files of Q4_K_M, Q5_K_M, ..., where matrices that share an input differ in type."""
+    seed = secrets.randbits(32)
+    print(f"seed {seed}")
+    tiny.write("llama", tmp_path, seed, **tiny.WIDE)
+    checkpoint = MixedCheckpoint(open_checkpoint(tmp_path), kinds=tuple(BLOCKS))
+    ids = torch.randint(3, tiny.VOCAB, (2, LENGTH))
+    reference = ReferenceRuntime.load(checkpoint, checkpoint.config)
+    for mode, cache_dtype in BOUNDS:
+        runtime = load(checkpoint, mode=mode, cache_dtype=cache_dtype, isa=isa)
         expected, got = steps(reference, ids, 50), steps(runtime, ids, 50)
         assert_close(mode, expected, got, BOUNDS[mode, cache_dtype])
 

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from itertools import cycle
 
 import torch
+from support.gguf_blocks import scaled_blocks
 
 from engine.checkpoint import Checkpoint
+from engine.checkpoint.gguf_blocks import GgufBlocks, dequantize
 from engine.kernels.w4.format import NF4, Packed, Spec, pack_codes, unpack, validate
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,19 +23,21 @@ SPECS = (
 
 
 class MixedCheckpoint:
-    """A `Checkpoint` over another: its matrices take turns among SPECS and PLAIN dtypes."""
+    """A `Checkpoint` over another: its matrices take turns among specs, dtypes and GGUF types.
+
+    Of a GGUF type they become random blocks of their RMS, since nothing here writes every type."""
 
     def __init__(
         self,
         stored: Checkpoint,
         permuted: bool = False,
-        kinds: Sequence[Spec | torch.dtype] = (*SPECS, *PLAIN),
+        kinds: Sequence[Spec | torch.dtype | str] = (*SPECS, *PLAIN),
     ) -> None:
         self.path, self.config, self._stored = stored.path, stored.config, stored
         turns = cycle(kinds)
         matrices = [name for name in stored.names() if len(stored.shape(name)) == 2]
         self._kinds = {name: next(turns) for name in matrices}
-        self._packed: dict[str, Packed] = {}
+        self._packed: dict[str, Packed | GgufBlocks] = {}
         self._permuted = permuted
 
     def names(self):
@@ -47,16 +51,24 @@ class MixedCheckpoint:
 
     def read(self, name: str) -> torch.Tensor:
         packed, kind = self.packed(name), self._kinds.get(name)
+        if isinstance(packed, GgufBlocks):
+            return dequantize(packed)
         if packed is not None:
             return unpack(packed)
         return self._stored.read(name) if kind is None else self._stored.read(name).to(kind)
 
-    def packed(self, name: str) -> Packed | None:
+    def packed(self, name: str) -> Packed | GgufBlocks | None:
         kind = self._kinds.get(name)
-        if not isinstance(kind, Spec):
+        if not isinstance(kind, Spec | str):
             return None
         if name not in self._packed:
-            self._packed[name] = quantize(self._stored.read(name), kind, self._permuted)
+            weight = self._stored.read(name)
+            if isinstance(kind, Spec):
+                self._packed[name] = quantize(weight, kind, self._permuted)
+            else:
+                (n, k), rms = weight.shape, float(weight.float().square().mean().sqrt())
+                blocks = scaled_blocks(torch.default_generator, kind, n, k, rms)
+                self._packed[name] = GgufBlocks(kind, (n, k), blocks)
         return self._packed[name]
 
     def forget(self) -> None:

@@ -23,6 +23,14 @@ _SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+# Overrides for matrices of whole K-quant blocks, 256 columns; weights as wide for as many as 0.1 is
+# for 48.
+WIDE = {
+    "spread": 0.043,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 8,
+}
 _LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
