@@ -11,6 +11,7 @@ constexpr std::int64_t kTilesBytes = 512 << 10;  // of L2 for tiles that rows me
 constexpr std::int64_t kMostTogether = 4;        // more was slower (benchmarks/results/decoder.md)
 constexpr std::int64_t kSumsBytes = 512 << 10;   // of L2 for sums that wait for the next columns
 constexpr std::int64_t kLeastRows = 64, kMostRows = 512;  // at once
+constexpr std::int64_t kLongShare = 1 << 20;              // bytes that a thread streams
 
 // An odd number of KiB: panels a power of two apart would share few cache sets.
 std::int64_t bfloat_stride(std::int64_t blocks) { return (blocks | 1) * kBlock * kPanelRows; }
@@ -157,6 +158,15 @@ std::int64_t rows_at_once(const TileView& w, Path path) {
 int useful_threads(const TileView& w, std::int64_t m, int threads) {
     const std::int64_t work = w.tiles * w.tile_bytes * w4::ceil_div(m, 4);
     return static_cast<int>(std::clamp<std::int64_t>(work / kThreadBytes, 1, threads));
+}
+
+// Of a few rows by all of it one thread waited where others slow the other down, by none of it AMX was
+// 6 % slower. A lone row is done with a short share too soon for more claims; with a long one where
+// nobody disturbs it more than one sixteenth left costs 1-2 % (benchmarks/results/decoder.md).
+std::int64_t first_sixteenths(std::int64_t m, std::int64_t share_bytes) {
+    if (m >= kManyRows) return 0;
+    if (m > 1) return 14;
+    return share_bytes < kLongShare ? 16 : 15;
 }
 
 Rows gather(const Rows& x, const std::int32_t* perm, void* to) {

@@ -7,18 +7,6 @@ namespace {
 // claims (benchmarks/results/decoder.md); fewer rows take these, which streams divide.
 constexpr std::int64_t kNearBytes = 16 << 10;
 
-constexpr std::int64_t kLongShare = 1 << 20;  // bytes that a thread streams
-
-// What each thread takes at once, in sixteenths of its fair share. Of a few rows by all of it one waited
-// where others slow the other down, by none of it AMX was 6 % slower. A lone row is done with a short
-// share too soon for more claims; with a long one where nobody disturbs it more than one sixteenth
-// left costs 1-2 % (benchmarks/results/decoder.md).
-std::int64_t first_sixteenths(std::int64_t m, std::int64_t share_bytes) {
-    if (m >= kManyRows) return 0;
-    if (m > 1) return 14;
-    return share_bytes < kLongShare ? 16 : 15;
-}
-
 // after(begin, end) follows each piece of tiles, a multiple of `unit` or the last; of a few rows
 // while the first-level cache holds the outputs.
 template <class After>
