@@ -30,14 +30,8 @@ constexpr int kBlockBytes = C == Codes::byte || C == Codes::unpacked ? 512
                                                                      : 256;
 
 // What a kernel knows of a group's parameters before it meets them: to ask their kind of every group
-// took a lone row up to a tenth of its time.
-enum class Params {
-    any,
-    half,
-    half_minimum,
-    kquant,
-    stepped
-};  // float16: scales alone, with minimums
+// took a lone row up to a tenth of its time. half: float16 scales alone; half_minimum: and minimums.
+enum class Params { any, half, half_minimum, kquant, stepped };
 
 inline Params params_of(const TileView& w) {
     if (w.scheme == w4::Scheme::kquant) return Params::kquant;

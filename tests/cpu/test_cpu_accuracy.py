@@ -75,18 +75,28 @@ def perplexity_by(rows: int, model, windows: torch.Tensor) -> float:
 
 
 @pytest.mark.slow
-def test_perplexity_beside_llama_cpp(models, peer_python):
+@pytest.mark.parametrize(
+    ("kind", "count"), [(None, None), ("Q4_K_M", 8), ("Q5_K_M", 8), ("Q6_K", 8)]
+)
+def test_perplexity_beside_llama_cpp(models, tmp_path, peer_python, kind, count):
+    """In the bits of its own file, on all of the text, and of files that llama.cpp's quantizer
+    makes of it."""
     model = models["int8, float16"]
-    windows = cut_windows(model.text, heldout_text(), WINDOW, None, False, WINDOW)
-    work = work_of("llama.cpp", model, 1, WINDOW)
+    windows = cut_windows(model.text, heldout_text(), WINDOW, count, False, WINDOW)
     python = peer_python("llama.cpp")
     try:
-        with Peer("llama.cpp", python, work) as peer:
+        if kind is not None:
+            path = tmp_path / f"{kind}.gguf"
+            with Peer("llama.cpp", python, work_of("llama.cpp", model, 1, WINDOW)) as peer:
+                peer.quantize(path, kind)
+            model = load(path, backend="cpu")
+        with Peer("llama.cpp", python, work_of("llama.cpp", model, 1, WINDOW)) as peer:
             nll = sum(peer.nll(window) for window in windows.tolist()) / (windows[:, 1:].numel())
     except PeerMissing as missing:
         pytest.skip(f"{missing}, or --peer-python llama.cpp=PATH")
     theirs = torch.tensor(nll).exp()
-    ours = evaluate(model.runtime, model.text, heldout_text(), window=WINDOW).perplexity
+    text = heldout_text()
+    ours = evaluate(model.runtime, model.text, text, window=WINDOW, count=count).perplexity
     print(f"ours {ours:.4f}, llama.cpp's {theirs:.4f}")
     assert abs(ours / theirs - 1) < 0.01
 
