@@ -17,7 +17,7 @@ using std::uint8_t;
 
 // What a tile keeps of 32 weights of a row.
 struct Part {
-    uint8_t codes[32];     // nibbles: the first 16, columns 0..15 low and 16..31 high
+    uint8_t codes[32];     // a byte each; nibbles: the first 16, columns 0..15 low and 16..31 high
     uint8_t scales[2][2];  // float16 or a byte; the second for groups of 16
     uint8_t minimum[2];    // of the same type
 };
