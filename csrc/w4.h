@@ -22,6 +22,11 @@ constexpr std::int64_t kSuper = 256;         // weights under one pair of kquant
 enum class Scheme : std::int32_t { symmetric, zero, minimum, codebook, kquant, stepped };
 enum class ScaleType : std::int32_t { float16, bfloat16, float32 };
 
+// Whether scales are steps of a float16 that 256 weights share.
+constexpr bool has_supers(Scheme scheme) {
+    return scheme == Scheme::kquant || scheme == Scheme::stepped;
+}
+
 W4_HD inline float bits_to_float(std::uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);

@@ -21,42 +21,71 @@ constexpr int kRowGroup = 6;  // rows that meet a key or value while it is in re
 // Of fewer than these, four vectors of keys or values meet all in registers at once: of three rows
 // twelve sums, which two units that take four cycles each need eight of to be busy.
 constexpr int kNarrow = 4;
-// Bytes from what is read to what is fetched into L1; of whole pages so many on Zen 5.
-constexpr int64_t kNear = 1024, kNearOfPages = 8192;
 constexpr int64_t kPageStripes = kPage / kStripe;
+constexpr int64_t kLine = 64;    // bytes of a cache line
+constexpr int64_t kNear = 1024;  // page_bytes_ahead() where a page is not whole
 
-// What a thread reads next, one kv head of a page, to be fetched meanwhile: a line of each of its
-// stripes in turn, since so many streams come faster than one (benchmarks/results/decoder.md).
+// What a thread reads next, one kv head of a page, to be fetched into L2 meanwhile: a line of each of
+// six streams in turn, since so many come faster than one (benchmarks/results/decoder.md).
 class Ahead {
 public:
-    explicit Ahead(int64_t near = kNear) : near(near) {}
+    static constexpr int kStreams = 6;
 
-    void add(const void* stripe) { stripes_[count_++] = static_cast<const char*>(stripe); }
-    int count() const { return count_; }
+    explicit Ahead(int64_t near) : near(near) {}
 
-    // The next `step` bytes, at most a line.
-    const char* next(int64_t step) {
-        const char* const found = stripes_[stripe_] + at_;
-        if (++stripe_ == count_) stripe_ = 0, at_ += step;
-        return found;
+    // `bytes` from `from` on, as the next `streams` of the streams, three or six.
+    void add(const void* from, int64_t bytes, int streams) {
+        int64_t length = (bytes - 1) / (streams * kLine) + 1;
+        // Streams a multiple of 4 KiB apart lie in the same sets of L1, and a Zen 4 takes half as
+        // long again for them.
+        if (length % 64 == 0) ++length;
+        length *= kLine;
+        for (int i = 0; i < streams; ++i, ++count_) {
+            starts_[count_] = static_cast<const char*>(from) + i * length;
+            ends_[count_ / kHalf] = length;
+        }
+    }
+
+    // The next line of each stream that has one; returns whether any had.
+    bool turn() {
+        bool any = false;
+        for (int half = 0; half < kStreams; half += kHalf) {
+            if (at_ >= ends_[half / kHalf]) continue;
+            for (int i = 0; i < kHalf; ++i) __builtin_prefetch(starts_[half + i] + at_, 0, 2);
+            any = true;
+        }
+        at_ += kLine;
+        return any;
     }
 
     const int64_t near;  // bytes from what is read now to what goes into L1
 
 private:
-    const char* stripes_[2 * kPageStripes];
-    int count_ = 0, stripe_ = 0;
+    static constexpr int kHalf = kStreams / 2;
+
+    const char* starts_[kStreams];
+    int64_t ends_[2];  // bytes of each stream of a half
     int64_t at_ = 0;
+    int count_ = 0;
 };
 
-// While the first rows of a page meet it, what is read soon is asked for: what comes next into L2,
-// and what is near into L1. ahead: null where other rows have done so.
-inline void prefetch(Ahead* ahead, const void* here, int64_t bytes) {
-    if (!ahead) return;
-    for (int64_t line = 0; line < bytes; line += 64) {
-        __builtin_prefetch(ahead->next(std::min<int64_t>(bytes, 64)), 0, 2);
-        __builtin_prefetch(static_cast<const char*>(here) + ahead->near + line, 0, 3);
+// step(i) for i < n, each of which reads `bytes` bytes; between them, what comes next is fetched.
+// ahead: null where other rows have done so.
+template <int64_t bytes, class Step>
+inline __attribute__((always_inline)) void fetching(Ahead* ahead, int64_t n, const Step& step) {
+    constexpr int64_t kSteps = Ahead::kStreams * kLine / bytes;
+    static_assert(kSteps > 0, "a turn fetches what these steps read");
+    for (int64_t i = 0; i < n;) {
+        if (ahead) ahead->turn();
+        for (const int64_t end = std::min(i + kSteps, n); i < end; ++i) step(i);
     }
+}
+
+// What is read soon after `bytes` bytes at `here`, into L1.
+inline void fetch_near(const Ahead* ahead, const void* here, int64_t bytes) {
+    if (!ahead) return;
+    for (int64_t at = 0; at < bytes; at += kLine)
+        __builtin_prefetch(static_cast<const char*>(here) + ahead->near + at, 0, 3);
 }
 
 // One kv head of one page.
@@ -74,14 +103,19 @@ struct Head {
     }
 };
 
-// The stripes of the positions of `span` in its first page.
+// The positions of `span` in its first page.
 template <class T>
-Ahead stripes_of(const KvShape& shape, const Span& span, int64_t near = kNear) {
+Ahead first_page(const KvShape& shape, const Span& span, int64_t near) {
     const Head<T> page(shape, span.pages[span.begin / kPage], span.head);
-    const int64_t count = std::min(kPageStripes, (span.end - span.begin - 1) / kStripe + 1);
+    const int64_t positions = std::min(kPage, span.end - span.begin);
+    const int64_t stripes = (positions - 1) / kStripe + 1, size = sizeof(T);
     Ahead ahead(near);
-    for (int64_t i = 0; i < count; ++i) ahead.add(page.keys + i * kStripe * shape.head_dim);
-    for (int64_t i = 0; i < count; ++i) ahead.add(page.values + i * kStripe * shape.width);
+    if (stripes == kPageStripes) {
+        ahead.add(page.keys, shape.head_bytes, Ahead::kStreams);
+    } else {
+        ahead.add(page.keys, stripes * kStripe * shape.head_dim * size, Ahead::kStreams / 2);
+        ahead.add(page.values, positions * shape.width * size, Ahead::kStreams / 2);
+    }
     return ahead;
 }
 
@@ -121,16 +155,17 @@ inline void score_part(const T* keys, int64_t head_dim, const float* const* rows
     F total[R][V];
     for (auto& row : total)
         for (F& vector : row) vector = Lanes::set(0);
-    for (int64_t e = 0; e < head_dim; ++e, key += kStripe) {
+    fetching<kStripes * kStripe * int64_t{sizeof(T)}>(ahead, head_dim, [&](int64_t e) {
         for (int i = 0; i < kStripes; ++i)
-            prefetch(ahead, key + i * kStripe * head_dim, kStripe * sizeof(T));
+            fetch_near(ahead, key + i * kStripe * head_dim, kStripe * sizeof(T));
         add_products<R, V>(
             total, [&](int r) { return Lanes::set(rows[r][e]); },
             [&](int v) {
                 const int64_t stripe = v / kVectors * kStripe * head_dim;
                 return Lanes::load(key + stripe + v % kVectors * Lanes::count);
             });
-    }
+        key += kStripe;
+    });
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -168,12 +203,13 @@ inline void weigh_part(const T* values, int64_t width, int64_t positions, const 
         for (int w = 0; w < W; ++w)
             total[r][w] = Lanes::mul(Lanes::load(sums + r * width + w * Lanes::count),
                                      Lanes::set(factors[r]));
-    for (int64_t p = 0; p < positions; ++p, values += width) {
-        prefetch(ahead, values, kBytes);
+    fetching<kBytes>(ahead, positions, [&](int64_t p) {
+        fetch_near(ahead, values, kBytes);
         add_products<R, W>(
             total, [&](int r) { return Lanes::set(shares[r * kPage + p]); },
             [&](int w) { return Lanes::load(values + w * Lanes::count); });
-    }
+        values += width;
+    });
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -342,9 +378,8 @@ void attend_to(const KvShape& shape, const Span& span, const Span& next, const Q
         const Span here{span.pages, span.head, at, span.end};
         const Span rest{span.pages, span.head, at + kPage, span.end};
         const Span& following = rest.begin < rest.end ? rest : next;
-        const int64_t near = far_into_l1() && positions == kPage ? kNearOfPages : kNear;
-        Ahead ahead =
-            stripes_of<T>(shape, following.begin < following.end ? following : here, near);
+        Ahead ahead = first_page<T>(shape, following.begin < following.end ? following : here,
+                                    positions == kPage ? page_bytes_ahead() : kNear);
         in_groups(rows, [&](auto group, int64_t row) {
             const float* some[group()];
             for (int r = 0; r < group(); ++r) some[r] = queries.row(row + r, shape.head_dim);
@@ -359,6 +394,7 @@ void attend_to(const KvShape& shape, const Span& span, const Span& next, const Q
             weigh<T, group()>(page.values, width, positions, scores + row * kPage, factors + row,
                               row ? nullptr : &ahead, sums + row * width);
         });
+        while (ahead.turn()) continue;  // a shorter page leaves some
     }
     write(shape, queries, softmax, sums, to);
 }
@@ -375,9 +411,8 @@ void attend(const KvShape& shape, const Span& span, const Span& next, const Quer
 
 template <class T>
 void fetch_as(const KvShape& shape, const Span& span) {
-    Ahead ahead = stripes_of<T>(shape, span);
-    const int64_t lines = (kStripe * shape.width * int64_t{sizeof(T)} - 1) / 64 + 1;
-    for (int64_t i = 0; i < ahead.count() * lines; ++i) __builtin_prefetch(ahead.next(64), 0, 2);
+    Ahead ahead = first_page<T>(shape, span, kNear);
+    while (ahead.turn()) continue;
 }
 
 void fetch(const KvShape& shape, const Span& span) {

@@ -115,6 +115,14 @@ int bytes_ahead(bool twice) {
 
 bool far_into_l1() { return core() == Core::zen5; }
 
+int page_bytes_ahead() {
+    switch (core()) {
+        case Core::zen4: return 4096;
+        case Core::zen5: return 8192;
+        default: return 1024;
+    }
+}
+
 int long_streams(std::int64_t rows) {
     switch (core()) {
         case Core::zen4: return rows == 1 ? 2 : 1;

@@ -30,6 +30,10 @@ int bytes_ahead(bool twice);
 // more (benchmarks/results/decoder.md).
 bool far_into_l1();
 
+// Of whole pages of keys and values, from what is read to what is fetched into L1; what comes next is
+// fetched into L2 beside it (Ahead of attention_kernel.h).
+int page_bytes_ahead();
+
 // Streams in which a core reads the weights of so many rows (benchmarks/results/decoder.md).
 int long_streams(std::int64_t rows);
 

@@ -177,14 +177,10 @@ struct Q6_K {
     }
 };
 
-template <class Type>
-constexpr bool has_supers =
-    Type::scheme == w4::Scheme::kquant || Type::scheme == w4::Scheme::stepped;
-
 // One part into its place in the tiles.
 template <class Type>
 void write(const TileView& w, int64_t row, int64_t block, const Part& part) {
-    constexpr int64_t element = has_supers<Type> ? 1 : 2;
+    constexpr int64_t element = w4::has_supers(Type::scheme) ? 1 : 2;
     const int64_t tile = row / kTileRows, lane = row % kTileRows;
     auto* const codes = const_cast<uint8_t*>(w.block(tile, block)) + lane * 4;
     uint8_t sixes[24];
@@ -211,7 +207,7 @@ bool copy(const TileView& w, int64_t row, int64_t b, const uint8_t* block) {
         all &= Type::read(block, i, part);
         write<Type>(w, row, b * parts + i, part);
     }
-    if constexpr (has_supers<Type>) {
+    if constexpr (w4::has_supers(Type::scheme)) {
         auto* const super = const_cast<uint16_t*>(w.supers) +
                             (row / kTileRows * w4::ceil_div(w.blocks, parts) + b) * w.super_halves +
                             row % kTileRows;

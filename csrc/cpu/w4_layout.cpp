@@ -18,12 +18,8 @@ using std::uint8_t;
 constexpr int64_t kChunk = 64;                        // bytes
 constexpr std::uint64_t kMagic = 0x34574c4c41485303;  // changes with the layout
 
-bool has_supers(w4::Scheme scheme) {
-    return scheme == w4::Scheme::kquant || scheme == w4::Scheme::stepped;
-}
-
 int64_t scale_bytes(const w4::Matrix& matrix) {
-    if (has_supers(matrix.scheme)) return 1;
+    if (w4::has_supers(matrix.scheme)) return 1;
     return matrix.scale_type == ScaleType::float32 ? 4 : 2;
 }
 
@@ -154,7 +150,7 @@ float element(const void* array, int64_t i, ScaleType type) {
 float value(const TileView& w, int64_t tile, int64_t group, int lane, int code) {
     const uint8_t* const record = w.record(tile, group);
     const auto c = static_cast<float>(code);
-    if (has_supers(w.scheme)) {
+    if (w4::has_supers(w.scheme)) {
         const std::uint16_t* const super =
             w.supers + (tile * ((w.blocks + 7) / 8) + group / w.super_groups) * w.super_halves;
         const bool stepped = w.scheme == w4::Scheme::stepped;
@@ -206,7 +202,7 @@ std::size_t TiledMatrix::place(bool permuted) {
     v.set_runs();
     v.data = cutter.cut<uint8_t>(v.tiles * v.tile_bytes);
     v.supers =
-        has_supers(v.scheme)
+        w4::has_supers(v.scheme)
             ? cutter.cut<std::uint16_t>(v.tiles * w4::ceil_div(v.k, w4::kSuper) * v.super_halves)
             : nullptr;
     perm_ = permuted ? cutter.cut<std::int32_t>(v.k) : nullptr;
