@@ -31,7 +31,7 @@ int bytes_ahead(bool twice);
 bool far_into_l1();
 
 // Of whole pages of keys and values, from what is read to what is fetched into L1; what comes next is
-// fetched into L2 beside it (Ahead of attention_kernel.h).
+// fetched into L2 beside it (Ahead of attention_ahead.h).
 int page_bytes_ahead();
 
 // Streams in which a core reads the weights of so many rows (benchmarks/results/decoder.md).

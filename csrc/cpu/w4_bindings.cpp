@@ -67,12 +67,12 @@ TiledMatrix borrow(std::int64_t n, std::int64_t k, std::int32_t bits, std::int32
         const Borrowed span(tensor, what);
         return wanted ? span.need(dtype, count) : span.of(dtype, count);
     };
-    const bool kquant = matrix.scheme == w4::Scheme::kquant;
-    const std::int64_t count = w4::ceil_div(n, kTileRows);
+    const std::int64_t count = w4::ceil_div(n, kTileRows), width = w4::ceil_div(k, w4::kSuper);
+    const std::int64_t halves = matrix.scheme == w4::Scheme::kquant ? 2 * kTileRows : kTileRows;
     matrix.codebook = static_cast<const float*>(
         needed(codebook, "codebook", matrix.scheme == w4::Scheme::codebook, "float32", 16));
-    matrix.supers = static_cast<const std::uint16_t*>(needed(
-        supers, "supers", kquant, "float16", count * w4::ceil_div(k, w4::kSuper) * 2 * kTileRows));
+    matrix.supers = static_cast<const std::uint16_t*>(
+        needed(supers, "supers", w4::has_supers(matrix.scheme), "float16", count * width * halves));
     matrix.perm = static_cast<const std::int32_t*>(needed(perm, "perm", false, "int32", k));
     const std::int64_t size = count * TiledMatrix(matrix, nullptr).view().tile_bytes;
     return TiledMatrix(matrix,
@@ -143,6 +143,18 @@ void bind_w4_matmul(py::module_& m) {
         release(), py::arg("type"), py::arg("n"), py::arg("k"), py::arg("blocks"),
         py::arg("codebook"), py::arg("threads"),
         "A TiledMatrix of GGUF blocks; None where a scale is NaN or Inf.");
+    m.def(
+        "fill_gguf",
+        [](const TiledMatrix& tiles, const std::string& type, const TensorTuple& blocks,
+           int threads) {
+            const std::int64_t size = std::get<1>(blocks);
+            return fill_gguf(
+                tiles, type,
+                static_cast<const std::uint8_t*>(Borrowed(blocks, "blocks").need("uint8", size)),
+                size, threads);
+        },
+        release(), py::arg("tiles"), py::arg("type"), py::arg("blocks"), py::arg("threads"),
+        "Writes the tiles of GGUF blocks; False where a scale is NaN or Inf.");
     m.def("w4_matmul", &run, release(), py::arg("x"), py::arg("m"), py::arg("x_stride"),
           py::arg("w"), py::arg("y"), py::arg("y_stride"), py::arg("bias"), py::arg("mode"),
           py::arg("isa"), py::arg("threads"),

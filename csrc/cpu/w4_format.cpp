@@ -17,6 +17,7 @@ w4::Scheme parse_scheme(const std::string& name) {
     if (name == "minimum") return w4::Scheme::minimum;
     if (name == "codebook") return w4::Scheme::codebook;
     if (name == "kquant") return w4::Scheme::kquant;
+    if (name == "stepped") return w4::Scheme::stepped;
     throw std::invalid_argument("unknown scheme '" + name + "'");
 }
 
@@ -36,6 +37,7 @@ w4::Matrix matrix(const TensorTuple& codes, const TensorTuple& scales, const Ten
                   const Tensor& perm, std::int64_t n, std::int64_t k, std::int32_t bits,
                   std::int32_t group, const std::string& scheme, const std::string& scale_dtype) {
     w4::Matrix matrix = describe_matrix(n, k, bits, group, scheme, scale_dtype);
+    if (bits == 6) throw std::invalid_argument("tiles alone have 6 bits");
     const std::int64_t groups = n * matrix.groups();
     const bool kquant = matrix.scheme == w4::Scheme::kquant;
     const std::string scale = kquant ? "uint8" : scale_dtype;
@@ -80,8 +82,8 @@ void pack(const TensorTuple& codes, std::int64_t n, std::int64_t k, int bits,
 
 w4::Matrix describe_matrix(std::int64_t n, std::int64_t k, std::int32_t bits, std::int32_t group,
                            const std::string& scheme, const std::string& scale_dtype) {
-    if (n < 1 || k < 1 || group < 0 || (bits != 4 && bits != 8))
-        throw std::invalid_argument("a packed matrix must have rows, columns and 4 or 8 bits");
+    if (n < 1 || k < 1 || group < 0 || (bits != 4 && bits != 6 && bits != 8))
+        throw std::invalid_argument("a matrix must have rows, columns and 4, 6 or 8 bits");
     w4::Matrix matrix{};
     matrix.n = n;
     matrix.k = k;
@@ -89,6 +91,10 @@ w4::Matrix describe_matrix(std::int64_t n, std::int64_t k, std::int32_t bits, st
     matrix.group = group;
     matrix.scheme = parse_scheme(scheme);
     matrix.scale_type = parse_scale_type(scale_dtype);
+    const bool of_gguf = w4::has_supers(matrix.scheme) || matrix.scheme == w4::Scheme::symmetric ||
+                         matrix.scheme == w4::Scheme::minimum;
+    if (bits == 6 ? !of_gguf : matrix.scheme == w4::Scheme::stepped)
+        throw std::invalid_argument("no matrix of " + std::to_string(bits) + " bits is " + scheme);
     return matrix;
 }
 

@@ -217,12 +217,9 @@ bool copy(const TileView& w, int64_t row, int64_t b, const uint8_t* block) {
     return all;
 }
 
+// The matrix that holds (n, k) of a type, its arrays aside.
 template <class Type>
-std::optional<TiledMatrix> tile(int64_t n, int64_t k, const uint8_t* blocks, int64_t size,
-                                const float* codebook, int threads) {
-    const int64_t in_row = k / Type::weights;
-    if (n < 1 || k < 1 || k % Type::weights || size != n * in_row * Type::bytes)
-        throw std::invalid_argument("blocks of another size");
+w4::Matrix matrix_of(int64_t n, int64_t k, const float* codebook) {
     w4::Matrix kind{};
     kind.n = n;
     kind.k = k;
@@ -231,20 +228,44 @@ std::optional<TiledMatrix> tile(int64_t n, int64_t k, const uint8_t* blocks, int
     kind.scheme = Type::scheme;
     kind.scale_type = Type::scale;
     kind.codebook = codebook;
-    TiledMatrix made(kind);
-    const TileView& w = made.view();
+    return kind;
+}
+
+template <class Type>
+void check(int64_t n, int64_t k, int64_t size) {
+    if (n < 1 || k < 1 || k % Type::weights || size != n * (k / Type::weights) * Type::bytes)
+        throw std::invalid_argument("blocks of another size");
+}
+
+// Whether all scales are finite.
+template <class Type>
+bool fill(const TileView& w, const uint8_t* blocks, int threads) {
+    const int64_t in_row = w.k / Type::weights;
     std::atomic<bool> good{true};
     parallel_for(threads, w.tiles, 4, [&](int64_t begin, int64_t end) {
         bool all = true;
         for (int64_t tile = begin; tile < end; ++tile)
             for (int64_t b = 0; b < in_row; ++b)
-                for (int64_t row = tile * kTileRows; row < std::min(n, (tile + 1) * kTileRows);
+                for (int64_t row = tile * kTileRows; row < std::min(w.n, (tile + 1) * kTileRows);
                      ++row)
                     all &= copy<Type>(w, row, b, blocks + (row * in_row + b) * Type::bytes);
         if (!all) good = false;
     });
-    if (!good) return std::nullopt;
-    return made;
+    return good;
+}
+
+template <class Call>
+auto by_type(const std::string& type, const Call& call) {
+    if (type == "Q4_0") return call(Q4_0());
+    if (type == "Q4_1") return call(Q4_1());
+    if (type == "IQ4_NL") return call(Iq4Nl());
+    if (type == "Q5_0") return call(Q5_0());
+    if (type == "Q5_1") return call(Q5_1());
+    if (type == "Q8_0") return call(Q8_0());
+    if (type == "Q4_K") return call(Q4_K());
+    if (type == "Q5_K") return call(Q5_K());
+    if (type == "Q6_K") return call(Q6_K());
+    throw std::invalid_argument("no group format for GGUF type " + type);
 }
 
 }  // namespace
@@ -252,16 +273,25 @@ std::optional<TiledMatrix> tile(int64_t n, int64_t k, const uint8_t* blocks, int
 std::optional<TiledMatrix> tile_gguf(const std::string& type, int64_t n, int64_t k,
                                      const uint8_t* blocks, int64_t size, const float* codebook,
                                      int threads) {
-    if (type == "Q4_0") return tile<Q4_0>(n, k, blocks, size, nullptr, threads);
-    if (type == "Q4_1") return tile<Q4_1>(n, k, blocks, size, nullptr, threads);
-    if (type == "IQ4_NL") return tile<Iq4Nl>(n, k, blocks, size, codebook, threads);
-    if (type == "Q5_0") return tile<Q5_0>(n, k, blocks, size, nullptr, threads);
-    if (type == "Q5_1") return tile<Q5_1>(n, k, blocks, size, nullptr, threads);
-    if (type == "Q8_0") return tile<Q8_0>(n, k, blocks, size, nullptr, threads);
-    if (type == "Q4_K") return tile<Q4_K>(n, k, blocks, size, nullptr, threads);
-    if (type == "Q5_K") return tile<Q5_K>(n, k, blocks, size, nullptr, threads);
-    if (type == "Q6_K") return tile<Q6_K>(n, k, blocks, size, nullptr, threads);
-    throw std::invalid_argument("no group format for GGUF type " + type);
+    return by_type(type, [&](auto as) -> std::optional<TiledMatrix> {
+        using Type = decltype(as);
+        check<Type>(n, k, size);
+        TiledMatrix made(matrix_of<Type>(n, k, codebook));
+        if (!fill<Type>(made.view(), blocks, threads)) return std::nullopt;
+        return made;
+    });
+}
+
+bool fill_gguf(const TiledMatrix& to, const std::string& type, const uint8_t* blocks, int64_t size,
+               int threads) {
+    return by_type(type, [&](auto as) {
+        using Type = decltype(as);
+        const TileView& w = to.view();
+        check<Type>(w.n, w.k, size);
+        if (!to.of_kind(matrix_of<Type>(w.n, w.k, nullptr)))
+            throw std::invalid_argument("tiles of another spec");
+        return fill<Type>(w, blocks, threads);
+    });
 }
 
 }  // namespace shallow

@@ -1,5 +1,5 @@
 // GGUF blocks (llama.cpp) straight into tiles, as kernels/w4/from_gguf.py defines them.
-// defines: tile_gguf
+// defines: tile_gguf fill_gguf
 #pragma once
 
 #include <cstdint>
@@ -16,5 +16,10 @@ namespace shallow {
 std::optional<TiledMatrix> tile_gguf(const std::string& type, std::int64_t n, std::int64_t k,
                                      const std::uint8_t* blocks, std::int64_t size,
                                      const float* codebook, int threads);
+
+// The same into a matrix that has been made for them. False where a scale is NaN or Inf. Throws
+// std::invalid_argument as above, and where the matrix is of another kind.
+bool fill_gguf(const TiledMatrix& to, const std::string& type, const std::uint8_t* blocks,
+               std::int64_t size, int threads);
 
 }  // namespace shallow

@@ -146,13 +146,17 @@ float element(const void* array, int64_t i, ScaleType type) {
     return type == ScaleType::float16 ? w4::half_to_float(bits) : w4::bfloat_to_float(bits);
 }
 
+// d, and dmin 16 halves on, of a tile's 16 rows.
+const std::uint16_t* super_of(const TileView& w, int64_t tile, int64_t group) {
+    return w.supers + (tile * ((w.blocks + 7) / 8) + group / w.super_groups) * w.super_halves;
+}
+
 // The weight of code `code` in group `group` of a tile's row `lane`, as w4::Matrix gives it.
 float value(const TileView& w, int64_t tile, int64_t group, int lane, int code) {
     const uint8_t* const record = w.record(tile, group);
     const auto c = static_cast<float>(code);
     if (w4::has_supers(w.scheme)) {
-        const std::uint16_t* const super =
-            w.supers + (tile * ((w.blocks + 7) / 8) + group / w.super_groups) * w.super_halves;
+        const std::uint16_t* const super = super_of(w, tile, group);
         const bool stepped = w.scheme == w4::Scheme::stepped;
         const int steps = stepped ? static_cast<std::int8_t>(record[lane]) : record[lane];
         const float step = w4::product(w4::half_to_float(super[lane]), static_cast<float>(steps));
@@ -176,6 +180,46 @@ int six_at(const uint8_t* row, int64_t i) {
     if (i < 12) return row[i / 4 * kChunk + i % 4] & 63;
     const auto top = [&](int64_t chunk) { return row[chunk * kChunk + i % 4] >> 6; };
     return top(0) << 4 | top(1) << 2 | top(2);
+}
+
+// One row of sixes as bytes, under scales and minimums that are numbers by themselves.
+void restore_six(const TileView& w, int64_t row, const w4::Matrix& to) {
+    const int64_t tile = row / kTileRows, lane = row % kTileRows;
+    const bool minimum = to.scheme == w4::Scheme::minimum;
+    const int centers = minimum ? 0 : 128 - 32;  // apart
+    auto* const codes = const_cast<uint8_t*>(to.codes) + row * to.row_bytes();
+    for (int64_t j = 0; j < w.k; ++j) {
+        const uint8_t* const half = w.block(tile, j / kBlock) + j % kBlock / 16 * 3 * kChunk;
+        codes[j] = static_cast<uint8_t>(six_at(half + lane * 4, j % 16) + centers);
+    }
+    for (int64_t g = 0; g < to.groups(); ++g) {
+        const int64_t at = row * to.groups() + g;
+        const uint8_t* const record = w.record(tile, g);
+        if (!w4::has_supers(w.scheme)) {
+            std::memcpy(static_cast<std::uint16_t*>(const_cast<void*>(to.scales)) + at,
+                        record + lane * 2, 2);
+            if (minimum)
+                std::memcpy(static_cast<std::uint16_t*>(const_cast<void*>(to.mins)) + at,
+                            record + (kTileRows + lane) * 2, 2);
+            continue;
+        }
+        const std::uint16_t* const super = super_of(w, tile, g) + lane;
+        const int steps = minimum ? record[lane] : static_cast<std::int8_t>(record[lane]);
+        static_cast<float*>(const_cast<void*>(to.scales))[at] =
+            w4::product(w4::half_to_float(super[0]), static_cast<float>(steps));
+        if (minimum)
+            static_cast<float*>(const_cast<void*>(to.mins))[at] =
+                -w4::product(w4::half_to_float(super[kTileRows]), record[kTileRows + lane]);
+    }
+}
+
+// What restore_six() is to be given.
+bool takes_sixes(const TileView& w, const w4::Matrix& to) {
+    const bool minimum = w.scheme == w4::Scheme::minimum || w.scheme == w4::Scheme::kquant;
+    return to.bits == 8 && !to.perm && to.n == w.n && to.k == w.k &&
+           to.group == (w.group_blocks ? w.group_blocks * kBlock : 16) &&
+           to.scheme == (minimum ? w4::Scheme::minimum : w4::Scheme::symmetric) &&
+           to.scale_type == (w4::has_supers(w.scheme) ? ScaleType::float32 : w.scale_type);
 }
 
 }  // namespace
@@ -302,7 +346,13 @@ void TiledMatrix::fill(const w4::Matrix& from, int threads) {
 
 void TiledMatrix::restore(const w4::Matrix& to, int threads) const {
     const TileView& v = view_;
-    if (!of_kind(to) || to.n != v.n) throw std::invalid_argument("tiles of another shape or spec");
+    const bool six = v.kind == Codes::six;
+    if (six ? !takes_sixes(v, to) : !of_kind(to) || to.n != v.n)
+        throw std::invalid_argument("tiles of another shape or spec");
+    if (six)
+        return parallel_for(threads, v.n, kTileRows, [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row) restore_six(v, row, to);
+        });
     copy_tiles<Way::restore>(to, v, threads);
     if (to.codebook) std::copy(v.values, v.values + 16, const_cast<float*>(to.codebook));
     if (to.perm) std::copy(perm_, perm_ + v.k, const_cast<std::int32_t*>(to.perm));

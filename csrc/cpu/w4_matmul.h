@@ -92,8 +92,11 @@ public:
     // Writes the tiles of the canonical arrays, of the same shape and spec.
     void fill(const w4::Matrix& from, int threads);
 
-    // Writes the canonical arrays that it was made from; `to` has their sizes and spec.
+    // Writes the canonical arrays that it was made from; `to` has their sizes and spec. Sixes become
+    // the bytes that kernels/w4/from_gguf.py makes of their blocks.
     void restore(const w4::Matrix& to, int threads) const;
+
+    bool of_kind(const w4::Matrix& matrix) const;  // in all but the rows
 
     const TileView& view() const { return view_; }
     const std::int32_t* perm() const { return perm_; }
@@ -104,8 +107,7 @@ public:
 private:
     struct Header;
 
-    void describe(const w4::Matrix& matrix);       // sets the view but for its pointers
-    bool of_kind(const w4::Matrix& matrix) const;  // in all but the rows
+    void describe(const w4::Matrix& matrix);  // sets the view but for its pointers
     void allocate(bool permuted);
     std::size_t place(bool permuted);  // sets the pointers behind the header; the bytes of it all
 

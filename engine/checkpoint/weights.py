@@ -14,6 +14,7 @@ from engine.errors import InputError
 from engine.kernels.dtypes import DTYPES, name_of
 from engine.kernels.w4.format import Packed, Spec, rows_of, unpack
 from engine.kernels.w4.from_gguf import from_blocks
+from engine.kernels.w4.tiled import Tiled
 
 Weights = dict[str, torch.Tensor]  # role ("q", "q.bias", "attn_norm") -> tensor
 Stored = GgufBlocks | Packed | torch.Tensor  # as it lies on disk
@@ -98,6 +99,14 @@ def packed_form(stored: Stored, where: str) -> Packed | torch.Tensor:
         raise InputError(str(error)) from None
 
 
+def tiled_form(blocks: GgufBlocks, where: str) -> Tiled:
+    """The same as packed directories hold them, in the bits that they have; errors as above."""
+    try:
+        return Tiled.from_blocks(blocks.type, blocks.shape, blocks.data, where)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
 def values(stored: Stored) -> torch.Tensor:
     """float32, whatever it is stored as."""
     if isinstance(stored, torch.Tensor):
@@ -111,6 +120,8 @@ def describe(stored: Stored) -> str:
         return name_of(stored.dtype)
     if isinstance(stored, GgufBlocks):
         return stored.type
+    if isinstance(stored, Tiled) and stored.gguf is not None:
+        return stored.gguf
     spec = describe_spec(stored.spec)
     return spec if stored.perm is None else f"{spec}, activation order"
 

@@ -1,9 +1,10 @@
 """Ctrl-C ends a command at any moment, with exit code 130 and without a traceback.
 
-Python raises KeyboardInterrupt wherever it happens to be, and there it can be lost: in an import, a
+Python raises KeyboardInterrupt wherever it happens to be, and there it can be lost: in a
 destructor, a callback of a library. So a thread of our own waits for the signal too, and ends the
-process where the exception has not done it within GRACE_SECONDS. What a killed run leaves, the next
-one takes up.
+process where the exception has not done it within GRACE_SECONDS. In an import it is not raised at
+all: libraries swallow it there, and their C++ may abort. What a killed run leaves, the next one
+takes up.
 """
 
 import os
@@ -64,8 +65,18 @@ def leave() -> None:
 def _stop(number: int, frame: FrameType | None) -> None:
     if not _running:
         os._exit(CODE)
+    if _imports(frame):
+        leave()
     _asked.set()
     raise KeyboardInterrupt
+
+
+def _imports(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _wait(reading: int) -> None:

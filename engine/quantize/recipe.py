@@ -10,7 +10,8 @@ import torch
 from engine.architecture.config import ModelConfig
 from engine.architecture.families import FAMILIES, check_v_bits, layer_parts, outer_tensors
 from engine.checkpoint import Checkpoint
-from engine.checkpoint.weights import Stored, describe, outer_weights, packed_form, values
+from engine.checkpoint.gguf_blocks import GgufBlocks
+from engine.checkpoint.weights import Stored, describe, outer_weights, tiled_form, values
 from engine.errors import InputError
 from engine.kernels.dtypes import DTYPES, dtype_of
 from engine.kernels.w4 import store
@@ -187,7 +188,8 @@ def _head(matrix: Stored, recipe: Recipe, where: str) -> Packed | torch.Tensor:
 
 
 def _kept(matrix: Stored, where: str) -> Packed | torch.Tensor:
-    matrix = packed_form(matrix, where)
+    if isinstance(matrix, GgufBlocks):
+        return tiled_form(matrix, where)
     if isinstance(matrix, torch.Tensor) and not matrix.isfinite().all():
         raise InputError(f"{where}: holds NaN or Inf")
     return matrix

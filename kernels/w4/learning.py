@@ -36,7 +36,8 @@ class LearningLinear(nn.Module):
 
     @property
     def packed(self) -> Packed:
-        """With what was learnt, in the spec and the bytes of what was given."""
+        """With what was learnt, in the spec and the bytes of what was given; GGUF's types that lay
+        in six bits have the eight of their spec."""
         given, dtype = self._given(), self.given.spec.scale_dtype
         learnt, offsets = self._learnt(given)
         scales = learnt.detach().to(dtype)

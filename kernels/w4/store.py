@@ -1,8 +1,9 @@
 """Packed matrices in safetensors files, in the layout that the CPU kernels read.
 
 `layer.weight` becomes `layer.weight.tiles` and, of some schemes, `.supers`, `.codebook` and
-`.perm`; the file's metadata holds, under `layer.weight`, the spec and shape as JSON. Files of
-version 1 hold the arrays of `Packed` instead, `.codes`, `.scales` and so on, and are read too.
+`.perm`; the file's metadata holds, under `layer.weight`, the spec and shape as JSON, and `gguf`,
+the type of blocks that lie there in six bits a weight. Files of version 2 have none of these, files
+of version 1 the arrays of `Packed` instead, `.codes`, `.scales` and so on; both are read too.
 """
 
 import json
@@ -11,9 +12,9 @@ from collections.abc import Callable
 import torch
 
 from engine.kernels.w4.format import Packed, Spec, expected_tensors, validate
-from engine.kernels.w4.tiled import Tiled, expected_parts
+from engine.kernels.w4.tiled import SIXES, Tiled, expected_parts
 
-VERSION = 2
+VERSION = 3
 PARTS = ("tiles", "supers", "codebook", "perm", "codes", "scales", "zeros", "mins")
 
 
@@ -26,14 +27,17 @@ def to_metadata(name: str, packed: Packed) -> dict[str, str]:
     """The metadata to store beside them."""
     perm = packed.perm is not None
     described = packed.spec.to_json() | {"shape": list(packed.shape), "perm": perm}
+    if isinstance(packed, Tiled) and packed.gguf is not None:
+        described["gguf"] = packed.gguf
     return {name: json.dumps(described)}
 
 
-def parse_metadata(name: str, described: str) -> tuple[Spec, tuple[int, int], bool]:
-    """Spec, (N, K) and whether there is a permutation; ValueError that names `name`."""
+def parse_metadata(name: str, described: str) -> tuple[Spec, tuple[int, int], bool, str | None]:
+    """Spec, (N, K), whether there is a permutation, and the GGUF type of tiles in six bits;
+    ValueError that names `name`."""
     try:
         fields = json.loads(described)
-        shape, perm = fields.pop("shape"), fields.pop("perm")
+        shape, perm, gguf = fields.pop("shape"), fields.pop("perm"), fields.pop("gguf", None)
         spec = Spec.from_json(fields)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{name}: unusable quantization metadata: {error}") from None
@@ -42,7 +46,10 @@ def parse_metadata(name: str, described: str) -> tuple[Spec, tuple[int, int], bo
         raise ValueError(f"{name}: shape must be two positive integers, found {shape!r}")
     if type(perm) is not bool:
         raise ValueError(f"{name}: perm must be true or false, found {perm!r}")
-    return spec, tuple(shape), perm
+    if gguf is not None and (type(gguf) is not str or gguf not in SIXES or perm):
+        kinds = ", ".join(SIXES)
+        raise ValueError(f"{name}: gguf must be one of {kinds}, without perm, found {gguf!r}")
+    return spec, tuple(shape), perm, gguf
 
 
 def from_tensors(
@@ -52,11 +59,11 @@ def from_tensors(
 
     Raises ValueError or TypeError where metadata and tensors disagree, and what `read` raises.
     """
-    spec, shape, perm = parse_metadata(name, described)
+    spec, shape, perm, gguf = parse_metadata(name, described)
     more = ["perm"] if perm else []
     if version == 1:
         parts = [*expected_tensors(spec, shape), *more]
         read_parts = {part: read(f"{name}.{part}") for part in parts}
         return validate(Packed(spec, shape, **read_parts), name)
-    parts = ["tiles", *expected_parts(spec, shape), *more]
-    return Tiled(spec, shape, {part: read(f"{name}.{part}") for part in parts}, name)
+    parts = ["tiles", *expected_parts(spec, shape, gguf), *more]
+    return Tiled(spec, shape, {part: read(f"{name}.{part}") for part in parts}, name, gguf)

@@ -53,6 +53,31 @@ def _watches(pid: int) -> bool:
     return len(os.listdir(f"/proc/{pid}/task")) > 1
 
 
+def test_an_import_does_not_swallow_it(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import time\n"
+        "try:\n"
+        "    print('importing', flush=True)\n"
+        "    time.sleep(60)\n"
+        "except BaseException:\n"
+        "    print('swallowed', flush=True)\n"
+    )
+    program = (
+        "from engine.commands import interrupt\ninterrupt.watch()\ninterrupt.begin()\nimport slow"
+    )
+    places = os.pathsep.join([str(tmp_path), *sys.path])
+    started = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": places},
+    )
+    assert started.stdout.readline() == b"importing\n"
+    started.send_signal(signal.SIGINT)
+    said = started.communicate(timeout=60)
+    assert (started.returncode, *said) == (130, b"", b"")
+
+
 def test_nobody_reads(model):
     reading, writing = os.pipe()
     os.close(reading)

@@ -62,7 +62,7 @@ def test_by_default_gptq_in_4_bits_with_a_head_of_8(model, tmp_path):
     said = config["quantization_config"]
     calibration = said.pop("calibration")
     assert (calibration["samples"], calibration["tokens"]) == (4, 128)
-    assert said == {"quant_method": "shallow", "version": 2} | Recipe(v=8).__dict__
+    assert said == {"quant_method": "shallow", "version": 3} | Recipe(v=8).__dict__
     rows = [line for line in output.splitlines() if "float32" in line]
     assert len(rows) == 5  # matrices, v, norms, embedding, head
     assert any("24" in row and "4 bits, group 64, codebook" in row for row in rows)
@@ -289,7 +289,7 @@ def test_a_directory_of_a_newer_version(model, tmp_path):
     out = tmp_path / "out"
     quantize(model, out, "--method", "rtn", "--keep", "0")
     config = json.loads((out / "config.json").read_text())
-    config["quantization_config"]["version"] = 3
+    config["quantization_config"]["version"] = 4
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="of version 3; this Shallow reads 1 to 2"):
+    with pytest.raises(InputError, match="of version 4; this Shallow reads 1 to 3"):
         open_checkpoint(out)

@@ -9,6 +9,7 @@ import torch
 from support import tiny
 from support.close import assert_close, rms_ratio
 from support.directories import assert_same, stored
+from support.mixed import MixedCheckpoint
 
 from engine.api import load
 from engine.architecture.families import layer_parts, outer_tensors
@@ -20,10 +21,14 @@ from engine.checkpoint.weights import layer_weights, lineage_hash, load_layer
 from engine.errors import InputError
 from engine.export.directory import write_index
 from engine.export.packed import read_shard, rewrite
+from engine.kernels.w4.cpu import isas
 from engine.kernels.w4.format import Packed, Spec, unpack
+from engine.kernels.w4.from_gguf import BLOCKS
+from engine.kernels.w4.tiled import SIXES
 from engine.quantize import methods, packing
 from engine.quantize.packing import pack, plan_of
 from engine.quantize.recipe import Recipe
+from engine.runtime.cpu import CpuRuntime
 from engine.runtime.reference import ReferenceRuntime
 
 KEEP = {4: [0, 2, 3], 6: [0, 2, 4, 5]}
@@ -189,6 +194,25 @@ def test_gguf_blocks_are_kept_without_loss(case, kind, source, tmp_path):
         assert torch.equal(reopened.read(name), checkpoint.read(name))
 
 
+@pytest.mark.parametrize("case", ["llama", "qwen3"])  # of its own head, and tied
+def test_gguf_blocks_of_every_type_run_as_they_did(case, source, tmp_path):
+    """On every instruction set to the bit, in as many bits of memory and of the file."""
+    whole = MixedCheckpoint(source(case, **tiny.WIDE, head_dim=32), kinds=tuple(BLOCKS))
+    entries = pack(whole, whole.config, tmp_path / "out", Recipe("keep", head=None))
+    opened = open_checkpoint(tmp_path / "out")
+    tokens = torch.randint(3, tiny.VOCAB, (2, 40))
+    for isa in isas():
+        found, expected = (CpuRuntime.load(c, c.config, isa=isa) for c in (opened, whole))
+        assert torch.equal(logits(found, tokens), logits(expected, tokens)), isa
+        assert found.weight_bytes == expected.weight_bytes, isa
+    found, expected = (ReferenceRuntime.load(c, c.config) for c in (opened, whole))
+    assert torch.equal(logits(found, tokens), logits(expected, tokens))
+    assert set(SIXES) <= {entry.stored for entry in entries if entry.stored == entry.source}
+    again = open_checkpoint(tmp_path / "out")
+    pack(again, again.config, tmp_path / "again", Recipe("keep", head=None))
+    assert_same(tmp_path / "out", tmp_path / "again")
+
+
 def test_a_packed_directory_is_kept_or_packed_anew(source, tmp_path, rng):
     """Kept, every part is the same; requantized, it is by its values; numbers go on in the plan."""
     checkpoint = source("phi3")
@@ -323,4 +347,4 @@ def test_version_1_is_rewritten_in_the_present_one(source, tmp_path):
                 assert found is not None and found.spec == wanted.spec
                 assert all(torch.equal(found.tensors()[k], t) for k, t in wanted.tensors().items())
     config = json.loads((tmp_path / "new" / "config.json").read_text())
-    assert config["quantization_config"]["version"] == 2
+    assert config["quantization_config"]["version"] == 3

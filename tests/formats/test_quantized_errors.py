@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.gguf_blocks import random_blocks
 from support.packed import random_packed
 from support.quantized import CASES, MODULE, compressed, nf4, write
 from support.runtimes import HERE
@@ -15,6 +16,7 @@ from engine.checkpoint import open_unchecked
 from engine.errors import InputError
 from engine.kernels.w4 import store
 from engine.kernels.w4.format import Spec
+from engine.kernels.w4.tiled import Tiled
 
 
 def refused(path: Path, words: str) -> None:
@@ -143,7 +145,7 @@ def test_nf4_state_that_cannot_be_read(change, words, rng, tmp_path):
 
 
 def our_own(
-    rng, path: Path, change: dict | None = None, drop: str | None = None, version: int = 2
+    rng, path: Path, change: dict | None = None, drop: str | None = None, version: int = 3
 ) -> Path:
     name = f"{MODULE}.weight"
     packed = random_packed(rng, 5, 100, Spec(4, 32, "zero"), permuted=True)
@@ -176,13 +178,13 @@ OF_TILES = [
 
 @pytest.mark.parametrize(
     "version, change, words",
-    [(1, *case) for case in OF_ARRAYS] + [(2, *case) for case in OF_TILES],
+    [(1, *case) for case in OF_ARRAYS] + [(v, *case) for case in OF_TILES for v in (2, 3)],
 )
 def test_our_own_of_another_size(version, change, words, rng, tmp_path):
     refused(our_own(rng, tmp_path, change, version=version), f"{MODULE}.*{words}")
 
 
-@pytest.mark.parametrize("version", (1, 2))
+@pytest.mark.parametrize("version", (1, 2, 3))
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -193,10 +195,46 @@ def test_our_own_of_another_size(version, change, words, rng, tmp_path):
         ({"shape": 5}, "shape must be two positive integers"),
         ({"perm": 1}, "perm must be true or false, found 1"),
         ({"extra": 1}, "unusable quantization metadata"),
+        ({"gguf": "Q4_K"}, "gguf must be one of Q5_0, Q5_1, Q5_K, Q6_K, .* found 'Q4_K'"),
+        ({"gguf": ["Q6_K"]}, r"gguf must be one of .*, found \['Q6_K'\]"),
+        ({"gguf": "Q6_K"}, "gguf must be one of .* without perm, found 'Q6_K'"),
     ],
 )
 def test_our_own_metadata_that_cannot_be_read(change, words, version, rng, tmp_path):
     refused(our_own(rng, tmp_path, change, version=version), f"{MODULE}.*{words}")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"bits": 4}, "Q6_K is restored as .*'bits': 8.*, found .*'bits': 4"),
+        ({"gguf": "Q5_K"}, "Q5_K is restored as .*'minimum'.*, found .*'symmetric'"),
+        ({"shape": [5, 500]}, "Q6_K needs K in blocks of 256, found K=500"),
+        ({"shape": [5, 768]}, r"supers must be \(1, 3, 16\), found \(1, 2, 16\)"),
+        ({"shape": [5, 1 << 62]}, r"supers must be \(1, \d+, 16\), found \(1, 2, 16\)"),
+        ({"shape": [17, 512]}, r"supers must be \(2, 2, 16\), found \(1, 2, 16\)"),
+        ({"gguf": None}, r"tiles must be \(1, \d+\), found \(1, \d+\)"),
+    ],
+)
+def test_our_own_in_six_bits(change, words, rng, tmp_path):
+    tiled = Tiled.from_blocks("Q6_K", (5, 512), random_blocks(rng, "Q6_K", 5, 512))
+    name = f"{MODULE}.weight"
+    metadata = store.to_metadata(name, tiled)
+    metadata[name] = json.dumps(json.loads(metadata[name]) | change)
+    parts = store.to_tensors("weight", tiled)
+    refused(write(tmp_path, parts, {"quant_method": "shallow", "version": 3}, metadata), words)
+
+
+def test_our_own_in_six_bits_without_a_part(rng, tmp_path):
+    tiled = Tiled.from_blocks("Q6_K", (5, 512), random_blocks(rng, "Q6_K", 5, 512))
+    metadata = store.to_metadata(f"{MODULE}.weight", tiled)
+    config = {"quant_method": "shallow", "version": 3}
+    for part in ("tiles", "supers"):
+        parts = store.to_tensors("weight", tiled)
+        parts[f"weight.{part}"] = parts[f"weight.{part}"][..., :-1].contiguous()
+        refused(write(tmp_path, parts, config, metadata), f"{part} must be .*, found")
+    del parts["weight.supers"]
+    refused(write(tmp_path, parts, config, metadata), "'weight.supers' is missing")
 
 
 def test_our_own_whose_columns_are_no_permutation(rng, tmp_path):

@@ -7,9 +7,11 @@ from gguf import quants as gguf_quants
 from support.bits import assert_same_bits
 from support.gguf_blocks import HALVES, random_blocks
 
+from engine.kernels import native
 from engine.kernels.w4.cpu import CpuWeight
 from engine.kernels.w4.format import unpack, unpack_codes, validate
 from engine.kernels.w4.from_gguf import BLOCKS, from_blocks
+from engine.kernels.w4.tiled import SIXES, Tiled
 
 
 @pytest.mark.parametrize("n, blocks", [(1, 1), (3, 5)])
@@ -39,6 +41,48 @@ def test_gguf_tiled_at_once(name, n, blocks, rng):
         assert torch.equal(found.to_bytes(), expected.to_bytes())
 
 
+@pytest.mark.parametrize("n, blocks", [(1, 1), (15, 2), (16, 3), (17, 9), (83, 5)])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_gguf_in_tiles_that_a_file_holds(name, n, blocks, rng):
+    """Restored they are the arrays to the bit; where their codes fit into six they are smaller."""
+    shape = n, blocks * BLOCKS[name].weights
+    data = random_blocks(rng, name, *shape)
+    expected, tiled = from_blocks(name, shape, data), Tiled.from_blocks(name, shape, data)
+    assert (tiled.spec, tiled.shape) == (expected.spec, shape)
+    assert tiled.tensors().keys() == expected.tensors().keys()
+    for part, tensor in expected.tensors().items():
+        assert tiled.tensors()[part].numpy().tobytes() == tensor.numpy().tobytes(), part
+    by_arrays = Tiled.from_packed(expected)
+    assert (tiled.gguf is not None) == (name in SIXES) == (tiled.nbytes < by_arrays.nbytes)
+    if tiled.gguf is None:
+        for part, tensor in by_arrays.stored.items():
+            assert torch.equal(tiled.stored[part], tensor), part
+    rows = [torch.empty(shape) for _ in range(2)]
+    CpuWeight.from_tiled(tiled).rows(0, rows[0])
+    assert_same_bits(rows[0], CpuWeight.from_blocks(name, shape, data).rows(0, rows[1]))
+
+
+def test_gguf_tiles_are_of_their_type_alone(rng):
+    """The native functions refuse what would not fit."""
+    cpu, shape = native.load("cpu"), (17, 512)
+    data = {name: random_blocks(rng, name, *shape) for name in ("Q5_K", "Q6_K")}
+    tiled = Tiled.from_blocks("Q6_K", shape, data["Q6_K"])
+    with pytest.raises(ValueError, match="tiles of another spec"):
+        cpu.fill_gguf(tiled.borrowed(), "Q5_K", native.span(data["Q5_K"]), 1)
+    with pytest.raises(ValueError, match="blocks of another size"):
+        cpu.fill_gguf(tiled.borrowed(), "Q6_K", native.span(data["Q6_K"][1:]), 1)
+    packed = from_blocks("Q5_K", shape, data["Q5_K"])
+    with pytest.raises(ValueError, match="tiles of another shape or spec"):
+        tiled.borrowed().restore(cpu.Packed(**packed.native_fields()), 1)
+    with pytest.raises(ValueError, match="tiles alone have 6 bits"):
+        cpu.Packed(**packed.native_fields() | SIXES["Q5_K"])
+    for scheme in ("zero", "codebook"):
+        with pytest.raises(ValueError, match=f"no matrix of 6 bits is {scheme}"):
+            cpu.tile_bytes(k=512, **SIXES["Q5_K"] | {"scheme": scheme})
+    with pytest.raises(ValueError, match="no matrix of 8 bits is stepped"):
+        cpu.tile_bytes(k=512, **SIXES["Q6_K"] | {"bits": 8})
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_gguf_tiled_finds_what_is_not_finite(name, rng):
     shape = 17, 3 * BLOCKS[name].weights
@@ -48,6 +92,8 @@ def test_gguf_tiled_finds_what_is_not_finite(name, rng):
         data[row, offset : offset + 2] = torch.tensor([1, 0x7C], dtype=torch.uint8)
         with pytest.raises(ValueError, match="x: (scales|mins|supers) must be finite"):
             CpuWeight.from_blocks(name, shape, data, "x")
+        with pytest.raises(ValueError, match="x: (scales|mins|supers) must be finite"):
+            Tiled.from_blocks(name, shape, data, "x")
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
