@@ -49,7 +49,7 @@ class CpuWeight:
         isa: str | None = None,
     ) -> "CpuWeight":
         """The weights that `from_gguf.from_blocks` gives, whose errors these are, without the copy
-        between: Q5_0, Q5_1, Q5_K and Q6_K in six bits each, which `restore` does not give back."""
+        between: Q5_0, Q5_1, Q5_K and Q6_K in six bits each, which `restore` gives back as bytes."""
         check_blocks(type_name, shape, data, name)
         cpu, data = native.load("cpu"), data.contiguous()
         codebook = torch.tensor(IQ4_NL, dtype=torch.float32)

@@ -105,11 +105,8 @@ class Tiled(Packed):
             stored[part] = torch.zeros(size, dtype=dtype)
         if "codebook" in stored:
             stored["codebook"] = torch.tensor(IQ4_NL, dtype=torch.float32)
-        tiled, cpu, data = (
-            cls(spec, shape, stored, name, gguf),
-            native.load("cpu"),
-            data.contiguous(),
-        )
+        tiled = cls(spec, shape, stored, name, gguf)
+        cpu, data = native.load("cpu"), data.contiguous()
         if not cpu.fill_gguf(tiled.borrowed(), type_name, native.span(data), cpu.pool_threads()):
             from_blocks(type_name, shape, data, name)  # says which scale is NaN or Inf
         return tiled
