@@ -115,6 +115,8 @@ int bytes_ahead(bool twice) {
 
 bool far_into_l1() { return core() == Core::zen5; }
 
+bool unpacks_nibbles() { return core() == Core::other; }
+
 int page_bytes_ahead() {
     switch (core()) {
         case Core::zen4: return 4096;

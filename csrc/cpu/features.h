@@ -30,6 +30,10 @@ int bytes_ahead(bool twice);
 // more (benchmarks/results/decoder.md).
 bool far_into_l1();
 
+// Whether several rows meet nibbles that were made bytes once: of three vector units (Intel) two mask and
+// shift instead of multiplying, of four (AMD) the others do (benchmarks/results/decoder.md).
+bool unpacks_nibbles();
+
 // Of whole pages of keys and values, from what is read to what is fetched into L1; what comes next is
 // fetched into L2 beside it (Ahead of attention_ahead.h).
 int page_bytes_ahead();

@@ -227,8 +227,9 @@ struct IntRun {
     template <int R, bool Split>
     SHALLOW_INLINE void meet(const Place& here, int64_t steps) const {
         if constexpr (passing<R>) {
-            if (steps > 1)
-                passing_rows<V, C, R, Split, true>(w, x, y, here, steps);
+            constexpr bool kBytes = C == Codes::nibble && !Split;
+            if (kBytes && steps > 1 && unpacks_nibbles())
+                passing_rows<V, C, R, Split, kBytes>(w, x, y, here, steps);
             else
                 passing_rows<V, C, R, Split, false>(w, x, y, here, steps);
         } else if constexpr (R == 1 && C != Codes::unpacked) {

@@ -94,8 +94,8 @@ SHALLOW_INLINE void meet_planes(const TileView& w, const Meeting<T>& at, int64_t
 
 // Steps of R rows: all meet a block before the next, whose parameters and addresses they share. Rows
 // that met the tile one step after the other took 7 % longer. Split: group 16, two groups a block.
-// Several: steps > 1.
-template <class V, Codes C, int R, bool Split, bool Several, class T>
+// Bytes: nibbles become bytes for all steps.
+template <class V, Codes C, int R, bool Split, bool Bytes, class T>
 void passing_rows(const TileView& w, const IntInput<T>& x, const Output& y, const Place& at,
                   int64_t steps) {
     alignas(64) float total[kPanelRows * kTileRows];
@@ -110,10 +110,9 @@ void passing_rows(const TileView& w, const IntInput<T>& x, const Output& y, cons
     Meeting<T> here{nullptr,          x.q + first * kBlock,
                     x.scales + first, x.sums + at.panel * w.groups * panel + at.first,
                     params,           panel};
-    // Nibbles become bytes once for all steps: a tenth less for 512 rows. So do sixes, those of codebooks
-    // and halves of blocks for one step, halves in half the time.
+    // Sixes, what codebooks have and halves of blocks are unpacked for one step too, halves in half the time.
     constexpr bool kUnpacks =
-        C == Codes::nibble_table || C == Codes::six || (C == Codes::nibble && (Several || Split));
+        C == Codes::nibble_table || C == Codes::six || (C == Codes::nibble && (Bytes || Split));
     constexpr Codes kMet = C == Codes::six ? Codes::unpacked : kUnpacks ? Codes::byte : C;
     alignas(64) uint8_t bytes[kUnpacks ? kBlockBytes<kMet> : 64];
     const auto add = [&](auto begins) {
