@@ -30,8 +30,9 @@ int bytes_ahead(bool twice);
 // more (benchmarks/results/decoder.md).
 bool far_into_l1();
 
-// Whether several rows meet nibbles that were made bytes once: of three vector units (Intel) two mask and
-// shift instead of multiplying, of four (AMD) the others do (benchmarks/results/decoder.md).
+// Whether nibbles are made bytes in memory, once for several rows. Three vector units (Intel) mask and shift
+// in the time of products; of four (AMD) two do that beside the products, and the bytes would have to be
+// stored and loaded (benchmarks/results/decoder.md).
 bool unpacks_nibbles();
 
 // Of whole pages of keys and values, from what is read to what is fetched into L1; what comes next is
