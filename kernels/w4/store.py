@@ -60,6 +60,8 @@ def from_tensors(
     Raises ValueError or TypeError where metadata and tensors disagree, and what `read` raises.
     """
     spec, shape, perm, gguf = parse_metadata(name, described)
+    if gguf is not None and version < VERSION:
+        raise ValueError(f"{name}: gguf is of version {VERSION}, found in a file of {version}")
     more = ["perm"] if perm else []
     if version == 1:
         parts = [*expected_tensors(spec, shape), *more]

@@ -237,6 +237,18 @@ def test_our_own_in_six_bits_without_a_part(rng, tmp_path):
     refused(write(tmp_path, parts, config, metadata), "'weight.supers' is missing")
 
 
+@pytest.mark.parametrize("version", (1, 2))
+def test_our_own_in_six_bits_before_there_were_any(version, rng, tmp_path):
+    tiled = Tiled.from_blocks("Q6_K", (5, 512), random_blocks(rng, "Q6_K", 5, 512))
+    parts = store.to_tensors("weight", tiled)
+    if version == 1:
+        parts = {f"weight.{part}": tensor for part, tensor in tiled.restored.tensors().items()}
+    metadata = store.to_metadata(f"{MODULE}.weight", tiled)
+    config = {"quant_method": "shallow", "version": version}
+    words = f"{MODULE}.weight: gguf is of version 3, found in a file of {version}"
+    refused(write(tmp_path, parts, config, metadata), words)
+
+
 def test_our_own_whose_columns_are_no_permutation(rng, tmp_path):
     """Checked whatever reads it: kernels take x from there."""
     packed = random_packed(rng, 5, 100, Spec(4, 32, "codebook"), permuted=True)

@@ -7,11 +7,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from gguf import GGMLQuantizationType
 from safetensors.torch import save_file
 from support import llama_files, quantized
+from support.gguf_blocks import scaled_blocks
 
 from engine.architecture.families import layer_tensors, outer_tensors
 from engine.architecture.hf_config import from_hf
@@ -95,17 +97,52 @@ def words(fields: dict, _: dict) -> None:
     fields["tokenizer.ggml.merges"] = ["a b"]
 
 
+BLOCKS = {
+    "attn_q": "Q4_0", "attn_k": "Q8_0", "attn_v": "Q5_0", "attn_output": "IQ4_NL",
+    "ffn_gate": "Q4_K", "ffn_up": "Q5_K", "ffn_down": "Q6_K", "token_embd": "Q6_K",
+}  # fmt: skip
+
+
+def blocks(path: Path, rng: torch.Generator) -> None:
+    """A GGUF in blocks, K-quants among them, 256 wide as these must be."""
+
+    def change(fields: dict, tensors: dict) -> None:
+        words(fields, tensors)
+        fields["llama.embedding_length"] = fields["llama.feed_forward_length"] = 256
+        for name, tensor in tensors.items():
+            part = name.removesuffix(".weight").rpartition(".")[2]
+            if part not in BLOCKS:
+                tensors[name] = torch.randn(256, generator=rng).numpy()
+                continue
+            rows = {"attn_k": 128, "attn_v": 128, "token_embd": len(tensor)}.get(part, 256)
+            data = scaled_blocks(rng, BLOCKS[part], rows, 256, 0.05)
+            tensors[name] = data.numpy(), GGMLQuantizationType[BLOCKS[part]]
+
+    llama_files.write_tiny(path, change)
+
+
 def packed(directory: Path, rng: torch.Generator) -> None:
+    model("llama", rng, directory)
+    pack_within(directory, directory, method="rtn", group=16, head=4)
+    (directory / "model.safetensors").unlink()
+
+
+def packed_blocks(directory: Path, rng: torch.Generator) -> None:
+    """Tiles with scales under scales, and in six bits."""
+    blocks(directory / "m.gguf", rng)
+    pack_within(directory / "m.gguf", directory, method="keep", head=None)
+    (directory / "m.gguf").unlink()
+
+
+def pack_within(source: Path, directory: Path, **recipe: Any) -> None:
     from engine.checkpoint import open_checkpoint
     from engine.quantize.packing import pack
     from engine.quantize.recipe import Recipe
 
-    model("llama", rng, directory)
-    checkpoint, out = open_checkpoint(directory), directory / "packed"
-    pack(checkpoint, checkpoint.config, out, Recipe("rtn", group=16, head=4))
+    checkpoint, out = open_checkpoint(source), directory / "packed"
+    pack(checkpoint, checkpoint.config, out, Recipe(**recipe))
     for file in out.iterdir():
         shutil.move(file, directory / file.name)
-    (directory / "model.safetensors").unlink()
     out.rmdir()
 
 
@@ -228,9 +265,13 @@ READERS = {
         ("m.gguf",),
         lambda d: run(d / "m.gguf"),
     ),
+    "gguf of blocks": Reader(
+        lambda d, g: blocks(d / "m.gguf", g), ("m.gguf",), lambda d: run(d / "m.gguf")
+    ),
     "packed": Reader(
         packed, ("model-00001-of-00003.safetensors", "model.safetensors.index.json", *CONFIG), run
     ),
+    "packed blocks": Reader(packed_blocks, ("model-00001-of-00002.safetensors", *CONFIG), run),
     **{case: Reader(of_others(case), (*HEADERS, *CONFIG), run) for case in OTHERS},
     "adapter": Reader(adapter, ("adapter_config.json", "adapter_model.safetensors"), run),
     "tokenizer": Reader(
