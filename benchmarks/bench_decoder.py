@@ -187,11 +187,12 @@ def test_two_threads(model):
 
 
 def test_more_threads():
-    """A step on two threads is what its parts on one predict; prints what they predict for more."""
-    one, nbytes, heads = scaling.measured(DEFAULT, 1)
+    """Two threads stream weights faster than one; prints what the parts of their steps predict for
+    more."""
+    one, nbytes, items = scaling.measured(DEFAULT, 1)
     two, _, _ = scaling.measured(DEFAULT, 2)
-    print("\npredicted, not measured but for 1 and 2 threads; tok/s by what the memory gives:")
-    print("\n".join(scaling.table(one, two, nbytes, heads)))
+    print("\nmeasured on 1 and 2 threads, else predicted; tok/s by what memory is assumed to give:")
+    print("\n".join(scaling.table(one, two, nbytes, items)))
     assert two.stream < one.stream
 
 

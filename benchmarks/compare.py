@@ -13,33 +13,41 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 FALL = 0.1
 STORAGE = Path(".benchmarks")  # pytest-benchmark's
+WORK = "threads", "bytes"  # of a case, where it says them: shares of other ones compare with care
+
+Case = tuple[float, dict[str, Any]]  # the share of the nearer ceiling, and WORK
 
 
 class BadInput(Exception):
     """Says in one sentence which file cannot be compared, and why."""
 
 
-def shares_of(file: Path) -> dict[str, float]:
-    """The share of the nearer ceiling by case, of those that record one."""
+def cases_of(file: Path) -> dict[str, Case]:
+    """By name those that record the share of a ceiling."""
     try:
         benchmarks = json.loads(file.read_text())["benchmarks"]
         infos = {one["fullname"]: one["extra_info"] for one in benchmarks}
         found = {
-            name: float(info[f"share_of_{info['ceiling']}"])
+            name: (
+                float(info[f"share_of_{info['ceiling']}"]),
+                {key: info[key] for key in WORK if key in info},
+            )
             for name, info in infos.items()
             if "ceiling" in info
         }
     except OSError as error:
         raise BadInput(f"{file} cannot be read: {error.strerror}.") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (
+        ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError
+    ) as error:  # fmt: skip
         raise BadInput(f"{file} is not a record of pytest-benchmark ({error!r}).") from error
-    if strange := [name for name, share in found.items() if not 0 < share < math.inf]:
-        raise BadInput(
-            f"{file}: the share of {strange[0]} must be positive, found {found[strange[0]]}."
-        )
+    for name, (share, _) in found.items():
+        if not 0 < share < math.inf:
+            raise BadInput(f"{file}: the share of {name} must be positive, found {share}.")
     if not found:
         raise BadInput(f"{file} holds no case with a share of a ceiling.")
     return found
@@ -56,11 +64,12 @@ def latest(storage: Path) -> list[Path]:
     return found[-2:]
 
 
-def report(before: dict[str, float], after: dict[str, float], fall: float) -> list[str]:
+def report(before: dict[str, Case], after: dict[str, Case], fall: float) -> list[str]:
     """Prints a line a case, those of one run too; returns the cases that fell too far."""
     fallen = []
     for name in sorted(before.keys() | after.keys()):
-        old, new = before.get(name), after.get(name)
+        old, was = before.get(name, (None, {}))
+        new, now = after.get(name, (None, {}))
         if old is None or new is None:
             change = "only before" if new is None else "only after"
         else:
@@ -68,6 +77,9 @@ def report(before: dict[str, float], after: dict[str, float], fall: float) -> li
             if new < old * (1 - fall):
                 fallen.append(name)
                 change += "  FELL"
+            for key in was.keys() & now.keys():
+                if was[key] != now[key]:
+                    change += f"  ({key}: {was[key]} before, {now[key]} after)"
         shown = ("     -" if share is None else f"{share:6.1%}" for share in (old, new))
         print(name, *shown, change, sep="  ")
     return fallen
@@ -85,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise BadInput(f"Name two files or none, found {len(options.files)}.")
         if not 0 <= options.fall < 1:
             raise BadInput(f"--fall must be at least 0 and less than 1, found {options.fall}.")
-        before, after = map(shares_of, options.files or latest(STORAGE))
+        before, after = map(cases_of, options.files or latest(STORAGE))
         if not before.keys() & after.keys():
             raise BadInput("The two runs have no case in common.")
     except BadInput as error:

@@ -24,10 +24,13 @@ from typing import Any
 
 import torch
 from ceiling import times_ns
+from shapes import positive
 from speculation import PROMPTS
 
 import engine
 from engine.architecture.layers import format_layers, kept_layers, parse_layers
+from engine.commands.output import refuse
+from engine.errors import InputError
 from engine.kernels.w4.cpu import isas
 from engine.runtime import Greedy, Runtime, Verifying
 from engine.speculate import MOST
@@ -56,14 +59,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--isa", action="append", choices=isas(), help="repeatable; all here")
-    parser.add_argument("--threads", type=int, help="as torch by default")
+    parser.add_argument("--threads", type=positive, help="as torch by default")
     parser.add_argument("--skip", action="append", help="layers, as 5,12-18; repeatable")
-    asked = parser.parse_args()
+    try:
+        report(parser.parse_args())
+    except InputError as error:
+        refuse(error)
+
+
+def report(asked: argparse.Namespace) -> None:
     with engine.load(asked.model, backend="cpu", threads=asked.threads) as model:
         total = len(model.config.layers)
         texts = [Text(model, name) for name in NAMES]
         if asked.skip:
-            sets = [parse_layers(spec, total) for spec in asked.skip]
+            sets = [skipped_layers(spec, total) for spec in asked.skip]
         else:
             sets = [parse_layers(spec, total) for spec in PLANNED]
             order = chosen(model.runtime, texts, max(CHOSEN))
@@ -90,6 +99,13 @@ def main() -> None:
             gains = " | ".join(f"{loop_gain(model.runtime, each, kept, g):.2f}x" for each in texts)
             loops.append(f"| {isa} | {name} | {g} | {gains} |")
     print("\n\n".join("\n".join(table) for table in (steps_of, sets_of, loops)))
+
+
+def skipped_layers(spec: str, total: int) -> tuple[int, ...]:
+    found = parse_layers(spec, total, "--skip")
+    if len(found) == total:
+        raise InputError(f"--skip names all {total} layers; at least one must stay")
+    return found
 
 
 class Text:

@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=FILES)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--layers", type=int, help="the model's own number by default")
+    parser.add_argument("--layers", type=positive, help="the model's own number by default")
     parser.add_argument("--packed", action="store_true")
     asked = parser.parse_args()
     try:
@@ -59,6 +59,15 @@ def main() -> None:
             print(write_packed(path))
     except InputError as error:
         refuse(error)
+    except OSError as error:
+        refuse(f"{error.filename or asked.directory}: {error.strerror or error}")
+
+
+def positive(text: str) -> int:
+    """An argument of at least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, found {value}")
+    return value
 
 
 def config_of(name: str, layers: int | None = None) -> dict[str, Any]:

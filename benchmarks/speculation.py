@@ -12,6 +12,8 @@ import statistics
 from pathlib import Path
 
 import engine
+from engine.commands.output import refuse
+from engine.errors import InputError
 from engine.kernels.w4.cpu import isas
 
 PROMPTS = Path(__file__).parent / "prompts"
@@ -23,10 +25,22 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--isa", action="append", choices=isas(), help="repeatable; all here")
     asked = parser.parse_args()
-    print("| isa | prompt | tok/s | with drafts | ratio | tokens a step | same tokens |")
-    print("|---|---|---:|---:|---:|---:|---|")
+    try:
+        report(asked)
+    except InputError as error:
+        refuse(error)
+
+
+def report(asked: argparse.Namespace) -> None:
+    head = (
+        "| isa | prompt | tok/s | with drafts | ratio | tokens a step | same tokens |\n"
+        "|---|---|---:|---:|---:|---:|---|"
+    )
     for isa in asked.isa or [isa for isa in isas() if isa != "generic"]:
         with engine.load(asked.model, isa=isa) as model:
+            if head:
+                print(head)
+            head = ""
             for name in ("repeats", "edit", "plain"):
                 print(row(model, isa, name), flush=True)
 
@@ -41,7 +55,7 @@ def row(model: engine.Model, isa: str, name: str) -> str:
                 prompt, max_new_tokens=NEW_TOKENS, ignore_eos=True, speculate=speculate
             )
             found[speculate] = made
-            seen.append(sum(made.timings.step_tokens) / sum(made.timings.step_ns) * 1e9)
+            seen.append(made.timings.overall_tok_s or 0.0)
     plain, drafted = (statistics.median(seen) for seen in rates.values())
     ratio = statistics.median(b / a for a, b in zip(*rates.values(), strict=True))
     steps = len(found["ngram"].timings.step_ns)

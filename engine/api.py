@@ -154,7 +154,9 @@ class Model:
             slots: the layers to run, as positions in the loaded model, ascending: one list for
                 all prompts, or one each; None: all.
             speculate: "ngram" guesses what follows from what was there before, and runs several
-                tokens a step where that pays: the same text, faster where it repeats.
+                tokens a step where that pays: the same text, faster where it repeats. How many it
+                guesses follows the time that steps take, and steps of several tokens round
+                otherwise: at near ties texts may part, from run to run too, whatever the seed.
 
         Returns:
             A `Generation`: text, token_ids, finish_reason ("stop" or "length"), prompt_tokens,
@@ -261,7 +263,8 @@ def load(
     take weights as they are stored, and so does "cpu". What it multiplies by quantized ones it
     rounds to 8 bits, and keys and values to 16, unless dtype is float32. `cache_dtype` ("float32",
     "float16", "int8"), `threads` (torch's number by default) and `isa` (by default the best set of
-    instructions here, or "avx512", "avxvnni", "avx2", "neon", "generic") are for it alone.
+    instructions here, or another of `engine doctor`'s: of "amx", "avx512", "avxvnni", "avx2",
+    "i8mm", "dotprod", "neon" and "generic") are for it alone.
 
     Raises `InputError` with one sentence for whatever the caller can mend.
     """
@@ -279,7 +282,7 @@ def load(
             config,
             threads,
             mode="exact" if exact else "int8",
-            cache_dtype=cache_dtype or ("float32" if exact else "float16"),
+            cache_dtype=("float32" if exact else "float16") if cache_dtype is None else cache_dtype,
             isa=isa,
             progress=progress,
         )

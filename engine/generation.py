@@ -28,8 +28,10 @@ class Step(NamedTuple):
     """One step of the loop: the prompt's (which yields the first tokens) or a decode step."""
 
     pieces: tuple[str, ...]  # text that became certain, one a sequence
-    tokens: int  # sequences that got a token
+    tokens: int  # of all sequences
     elapsed_ns: int
+    drafted: int = 0  # tokens that were guessed for it, and of these the right ones
+    accepted: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Timings:
     prefill_ms: float  # the prompt's step alone
     step_ns: tuple[int, ...]  # every decode step
     step_tokens: tuple[int, ...]  # tokens that each of them yielded
+    drafted: int = 0  # tokens that `speculate` guessed, and of these the right ones
+    accepted: int = 0
 
     @property
     def prefill_tok_s(self) -> float:
@@ -49,6 +53,12 @@ class Timings:
     def decode_tok_s(self, quantile: float = 0.5) -> float | None:
         """Tokens a second at a quantile (0..1) of the decode steps; None when there were none."""
         return rate_tok_s(self.step_tokens, self.step_ns, quantile)
+
+    @property
+    def overall_tok_s(self) -> float | None:
+        """All tokens over the time of all decode steps: what counts where drafts make some steps
+        yield many tokens, and no step is like the median one."""
+        return sum(self.step_tokens) / sum(self.step_ns) * 1e9 if self.step_ns else None
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,8 @@ def generate(
         prefill_ms=steps[0].elapsed_ns / 1e6,
         step_ns=tuple(step.elapsed_ns for step in steps[1:]),
         step_tokens=tuple(step.tokens for step in steps[1:]),
+        drafted=sum(step.drafted for step in steps),
+        accepted=sum(step.accepted for step in steps),
     )
     return [s.generation(timings) for s in sequences]
 
@@ -132,6 +144,7 @@ def stream_steps(
     running, fed = list(range(len(sequences))), [-1] * len(sequences)
     ids = _run(runtime, tokens, cache, sequences, options, generators)
     found = [[token] for token in ids]  # a list a running sequence
+    counts = 0, 0
     while True:
         pieces, before = [""] * len(sequences), sum(len(s.ids) for s in sequences)
         for row, given in zip(running, found, strict=True):
@@ -139,7 +152,8 @@ def stream_steps(
             fed[row] = -1 if sequences[row].finish_reason else given[-1]
         running = [row for row in running if fed[row] >= 0]
         elapsed_ns = time.perf_counter_ns() - clock
-        yield Step(tuple(pieces), sum(len(s.ids) for s in sequences) - before, elapsed_ns)
+        yield Step(tuple(pieces), sum(len(s.ids) for s in sequences) - before, elapsed_ns, *counts)
+        counts = 0, 0
         if not running:
             return
         clock = time.perf_counter_ns()
@@ -147,7 +161,7 @@ def stream_steps(
             drafting.saw(elapsed_ns)
             if drafts := drafting.propose(sequences, running):
                 found = _verify(runtime, cache, sequences, running, drafts, options, generators)
-                drafting.learn(running, drafts, found)
+                counts = drafting.learn(running, drafts, found)
                 continue
         anew = switch is not None and max(len(sequences[row].ids) for row in running) == switch + 1
         if greedy is not None and not anew:
@@ -261,11 +275,15 @@ class Drafting:
 
     def learn(
         self, running: Sequence[int], drafts: Mapping[int, Sequence[int]], found: list[list[int]]
-    ) -> None:
+    ) -> tuple[int, int]:
+        """(tokens that were guessed, the right ones)"""
+        drafted = accepted = 0
         for row, ids in zip(running, found, strict=True):
             if drafts[row]:
                 right = len(ids) - 1 + (ids == drafts[row][: len(ids)])
                 self._drafts[row].learn(len(drafts[row]), right)
+                drafted, accepted = drafted + len(drafts[row]), accepted + right
+        return drafted, accepted
 
 
 def open_sequences(

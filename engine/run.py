@@ -90,7 +90,8 @@ def run(
         str | None,
         typer.Option(
             rich_help_panel=_SAMPLING,
-            help="ngram: guess from what was there before; the same text, faster where it repeats.",
+            help="ngram: guess from what was there before; faster where it repeats, the same text "
+            "but for near ties.",
         ),
     ] = None,
     batch: Annotated[

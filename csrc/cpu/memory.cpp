@@ -7,6 +7,10 @@
 #include <utility>
 #include <vector>
 
+#ifndef _WIN32
+#include <pthread.h>
+#endif
+
 #include "cpu/pages.h"
 
 namespace shallow {
@@ -54,7 +58,14 @@ public:
     }
 
 private:
-    CommonSlabs() { spares_.reserve(kSpares); }
+    CommonSlabs() {
+        spares_.reserve(kSpares);
+#ifndef _WIN32
+        // A child has the lock as it was, of a thread that it has not: so nobody holds it then.
+        const auto unlock = [] { get().mutex_.unlock(); };
+        pthread_atfork([] { get().mutex_.lock(); }, unlock, unlock);
+#endif
+    }
 
     std::shared_ptr<Slab> next() {
         auto slab = std::make_shared<Slab>();

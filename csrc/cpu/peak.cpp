@@ -20,11 +20,11 @@ struct Probe {
 Probe probe(Isa isa) {
 #if defined(SHALLOW_X86)
     if (isa_supported(isa)) switch (isa) {
-            case Isa::generic: break;
             case Isa::avx2: return {peak_avx2, kPeakOpsAvx2};
             case Isa::avxvnni: return {peak_avxvnni, kPeakOpsAvxvnni};
             case Isa::avx512: return {peak_avx512, kPeakOpsAvx512};
             case Isa::amx: return {peak_amx, kPeakOpsAmx};
+            default: break;
         }
 #endif
     throw std::invalid_argument(std::string("no int8 peak for ") + isa_name(isa) +

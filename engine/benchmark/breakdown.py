@@ -1,6 +1,7 @@
 """Where the time of a decode step goes, by part."""
 
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 from engine.api import Model
@@ -53,26 +54,28 @@ def breakdown(
         raise InputError(
             f"--breakdown: the backend {runtime.name} cannot tell; cpu, triton and cuda can"
         )
-    step_ns: list[int] = []
+    seen: list[Step] = []
 
     def after(step: Step) -> None:
-        if not step_ns:
+        if not seen:
             runtime.measure(True)  # clears what the prompt took
-        step_ns.append(step.elapsed_ns)
+        seen.append(step)
 
     generation = generate(runtime, model.text, [prompt] * batch, options, after)[0]
     times = runtime.times()
     runtime.measure(False)
-    steps = len(step_ns) - 1
+    steps = len(seen) - 1
     if not steps:
         raise InputError("--breakdown: the text ended before the first decode step")
-    step_ms = sum(step_ns[1:]) / 1e6 / steps
+    step_ms = sum(step.elapsed_ns for step in seen[1:]) / 1e6 / steps
 
     def part(name: str, seconds: float, nbytes: int | None = None) -> Part:
         ms = seconds * 1e3 / steps
         return Part(name, ms, ms / step_ms, nbytes, nbytes and ms and nbytes / ms / 1e6)
 
-    context = generation.prompt_tokens + (steps + 1) / 2  # of a step, on average
+    behind = list(accumulate(step.tokens for step in seen[:-1]))  # before each step, and its draft:
+    read = sum(behind) + sum(step.drafted for step in seen[1:])
+    context = generation.prompt_tokens + read / steps / batch  # of a step, on average
     nbytes = {**times.bytes, "attention": round(batch * runtime.kv_bytes(context))}
     seconds = times.seconds
     parts = [

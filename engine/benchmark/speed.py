@@ -42,7 +42,8 @@ class Peer(Protocol):
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians over repeats and steps. Decode figures are None when only one token was asked for."""
+    """Medians over repeats and steps; with drafts `decode_tok_s` is the median over repeats of
+    all tokens over all steps' time. Decode figures are None when only one token was asked for."""
 
     prefill_tok_s: float
     ttft_ms: float
@@ -56,6 +57,8 @@ class Speed:
         step_ns = [ns for run in runs for ns in run.step_ns]
         step_tokens = [tokens for run in runs for tokens in run.step_tokens]
         p5, p50, p95 = (rate_tok_s(step_tokens, step_ns, q) for q in (0.05, 0.5, 0.95))
+        if any(run.drafted for run in runs):
+            p50 = statistics.median(run.overall_tok_s for run in runs if run.overall_tok_s)
         return cls(
             prefill_tok_s=statistics.median(run.prefill_tok_s for run in runs),
             ttft_ms=statistics.median(run.ttft_ms for run in runs),
@@ -109,6 +112,9 @@ class RunRecord(Artifact):
     breakdown: tuple[dict[str, Any], ...] = ()  # a part of the decode step each
     isa: str | None = None  # instruction set, of the backend cpu
     launches_per_token: int | None = None  # kernels of a decode step on a GPU
+    speculate: str | None = None
+    drafted: int | None = None  # tokens that it guessed in all repeats, and the right ones
+    accepted: int | None = None
 
 
 @dataclass(frozen=True)
@@ -171,6 +177,9 @@ def benchmark(
         **_weights(runtime, runs.ours),
         **_surroundings(runtime, peers),
         launches_per_token=getattr(runtime, "launches_per_token", None),
+        speculate=options.speculate,
+        drafted=sum(run.drafted for run in runs.ours) if options.speculate else None,
+        accepted=sum(run.accepted for run in runs.ours) if options.speculate else None,
         compare=tuple(compared(runtime, runs, index, peer) for index, peer in enumerate(peers)),
     )
 
@@ -233,7 +242,7 @@ def _surroundings(runtime: Runtime[Any], peers: Sequence[Peer]) -> dict[str, Any
         "device_name": machine.device_name(runtime.device),
         "dtype": runtime.precision,
         "isa": getattr(runtime, "isa", None),
-        "threads": torch.get_num_threads(),
+        "threads": getattr(runtime, "threads", torch.get_num_threads()),
         "versions": machine.versions() | {peer.name: peer.version for peer in peers},
         "commit": machine.commit(),
     }

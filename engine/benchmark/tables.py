@@ -43,7 +43,7 @@ def speeds(record: RunRecord) -> Table:
         "load": figure(r.load_ms, "ms"),
         "prefill": figure(r.prefill_tok_s, "tok/s"),
         "time to first token": figure(r.ttft_ms, "ms"),
-        "decode, median": figure(r.decode_tok_s, "tok/s"),
+        f"decode, {'overall' if r.drafted else 'median'}": figure(r.decode_tok_s, "tok/s"),
         "decode, p5": figure(r.decode_tok_s_p5, "tok/s"),
         "decode, p95": figure(r.decode_tok_s_p95, "tok/s"),
         "a token": figure(r.ms_per_token, "ms"),
@@ -54,6 +54,8 @@ def speeds(record: RunRecord) -> Table:
         "KV cache": figure(r.kv_bytes / 1e6, "MB"),
         "peak RSS": figure(r.peak_rss_bytes / 1e6, "MB"),
     }
+    if r.drafted is not None:
+        rows["drafts"] = f"{r.accepted} of {r.drafted} tokens right"
     if r.launches_per_token is not None:
         rows["launches a token"] = str(r.launches_per_token)
     if r.peak_vram_bytes is not None:

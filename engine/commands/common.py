@@ -29,7 +29,11 @@ Backend = Annotated[
     str | None, typer.Option(help="Which kernels; the machine's best if not given.")
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; one a core if not given.")]
+MOST_THREADS = 1 << 16  # that torch can be told of
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, max=MOST_THREADS, help="CPU threads; one a core if not given."),
+]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the record to a file too.")
 ]

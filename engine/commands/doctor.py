@@ -39,6 +39,7 @@ def examine(threads: int | None = None) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": threads,
         "cpu_features": sorted(name for name, has in features.items() if has),
+        "isas": native.load("cpu").isas() if features else [],
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "huge_pages": machine.huge_pages(),
         "read_gb_s": machine.ceiling_gb_s(cpu, threads),
@@ -69,6 +70,7 @@ def show(found: dict[str, Any]) -> None:
     facts = Table(show_header=False, pad_edge=False)
     facts.add_row("CPU", f"{found['cpu']}, {found['cores']} cores")
     facts.add_row("instructions", " ".join(found["cpu_features"]) or "the generic ones")
+    facts.add_row("--isa, best first", " ".join(found["isas"]) or "none")
     facts.add_row("memory", f"{found['memory_bytes'] / 1e9:,.1f} GB")
     facts.add_row("huge pages", found["huge_pages"] or "none known of")
     facts.add_row(f"read by {found['threads']} threads", _gb_s(found["read_gb_s"]))

@@ -99,6 +99,8 @@ def execute(app: Callable[..., Any]) -> None:
     except OSError as error:
         _silence()
         refuse(f"{error.filename or 'standard output'}: {error.strerror or error}")
+    except MemoryError:
+        refuse("there is not enough memory for this: a smaller batch or context needs less")
     except RuntimeError as error:
         from engine.kernels.dispatch import BackendUnavailable
 

@@ -85,20 +85,21 @@ class CpuRuntime:
         best by default, else one of `isas()`.
         """
         threads = torch.get_num_threads() if threads is None else threads
-        if threads < 1:
-            raise InputError(f"threads: expected at least 1, found {threads}")
-        if threads > native.load("cpu").pool_threads():
+        if type(threads) is not int or threads < 1:
+            raise InputError(f"threads: expected a whole number, at least 1, found {threads!r}")
+        if threads > (most := native.load("cpu").pool_threads()):
             warnings.warn(
-                f"threads: {threads} asked for, but the process may use "
-                f"{native.load('cpu').pool_threads()} CPUs",
-                stacklevel=2,
+                f"threads: {threads} asked for, but the process may use {most} CPUs", stacklevel=2
             )
+            threads = most
         _check_choice("mode", mode, MODES)
         _check_choice("cache dtype", cache_dtype, CACHE_DTYPES)
-        _check_choice("isa", isa or isas()[0], isas())
-        if isa is None and isas()[0] == "generic":
-            warnings.warn("no AVX2 here: the generic kernels run, far slower", stacklevel=2)
-        decoder = native.load("cpu").Decoder(rules(config, mode), isa or isas()[0], threads)
+        if isa is None:
+            isa = isas()[0]
+            if isa == "generic":
+                warnings.warn("no AVX2 here: the generic kernels run, far slower", stacklevel=2)
+        _check_choice("isa", isa, isas())
+        decoder = native.load("cpu").Decoder(rules(config, mode), isa, threads)
         angles = Angles(config)
         matrices, vectors, embedding = native_outer(checkpoint, config)
         rows, columns = (0, 0) if embedding is None else embedding.shape
@@ -122,7 +123,7 @@ class CpuRuntime:
             checkpoint.forget()  # weights are in memory once
             if progress is not None:
                 progress(entry.layer)
-        return cls(config, decoder, embedding, cache_dtype, mode, threads, isa or isas()[0])
+        return cls(config, decoder, embedding, cache_dtype, mode, threads, isa)
 
     @property
     def weight_bytes(self) -> int:
@@ -296,6 +297,7 @@ def native_outer(
             embedding = stored.contiguous()
         else:
             matrices[role] = _tiles(stored, f"{checkpoint.path}: {role}")
+            checkpoint.forget()  # before a head as large follows
     if config.tied:
         matrices["head"] = matrices["embedding"]
     return matrices, vectors, embedding

@@ -131,9 +131,9 @@ def matmul(
     """x (..., K) float32, bfloat16 or float16, bias (N,) -> x @ weight.T + bias, (..., N) as x.
 
     `mode` "exact" keeps activations in float32; "int8" rounds them to 8 bits in blocks of 32,
-    the coarsest of a row twice (to bfloat16 for 32 rows or more on amx). `threads`: torch's
-    number by default, at most the pool's. The result does not depend on it. `out` is written and
-    returned. Raises ValueError, TypeError.
+    the coarsest of a row twice (to 16 bits beside 8-bit codes and codebooks on avx2, to bfloat16
+    for 32 rows or more on amx). `threads`: torch's number by default, at most the pool's. The
+    result does not depend on it. `out` is written and returned. Raises ValueError, TypeError.
     """
     n, k = weight.shape
     if name_of(x.dtype) not in DTYPES or x.device.type != "cpu":

@@ -37,6 +37,8 @@ def parse_metadata(name: str, described: str) -> tuple[Spec, tuple[int, int], bo
     ValueError that names `name`."""
     try:
         fields = json.loads(described)
+        if not isinstance(fields, dict):
+            raise ValueError(f"expected an object, found {described:.40}")
         shape, perm, gguf = fields.pop("shape"), fields.pop("perm"), fields.pop("gguf", None)
         spec = Spec.from_json(fields)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
@@ -46,9 +48,10 @@ def parse_metadata(name: str, described: str) -> tuple[Spec, tuple[int, int], bo
         raise ValueError(f"{name}: shape must be two positive integers, found {shape!r}")
     if type(perm) is not bool:
         raise ValueError(f"{name}: perm must be true or false, found {perm!r}")
-    if gguf is not None and (type(gguf) is not str or gguf not in SIXES or perm):
-        kinds = ", ".join(SIXES)
-        raise ValueError(f"{name}: gguf must be one of {kinds}, without perm, found {gguf!r}")
+    if gguf is not None and (type(gguf) is not str or gguf not in SIXES):
+        raise ValueError(f"{name}: gguf must be one of {', '.join(SIXES)}, found {gguf!r}")
+    if gguf is not None and perm:
+        raise ValueError(f"{name}: perm must be false where gguf is {gguf}, found true")
     return spec, tuple(shape), perm, gguf
 
 

@@ -61,6 +61,14 @@ def test_a_ceiling_may_change_and_a_case_may_be_missing(write, capsys):
     assert lines[3] == "0 of 1 cases fell by more than 10%"
 
 
+def test_other_work_under_the_same_name_is_said(write, capsys):
+    before = write("before.json", a=one(0.5) | {"bytes": 100, "threads": 2}, b=one(0.5))
+    after = write("after.json", a=one(0.5) | {"bytes": 40, "threads": 2}, b=one(0.5) | {"bytes": 3})
+    assert run(before, after) == 0
+    first, second, _ = capsys.readouterr().out.splitlines()
+    assert first.endswith("+0%  (bytes: 100 before, 40 after)") and second.endswith("+0%")
+
+
 def test_the_two_latest_runs_are_found(write, tmp_path, monkeypatch, capsys):
     for age, (name, share) in enumerate({"0010_c": 0.5, "0009_b": 0.8, "0001_a": 0.1}.items()):
         file = write(f".benchmarks/Linux-{share}/{name}.json", a=one(share))
@@ -95,6 +103,11 @@ def test_the_steps_of_a_decoder_are_cases(default_model, tmp_path, capsys):
         ('{"benchmarks": 3}', "is not a record"),
         ('{"benchmarks": [{"fullname": "a"}]}', "is not a record"),
         ('{"benchmarks": [{"fullname": "a", "extra_info": {"ceiling": "x"}}]}', "share_of_x"),
+        ("[" * 100_000, "is not a record"),
+        (
+            json.dumps({"benchmarks": [{"fullname": "a", "extra_info": one(10**400)}]}),
+            "is not a record",
+        ),
         ('{"benchmarks": []}', "holds no case"),
         ('{"benchmarks": [{"fullname": "a", "extra_info": {}}]}', "holds no case"),
         (json.dumps({"benchmarks": [{"fullname": "a", "extra_info": one(float("nan"))}]}), "nan"),

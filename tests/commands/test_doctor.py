@@ -6,6 +6,7 @@ import pytest
 
 from engine.cli import app
 from engine.kernels import dispatch, native
+from engine.kernels.w4.cpu import isas
 
 testing = pytest.importorskip("typer.testing")
 
@@ -26,6 +27,7 @@ def test_says_what_is_here(small, tmp_path):
     assert json.loads((tmp_path / "found.json").read_text()) == found
     features = native.load("cpu").cpu_features()
     assert found["cpu_features"] == sorted(name for name in features if features[name])
+    assert found["isas"] == isas()
     assert found["threads"] == 1 and 0.1 < found["read_gb_s"] < 10_000
     assert found["backends"]["reference"] is None and found["backends"]["cpu"] is None
     assert found["ops"].keys() == dispatch.OPS.keys()

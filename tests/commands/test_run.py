@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.commands import refused
 from support.fake import FakeRuntime, FakeText
 
 from engine import run
@@ -17,7 +18,7 @@ from engine.benchmark.speed import RunRecord, Speed, benchmark
 from engine.cli import app
 from engine.commands import common, output
 from engine.errors import InputError
-from engine.generation import Options, Timings, generate
+from engine.generation import Drafting, Options, Timings, generate
 from engine.kernels.dispatch import BackendUnavailable
 
 testing = pytest.importorskip("typer.testing")
@@ -165,6 +166,45 @@ def test_speed_pools_the_steps_of_all_repeats():
     speed = Speed.of([run_of(10.0, 1, 2), run_of(20.0, 4), run_of(40.0, 8, 8)])
     assert (speed.prefill_tok_s, speed.ttft_ms) == (500, 21)
     assert (speed.decode_tok_s, speed.ms_per_token) == (500, 2)
+
+
+def test_with_drafts_all_tokens_count_over_all_the_time():
+    """The median step is one of many tokens, or of one: neither is the speed."""
+    drafted = {"drafted": 9, "accepted": 7}
+    runs = [
+        Timings(10, 2.0, 1.0, (10**6, 2 * 10**6, 10**6), (1, 8, 1), **drafted),
+        Timings(10, 2.0, 1.0, (10**6, 10**6), (1, 1)),
+        Timings(10, 2.0, 1.0, (4 * 10**6, 10**6), (9, 1), **drafted),
+    ]
+    assert [run.overall_tok_s for run in runs] == [2500, 1000, 2000]
+    speed = Speed.of(runs)
+    assert (speed.decode_tok_s, speed.ms_per_token) == (2000, 0.5)
+    assert Timings(10, 2.0, 1.0, (), ()).overall_tok_s is None
+
+
+def test_the_record_says_what_was_guessed(model, monkeypatch):
+    def propose(self, sequences, running):
+        return {row: [5, 6][: sequences[row].room - 1] for row in running}
+
+    monkeypatch.setattr(Drafting, "propose", propose)
+    output = invoke("run", "--speculate", "ngram", "--new-tokens", "9", "--repeats", "2")
+    record = record_of(output)
+    assert record.speculate == "ngram" and record.drafted > record.accepted >= 0
+    assert record.drafted % 2 == 0  # the same in both repeats
+    shown = " ".join(output.replace("│", " ").split())
+    assert f"drafts {record.accepted} of {record.drafted} tokens right" in shown
+    assert "decode, overall" in shown
+    record = record_of(invoke("run", "--new-tokens", "3"))
+    assert (record.speculate, record.drafted, record.accepted) == (None, None, None)
+
+
+def test_what_cannot_be_held_is_one_sentence(model, monkeypatch):
+    def lacks(*_):
+        raise MemoryError("std::bad_alloc")
+
+    monkeypatch.setattr(model.runtime, "new_cache", lacks)
+    refused("there is not enough memory for this", "run", "--batch", 20000)
+    refused("--threads", "run", "--threads", 10**14)
 
 
 def test_eval_prints_the_protocol_and_the_record(model, tmp_path):

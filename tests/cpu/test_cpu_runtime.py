@@ -321,11 +321,15 @@ def test_bad_calls_leave_the_model_usable(llama):
 
 def test_bad_options(llama):
     checkpoint = llama[0]
-    for options in ({"threads": 0}, {"mode": "int4"}, {"cache_dtype": "int2"}, {"isa": "sse"}):
+    for options in (
+        {"threads": 0}, {"threads": 1.5}, {"threads": "2"}, {"threads": True}, {"mode": "int4"},
+        {"cache_dtype": "int2"}, {"cache_dtype": ""}, {"isa": "sse"}, {"isa": ""},
+    ):  # fmt: skip
         with pytest.raises(InputError, match=r"expected"):
             load(checkpoint, **options)
-    with pytest.warns(UserWarning, match="threads: 999 asked for"):
-        load(checkpoint, 999)
+    for many in (999, 1 << 40):  # what more would cost is not held for them
+        with pytest.warns(UserWarning, match=f"threads: {many} asked for"):
+            assert load(checkpoint, many).threads == native.load("cpu").pool_threads()
 
 
 def test_models_and_threads_side_by_side(llama):

@@ -8,8 +8,10 @@ from support.fake import FakeRuntime, FakeText
 
 from engine.benchmark.breakdown import LABELS, breakdown
 from engine.errors import InputError
+from engine.generation import Step
 from engine.kernels import native
 from engine.options import Options
+from engine.runtime import Times
 
 OPTIONS = Options(max_new_tokens=24, ignore_eos=True)
 
@@ -40,6 +42,29 @@ def test_the_parts_make_the_step(source, batch, rng):
     read = sum(min(52, layer.window or 52) for layer in c.layers)
     assert parts["attention"]["bytes"] == batch * read * 2 * c.kv_heads * c.head_dim * 4
     assert runtime.decoder.times()["calls"] == 0  # off again
+
+
+def test_attention_reads_what_drafts_add(rng, monkeypatch):
+    class Told(FakeRuntime):
+        def measure(self, on): ...
+
+        def times(self):
+            return Times({"attention": 1.0, "wait": 0.0}, {}, 2.0)
+
+        def kv_bytes(self, context):
+            return 1000 * context
+
+    def guessed(runtime, text, prompts, options, after):
+        counts = (2, 0), (4, 3), (2, 0), (2, 2)  # tokens of two sequences, of which were guessed
+        for tokens, drafted in counts:
+            after(Step(("", ""), tokens, 10**9, drafted))
+        return [SimpleNamespace(prompt_tokens=40)]
+
+    monkeypatch.setattr("engine.benchmark.breakdown.generate", guessed)
+    runtime = Told(int(torch.randint(2**31, (1,), generator=rng)))
+    found = {part["name"]: part for part in breakdown(open_with(runtime), "a", OPTIONS, 2)}
+    # Behind each step lie 2, 6 and 8 tokens, and 3, 0 and 2 that it guessed: 7 a step.
+    assert found["attention"]["bytes"] == 2 * 1000 * (40 + 7 / 2)
 
 
 def test_what_cannot_be_broken_down(rng):

@@ -71,6 +71,11 @@ def test_fewer_steps_where_it_repeats(rng, free):
     found = generate(runtime, text, [2 * draw(rng, 64, 7)], options)[0]
     assert len(found.token_ids) == 80 and len(found.timings.step_ns) <= 80 / MOST + 4
     assert sum(found.timings.step_tokens) == 79
+    # Each step gives what was guessed right and a token of its own.
+    assert found.timings.accepted == 79 - len(found.timings.step_ns) > 0
+    assert found.timings.accepted <= found.timings.drafted
+    plain = generate(runtime, text, [[5, 6, 7]], Options(max_new_tokens=9))[0].timings
+    assert (plain.drafted, plain.accepted) == (0, 0)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

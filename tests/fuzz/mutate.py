@@ -2,6 +2,7 @@
 
 import json
 import random
+from copy import deepcopy
 from typing import Any
 
 NUMBERS = (
@@ -74,13 +75,13 @@ def _edit(place: Any, key: Any, rng: random.Random) -> None:
     if kind < 0.15:
         del place[key]
     elif kind < 0.3 and isinstance(place, dict):
-        place[rng.choice([*place, "x", "quantization_config", "rope_scaling"])] = value
+        place[rng.choice([*place, "x", "quantization_config", "rope_scaling"])] = deepcopy(value)
     elif kind < 0.55 and type(value) in (int, float) and value == value and abs(value) < 1e300:
         place[key] = rng.choice((value + 1, value - 1, value * 2, -value, value // 2, value + 0.5))
     elif kind < 0.65 and isinstance(value, list):
         place[key] = rng.choice((value[:-1], value + value[:1], value[::-1], [value]))
     else:
-        place[key] = rng.choice(ODD)
+        place[key] = deepcopy(rng.choice(ODD))  # another edit may go into it
 
 
 def _bytes(data: bytes, rng: random.Random) -> bytes:
