@@ -74,7 +74,8 @@ void bind_angular(pybind11::module_& m) {
                 starts.push_back(Borrowed(rows[i], "rows").rows(dtype, B, D, strides[i]));
             const auto doubles = [](const std::optional<TensorTuple>& tensor, const char* what,
                                     int64_t count) {
-                return static_cast<double*>(Borrowed(tensor, what).of("float64", count));
+                const Borrowed span(tensor, what);
+                return static_cast<double*>(tensor ? span.need("float64", count) : nullptr);
             };
             const AngularJob job{starts.data(),
                                  strides.data(),

@@ -390,13 +390,23 @@ void combine(const float* data, const float* peaks, const float* totals, int64_t
 // (head_dim,) floats as T, zeros up to whole vectors; returns the scale of int8.
 template <class T>
 float narrow(const float* from, int64_t head_dim, T* to) {
+    constexpr bool kWhole = std::is_same_v<T, int8_t>;
     float largest = 0;
-    for (int64_t e = 0; e < head_dim; ++e) largest = std::max(largest, std::fabs(from[e]));
-    const bool whole = std::is_same_v<T, int8_t>;
-    const F factor = Lanes::set(whole ? (largest > 1e-30f ? 127.0f / largest : 0.0f) : 1.0f);
+    if constexpr (kWhole) {  // as integers, so that NaN is above infinity and spoils the scale
+        std::uint32_t most = 0;
+        for (int64_t e = 0; e < head_dim; ++e) {
+            std::uint32_t bits;
+            std::memcpy(&bits, from + e, sizeof bits);
+            most = std::max(most, bits & 0x7fffffffu);
+        }
+        std::memcpy(&largest, &most, sizeof most);
+    }
+    const F factor = Lanes::set(largest > 1e-30f ? 127.0f / largest : 0.0f);
     for (int64_t e = 0; e < head_dim; e += Lanes::count) {
-        const F v = Lanes::load(from + e, std::min<int64_t>(Lanes::count, head_dim - e));
-        Lanes::store(to + e, whole ? Lanes::round(Lanes::mul(v, factor)) : v);
+        F v = Lanes::load(from + e, std::min<int64_t>(Lanes::count, head_dim - e));
+        if constexpr (kWhole)
+            v = std::isfinite(largest) ? Lanes::round(Lanes::mul(v, factor)) : Lanes::set(0);
+        Lanes::store(to + e, v);
     }
     return largest / 127.0f;
 }

@@ -63,6 +63,7 @@ private:
 };
 
 std::atomic<std::int64_t> decoders{0};
+constexpr std::int64_t kMostSequences = std::int64_t{1} << 31;  // times the layers, 64 bits
 
 }  // namespace
 
@@ -75,6 +76,7 @@ Decoder::Decoder(const Rules& rules, Isa isa, int threads)
 
 void Decoder::set_outer(Weights weights, const void* embedding, std::int64_t rows,
                         std::int64_t columns, ScaleType type) {
+    if (model_.final_norm.weight) throw std::invalid_argument("set_outer: expected one call");
     weights_.push_back(std::make_unique<Weights>(std::move(weights)));
     const Rules& r = model_.rules;
     const Roles roles(*weights_.back(), r);
@@ -129,6 +131,10 @@ void Decoder::add_layer(Weights weights, std::int64_t window, int rope, std::int
 
 KvCache Decoder::new_cache(KvType type, std::int64_t batch) const {
     const Rules& r = model_.rules;
+    if (model_.layers.empty()) throw std::invalid_argument("a cache is of layers, found none");
+    if (batch < 1 || batch > kMostSequences)
+        throw std::invalid_argument("batch: expected 1 to " + std::to_string(kMostSequences) +
+                                    ", found " + std::to_string(batch));
     return KvCache(KvShape(type, r.kv_heads, r.head_dim), batch, slots(), identity_);
 }
 
@@ -163,12 +169,20 @@ void Decoder::measure(bool on) {
     times_ = {};
 }
 
+Times Decoder::times() {
+    const std::lock_guard lock(working().mutex);
+    return times_;
+}
+
 // The rules of engine/reference/decoder.py, which says what is wrong with a call that breaks them.
 void Decoder::check(const Call& call) const {
     const auto require = [](bool holds, const char* what) {
         if (!holds) throw std::invalid_argument(what);
     };
-    require(call.batch == call.cache->batch() && call.cache->decoder() == identity_, "cache");
+    require(!model_.layers.empty() && model_.final_norm.weight, "layers");
+    require(call.cache->decoder() == identity_ && call.cache->slots() == slots() &&
+                call.batch == call.cache->batch(),
+            "cache");
     require(call.steps >= 1, "tokens");
     std::int64_t reach = 0;
     for (std::int64_t b = 0; b < call.batch; ++b) {

@@ -2,6 +2,7 @@
 // defines: Weights Call Decoder
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -61,8 +62,7 @@ public:
     const Model& model() const { return model_; }
 
     void measure(bool on);  // from now on; clears what was measured
-    const Times& times() const { return times_; }
-    int threads() const { return threads_; }
+    Times times();
 
 private:
     // What a call works in; one call at a time.
@@ -87,7 +87,7 @@ private:
     int threads_;
     std::int64_t identity_;  // of this decoder in the process, for its caches
     std::unique_ptr<Working> working_ = std::make_unique<Working>();
-    int forks_;  // of the process when `working_` was made
+    std::atomic<int> forks_;  // of the process when `working_` was made
     bool measured_ = false;
     Times times_{};
 };

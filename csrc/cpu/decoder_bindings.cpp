@@ -159,8 +159,11 @@ std::vector<std::int64_t> greedy(Decoder& decoder, KvCache& cache,
 }
 
 // Of the first thread by part, seconds; what each part reads of the weights in a step, bytes.
-py::dict times(const Decoder& decoder) {
-    const Times& measured = decoder.times();
+py::dict times(Decoder& decoder) {
+    const Times measured = [&] {
+        const py::gil_scoped_release free;
+        return decoder.times();
+    }();
     py::dict seconds, bytes;
     for (int i = 0; i < kPartCount; ++i) seconds[kParts[i]] = measured.seconds[i];
     std::int64_t qkv = 0, o = 0, up = 0, down = 0;
@@ -242,7 +245,8 @@ void bind_decoder(py::module_& m) {
              py::arg("angles"), py::arg("steps") = 1,
              "So many tokens of each sequence, -1 for none; returns the ids of the largest logits\n"
              "behind each of them, -1 where one is not a finite number.")
-        .def("measure", &Decoder::measure, py::arg("on"))
+        // Without the interpreter, which a call between two chunks waits for.
+        .def("measure", &Decoder::measure, py::arg("on"), py::call_guard<py::gil_scoped_release>())
         .def("times", &times)
         .def_property_readonly("nbytes", &Decoder::nbytes);
 }

@@ -73,7 +73,7 @@ struct Chunk {
     std::int64_t size() const { return static_cast<std::int64_t>(rows.size()); }
 };
 
-// Seconds of the first thread by part, and of the whole calls.
+// Seconds of the first thread by part, and of the whole calls; chunks and tokens that were measured.
 enum class Part : int { embed, norm, qkv, rope, attention, mix, o, up, gate, down, head, wait };
 constexpr int kPartCount = 12;
 struct Times {

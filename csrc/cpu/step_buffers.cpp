@@ -7,11 +7,22 @@ namespace {
 
 std::int64_t widest(const Rules& r) { return std::max({r.hidden, r.query_width(), r.ffn}); }
 
-std::int64_t unpacked_bytes(const Model& model, std::int64_t m, int threads) {
-    std::int64_t bytes = model.head.scratch_bytes(m, threads);
-    for (const Layer& layer : model.layers)
-        for (const Product* product : {&layer.qkv, &layer.o, &layer.up, &layer.down})
-            bytes = std::max(bytes, product->scratch_bytes(m, threads));
+// visit(rows) of every set. Each is to be measured: where the processor multiplies tiles of bfloat16
+// fewer rows than another set's may take more, in other forms and by larger claims.
+template <class Visit>
+void each_size(const Chunk& chunk, const Visit& visit) {
+    for (std::size_t s = 0; s < chunk.used; ++s)
+        if (const std::int64_t m = chunk.sets[s].size()) visit(m);
+}
+
+std::int64_t unpacked_bytes(const Model& model, const Chunk& chunk, int threads) {
+    std::int64_t bytes = 0;
+    each_size(chunk, [&](std::int64_t m) {
+        bytes = std::max(bytes, model.head.scratch_bytes(m, threads));
+        for (const Layer& layer : model.layers)
+            for (const Product* product : {&layer.qkv, &layer.o, &layer.up, &layer.down})
+                bytes = std::max(bytes, product->scratch_bytes(m, threads));
+    });
     return bytes;
 }
 
@@ -29,13 +40,20 @@ FormBytes::FormBytes(const Model& model, std::int64_t m) : hidden(model.head.inp
     }
 }
 
+void FormBytes::include(const FormBytes& other) {
+    hidden = std::max(hidden, other.hidden);
+    attended = std::max(attended, other.attended);
+    up = std::max(up, other.up);
+}
+
 Buffers::Buffers(const Model& model, const Chunk& chunk, int threads, std::uint8_t* base)
     : model_(model), chunk_(chunk), kept_(chunk.size() <= kKeptRows ? chunk.size() : 0),
       kept_forms_(model, std::max<std::int64_t>(kept_, 1)),
-      unpacked_bytes_(unpacked_bytes(model, chunk.size(), threads)) {
+      unpacked_bytes_(unpacked_bytes(model, chunk, threads)) {
     const Rules& r = model.rules;
     const std::int64_t m = chunk.size();
-    const FormBytes forms(model, m);
+    FormBytes forms(model, m);
+    each_size(chunk, [&](std::int64_t rows) { forms.include(FormBytes(model, rows)); });
     bool split = false;
     for (std::size_t s = 0; s < chunk.used; ++s) split |= chunk.sets[s].split;
     const std::int64_t spans = split ? m * kMaxSpans : 0;

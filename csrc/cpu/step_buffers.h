@@ -24,6 +24,7 @@ struct FormBytes {
     std::int64_t hidden, attended = 0, up = 0;
 
     FormBytes(const Model& model, std::int64_t m);
+    void include(const FormBytes& other);
 };
 
 struct Buffers {

@@ -43,8 +43,7 @@ w4::Matrix matrix(const TensorTuple& codes, const TensorTuple& scales, const Ten
     const std::string scale = kquant ? "uint8" : scale_dtype;
     const auto needed = [&](const Tensor& tensor, const char* what, bool wanted,
                             const std::string& dtype, std::int64_t count) {
-        const Borrowed span(tensor, what);
-        return wanted ? span.need(dtype, count) : span.of(dtype, count);
+        return wanted ? Borrowed(tensor, what).need(dtype, count) : nullptr;
     };
     matrix.codes = static_cast<const std::uint8_t*>(
         needed(codes, "codes", true, "uint8", n * matrix.row_bytes()));
@@ -57,7 +56,7 @@ w4::Matrix matrix(const TensorTuple& codes, const TensorTuple& scales, const Ten
         needed(supers, "supers", kquant, "float16", 2 * n * w4::ceil_div(k, w4::kSuper)));
     matrix.codebook = static_cast<const float*>(
         needed(codebook, "codebook", matrix.scheme == w4::Scheme::codebook, "float32", 16));
-    matrix.perm = static_cast<const std::int32_t*>(needed(perm, "perm", false, "int32", k));
+    matrix.perm = static_cast<const std::int32_t*>(Borrowed(perm, "perm").of("int32", k));
     return matrix;
 }
 
@@ -91,6 +90,11 @@ w4::Matrix describe_matrix(std::int64_t n, std::int64_t k, std::int32_t bits, st
     matrix.group = group;
     matrix.scheme = parse_scheme(scheme);
     matrix.scale_type = parse_scale_type(scale_dtype);
+    if (group != 0 && group != 16 && group != 32 && group != 64 && group != 128)
+        throw std::invalid_argument("no matrix has groups of " + std::to_string(group));
+    if (w4::has_supers(matrix.scheme) && group != (matrix.scheme == w4::Scheme::kquant ? 32 : 16))
+        throw std::invalid_argument("no matrix in groups of " + std::to_string(group) + " is " +
+                                    scheme);
     const bool of_gguf = w4::has_supers(matrix.scheme) || matrix.scheme == w4::Scheme::symmetric ||
                          matrix.scheme == w4::Scheme::minimum;
     if (bits == 6 ? !of_gguf : matrix.scheme == w4::Scheme::stepped)

@@ -128,8 +128,8 @@ std::pair<float, float> fit_step(const float* values) {
     }
     if (largest == 0) return {1.0f, 0.0f};
     double best_step = 0, best = INFINITY;
-    for (int i = 0; i < 256; ++i) {  // the largest value becomes 63.75..127.5
-        const double step = largest / (127.49 - i / 4.0);
+    for (int i = 0; i < 256; ++i) {  // the largest value becomes 63.25..127, which integers are
+        const double step = largest / (127 - i / 4.0);
         double error = 0;
         for (int j = 0; j < 16; ++j) {
             const double miss = std::nearbyint(values[j] / step) * step - values[j];
@@ -267,10 +267,51 @@ TiledMatrix::TiledMatrix(std::uint8_t* bytes, std::size_t size) : bytes_(bytes),
         throw std::invalid_argument("tiles must begin on a multiple of 64 bytes");
     if (size < sizeof(Header) || header->magic != kMagic)
         throw std::invalid_argument("these bytes are no tiles");
-    view_ = header->view;
-    if (const std::size_t whole = place(header->permuted); whole != size)
+    std::uint8_t permuted;
+    std::memcpy(&permuted, &header->permuted, sizeof permuted);
+    if (permuted > 1 || !describe_as(header->view, size))
+        throw std::invalid_argument("these bytes are no tiles of a matrix");
+    if (const std::size_t whole = place(permuted); whole != size)
         throw std::invalid_argument("tiles must have " + std::to_string(whole) + " bytes, found " +
                                     std::to_string(size));
+    for (int64_t j = 0; permuted && j < view_.k; ++j)
+        if (perm_[j] < 0 || perm_[j] >= view_.k)
+            throw std::invalid_argument("tiles have a column that is none of the matrix's");
+}
+
+// Sets the view to that of `found`'s shape and spec, which came with `size` bytes; false where there is
+// no such matrix.
+bool TiledMatrix::describe_as(const TileView& found, std::size_t size) {
+    constexpr int64_t kMostColumns = int64_t{1} << 30;
+    const auto most = static_cast<int64_t>(size) * 8;  // of rows and columns of so many bytes
+    const auto kind = static_cast<int>(found.kind), scheme = static_cast<int>(found.scheme);
+    const auto type = static_cast<int>(found.scale_type);
+    if (found.n < 1 || found.n > most || found.k < 1 || found.k > std::min(most, kMostColumns))
+        return false;
+    if (kind < 0 || kind > static_cast<int>(Codes::bfloat16) || type < 0 || type > 2) return false;
+    if (kind >= static_cast<int>(Codes::float32)) {
+        describe_dense(found.n, found.k,
+                       found.kind == Codes::float32   ? ScaleType::float32
+                       : found.kind == Codes::float16 ? ScaleType::float16
+                                                      : ScaleType::bfloat16);
+        return true;
+    }
+    const int64_t blocks = w4::ceil_div(found.k, kBlock), group = found.group_blocks;
+    if (scheme < 0 || scheme > static_cast<int>(w4::Scheme::stepped)) return false;
+    if (group < 0 || group > blocks) return false;
+    const bool stepped = found.scheme == w4::Scheme::stepped;
+    if (found.scheme == w4::Scheme::kquant ? group != 1 : stepped && group != 0) return false;
+    if (found.kind == Codes::six ? found.scheme == w4::Scheme::zero : stepped) return false;
+    w4::Matrix like{};
+    like.n = found.n;
+    like.k = found.k;
+    like.bits = found.kind == Codes::byte ? 8 : found.kind == Codes::six ? 6 : 4;
+    like.group = static_cast<std::int32_t>(group ? group * kBlock : 16);
+    like.scheme = found.scheme;
+    like.scale_type = found.scale_type;
+    like.codebook = found.values;
+    describe(like);
+    return view_.kind == found.kind;
 }
 
 TiledMatrix::TiledMatrix(const w4::Matrix& matrix, std::uint8_t* tiles) {
@@ -358,7 +399,7 @@ void TiledMatrix::restore(const w4::Matrix& to, int threads) const {
     if (to.perm) std::copy(perm_, perm_ + v.k, const_cast<std::int32_t*>(to.perm));
 }
 
-TiledMatrix::TiledMatrix(const void* weights, ScaleType type, int64_t n, int64_t k, int threads) {
+void TiledMatrix::describe_dense(int64_t n, int64_t k, ScaleType type) {
     TileView& v = view_;
     v.n = n;
     v.k = k;
@@ -369,9 +410,14 @@ TiledMatrix::TiledMatrix(const void* weights, ScaleType type, int64_t n, int64_t
     v.kind = type == ScaleType::float32   ? Codes::float32
              : type == ScaleType::float16 ? Codes::float16
                                           : Codes::bfloat16;
-    const int64_t element = type == ScaleType::float32 ? 4 : 2;
-    v.block_bytes = kBlock * kTileRows * element;
+    v.block_bytes = kBlock * kTileRows * element_bytes(type);
+}
+
+TiledMatrix::TiledMatrix(const void* weights, ScaleType type, int64_t n, int64_t k, int threads) {
+    describe_dense(n, k, type);
     allocate(false);
+    const TileView& v = view_;
+    const int64_t element = element_bytes(type);
     const auto* const from = static_cast<const uint8_t*>(weights);
     auto* const tiles = const_cast<uint8_t*>(v.data);
     parallel_for(threads, v.tiles, 4, [&](int64_t begin, int64_t end) {

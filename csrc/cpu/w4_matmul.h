@@ -108,6 +108,8 @@ private:
     struct Header;
 
     void describe(const w4::Matrix& matrix);  // sets the view but for its pointers
+    void describe_dense(std::int64_t n, std::int64_t k, ScaleType type);
+    bool describe_as(const TileView& found, std::size_t size);
     void allocate(bool permuted);
     std::size_t place(bool permuted);  // sets the pointers behind the header; the bytes of it all
 

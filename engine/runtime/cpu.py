@@ -80,9 +80,10 @@ class CpuRuntime:
     ) -> "CpuRuntime":
         """Reads only the layers that `config` keeps; `progress` is called after each of them.
 
-        `threads`: torch's number by default. `mode` "int8" rounds activations to 8 bits in blocks
-        of 32, the coarsest of a norm's outputs twice; "exact" keeps float32. `isa`: the
-        best by default, else one of `isas()`.
+        `threads`: torch's number by default. `mode` "int8" rounds activations that meet quantized
+        weights to 8 bits in blocks of 32, the coarsest of a norm's outputs twice, or as
+        `engine.kernels.w4.cpu.matmul` does on avx2 and amx; "exact" keeps float32. `isa`: the best
+        by default, else one of `isas()`.
         """
         threads = torch.get_num_threads() if threads is None else threads
         if type(threads) is not int or threads < 1:
@@ -136,6 +137,8 @@ class CpuRuntime:
         return found
 
     def new_cache(self, batch: int, capacity: int | None = None) -> CpuCache:
+        if batch < 1:
+            raise InputError(f"batch: expected at least 1 sequence, found {batch}")
         cache = CpuCache(self.config, self.decoder.new_cache(self.cache_dtype, batch))
         cache.pages.reserve(min(capacity or 1, self.config.max_context))
         return cache
@@ -152,10 +155,10 @@ class CpuRuntime:
         check_cache(self.config, cache, CpuCache)
         if tokens.device.type != "cpu":
             raise InputError(f"tokens: expected a tensor on the CPU, found one on {tokens.device}")
+        if tokens.ndim != 2 or tokens.is_floating_point():
+            check_call(self.config, tokens, cache, slots)
         if tokens.dtype != torch.int64 or not tokens.is_contiguous():
             tokens = tokens.to(torch.int64).contiguous()
-        if tokens.ndim != 2:
-            check_call(self.config, tokens, cache, slots)
         chosen = None if slots is None else mask_slots(self.config, cache.batch, slots)
         batch, steps = tokens.shape
         everything = logits == "all"
@@ -197,6 +200,8 @@ class CpuRuntime:
         `entering` is the stream before them, the embeddings where it is not given.
         """
         check_cache(self.config, cache, CpuCache)
+        if bool((tokens < 0).any()):
+            raise InputError("tokens: a stream is of tokens without padding, found negative ids")
         tokens = tokens.to(torch.int64).contiguous()
         chosen = torch.zeros(cache.lengths.shape, dtype=torch.bool)
         chosen[:, list(slots)] = True
@@ -205,17 +210,22 @@ class CpuRuntime:
             assert entering.shape == (*tokens.shape, self.config.hidden_size)
         width = self.config.vocab_size if logits else self.config.hidden_size
         out = torch.empty(*tokens.shape, width)
-        self.decoder.stream(
-            cache.pages,
-            native.span(tokens),
-            *tokens.shape,
-            cache.span,
-            native.span(chosen),
-            self._tables(tokens, cache).spans,
-            native.span(entering),
-            native.span(None if logits else out),
-            native.span(out if logits else None),
-        )
+        angles = self._tables(tokens, cache)  # held until the call has ended
+        try:
+            self.decoder.stream(
+                cache.pages,
+                native.span(tokens),
+                *tokens.shape,
+                cache.span,
+                native.span(chosen),
+                angles.spans,
+                native.span(entering),
+                native.span(None if logits else out),
+                native.span(out if logits else None),
+            )
+        except ValueError as error:
+            check_call(self.config, tokens, cache, list(slots))
+            raise _refused(error) from None
         return out
 
     def greedy(self, tokens: Sequence[int], cache: CpuCache) -> list[int]:
@@ -263,8 +273,9 @@ class CpuRuntime:
 
     def _tables(self, tokens: torch.Tensor, cache: CpuCache) -> Tables:
         """For the positions that the call reaches; an upper bound where that is all the same."""
-        if self.config.whole_prefill:
-            cache.reach = int((cache.positions + (tokens >= 0).sum(1)).max())
+        if self.config.whole_prefill:  # of the sequences that run
+            counts = (tokens >= 0).sum(1)
+            cache.reach = int(torch.where(counts > 0, cache.positions + counts, 0).max())
             return self._angles.tables(cache.reach)
         cache.reach = int(cache.lengths.numpy().max()) + tokens.shape[1]
         held = self._angles.held  # Python is cold in every step: to look each table up took 25 us

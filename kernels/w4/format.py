@@ -40,9 +40,9 @@ class Spec:
     scale_dtype: torch.dtype = torch.float16  # of scales and mins (kquant: of the super-scales)
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
+        if type(self.bits) is not int or self.bits not in (4, 8):
             raise ValueError(f"bits must be 4 or 8, found {self.bits!r}")
-        if self.group not in GROUPS:
+        if type(self.group) is not int or self.group not in GROUPS:
             raise ValueError(f"group must be one of {GROUPS} (0: whole row), found {self.group!r}")
         if self.scheme not in SCHEMES:
             raise ValueError(f"scheme must be one of {SCHEMES}, found {self.scheme!r}")

@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import tiny
 from support.close import assert_close
 from support.llama_files import write_tiny
@@ -317,6 +318,59 @@ def test_bad_calls_leave_the_model_usable(llama):
             call()
         assert int(cache.lengths.sum()) == 0
     assert torch.equal(expected, runtime.forward(ids, cache))
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("isa", isas())
+def test_what_is_no_number_stays_so_in_the_cache(tmp_path, isa, cache_dtype):
+    """A token whose embedding is NaN spoils those behind it, its sequence's alone."""
+    tiny.write("llama", tmp_path, 1)
+    file = tmp_path / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    tensors["model.embed_tokens.weight"][7] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path)
+    runtime = load(checkpoint, isa=isa, cache_dtype=cache_dtype)
+    cache = runtime.new_cache(2)
+    prompt = runtime.forward(torch.tensor([[7, 5, 6], [4, 5, 6]]), cache)
+    step = runtime.forward(torch.tensor([[9], [9]]), cache)
+    for logits in (prompt, step):
+        assert logits[0].isnan().all() and logits[1].isfinite().all()
+
+
+def test_a_length_is_that_of_the_sequences_that_run(tmp_path):
+    """Dynamic rotations depend on the longest of them, not on one that has ended."""
+    checkpoint, ids = write("llama-dynamic", tmp_path)
+    reference = ReferenceRuntime.load(checkpoint, checkpoint.config)
+    runtime, found = load(checkpoint, **EXACT), []
+    ids = ids[:, :60].clone()
+    ids[1, :40] = -1
+    for each in (reference, runtime):
+        cache = each.new_cache(2)
+        each.forward(ids, cache)
+        found.append(each.forward(torch.tensor([[-1], [5]]), cache)[1])
+    assert_close("the one that runs", *found, 1e-4)
+
+
+def test_bad_tensors_and_batches(llama):
+    checkpoint, _, ids = llama
+    runtime = load(checkpoint)
+    with pytest.raises(InputError, match="tokens: expected ids, found torch.float32"):
+        runtime.forward(torch.tensor([[1.9, 3.7]]), runtime.new_cache(1))
+    for batch in (0, -1):
+        with pytest.raises(InputError, match=f"batch: expected at least 1 sequence, found {batch}"):
+            runtime.new_cache(batch)
+    with pytest.raises(ValueError, match="batch: expected 1 to [0-9]+, found"):
+        runtime.new_cache(1 << 62)
+    slots = range(len(checkpoint.config.layers))
+    padded = torch.cat([torch.full((2, 1), -1), ids[:, :3]], dim=1)
+    for tokens, words in (
+        (padded, "without padding"),
+        (ids + tiny.VOCAB, "expected ids below"),
+        (ids.repeat(1, 1000), "context: the model holds"),
+    ):
+        with pytest.raises(InputError, match=words):
+            runtime.stream(tokens, runtime.new_cache(2), slots)
 
 
 def test_bad_options(llama):

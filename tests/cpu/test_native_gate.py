@@ -2,12 +2,15 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 import torch
 from support import tiny
+from support.packed import random_packed
 
 from engine.checkpoint import open_checkpoint
 from engine.errors import InputError
@@ -16,7 +19,8 @@ from engine.kernels import native
 if native.error("cpu") is not None:
     pytest.skip(f"engine._cpu does not load: {native.error('cpu')}", allow_module_level=True)
 
-from engine.kernels.w4.cpu import isas
+from engine.kernels.w4.cpu import CpuWeight, isas
+from engine.kernels.w4.format import Spec, unpack
 from engine.reference.cache import KVCache
 from engine.runtime.cpu import CpuRuntime, native_layer, native_outer, rules, spans
 from engine.runtime.reference import ReferenceRuntime
@@ -151,6 +155,101 @@ def test_extents_of_a_matrix():
             )  # fmt: skip
     with pytest.raises(ValueError, match="out: expected"):
         tiles.rows(0, 20, span(torch.empty(19, 32)), 1)
+
+
+def test_a_decoder_that_is_not_whole(checkpoint):
+    config = checkpoint.config
+    made, outer = decoder(config), native_outer(checkpoint, config)
+    with pytest.raises(ValueError, match="a cache is of layers, found none"):
+        made.new_cache("float32", 1)
+    matrices, vectors = native_layer(checkpoint, config, 0)
+    made.add_layer(matrices, spans(vectors), 0, -1, 0)
+    cache, tokens = made.new_cache("float32", 1), torch.tensor([1])
+    logits = torch.empty(1, 1, config.vocab_size)
+
+    def step(slots: int) -> int:
+        lengths, given = torch.zeros(1, slots, dtype=torch.int64), native.span
+        return made.forward(
+            cache, given(tokens), 1, 1, given(lengths), None, [], False, given(logits)
+        )
+
+    with pytest.raises(ValueError, match="layers"):
+        step(1)
+    set_outer(made, config, *outer)
+    with pytest.raises(ValueError, match="set_outer: expected one call"):
+        set_outer(made, config, *outer)
+    assert step(1) == 1
+    made.add_layer(matrices, spans(vectors), 0, -1, 0)
+    with pytest.raises(ValueError, match="cache"):
+        step(2)
+
+
+def test_bytes_that_are_no_tiles(rng):
+    """They come in pickles and state dicts too."""
+    cpu = native.load("cpu")
+    packed = random_packed(rng, 32, 64, Spec(4, 32, "symmetric"))
+    whole = CpuWeight.from_packed(packed).to_bytes()
+    assert cpu.TiledMatrix(bytes=native.span(whole)).shape == (32, 64)
+    refused = 0
+    for at in range(0, 512, 4):
+        for value in (0, 1, -1, 1 << 20, 0x7FFFFFFF):
+            other = torch.empty(len(whole) + 64, dtype=torch.uint8)
+            start = -other.data_ptr() % 64
+            other = other[start : start + len(whole)].copy_(whole)
+            other[at : at + 4].view(torch.int32)[0] = value
+            try:
+                tiles = cpu.TiledMatrix(bytes=native.span(other))
+            except ValueError:
+                refused += 1
+            else:
+                out = torch.empty(tiles.shape)
+                tiles.rows(0, len(out), native.span(out), 1)
+    assert refused > 20
+
+
+def test_matrices_of_no_spec(rng):
+    packed = random_packed(rng, 32, 64, Spec(4, 32, "symmetric"))
+    fields, cpu = packed.native_fields(), native.load("cpu")
+    for group in (1, 24, 48, 256):
+        with pytest.raises(ValueError, match=f"no matrix has groups of {group}"):
+            cpu.Packed(**fields | {"group": group})
+    zeros = torch.full((32, 2), 255, dtype=torch.uint8)  # which that scheme has not
+    tiles = cpu.TiledMatrix(cpu.Packed(**fields | {"zeros": native.span(zeros)}), 1)
+    out = torch.empty(32, 64)
+    tiles.rows(0, 32, native.span(out), 1)
+    assert torch.equal(out, unpack(packed))
+    empty = native.span(torch.empty(0, dtype=torch.float64))
+    rows = [native.span(torch.ones(1, 8)) for _ in range(2)]
+    with pytest.raises(ValueError, match="sums: expected"):
+        cpu.angular(rows, [8, 8], "float32", 1, 8, None, empty, empty, None, 1)
+
+
+MEASURED = """
+import sys, threading, torch
+from pathlib import Path
+from engine.checkpoint import open_checkpoint
+from engine.runtime.cpu import CpuRuntime
+
+checkpoint = open_checkpoint(Path(sys.argv[1]))
+runtime = CpuRuntime.load(checkpoint, checkpoint.config, 1)
+tokens = torch.randint(3, checkpoint.config.vocab_size, (40, 60))  # more than one chunk
+
+def work():
+    for _ in range(20):
+        runtime.forward(tokens, runtime.new_cache(40))
+
+thread = threading.Thread(target=work)
+thread.start()
+while thread.is_alive():
+    runtime.measure(True)
+    runtime.times()
+"""
+
+
+def test_measuring_beside_a_call_of_several_chunks(checkpoint):
+    """Which waits for the interpreter between them."""
+    command = [sys.executable, "-c", MEASURED, str(checkpoint.path)]
+    assert subprocess.run(command, timeout=120).returncode == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")

@@ -11,7 +11,7 @@ from support.packed import every_spec, random_packed, spec_id
 
 from engine.kernels import native
 from engine.kernels.w4.cpu import MODES, CpuWeight, isas, matmul
-from engine.kernels.w4.format import Spec, unpack
+from engine.kernels.w4.format import IQ4_NL, Spec, unpack
 
 ISAS = native.load("cpu").isas() if native.error("cpu") is None else []
 BOUND = {"exact": 1e-5, "int8": 1e-2}
@@ -193,6 +193,15 @@ def test_non_finite_and_vanishing_activations(rng, isa, mode, m):
     assert y[3:].isfinite().all()
     tiny = matmul(torch.full((m, 64), 1e-38), weight, mode=mode)
     assert tiny.isfinite().all() and (tiny.abs() < 1e-30).all()
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_a_codebook_of_whole_numbers_is_multiplied_exactly(rng, isa):
+    """IQ4_NL's values are integers up to 127: rounding x alone costs, of one-hot rows nothing."""
+    packed = random_packed(rng, 40, 64, Spec(4, 32, "codebook", torch.float32))
+    packed.codebook[:] = torch.tensor(IQ4_NL, dtype=torch.float32)
+    got = matmul(torch.eye(64), CpuWeight.from_packed(packed, isa))
+    assert_close("one-hot rows", unpack(packed).double().T, got, 1e-6)
 
 
 def test_a_codebook_that_8_bits_hold_badly_is_multiplied_exactly(rng):

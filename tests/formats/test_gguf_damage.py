@@ -97,6 +97,27 @@ MISFITS = {
         lambda f, t: t.update({"blk.0.attn_q.bias": t["output_norm.weight"]}),
         "'blk.0.attn_q.bias': this llama model has no such bias",
     ),
+    "a bias of the head": (
+        lambda f, t: t.update({"output.bias": t["output_norm.weight"][:8]}),
+        "'output.bias': this llama model has no such bias",
+    ),
+    "a bias of the last norm": (
+        lambda f, t: t.update({"output_norm.bias": t["output_norm.weight"]}),
+        "'output_norm.bias': this llama model has no such bias",
+    ),
+    "a bias of the embedding": (
+        lambda f, t: t.update({"token_embd.bias": t["output_norm.weight"]}),
+        "'token_embd.bias': this llama model has no such bias",
+    ),
+    "a bias of q, k and v": (
+        lambda f, t: t.update({"blk.0.attn_qkv.bias": t["blk.0.ffn_gate.weight"][:, 0]}),
+        "'blk.0.attn_qkv.bias': this llama model has no such bias",
+    ),
+    # Whose q and k other engines take turned, or not: no converter writes one.
+    "q, k and v in one": (
+        lambda f, t: t.update({"blk.0.attn_qkv.weight": t["blk.0.ffn_gate.weight"]}),
+        "'blk.0.attn_qkv.weight': expected attn_q, attn_k and attn_v apart",
+    ),
     "scaling": (lambda f, t: f.update({"llama.rope.scaling.type": "new"}), "scaling.type: expect"),
     "alignment": (lambda f, t: f.update({"general.alignment": 24}), "power of two"),
     "value length": (lambda f, t: f.update({"llama.attention.value_length": 8}), "values of diff"),

@@ -190,6 +190,9 @@ def test_our_own_of_another_size(version, change, words, rng, tmp_path):
     [
         ({"version": 2}, "spec of version 2, this version reads 1"),
         ({"bits": 5}, "bits must be 4 or 8, found 5"),
+        ({"bits": 4.0}, "bits must be 4 or 8, found 4.0"),
+        ({"group": 32.0}, "group must be one of .*, found 32.0"),
+        ({"group": False}, "group must be one of .*, found False"),
         ({"scheme": "codebook"}, "tensor 'weight.codebook' is missing"),
         ({"shape": [5, 0]}, "shape must be two positive integers"),
         ({"shape": 5}, "shape must be two positive integers"),
