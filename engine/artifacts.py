@@ -107,7 +107,12 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
     raise ValueError(f"{name}: expected {expected}, found {repr(value)[:40]}")
 
 
+MOST_LAYERS = 10_000  # that a file may speak of
+
+
 def _check_layers(name: str, layers: tuple[int, ...], total: int) -> None:
+    if type(total) is not int or not 0 < total <= MOST_LAYERS:
+        raise ValueError(f"total_layers: expected 1 to {MOST_LAYERS}, found {total!r}")
     inside = all(type(n) is int and 0 <= n < total for n in layers)
     if not layers or not inside or list(layers) != sorted(set(layers)):
         raise ValueError(f"{name}: expected ascending layers below {total}")

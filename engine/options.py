@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.errors import InputError
 
-Stop = str | int | Sequence[str | int]
+Stop = str | int | Sequence[str | int] | None
 DRAFTS = ("ngram",)
 Slots = Sequence[int] | Sequence[Sequence[int]]  # ascending: one list for all, or one a sequence
 
@@ -80,6 +80,10 @@ class Options(Sampling):
     @property
     def stops(self) -> tuple[str | int, ...]:
         """`stop`, one or several, as several."""
+        if self.stop is None:
+            return ()
+        if isinstance(self.stop, bytes):  # whose items are numbers
+            raise InputError(f"stop takes strings that are not empty and ids, not {self.stop!r}")
         return (self.stop,) if isinstance(self.stop, str | int) else tuple(self.stop)
 
 

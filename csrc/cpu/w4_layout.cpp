@@ -282,7 +282,7 @@ TiledMatrix::TiledMatrix(std::uint8_t* bytes, std::size_t size) : bytes_(bytes),
 // Sets the view to that of `found`'s shape and spec, which came with `size` bytes; false where there is
 // no such matrix.
 bool TiledMatrix::describe_as(const TileView& found, std::size_t size) {
-    constexpr int64_t kMostColumns = int64_t{1} << 30;
+    constexpr int64_t kMostColumns = int64_t{1} << 30, kGroupBlocks = 4;  // of groups of 128
     const auto most = static_cast<int64_t>(size) * 8;  // of rows and columns of so many bytes
     const auto kind = static_cast<int>(found.kind), scheme = static_cast<int>(found.scheme);
     const auto type = static_cast<int>(found.scale_type);
@@ -298,7 +298,7 @@ bool TiledMatrix::describe_as(const TileView& found, std::size_t size) {
     }
     const int64_t blocks = w4::ceil_div(found.k, kBlock), group = found.group_blocks;
     if (scheme < 0 || scheme > static_cast<int>(w4::Scheme::stepped)) return false;
-    if (group < 0 || group > blocks) return false;
+    if (group < 0 || group > std::max(blocks, kGroupBlocks)) return false;
     const bool stepped = found.scheme == w4::Scheme::stepped;
     if (found.scheme == w4::Scheme::kquant ? group != 1 : stepped && group != 0) return false;
     if (found.kind == Codes::six ? found.scheme == w4::Scheme::zero : stepped) return false;

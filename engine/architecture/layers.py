@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from operator import index
 
 from engine.errors import InputError
 
@@ -66,14 +67,20 @@ def format_layers(layers: Sequence[int]) -> str:
 def _numbers(layers: str | Iterable[int], total: int, option: str) -> tuple[int, ...]:
     if isinstance(layers, str):
         return parse_layers(layers, total, option)
-    layers = list(layers)
-    if not layers:
-        raise InputError(f"{option} is empty; expected layers such as [3, 7, 21]")
+    if not isinstance(layers, Iterable):
+        raise InputError(f"{option}: expected layers such as [3, 7, 21], found {layers!r}")
+    numbers: list[int] = []
     for layer in layers:
-        if isinstance(layer, bool) or not isinstance(layer, int):
+        try:
+            numbers.append(index(layer))
+        except TypeError:
+            raise InputError(f"{option}: {layer!r} is not a layer number") from None
+        if isinstance(layer, bool):
             raise InputError(f"{option}: {layer!r} is not a layer number")
-        _check_range(layer, total, option)
-    return _distinct(layers, option)
+        _check_range(numbers[-1], total, option)
+    if not numbers:
+        raise InputError(f"{option} is empty; expected layers such as [3, 7, 21]")
+    return _distinct(numbers, option)
 
 
 def _check_range(layer: int, total: int, option: str) -> None:

@@ -100,6 +100,8 @@ def answered(model: "Model", options: dict[str, Any], said: list[Message]) -> li
 
 def lines() -> Iterator[str]:
     """What is typed, a line each, blank ones left out; with a history where there is a terminal."""
+    if sys.stdin is None:  # closed
+        return
     terminal = sys.stdin.isatty()
     history = _open_history() if terminal else None
     try:

@@ -29,7 +29,7 @@ Backend = Annotated[
     str | None, typer.Option(help="Which kernels; the machine's best if not given.")
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")]
-MOST_THREADS = 1 << 16  # that torch can be told of
+MOST_THREADS = 1024  # OpenMP's library dies of tens of thousands
 Threads = Annotated[
     int | None,
     typer.Option(min=1, max=MOST_THREADS, help="CPU threads; one a core if not given."),

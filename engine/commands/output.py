@@ -65,7 +65,7 @@ def show(*what: Any, **options: Any) -> None:
     from rich.console import Console
 
     if _level >= 0:
-        console = Console()
+        console = Console(markup=False)  # names may hold brackets
         for each in what:
             console.print(each, **options)
 

@@ -180,6 +180,7 @@ class Run:
         from engine.commands.evaluate import read_texts
         from engine.commands.plan import RULES
         from engine.commands.quantize import as_recipe
+        from engine.evaluate.health import prompts
         from engine.healing.settings import Settings
         from engine.pruning.plan import check_count, default_protection
         from engine.text import load_text
@@ -203,6 +204,8 @@ class Run:
         for source in asked.text:
             read_samples(source, load_text(self.path), 2, most=1)
         read_texts(list(asked.judge_text))
+        if asked.prompts:
+            prompts(asked.prompts)
         if asked.choices is not None:
             list(read_questions(asked.choices))
 

@@ -74,3 +74,8 @@ def test_options_are_refused_before_the_model_opens(monkeypatch):
     monkeypatch.setattr(common, "open_model", lambda *_, **__: pytest.fail("opened"))
     code, _, err = talk(monkeypatch, "a", options=["--temperature", "-1"])
     assert code == 2 and "temperature must be" in err
+
+
+def test_input_that_is_closed(model, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert call("chat", "any")[0] == 0

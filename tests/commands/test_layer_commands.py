@@ -275,6 +275,7 @@ def test_plan_refuses_in_one_line(options, sentence, tree, tmp_path):
         ({"layers": "01234567"}, "layers: expected tuple, found '01234567'"),
         ({"layers": [0, 1, 2, 3]}, "influence, magnitude: do not fit 4 layers"),
         ({"layers": [0, 1, 2, 3, 4, 5, 7, 6]}, "layers: expected ascending layers below 8"),
+        ({"total_layers": 10**9}, "total_layers: expected 1 to 10000, found 1000000000"),
         ({"layers": [0, 1, 2, 3, 4, 5, 6, "7"]}, "layers: expected int, found '7'"),
         ({"distances": [[0.5]]}, "distances: expected a triangle of 8 rows"),
         ({"standard_errors": [[0.1] * n for n in (8, 7, 6, 5, 4, 3, 2)] + [[-1]]}, "from 0 to 1"),
@@ -293,6 +294,15 @@ def test_profiles_that_are_none(content, sentence, tree, tmp_path):
         path.write_text(content)
     refused(sentence, "plan", path, "--count", 1, "--out", tmp_path / "plan.json")
     refused(sentence, "profile", "--show", path)
+
+
+def test_a_name_in_brackets_is_shown_as_it_is(tree, tmp_path):
+    """Which tables would read as their own words for bold or red, or stumble over."""
+    raw = json.loads((tree / "profile.json").read_text())
+    for name in ("model[v2]", "model[/y]"):
+        (tmp_path / "named.json").write_text(json.dumps(raw | {"model": name}))
+        code, out, _ = call("profile", "--show", tmp_path / "named.json")
+        assert code == 0 and name in out
 
 
 def test_a_plan_of_another_model(tree, planned, tmp_path):

@@ -86,6 +86,8 @@ def test_refusals(tree, tmp_path):
         ("drop: layer 9 is out of range", ("--drop", "3-9")),
         ("rule: expected one of similarity", ("--rule", "best")),
         ("bits", ("--bits", 3)),
+        ("prompts: expected 1 to", ("--prompts", 100_000)),
+        ("seed: expected 0 to", ("--seed", 10**22)),
         ("steps: expected more than 0, found 0", ("--steps", 0)),
         ("minutes: expected more than 0, found -2.0", ("--minutes", -2)),
         ("Invalid value for '--windows'", ("--windows", 0)),

@@ -265,12 +265,17 @@ def test_ids_outside_the_vocabulary(token, rng):
         ({"stop": ""}, "stop takes strings"),
         ({"stop": ("a", "")}, "stop takes strings"),
         ({"stop": (1.5,)}, "stop takes strings"),
+        ({"stop": b"x"}, "stop takes strings"),
         ({"temperature": -1}, "temperature"),
     ],
 )
 def test_options_out_of_range(options, says):
     with pytest.raises(InputError, match=says):
         Options(**options)
+
+
+def test_no_stop_is_none():
+    assert Options(stop=None).stop == ()
 
 
 def test_unknown_option():

@@ -1,6 +1,8 @@
 """The grammar of --drop and --keep."""
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -88,6 +90,8 @@ def test_bad_text(spec, says):
         ({"keep": ()}, "empty"),
         ({"drop": [True]}, "True is not a layer number"),
         ({"drop": ["3"]}, "'3' is not a layer number"),
+        ({"drop": 5}, "drop: expected layers such as .*, found 5"),
+        ({"keep": [1.5]}, "1.5 is not a layer number"),
         ({"keep": [-1]}, "out of range"),
         ({"keep": [2, 2]}, "twice"),
     ],
@@ -95,3 +99,9 @@ def test_bad_text(spec, says):
 def test_bad_choice(choice, says):
     with pytest.raises(InputError, match=says):
         kept_layers(10, **choice)
+
+
+def test_numbers_of_any_kind():
+    for numbers in (np.array([3, 1]), torch.tensor([3, 1])):
+        kept = kept_layers(5, keep=numbers)
+        assert kept == (1, 3) and all(type(layer) is int for layer in kept)
