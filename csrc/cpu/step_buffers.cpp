@@ -53,7 +53,9 @@ Buffers::Buffers(const Model& model, const Chunk& chunk, int threads, std::uint8
     const Rules& r = model.rules;
     const std::int64_t m = chunk.size();
     FormBytes forms(model, m);
-    each_size(chunk, [&](std::int64_t rows) { forms.include(FormBytes(model, rows)); });
+    each_size(chunk, [&](std::int64_t rows) {
+        if (rows != m) forms.include(FormBytes(model, rows));
+    });
     bool split = false;
     for (std::size_t s = 0; s < chunk.used; ++s) split |= chunk.sets[s].split;
     const std::int64_t spans = split ? m * kMaxSpans : 0;
