@@ -1,5 +1,6 @@
 """The decoder on 64-bit ARM: every family by every instruction set, under an emulator."""
 
+import secrets
 import subprocess
 
 import pytest
@@ -31,15 +32,17 @@ def program():
 
 @pytest.fixture(scope="module", params=[*tiny.CASES, "blocks"])
 def pair(request, tmp_path_factory):
-    """(checkpoint of mixed weights, its reference runtime); "blocks": of every GGUF type."""
-    path = tmp_path_factory.mktemp("model")
+    """(checkpoint of mixed weights, its reference runtime, the seed of random blocks); "blocks": of
+    every GGUF type."""
+    path, seed = tmp_path_factory.mktemp("model"), secrets.randbits(32)
+    torch.manual_seed(seed)
     if request.param == "blocks":
         tiny.write("llama", path, 0, **tiny.WIDE)
         checkpoint = MixedCheckpoint(open_checkpoint(path), kinds=tuple(BLOCKS))
     else:
         tiny.write(request.param, path, 0, spread=0.1)
         checkpoint = MixedCheckpoint(open_checkpoint(path))
-    return checkpoint, ReferenceRuntime.load(checkpoint, checkpoint.config)
+    return checkpoint, ReferenceRuntime.load(checkpoint, checkpoint.config), seed
 
 
 @pytest.mark.parametrize("isa", crossed.CPUS)
@@ -52,7 +55,8 @@ def test_the_best_is_chosen(program, isa):
 @pytest.mark.parametrize("isa", crossed.CPUS)
 def test_logits_of_every_family(pair, program, monkeypatch, rng, isa, mode, cache_dtype):
     """A prompt of two rows, one of them padded and with slots of its own, then steps."""
-    checkpoint, reference = pair
+    checkpoint, reference, seed = pair
+    print(f"seed of the weights {seed}")
     ids = torch.randint(3, tiny.VOCAB, (2, LENGTH), generator=rng)
     ids[1, :9] = -1
     monkeypatch.setattr(native.load("cpu"), "Decoder", crossed.decoders(program, isa))
