@@ -77,8 +77,8 @@ def report(before: dict[str, Case], after: dict[str, Case], fall: float) -> list
             if new < old * (1 - fall):
                 fallen.append(name)
                 change += "  FELL"
-            for key in was.keys() & now.keys():
-                if was[key] != now[key]:
+            for key in WORK:
+                if key in was and key in now and was[key] != now[key]:
                     change += f"  ({key}: {was[key]} before, {now[key]} after)"
         shown = ("     -" if share is None else f"{share:6.1%}" for share in (old, new))
         print(name, *shown, change, sep="  ")

@@ -107,7 +107,7 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
     raise ValueError(f"{name}: expected {expected}, found {repr(value)[:40]}")
 
 
-MOST_LAYERS = 10_000  # that a file may speak of
+MOST_LAYERS = 4096  # of a model, in a config too
 
 
 def _check_layers(name: str, layers: tuple[int, ...], total: int) -> None:

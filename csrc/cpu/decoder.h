@@ -61,6 +61,7 @@ public:
     std::int64_t nbytes() const;  // of all matrices, a tied one once
     const Model& model() const { return model_; }
 
+    // Both wait for a call that runs.
     void measure(bool on);  // from now on; clears what was measured
     Times times();
 

@@ -128,7 +128,7 @@ std::pair<float, float> fit_step(const float* values) {
     }
     if (largest == 0) return {1.0f, 0.0f};
     double best_step = 0, best = INFINITY;
-    for (int i = 0; i < 256; ++i) {  // the largest value becomes 63.25..127, which integers are
+    for (int i = 0; i < 256; ++i) {  // the largest value becomes 127, 126.75 .. 63.25
         const double step = largest / (127 - i / 4.0);
         double error = 0;
         for (int j = 0; j < 16; ++j) {

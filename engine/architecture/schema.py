@@ -9,10 +9,11 @@ scores or 64-bit sizes overflow at.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from engine.artifacts import MOST_LAYERS
 from engine.errors import InputError
 
 MOST = 1 << 24  # of anything counted: features, tokens, positions
-MOST_LAYERS, MOST_HEAD = 4096, 1024  # the latter as in csrc/cpu/attention.h
+MOST_HEAD = 1024  # as in csrc/cpu/attention.h
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",

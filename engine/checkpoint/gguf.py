@@ -118,7 +118,7 @@ def _sources(file: GgufFile, config: ModelConfig) -> Iterator[tuple[str, _Source
         stored.HEAD: "lm_head",
     }
     roles = {stored.LAYER_NAMES[role]: role for role in family.names}
-    biases = {name for name, _ in outer_tensors(config).values()}
+    known = {name for name, _ in outer_tensors(config).values()}
     for name, tensor in file.tensors.items():
         where = f"{file.path}: tensor {name!r}"
         if len(tensor.shape) == 1 and tensor.type.dtype is None:
@@ -132,19 +132,19 @@ def _sources(file: GgufFile, config: ModelConfig) -> Iterator[tuple[str, _Source
             raise InputError(f"{where}: metadata says that there are {config.total_layers} layers")
         prefix = f"model.layers.{layer}."
         if stem in outer and kind in ("weight", "bias"):
-            if kind == "bias" and f"{outer[stem]}.bias" not in biases:
-                raise InputError(f"{where}: this {config.family} model has no such bias")
+            if kind == "bias" and f"{outer[stem]}.bias" not in known:
+                raise _no_bias(config, where)
             offset = config.norm_offset if stem == stored.FINAL_NORM and kind == "weight" else 0.0
             yield f"{outer[stem]}.{kind}", _Source(tensor, 0, tensor.shape[0], offset=offset)
         elif leaf in roles:
             if kind == "bias" and not _has_bias(config, roles[leaf]):
-                raise InputError(f"{where}: this {config.family} model has no such bias")
+                raise _no_bias(config, where)
             source = _layer_source(file, config, roles[leaf], tensor, where)
             yield f"{prefix}{family.names[roles[leaf]]}.{kind}", source
         elif leaf == stored.LAYER_NAMES["qkv"] and "q" in family.names:
             if kind == "bias" and not all(_has_bias(config, role) for role in "qkv"):
-                raise InputError(f"{where}: this {config.family} model has no such bias")
-            if file.metadata["general.architecture"] in stored.PERMUTED:
+                raise _no_bias(config, where)
+            if file.metadata["general.architecture"] in stored.PERMUTED:  # turned or not: unsaid
                 raise InputError(f"{where}: expected attn_q, attn_k and attn_v apart")
             for role, source in _split(config, tensor, where):
                 yield f"{prefix}{family.names[role]}.{kind}", source
@@ -154,6 +154,10 @@ def _sources(file: GgufFile, config: ModelConfig) -> Iterator[tuple[str, _Source
 
 def _has_bias(config: ModelConfig, role: str) -> bool:
     return role in config.biases or (role.endswith("norm") and config.norm == "layer")
+
+
+def _no_bias(config: ModelConfig, where: str) -> InputError:
+    return InputError(f"{where}: this {config.family} model has no such bias")
 
 
 def _layer_source(

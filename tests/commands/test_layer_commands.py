@@ -275,7 +275,7 @@ def test_plan_refuses_in_one_line(options, sentence, tree, tmp_path):
         ({"layers": "01234567"}, "layers: expected tuple, found '01234567'"),
         ({"layers": [0, 1, 2, 3]}, "influence, magnitude: do not fit 4 layers"),
         ({"layers": [0, 1, 2, 3, 4, 5, 7, 6]}, "layers: expected ascending layers below 8"),
-        ({"total_layers": 10**9}, "total_layers: expected 1 to 10000, found 1000000000"),
+        ({"total_layers": 10**9}, "total_layers: expected 1 to 4096, found 1000000000"),
         ({"layers": [0, 1, 2, 3, 4, 5, 6, "7"]}, "layers: expected int, found '7'"),
         ({"distances": [[0.5]]}, "distances: expected a triangle of 8 rows"),
         ({"standard_errors": [[0.1] * n for n in (8, 7, 6, 5, 4, 3, 2)] + [[-1]]}, "from 0 to 1"),
