@@ -388,10 +388,13 @@ def choose_device(device: torch.device | str | None) -> torch.device:
     """The device asked for, else the first GPU, else the CPU."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    asked = device
     try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"device: expected one like 'cpu' or 'cuda:0', found {device!r}") from None
+        device = torch.device(asked)
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"device: expected one like 'cpu' or 'cuda:0', found {asked!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device: {device} was asked for, but {no_gpu()}")
     last = torch.cuda.device_count() - 1

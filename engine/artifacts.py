@@ -6,6 +6,7 @@ copy whatever its bits) and `lineage` (its norm weights, which quantization leav
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -153,6 +154,8 @@ class Profile(Artifact):
         _check_layers("layers", self.layers, self.total_layers)
         if not count == len(self.influence) == len(self.magnitude):
             raise ValueError(f"influence, magnitude: do not fit {count} layers")
+        if not all(map(math.isfinite, (*self.influence, *self.magnitude))):
+            raise ValueError("influence, magnitude: expected finite numbers")
         for name in ("distances", "standard_errors"):
             rows = getattr(self, name)
             if [len(row) for row in rows] != list(range(count, 0, -1)):

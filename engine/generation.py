@@ -299,6 +299,8 @@ def open_sequences(
             "several tokens cannot be verified at once"
         )
     stop_ids = {item for item in options.stops if isinstance(item, int)}
+    if unknown := sorted(each for each in stop_ids if not 0 <= each < config.vocab_size):
+        raise InputError(f"stop: expected ids in 0-{config.vocab_size - 1}, found {unknown[0]}")
     if not options.ignore_eos:
         stop_ids.update(text.eos_ids, config.eos_ids)
     stops = [item for item in options.stops if isinstance(item, str)]

@@ -126,6 +126,10 @@ class Judgement(Artifact):
     choices: Choices | None = None
     health: Health | None = None
 
+    def __post_init__(self) -> None:
+        if not self.perplexity > 0:
+            raise ValueError(f"perplexity: expected more than 0, found {self.perplexity}")
+
     @classmethod
     def of(
         cls,

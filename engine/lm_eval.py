@@ -68,6 +68,8 @@ class ShallowLM(TemplateLM):
             raise InputError("plan excludes drop and keep")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise InputError(f"batch_size: expected a number of at least 1, found {batch_size}")
+        if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
+            raise InputError(f"max_length: expected at least 2 tokens, found {max_length!r}")
         if str(device).startswith("cuda") and not torch.cuda.is_available():
             logger.warning("no GPU here: %s, lm-eval's default, becomes cpu", device)
             device = "cpu"

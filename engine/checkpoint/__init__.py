@@ -128,6 +128,11 @@ def choose_layers(
             f"the plan was made for {drop.model}, whose layers have other shapes than those of "
             f"{checkpoint.path}"
         )
+    if drop.total_layers != config.total_layers:  # as the hash has it, unless a hand wrote one
+        raise InputError(
+            f"the plan was made for {drop.total_layers} layers; {checkpoint.path} has "
+            f"{config.total_layers}"
+        )
     from engine.checkpoint.weights import lineage_hash
 
     if drop.lineage != lineage_hash(checkpoint, config):

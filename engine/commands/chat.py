@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ HELP = """/reset      forget the conversation
 /undo       take back the last question and its answer
 /help       this
 /exit       the end; Ctrl-D too. Ctrl-C stops an answer."""
+ANSWER = 512  # tokens
 Message = dict[str, str]
 
 
@@ -26,7 +28,12 @@ def chat(
         str, typer.Argument(help="Directory, .gguf file or hub id.")
     ] = common.DEFAULT_MODEL,
     system: Annotated[str | None, typer.Option(help="An instruction that comes first.")] = None,
-    new_tokens: Annotated[int, typer.Option(min=1, help="At most so many an answer.")] = 512,
+    new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help=f"At most so many an answer; if not given {ANSWER}, or half the context."
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token always.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Of the nucleus; 1: off.")] = 1.0,
     repetition_penalty: Annotated[float, typer.Option(help="1: off.")] = 1.0,
@@ -42,7 +49,7 @@ def chat(
     from engine.options import Options
 
     asked: dict[str, Any] = {
-        "max_new_tokens": new_tokens,
+        "max_new_tokens": ANSWER if new_tokens is None else new_tokens,
         "temperature": temperature,
         "top_p": top_p,
         "repetition_penalty": repetition_penalty,
@@ -55,6 +62,8 @@ def chat(
     )
     if opened.text.chat_template is None:
         raise InputError(f"{model}: has no chat template; `engine run --raw` completes plain text")
+    if new_tokens is None:
+        asked["max_new_tokens"] = max(1, min(ANSWER, opened.config.max_context // 2))
     talk(opened, asked, system)
 
 
@@ -102,14 +111,20 @@ def lines() -> Iterator[str]:
     """What is typed, a line each, blank ones left out; with a history where there is a terminal."""
     if sys.stdin is None:  # closed
         return
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # so that a bad line spoils no other
     terminal = sys.stdin.isatty()
     history = _open_history() if terminal else None
     try:
         while True:
             try:
                 line = input("> " if terminal else "").strip()
+                line.encode()
             except EOFError:
                 return
+            except UnicodeEncodeError:
+                print("engine: a line was not UTF-8 and is left out", file=sys.stderr)
+                continue
             except KeyboardInterrupt:
                 interrupt.forget()
                 print()

@@ -28,6 +28,7 @@ WRITTEN = 200_000  # tokens, to four times what ships: that alone is learnt by h
 RATES = {"weights": 2e-4, "scales": 1e-3}  # of the weights twice heal's: benchmarks/results/heal.md
 OWN = 60_000  # tokens that the healed model writes, to go round in circles less
 SAMPLES = 64  # of the profile
+WINDOW = 512  # tokens, fewer where the context is shorter
 SPEED_TOKENS = 512, 128  # prompt and new ones, fewer where the context is shorter
 
 
@@ -45,7 +46,7 @@ class Asked:
     own: int
     rule: str
     windows: int
-    window: int
+    window: int | None
     judge_text: tuple[Path, ...]
     choices: Path | None
     prompts: int
@@ -85,7 +86,9 @@ def shrink(
     ] = OWN,
     rule: Annotated[str, typer.Option(help="As of plan.")] = "greedy",
     windows: Annotated[int, typer.Option(min=1, help="As of plan.")] = 8,
-    window: Annotated[int, typer.Option(help="Tokens of a window of text.")] = 512,
+    window: Annotated[
+        int | None, typer.Option(help=f"Tokens of a window of text; {WINDOW} if not given.")
+    ] = None,
     judge_text: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="To judge it by, repeatable; built in if not given."),
@@ -150,7 +153,7 @@ class Run:
             raise InputError(f"{out}: there is no directory {out.parent}")
         self.path, checkpoint = common.open_checkpoint(asked.model)
         self.config = checkpoint.config
-        self.window = min(asked.window, self.config.max_context)
+        self.window = min(WINDOW, self.config.max_context) if asked.window is None else asked.window
         self.texts = self._read_texts()
         self.stages = self._stages()
 
@@ -187,8 +190,12 @@ class Run:
         from engine.text.questions import read_questions
         from engine.text.samples import read_samples
 
-        asked = self.asked
+        asked, context = self.asked, self.config.max_context
         as_recipe({"bits": asked.bits})
+        if self.window > context:
+            raise InputError(
+                f"window: expected at most the context's {context}, found {self.window}"
+            )
         if asked.rule not in RULES or asked.rule == "manual":
             known = ", ".join(RULES[:-1])
             raise InputError(f"rule: expected one of {known}, found {asked.rule!r}")

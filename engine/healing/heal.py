@@ -93,6 +93,8 @@ def heal(
         check_installed()
     check_model(settings, config, teacher is not None)
     check_place(source, config, out)
+    if cache is not None and cache.exists() and not cache.is_dir():
+        raise InputError(f"cache: expected a directory, {cache} is a file")
     if settings.train == "scales":
         check_packed(pupil)
     settings = settings.on(device)
@@ -115,7 +117,7 @@ def heal(
         healed, kept, standing = healing.healed(run, cache or work, pack)
         write = partial(hf.prune, healed, kept, out, dtype=dtype)
         after = standing.best
-        if settings.methods[-1] != "distil":
+        if settings.methods[-1] != "distil" or settings.precision != "float32":  # as before it
             after = healing.perplexity(healed, kept)
         if settings.adapter and isinstance(healed, AdaptedCheckpoint):
             write = partial(adapters.write, healed, settings, out)

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 import torch
 from torch.nn import functional
@@ -172,9 +173,14 @@ def choose_slots(config: ModelConfig, cache: Lengths, slots: Slots | None) -> to
 def mask_slots(config: ModelConfig, batch: int, slots: Slots | None) -> torch.Tensor:
     """(B, S) bool: who is to run what. InputError for a slot out of range."""
     total = len(config.layers)
-    slots = range(total) if slots is None else slots
-    shared = [slot for slot in slots if isinstance(slot, int)]
-    apart = [list(own) for own in slots if not isinstance(own, int)]
+    try:
+        given = [_numbers(each) for each in (range(total) if slots is None else slots)]
+    except TypeError:
+        raise InputError(
+            f"slots: expected ascending numbers in 0-{total - 1}, found {slots!r}"
+        ) from None
+    shared = [each for each in given if isinstance(each, int)]
+    apart = [each for each in given if isinstance(each, list)]
     lists = apart or [shared] * batch
     if len(lists) != batch or (apart and shared):
         raise InputError(f"slots: expected {batch} lists, found {len(lists)}")
@@ -185,6 +191,14 @@ def mask_slots(config: ModelConfig, batch: int, slots: Slots | None) -> torch.Te
             raise InputError(f"slots: expected ascending numbers in 0-{total - 1}, found {own}")
         chosen[sequence, own] = True
     return chosen
+
+
+def _numbers(slots: SupportsIndex | Sequence[SupportsIndex]) -> int | list[int]:
+    """A slot, or those of a sequence, of any integer type; else TypeError."""
+    try:
+        return index(slots)  # type: ignore[arg-type]
+    except TypeError:
+        return [index(slot) for slot in slots]  # type: ignore[union-attr]
 
 
 def run_layer(

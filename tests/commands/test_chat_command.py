@@ -24,9 +24,9 @@ def model(tmp_path, monkeypatch):
     return made
 
 
-def talk(monkeypatch, *lines: str, options=()) -> tuple[int, str, str]:
+def talk(monkeypatch, *lines: str, options=("--new-tokens", 5)) -> tuple[int, str, str]:
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-    return call("chat", "any", "--new-tokens", 5, *options)
+    return call("chat", "any", *options)
 
 
 def roles(conversation) -> str:
@@ -34,7 +34,8 @@ def roles(conversation) -> str:
 
 
 def test_what_was_said_is_kept(model, monkeypatch):
-    code, out, err = talk(monkeypatch, "a", "", "bc", options=["--system", "be brief"])
+    options = ["--new-tokens", 5, "--system", "be brief"]
+    code, out, err = talk(monkeypatch, "a", "", "bc", options=options)
     assert (code, err) == (0, "")
     answers = out.splitlines()
     assert [len(answer) for answer in answers] == [5, 5]
@@ -62,6 +63,21 @@ def test_a_full_context_is_said_and_the_conversation_goes_on(model, monkeypatch)
     assert code == 0 and len(out.splitlines()) == 2
     assert "context" in err and "/reset" in err and err.count("\n") == 1
     assert roles(model.text.asked[2]) == "uau"
+
+
+def test_an_answer_has_half_of_a_short_context(model, monkeypatch):
+    code, out, err = talk(monkeypatch, "a", options=())
+    assert (code, err) == (0, "")
+    assert len(out.strip()) == model.config.max_context // 2 < chat.ANSWER
+
+
+def test_a_line_that_is_no_text_is_left_out(model, monkeypatch):
+    typed = io.TextIOWrapper(io.BytesIO(b"a\n\xff\nb\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", typed)
+    code, out, err = call("chat", "any", "--new-tokens", 5)
+    assert code == 0 and len(out.splitlines()) == 2
+    assert err == "engine: a line was not UTF-8 and is left out\n"
+    assert roles(model.text.asked[1]) == "uau"
 
 
 def test_no_template(model, monkeypatch):

@@ -91,6 +91,7 @@ def test_refusals(tree, tmp_path):
         ("steps: expected more than 0, found 0", ("--steps", 0)),
         ("minutes: expected more than 0, found -2.0", ("--minutes", -2)),
         ("Invalid value for '--windows'", ("--windows", 0)),
+        ("window: expected at most the context's", ("--window", 10**6)),
         ("self: expected at least 0 tokens", ("--self", -1)),
         ("absent.txt: expected a text file, found none", ("--text", "absent.txt")),
         ("empty.txt: expected text, found an empty file", ("--text", tmp_path / "empty.txt")),

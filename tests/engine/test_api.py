@@ -31,6 +31,12 @@ def directory(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("device", ["meta", "mps", "tpu", 1.5])
+def test_devices_that_are_none(device, directory):
+    with pytest.raises(engine.InputError, match="device: expected one like 'cpu' or 'cuda:0'"):
+        engine.load(directory, device=device)
+
+
 def test_only_public_names_are_shown():
     assert set(dir(engine)) == {*engine.__all__, "__version__"}
     for name in engine.__all__:

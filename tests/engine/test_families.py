@@ -122,6 +122,20 @@ def test_slots_by_request(pair):
     assert cache.lengths[0].tolist() == [LENGTH] * total
 
 
+@pytest.mark.parametrize("slots", [3, "ab", [1.0], [[0], None], [0, 0], [10**9], [-1], []])
+def test_slots_that_are_none(slots, pair):
+    _, runtime, ids = pair
+    with pytest.raises(InputError, match="slots: expected"):
+        runtime.forward(ids, runtime.new_cache(2), slots=slots)
+
+
+def test_slots_of_any_integer_type(pair):
+    _, runtime, ids = pair
+    mine = runtime.forward(ids, runtime.new_cache(2), slots=[0, 1])
+    theirs = runtime.forward(ids, runtime.new_cache(2), slots=torch.arange(2))
+    assert torch.equal(mine, theirs)
+
+
 def test_truncate_rewinds(pair):
     _, runtime, ids = pair
     if runtime.config.whole_prefill:

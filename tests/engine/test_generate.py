@@ -256,6 +256,12 @@ def test_ids_outside_the_vocabulary(token, rng):
         generate(*fakes(rng), [[3, token]])
 
 
+@pytest.mark.parametrize("token", [-1, 64])
+def test_stop_ids_outside_the_vocabulary(token, rng):
+    with pytest.raises(InputError, match=f"stop: expected ids in 0-63, found {token}"):
+        generate(*fakes(rng), ["a"], Options(stop=(3, token)))
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

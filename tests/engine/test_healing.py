@@ -160,7 +160,8 @@ def test_a_loss_that_is_no_number_ends_it_with_the_last_good_weights(
         return divergence(*bins) * (torch.nan if len(calls) > 6 else 1)
 
     monkeypatch.setattr(distil, "divergence", broken)
-    record = heal(checkpoint, config, data, tmp_path / "out", SETTINGS, dtype=torch.float32)
+    exact = replace(SETTINGS, precision="float32")
+    record = heal(checkpoint, config, data, tmp_path / "out", exact, dtype=torch.float32)
     assert record.stopped == "the loss is not finite at step 7" and len(record.losses) == 6
     assert record.perplexity_after == min(record.checks)
     weights = load_file(tmp_path / "out" / "model.safetensors")
@@ -234,6 +235,17 @@ def test_a_teacher_of_its_own(source, rng, tmp_path):
     linear = replace(SETTINGS, methods=("linear", "distil"))
     with pytest.raises(InputError, match="excludes --teacher"):
         heal(pupil, pupil.config, data, tmp_path / "c", linear, teacher=checkpoint)
+
+
+def test_a_cache_that_is_a_file(source, rng, tmp_path):
+    checkpoint, file = source("llama"), tmp_path / "file"
+    file.touch()
+    with pytest.raises(InputError, match="cache: expected a directory, .*file is a file"):
+        heal(
+            checkpoint, shortened(checkpoint), draw(checkpoint, rng), tmp_path / "out", SETTINGS,
+            cache=file,
+        )  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model"]
 
 
 def test_the_order_is_every_window_once_an_epoch(rng):

@@ -111,7 +111,7 @@ def test_windows_of_an_odd_length(source, rng, tmp_path):
     checkpoint = source("llama")
     data = draw(checkpoint, rng)
     data = Data(data.windows[:, :-1], data.held_out[:, :-1])
-    settings = replace(SETTINGS, window=WINDOW - 1)
+    settings = replace(SETTINGS, window=WINDOW - 1, precision="float32")
     record = heal(
         checkpoint, shortened(checkpoint), data, tmp_path / "odd", settings,
         voice=writer, dtype=torch.float32,
@@ -124,10 +124,11 @@ def test_a_killed_second_round_comes_to_the_same_bits(source, rng, tmp_path):
     checkpoint = source("llama")
     config, data = shortened(checkpoint), draw(checkpoint, rng)
     given = {"voice": writer, "dtype": torch.float32}
+    settings = replace(SETTINGS, precision="float32")
     plain = heal(
-        checkpoint, config, data, tmp_path / "plain", replace(SETTINGS, own=0), dtype=torch.float32
+        checkpoint, config, data, tmp_path / "plain", replace(settings, own=0), dtype=torch.float32
     )
-    straight = heal(checkpoint, config, data, tmp_path / "a", SETTINGS, **given)
+    straight = heal(checkpoint, config, data, tmp_path / "a", settings, **given)
     assert straight.steps == plain.steps + 2 and straight.losses[:8] == plain.losses
     assert straight.perplexity_after == straight.checks[-1]
 
@@ -140,9 +141,9 @@ def test_a_killed_second_round_comes_to_the_same_bits(source, rng, tmp_path):
         yield report
 
     with pytest.raises(KeyboardInterrupt):
-        heal(checkpoint, config, data, tmp_path / "b", SETTINGS, reporting=second_killed, **given)
+        heal(checkpoint, config, data, tmp_path / "b", settings, reporting=second_killed, **given)
     assert not (tmp_path / "b").exists()
-    resumed = heal(checkpoint, config, data, tmp_path / "b", SETTINGS, **given)
+    resumed = heal(checkpoint, config, data, tmp_path / "b", settings, **given)
     assert resumed.losses == straight.losses and resumed.checks == straight.checks
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -155,5 +155,9 @@ def test_refusals(model, tmp_path):
         ShallowLM(pretrained=str(model), plan="plan.json", drop="1")
     with pytest.raises(InputError, match="batch_size: expected a number of at least 1, found auto"):
         ShallowLM(pretrained=str(model), batch_size="auto")
+    with pytest.raises(InputError, match="max_length: expected at least 2 tokens, found -5"):
+        ShallowLM(pretrained=str(model), max_length=-5)
+    with pytest.raises(InputError, match="device: expected one like 'cpu' .*, found 'mps'"):
+        ShallowLM(pretrained=str(model), device="mps")
     with pytest.raises(InputError, match="layer 9 is out of range"):
         ShallowLM(pretrained=str(model), drop=9)

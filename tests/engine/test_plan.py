@@ -159,6 +159,7 @@ def test_artifacts_go_to_json_and_back(draw, tmp_path):
         (lambda raw: raw | {"extra": 1}, "'extra' is not known"),
         (lambda raw: raw | {"distances": raw["distances"][1:]}, "expected a triangle"),
         (lambda raw: raw | {"influence": [0.5]}, "influence, magnitude: .*4 layers"),
+        (lambda raw: raw | {"magnitude": [float("nan")] * 4}, "expected finite numbers"),
         (lambda raw: [raw], "expected a profile, found 'list'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,6 +124,8 @@ def test_a_plan_drives_copies_of_its_model_alone(tmp_path):
     tiny.write("llama", tmp_path / "wide", 1, intermediate_size=96)
     with pytest.raises(InputError, match="other shapes"):
         choose_layers(open_checkpoint(tmp_path / "wide"), plan)
+    with pytest.raises(InputError, match="made for 5 layers; .* has 4"):
+        choose_layers(case.checkpoint, replace(plan, total_layers=5))
     with pytest.raises(InputError, match="exclude each other"):
         choose_layers(case.checkpoint, plan, keep="0")
 
