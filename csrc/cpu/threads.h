@@ -6,6 +6,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <mutex>
 #include <type_traits>
 
@@ -107,14 +108,24 @@ private:
 };
 
 // body(begin, end) over [0, count), in chunks that idle threads claim. The split depends on
-// timing, so body must compute each item independently of it.
+// timing, so body must compute each item independently of it. What it throws, first of several, is
+// thrown when all threads have ended.
 template <class Body>
 void parallel_for(int threads, int64_t count, int64_t chunk, Body&& body) {
     if (count <= 0) return;
     const int64_t chunks = (count + chunk - 1) / chunk;
     Queue queue;
-    Pool::instance().run(chunks < threads ? static_cast<int>(chunks) : threads,
-                         [&](int, int) { queue.take(count, chunk, body); });
+    std::mutex mutex;
+    std::exception_ptr thrown;
+    Pool::instance().run(chunks < threads ? static_cast<int>(chunks) : threads, [&](int, int) {
+        try {
+            queue.take(count, chunk, body);
+        } catch (...) {
+            const std::lock_guard lock(mutex);
+            if (!thrown) thrown = std::current_exception();
+        }
+    });
+    if (thrown) std::rethrow_exception(thrown);
 }
 
 }  // namespace shallow

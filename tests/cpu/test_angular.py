@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -273,3 +275,25 @@ def test_asked_for_backend_works_or_raises(rng):
         pytest.skip("this machine has a GPU")
     with pytest.raises(dispatch.BackendUnavailable, match="triton: "):
         AngularAccumulator("triton").update(boundaries(rng, 3, 2, 8, torch.float32))
+
+
+STARVED = """
+import resource, sys, torch
+from engine.kernels.angular import cpu
+torch.set_num_threads(2)
+cpu.angular_sums(torch.ones(2, 4, 1))  # whose threads stay
+boundaries = torch.ones(3000, 2, 1)  # sums of 144 MB, here and of both threads, and as much room each
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 500 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    cpu.angular_sums(boundaries)
+except MemoryError:
+    sys.exit(3)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/statm")
+def test_a_thread_that_finds_no_memory_says_so():
+    done = subprocess.run([sys.executable, "-c", STARVED], capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
