@@ -282,7 +282,7 @@ import resource, sys, torch
 from engine.kernels.angular import cpu
 torch.set_num_threads(2)
 cpu.angular_sums(torch.ones(2, 4, 1))  # whose threads stay
-boundaries = torch.ones(3000, 2, 1)  # sums of 144 MB, here and of both threads, and as much room each
+boundaries = torch.ones(3000, 2, 1)  # 144 MB of sums, here and of a thread, whose room is 216
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + 500 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
