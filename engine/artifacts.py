@@ -220,6 +220,18 @@ class Plan(Artifact):
         kept = set(self.keep)
         return tuple(layer for layer in range(self.total_layers) if layer not in kept)
 
+    def check(self, architecture: str, total_layers: int, where: str) -> None:
+        """InputError unless it was made for a model of this hash and count, as `where` has them."""
+        if self.architecture != architecture:
+            raise InputError(
+                f"the plan was made for {self.model}, whose layers have other shapes than those of "
+                f"{where}"
+            )
+        if self.total_layers != total_layers:  # which the hash covers, unless a hand wrote it
+            raise InputError(
+                f"the plan was made for {self.total_layers} layers; {where} has {total_layers}"
+            )
+
 
 @dataclass(frozen=True)
 class Evaluation(Artifact):

@@ -193,7 +193,7 @@ void Decoder::check(const Call& call) const {
         while (padding < call.steps && tokens[padding] < 0) ++padding;
         for (std::int64_t t = padding; t < call.steps; ++t)
             require(tokens[t] >= 0 && tokens[t] < model_.rules.vocab, "tokens");
-        require(start >= 0, "lengths");
+        require(start >= 0 && start <= model_.rules.max_context, "lengths");
         require(start + call.steps - padding <= model_.rules.max_context, "context");
         for (std::int64_t s = 0; s < slots(); ++s)
             require(lengths[s] == start || (call.chosen && !call.chosen[b * slots() + s]), "slots");

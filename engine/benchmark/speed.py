@@ -226,7 +226,7 @@ def _weights(runtime: Runtime[Any], runs: Sequence[Timings]) -> dict[str, Any]:
     step_ns = [ns for run in runs for ns in run.step_ns]
     achieved = runtime.weight_bytes_per_token / statistics.median(step_ns) if step_ns else None
     nbytes = min(max(runtime.weight_bytes_per_token, 1 << 20), machine.CEILING_BYTES)
-    ceiling = machine.ceiling_gb_s(runtime.device, torch.get_num_threads(), nbytes)
+    ceiling = machine.ceiling_gb_s(runtime.device, runtime.threads, nbytes)
     return {
         "weight_bytes": runtime.weight_bytes,
         "weight_bytes_per_token": runtime.weight_bytes_per_token,
@@ -242,7 +242,7 @@ def _surroundings(runtime: Runtime[Any], peers: Sequence[Peer]) -> dict[str, Any
         "device_name": machine.device_name(runtime.device),
         "dtype": runtime.precision,
         "isa": getattr(runtime, "isa", None),
-        "threads": getattr(runtime, "threads", torch.get_num_threads()),
+        "threads": runtime.threads,
         "versions": machine.versions() | {peer.name: peer.version for peer in peers},
         "commit": machine.commit(),
     }

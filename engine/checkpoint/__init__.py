@@ -123,16 +123,7 @@ def choose_layers(
         return config.keep(kept_layers(config.total_layers, drop, keep))
     if keep is not None:
         raise InputError("a plan and keep exclude each other; give one of them")
-    if drop.architecture != config.architecture_hash:
-        raise InputError(
-            f"the plan was made for {drop.model}, whose layers have other shapes than those of "
-            f"{checkpoint.path}"
-        )
-    if drop.total_layers != config.total_layers:  # as the hash has it, unless a hand wrote one
-        raise InputError(
-            f"the plan was made for {drop.total_layers} layers; {checkpoint.path} has "
-            f"{config.total_layers}"
-        )
+    drop.check(config.architecture_hash, config.total_layers, str(checkpoint.path))
     from engine.checkpoint.weights import lineage_hash
 
     if drop.lineage != lineage_hash(checkpoint, config):

@@ -159,6 +159,15 @@ def directories(path: Path) -> list[Path]:
     return [path, base_path(path)] if is_adapter(path) else [path]
 
 
+def weight_files(path: Path) -> list[Path]:
+    """Those that hold a model's weights, an adapter's base's too."""
+    return [
+        file
+        for place in directories(path)
+        for file in ([place] if place.is_file() else sorted(place.glob("*.safetensors")))
+    ]
+
+
 def base_path(path: Path) -> Path:
     """Of the model that an adapter's directory is for; InputError where it is not here."""
     name = read_json(path / CONFIG).get("base_model_name_or_path")

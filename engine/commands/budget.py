@@ -51,7 +51,7 @@ def budget(
         model = "llama-2-70b"
         drop, plan, keep = "39-78", None, None  # half of 80 layers, all but the last of the end
     config, sizes = read_model(model)
-    storage = Storage(bits, group, head, 32 if minimum else 16, v or 0)
+    storage = Storage.of(bits, group, "minimum" if minimum else "symmetric", head, v)
     kept = kept_config(config, plan, drop, keep)
     file = None if sizes is None else file_bytes(config, sizes)
     found = compute(model, config, kept, storage, context, file)
@@ -72,8 +72,7 @@ def kept_config(
     if plan is None:
         return config.keep(kept_layers(config.total_layers, drop, keep))
     made = common.planned(plan, drop, keep)
-    if made.architecture != config.architecture_hash:
-        raise InputError(f"{plan}: made for {made.model}, whose layers have other shapes")
+    made.check(config.architecture_hash, config.total_layers, str(plan))
     return config.keep(made.keep)
 
 

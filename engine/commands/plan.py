@@ -164,8 +164,11 @@ def to_fit(found: "Profile", model: str, target: str, bits: int, group: int) -> 
 
     config, _ = read_model(model)
     check_same(found, config, model)
-    v_bits = 0 if bits == 16 else as_recipe({"bits": bits, "group": group}).of(config).v or 0
-    storage = Storage(bits, group, v_bits=v_bits)
+    if bits == 16:
+        storage = Storage()
+    else:
+        recipe = as_recipe({"bits": bits, "group": group}).of(config)
+        storage = Storage.of(recipe.bits, recipe.group, recipe.scheme, recipe.head, recipe.v)
     count = smallest_drop(config.keep(found.layers), storage, parse_bytes(target))
     if not count:
         raise InputError(f"target-memory: {model} fits {target} with all its layers")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engine.checkpoint.adapter import weight_files
 from engine.commands import common, output
 from engine.errors import InputError
 from engine.scratch import Scratch, write_text
@@ -237,11 +238,11 @@ class Run:
             digest.update(repr(options).encode())
             return self.work / f"{kind}-{digest.hexdigest()[:12]}"
 
-        files = sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]
+        files = weight_files(self.path)
         stamps = [(str(file.resolve()), file.stat().st_mtime_ns) for file in files]
         texts = [_stamp(source) for source in asked.text]
         profile = named("profile", stamps, texts).with_suffix(".json")
-        plan = named("plan", asked.rule, asked.drop, asked.windows).with_suffix(".json")
+        plan = named("plan", asked.rule, asked.drop, asked.windows, asked.seed).with_suffix(".json")
         healed = named("healed", self.heal_options("weights"))
         packed = named("packed", asked.bits)
         scaled = named("scaled", self.heal_options("scales"))
@@ -409,8 +410,7 @@ def collect(model: str, path: Path, packed: Path) -> "Shrunk":
     plan = Plan.load(records / "plan.json")
     config, sizes = read_model(model)
     how = read_json(packed / "config.json")["quantization_config"]
-    scale_bits = 32 if how["scheme"] == "minimum" else 16
-    storage = Storage(how["bits"], how["group"], how["head"] or 16, scale_bits, how.get("v", 0))
+    storage = Storage.of(*(how.get(name) for name in ("bits", "group", "scheme", "head", "v")))
     file = None if sizes is None else file_bytes(config, sizes)
     context = min(4096, config.max_context)
     cost = budget(model, config, config.keep(plan.keep), storage, context, file)
@@ -476,8 +476,7 @@ def _stamp(source: str) -> object:
 
 
 def _weights(path: Path) -> int:
-    files = path.glob("*.safetensors") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_size for file in weight_files(path))
 
 
 def _mb(size: float) -> str:

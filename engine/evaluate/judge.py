@@ -78,7 +78,8 @@ def check(runtime: Runtime[Any], text: Text, asked: Asked, second: Runtime[Any] 
     """InputError for whatever could not be judged."""
     if second is not None:
         check_vocabularies(runtime, second)
-    limit, bos = runtime.config.max_context, bool(bos_prefix(text, asked.bos))
+    limits = [each.config.max_context for each in (runtime, second) if each is not None]
+    limit, bos = min(limits), bool(bos_prefix(text, asked.bos))
     for content in asked.texts.values():
         cut_windows(text, content, asked.window, asked.count, bos, limit)
     encode_questions(text, asked.questions, asked.bos, limit)

@@ -17,7 +17,7 @@ from engine import scratch
 from engine.architecture.config import ModelConfig
 from engine.architecture.families import model_type
 from engine.checkpoint import safetensors
-from engine.checkpoint.adapter import directories
+from engine.checkpoint.adapter import weight_files
 from engine.checkpoint.safetensors import SafetensorsFile
 from engine.checkpoint.weights import Stored, values
 from engine.errors import InputError
@@ -60,12 +60,7 @@ def begin_empty(out: Path, source: Path, config: ModelConfig, described: str) ->
     """The same without a file in it but the note of what the run is."""
     check_new(out)
     partial = out.with_name(out.name + ".partial")
-    files = [
-        file
-        for place in directories(source)
-        for file in ([place] if place.is_file() else sorted(place.glob("*.safetensors")))
-    ]
-    stamps = [[str(file.resolve()), file.stat().st_mtime_ns] for file in files]
+    stamps = [[str(file.resolve()), file.stat().st_mtime_ns] for file in weight_files(source)]
     layers = [entry.layer for entry in config.layers]
     Scratch(partial, json.dumps({"source": stamps, "layers": layers, "config": described}))
     return partial

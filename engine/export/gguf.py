@@ -154,7 +154,8 @@ class Gguf:
         try:
             text = load_text(self.checkpoint.path)
             trimmed = max(text.tokenizer.get_vocab().values()) + 1
-            size = trimmed if self.config.family == "gemma3" else self.config.vocab_size
+            rows = self.config.vocab_size
+            size = min(trimmed, rows) if self.config.family == "gemma3" else rows
             return {key: typed(value) for key, value in to_gguf(text, size).items()}
         except InputError as error:
             raise Unsayable(str(error)) from None

@@ -5,7 +5,7 @@ Counts are exact for the shapes. FLOPs count a multiply and an add as two. GB is
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from engine.architecture.config import ModelConfig
 from engine.architecture.families import (
@@ -71,6 +71,12 @@ class Storage:
     head_bits: int = 16
     scale_bits: int = 16
     v_bits: int = 0
+
+    @classmethod
+    def of(cls, bits: int, group: int, scheme: str, head: int | None, v: int | None) -> Self:
+        """Of a recipe's words; None: a head in 16 bits, v as the other matrices."""
+        scale_bits = 32 if scheme == "minimum" else 16
+        return cls(bits, group, 16 if head is None else head, scale_bits, v or 0)
 
     def __post_init__(self) -> None:
         for name in ("bits", "head_bits", "v_bits"):

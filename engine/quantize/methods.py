@@ -170,8 +170,5 @@ def _inverse_factor(hessian: torch.Tensor, damp: float, name: str) -> torch.Tens
     if not failed:
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     if failed:
-        raise InputError(
-            f"{name}: the Hessian is not positive definite with damp {damp}; raise it, or "
-            "calibrate on more text"
-        )
+        raise InputError(f"{name}: the Hessian is not positive definite; calibrate on more text")
     return upper

@@ -162,16 +162,14 @@ def pack_outer(checkpoint: Checkpoint, config: ModelConfig, recipe: Recipe) -> P
 def _quantized(
     matrix: Stored, recipe: Recipe, where: str, hessian: torch.Tensor | None = None
 ) -> Packed:
-    """By the recipe's method; gptq becomes rtn, clipped, where there is no Hessian."""
+    """By the recipe's method; gptq becomes rtn where there is no Hessian."""
     weight, spec = values(matrix), recipe.spec
-    if recipe.method == "rtn":
-        return methods.rtn(weight, spec, recipe.clip, where)
     if recipe.method == "nf4":
         return methods.nf4(weight, spec, where)
     if recipe.method == "hqq":
         return methods.hqq(weight, spec, where)
     if hessian is None:
-        return methods.rtn(weight, spec, "mse", where)
+        return methods.rtn(weight, spec, recipe.clip, where)
     return methods.gptq(
         weight, hessian, spec, act_order=recipe.act_order, clip=recipe.clip, name=where
     )

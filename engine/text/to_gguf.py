@@ -35,6 +35,7 @@ PROBES = (
 def to_gguf(text: Text, size: int) -> dict[str, Any]:
     """The `tokenizer.*` entries for a vocabulary of `size` ids; ids without a token are padding.
 
+    Added tokens behind them, which no embedding is for, are left out, as by llama.cpp's converter.
     InputError where GGUF has no name for what the tokenizer does.
     """
     described = json.loads(text.tokenizer.to_str())
@@ -93,6 +94,8 @@ def _vocabulary(
             types[index] = spm.BYTE
     for added in described["added_tokens"]:
         index, plain = added["id"], added["content"]
+        if index >= size:
+            continue
         types[index] = spm.CONTROL if added["special"] else spm.USER_DEFINED
         tokens[index] = plain if added["special"] else plain.replace(_SENTENCEPIECE_SPACE, " ")
     unknown = text.tokenizer.token_to_id(model.get("unk_token") or "")

@@ -122,7 +122,7 @@ def test_the_fewest_that_fit_a_memory(tree, planned):
 
     def weigh(count: int) -> int:
         kept = config.keep(range(LAYERS - count))
-        return cost(kept, Storage(8, 16)).total_weight_bytes
+        return cost(kept, Storage(8, 16, 8)).total_weight_bytes
 
     target = f"{(weigh(2) + weigh(3)) / 2e3:.3f}kB"
     for where in ((), ("--model", tree / "model" / "config.json")):
@@ -130,15 +130,14 @@ def test_the_fewest_that_fit_a_memory(tree, planned):
         assert len(plan.drop) == 3
 
 
-def test_what_fits_is_what_quantize_would_write(tree, planned):
-    """In 4 bits v has 8 of them: between the two a layer more has to go."""
-    config = open_checkpoint(tree / "model").config
-    kept = config.keep(range(LAYERS - 2))
-    whole, less = (cost(kept, Storage(4, 64, v_bits=v)).total_weight_bytes for v in (8, 4))
-    plan, _ = planned("--target-memory", f"{whole / 1e3:.3f}kB")
-    assert len(plan.drop) == 2
-    plan, _ = planned("--target-memory", f"{(whole + less) / 2e3:.3f}kB")
-    assert len(plan.drop) == 3
+@pytest.mark.parametrize("group", [16, 32])
+def test_small_groups_carry_a_minimum(group, tree, planned):
+    """As quantize's do without --scheme: a scale alone would leave a layer too many."""
+    kept = open_checkpoint(tree / "model").config.keep(range(LAYERS - 2))
+    whole, less = (cost(kept, Storage(4, group, 8, s)).total_weight_bytes for s in (32, 16))
+    for target, count in ((whole, 2), ((whole + less) / 2, 3)):
+        plan, _ = planned("--target-memory", f"{target / 1e3:.3f}kB", "--group", group)
+        assert len(plan.drop) == count
 
 
 def test_layers_by_hand_are_the_users_word(planned):

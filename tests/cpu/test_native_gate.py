@@ -120,6 +120,7 @@ WRONG = {
     "narrow tokens": {"tokens": torch.tensor([[1, 2, 3]], dtype=torch.int32)},
     "no tokens": {"tokens": None},
     "few lengths": {"lengths": torch.zeros(1, 3, dtype=torch.int64)},
+    "lengths without end": {"lengths": torch.full((1, 4), 2**63 - 2)},
     "few logits": {"logits": torch.empty(1, 1, tiny.VOCAB - 1)},
     "half logits": {"logits": torch.empty(1, 1, tiny.VOCAB, dtype=torch.float16)},
     "logits elsewhere": {"logits": torch.empty(1, 1, tiny.VOCAB, device="meta")},

@@ -181,7 +181,7 @@ def test_work_that_only_transformers_does(change, says):
     model = SimpleNamespace(
         path=Path(change.get("path", "m.gguf")),
         config=SimpleNamespace(layers=layers, total_layers=3),
-        runtime=SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32),
+        runtime=SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, threads=1),
     )
     batch = change.get("batch", 1)
     with pytest.raises(InputError, match=says):

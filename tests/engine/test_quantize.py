@@ -93,8 +93,9 @@ def test_round_to_nearest_is_half_a_step_away(spec, dtype, rng):
 
 @pytest.mark.parametrize("spec", [*FOUR_BITS, Spec(4, 64, "codebook")], ids=str)
 def test_searched_scales_lower_the_error_of_the_output(spec, rng):
-    """Of the whole matrix, by 0.5 to 30 % (12 seeds): the search goes by GPTQ's own cost."""
-    weight, hessian = spread(rng, 96, 256), correlated(rng, 256)
+    """Of the whole matrix, by 1 to 29 % (10 seeds; of 96 rows 16 gave 0.4 to 31 %, one -0.06): the
+    search goes by GPTQ's own cost."""
+    weight, hessian = spread(rng, 384, 256), correlated(rng, 256)
     plain, searched = (
         output_error(weight, methods.gptq(weight, hessian, spec, clip=clip), hessian)
         for clip in ("minmax", "mse")
@@ -312,7 +313,7 @@ def test_weights_that_are_not_numbers_are_named(bad):
         ),
         (
             lambda w: methods.gptq(w, -torch.eye(64), Spec(4, 32, "zero")),
-            "not positive definite with damp 0.1",
+            "not positive definite; calibrate on more text",
         ),
     ],
 )

@@ -136,6 +136,21 @@ def test_every_family_as_its_converter_has_it(case, tmp_path, rng):
     torch.testing.assert_close(logits(checkpoint, ids), logits(again, ids), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("case", ["gemma3", "qwen3"])
+def test_added_tokens_without_an_embedding_are_left_out(case, tmp_path):
+    """Gemma 3 1B has one, of the family's larger models: <image_soft_token>."""
+    tiny.write(case, tmp_path / "hf", 1, vocab_size=VOCAB, **SAYABLE.get(case, {}))
+    tokenizer = vocabularies.byte_level(vocabularies.SMOLLM, VOCAB)
+    tokenizer.add_special_tokens(["<image_soft_token>"])
+    assert tokenizer.token_to_id("<image_soft_token>") == VOCAB
+    tokenizer.save(str(tmp_path / "hf/tokenizer.json"))
+    checkpoint = open_checkpoint(tmp_path / "hf")
+    export(checkpoint, checkpoint.config, tmp_path / "out.gguf", "gguf")
+    again = open_checkpoint(tmp_path / "out.gguf")
+    assert again.config.vocab_size == VOCAB
+    assert len(again.file.metadata["tokenizer.ggml.tokens"]) == VOCAB
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_gguf_has_no_word_for(case, tmp_path):
     tiny.write(case, tmp_path / "hf", 1, vocab_size=VOCAB)

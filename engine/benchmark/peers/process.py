@@ -13,8 +13,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
 from engine.api import Model
 from engine.benchmark.peers.known import KNOWN, Setting
 from engine.errors import InputError
@@ -160,7 +158,7 @@ def work_of(name: str, model: Model, batch: int, context: int) -> dict[str, Any]
             raise InputError(f"--compare {name} runs one sequence: expected --batch 1, not {batch}")
     return {
         "model": str(model.path),
-        "threads": torch.get_num_threads(),
+        "threads": runtime.threads,
         "context": context,
         "layers": layers,
         "device": str(runtime.device),
