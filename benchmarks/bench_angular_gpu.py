@@ -2,14 +2,13 @@
 writes benchmarks/results/<gpu>-angular.json."""
 
 import argparse
-import json
 import math
 from functools import partial
 from pathlib import Path
 
 import torch
 from cases import MODELS
-from gpu import FLUSH_BYTES, RESULTS, time_us
+from gpu import FLUSH_BYTES, save, time_us
 
 from engine.kernels import native
 from engine.kernels.angular import fused, reference
@@ -65,10 +64,7 @@ def main() -> None:
     for case in CASES:
         results.append(measure(*case, copy_gb_s))
         print(LINE.format(**results[-1]))
-    out = out or RESULTS / f"{gpu.lower().replace(' ', '-')}-angular.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
-    print(out)
+    save(record, out, "-angular")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,12 @@ Run by gpu.sh; writes benchmarks/results/<gpu>-qlora.json. `--small --device cpu
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import RESULTS
+from gpu import save
 
 from engine.checkpoint import open_checkpoint
 from engine.export.hf import prune
@@ -98,10 +97,7 @@ def main() -> None:
     worst = record["loss_difference"] = max(abs(one / two - 1) for one, two in pairs)
     if not worst <= 1e-2:
         raise AssertionError(f"losses differ by {worst:.2%}")
-    out = asked.out or RESULTS / f"{gpu.lower().replace(' ', '-')}-qlora.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
-    print(out)
+    save(record, asked.out, "-qlora")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@ what the table in kernels/w4/launch.py should say. Run by gpu.sh; writes
 benchmarks/results/<gpu>-triton.json."""
 
 import argparse
-import json
 import math
 import os
 import subprocess
@@ -14,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from gpu import FLUSH_BYTES, RESULTS, SHAPES, SPECS, random_weights, time_us
+from gpu import FLUSH_BYTES, SHAPES, SPECS, random_weights, save, time_us
 from torch.nn.functional import linear
 from triton.runtime.errors import OutOfResources
 
@@ -125,10 +124,7 @@ def main() -> None:
         best = min(found, key=lambda one: one["us"])
         print(LINE.format(**found[0], best_us=best["us"], best=best["launch"]))
         results += found
-    out = out or RESULTS / f"{gpu.lower().replace(' ', '-')}-triton.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
-    print(out)
+    save(record, out, "-triton")
 
 
 if __name__ == "__main__":

@@ -125,6 +125,15 @@ def measure(name: str, label: str, m: int, copy_gb_s: float, overlaps: bool) -> 
     return result | {"torch_float16_us": us, "speedup": us / result["us"]}
 
 
+def save(record: dict[str, Any], out: Path | None, kind: str = "") -> Path:
+    """Written to `out`, else to the GPU's own record of that kind; where it lies is printed."""
+    out = out or RESULTS / f"{record['gpu'].lower().replace(' ', '-')}{kind}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    print(out)
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>.json")
@@ -140,10 +149,7 @@ def main() -> None:
         results.append(measure(*case, copy_gb_s, overlaps))
         print(LINE.format(**results[-1]))
     record = {"gpu": gpu, "torch": torch.__version__, "copy_gb_s": copy_gb_s, "w4_matmul": results}
-    out = out or RESULTS / f"{gpu.lower().replace(' ', '-')}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
-    print(out)
+    save(record, out)
 
 
 if __name__ == "__main__":

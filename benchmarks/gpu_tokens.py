@@ -6,7 +6,6 @@ bandwidth that the same run measures. `--small` tries the script, interpreted wh
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -14,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from roofline import G128, JOINED, llama
+from gpu import save
+from roofline import G128, JOINED, llama, shapes_of
 
 import engine
 from engine.architecture.config import ModelConfig
-from engine.architecture.families import role_shape
 from engine.benchmark.machine import gpu_read_gb_s
 from engine.checkpoint.fetch import DEFAULT, cached
 from engine.errors import InputError
@@ -29,7 +28,6 @@ from engine.runtime import GPU_RUNTIMES
 from engine.runtime.gpu import GpuRuntime
 from engine.runtime.gpu_weights import Layer, Outer, Part, Placement, Projection
 
-RESULTS = Path(__file__).parent / "results"
 MODELS = {
     "Llama-3.2-1B": llama(2048, 8192, 32, 8, 16, 128256),
     "Llama-2-7B": llama(4096, 11008, 32, 32, 32, 32000),
@@ -88,7 +86,7 @@ def random_part(n: int, k: int, device: torch.device) -> Part:
 def random_runtime(
     config: ModelConfig, device: torch.device, backend: str = "triton"
 ) -> GpuRuntime:
-    shapes = {role: role_shape(config, role) for role in ("q", "k", "v", "o", "gate", "up", "down")}
+    shapes = shapes_of(config)
     width = config.hidden_size
     norm = torch.ones(width, device=device)
 
@@ -137,7 +135,7 @@ def step_s(runtime: GpuRuntime, batch: int, context: int, steps: int) -> float:
 
 def products(config: ModelConfig) -> list[tuple[int, ...]]:
     """(N, K) of a layer's, as they are stacked."""
-    shapes = {role: role_shape(config, role) for role in ("q", "k", "v", "o", "gate", "up", "down")}
+    shapes = shapes_of(config)
     joined: list[tuple[int, ...]] = [
         (sum(shapes[role][0] for role in roles), config.hidden_size) for roles in JOINED.values()
     ]
@@ -274,11 +272,8 @@ def main() -> None:
     else:
         print("The default model is not here: no real text.")
     kind = "" if given.backend == "triton" else f"-{given.backend}"
-    out = given.out or RESULTS / f"{gpu.lower().replace(' ', '-')}-tokens{kind}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
+    out = save(record, given.out, f"-tokens{kind}")
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print(out)
 
 
 if __name__ == "__main__":

@@ -69,9 +69,14 @@ class Study:
         self.draw()
 
     def measure(self, count: int, method: str) -> Cell:
+        file = self.work / f"{count}-{method}.minutes"
+        minutes = float(file.read_text()) if file.exists() else 0.0
         start = time.monotonic()
-        model, drop = self.made(count, method)
-        minutes = (time.monotonic() - start) / 60
+        try:
+            model, drop = self.made(count, method)
+        finally:  # an interrupted one goes on where it was
+            minutes += (time.monotonic() - start) / 60
+            file.write_text(str(minutes))
         judged = self.judged(model, drop, f"{count}-{method}")
         speed = self.engine(
             "run", "--model", model, *drop, "--new-tokens", 128, "--repeats", 3, "--quiet"

@@ -131,12 +131,16 @@ def main() -> None:
 
 def packed(checkpoint: Checkpoint, recipe: Recipe, samples: Samples, out: Path) -> float:
     """CPU seconds that the directory `out` took to write, now or in an earlier run."""
-    seconds = out.with_suffix(".seconds")
+    file = out.with_suffix(".seconds")
+    seconds = float(file.read_text()) if file.exists() else 0.0
     if not out.exists():
         start = time.process_time()
-        pack(checkpoint, checkpoint.config, out, recipe, samples)
-        seconds.write_text(str(time.process_time() - start))
-    return float(seconds.read_text())
+        try:
+            pack(checkpoint, checkpoint.config, out, recipe, samples)
+        finally:  # an interrupted one goes on where it was
+            seconds += time.process_time() - start
+            file.write_text(str(seconds))
+    return seconds
 
 
 def judged(

@@ -71,9 +71,14 @@ def projection(*shapes: tuple[int, ...], spec: Spec, backend: str) -> Projection
     return Projection(tuple(Part(matrix(n, k, spec)) for n, k in shapes), backend)
 
 
+def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """(N, K) of a layer's matrices, by role."""
+    return {role: role_shape(config, role) for role in ("q", "k", "v", "o", "gate", "up", "down")}
+
+
 def layer(config: ModelConfig, stacked: bool, spec: Spec, backend: str) -> Layer:
     """`stacked`: q, k and v are one matrix, gate and up another."""
-    shapes = {role: role_shape(config, role) for role in ("q", "k", "v", "o", "gate", "up", "down")}
+    shapes = shapes_of(config)
     projections = {}
     for name, roles in JOINED.items():
         rows = sum(shapes[role][0] for role in roles)

@@ -1,8 +1,9 @@
 // The packed group format of quantized weights (drawn in kernels/w4/README.md) for C++ and CUDA.
-// defines: w4::Scheme, w4::ScaleType, w4::Matrix, w4::pack_row, w4::half_to_float,
-//          w4::bfloat_to_float
+// defines: w4::Scheme, w4::ScaleType, w4::has_supers, w4::element_bytes, w4::half_to_float,
+//          w4::float_to_half, w4::bfloat_to_float, w4::Matrix, and what they need
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -21,6 +22,8 @@ constexpr std::int64_t kSuper = 256;         // weights under one pair of kquant
 // stepped: of tiles alone (cpu/w4_matmul.h), symmetric with scales in two parts, as GGUF's Q6_K.
 enum class Scheme : std::int32_t { symmetric, zero, minimum, codebook, kquant, stepped };
 enum class ScaleType : std::int32_t { float16, bfloat16, float32 };
+
+constexpr int element_bytes(ScaleType type) { return type == ScaleType::float32 ? 4 : 2; }
 
 // Whether scales are steps of a float16 that 256 weights share.
 constexpr bool has_supers(Scheme scheme) {
@@ -68,6 +71,20 @@ W4_HD constexpr std::int64_t row_bytes(std::int64_t k, int bits) {
 static_assert(row_bytes(1, 4) == 16 && row_bytes(32, 4) == 16 && row_bytes(33, 4) == 32);
 static_assert(row_bytes(16, 8) == 16 && row_bytes(17, 8) == 32);
 
+inline std::uint16_t float_to_half(float v) {  // to the nearest, ties to even
+    std::uint32_t bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    const std::uint32_t sign = bits >> 16 & 0x8000u;
+    bits &= 0x7fffffffu;
+    if (bits > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);
+    if (bits >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);
+    if (bits < 0x38800000u)  // subnormal: multiples of 2^-24
+        return static_cast<std::uint16_t>(
+            sign | static_cast<std::uint32_t>(std::lrint(std::fabs(v) * 16777216.0f)));
+    return static_cast<std::uint16_t>(sign |
+                                      ((bits - 0x38000000u + 0xfffu + (bits >> 13 & 1)) >> 13));
+}
+
 // One matrix W, (n, k). Borrows its memory. All arrays are contiguous; absent ones are null.
 struct Matrix {
     const std::uint8_t* codes;    // (n, row_bytes)
@@ -78,7 +95,7 @@ struct Matrix {
     const float* codebook;        // codebook: (16,)
     const std::int32_t* perm;     // null, or (k,): stored column j is input perm[j]
     std::int64_t n, k;
-    std::int32_t bits;   // 4 or 8
+    std::int32_t bits;   // 4, 8; of tiles alone 6
     std::int32_t group;  // 16, 32, 64, 128; 0 is the whole row
     Scheme scheme;
     ScaleType scale_type;
@@ -128,17 +145,5 @@ struct Matrix {
 
 static_assert(std::is_trivially_copyable<Matrix>::value, "passed by value to CUDA kernels");
 static_assert(sizeof(void*) != 8 || sizeof(Matrix) == 7 * 8 + 2 * 8 + 4 * 4, "no padding");
-
-// k codes below 2^bits -> row_bytes(k, bits) bytes, padded with zero codes.
-inline void pack_row(const std::uint8_t* unpacked, std::int64_t k, int bits, std::uint8_t* out) {
-    std::memset(out, 0, static_cast<std::size_t>(row_bytes(k, bits)));
-    for (std::int64_t j = 0; j < k; ++j) {
-        if (bits == 8) {
-            out[j] = unpacked[j];
-        } else {
-            out[j >> 1] |= static_cast<std::uint8_t>(unpacked[j] << (4 * (j & 1)));
-        }
-    }
-}
 
 }  // namespace w4

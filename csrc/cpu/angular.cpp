@@ -59,9 +59,8 @@ void bind_angular(pybind11::module_& m) {
     m.def(
         "angular",
         [](const std::vector<TensorTuple>& rows, const std::vector<int64_t>& strides,
-           const std::string& dtype, int64_t B, int64_t D,
-           const std::optional<TensorTuple>& weights, const TensorTuple& sums,
-           const TensorTuple& squares, const std::optional<TensorTuple>& values, int threads,
+           const std::string& dtype, int64_t B, int64_t D, const Tensor& weights,
+           const TensorTuple& sums, const TensorTuple& squares, const Tensor& values, int threads,
            const std::string& isa) {
             const std::vector<std::string> types{"float64", "float32", "float16", "bfloat16"};
             const auto type = std::find(types.begin(), types.end(), dtype) - types.begin();
@@ -72,8 +71,7 @@ void bind_angular(pybind11::module_& m) {
             std::vector<const void*> starts;
             for (size_t i = 0; i < rows.size(); ++i)
                 starts.push_back(Borrowed(rows[i], "rows").rows(dtype, B, D, strides[i]));
-            const auto doubles = [](const std::optional<TensorTuple>& tensor, const char* what,
-                                    int64_t count) {
+            const auto doubles = [](const Tensor& tensor, const char* what, int64_t count) {
                 const Borrowed span(tensor, what);
                 return static_cast<double*>(tensor ? span.need("float64", count) : nullptr);
             };

@@ -1,5 +1,5 @@
 // Angular distances between the boundaries of a model, for all pairs of boundaries at once.
-// defines: Float AngularJob Scratch angular_generic angular_avx2 angular_avx512
+// defines: Float Half Bfloat AngularJob Scratch angular_generic angular_avx2 angular_avx512
 //          angular_amx angular
 #pragma once
 
@@ -10,6 +10,12 @@
 namespace shallow {
 
 enum class Float : int { f64, f32, f16, bf16 };
+struct Half {
+    uint16_t bits;
+};
+struct Bfloat {
+    uint16_t bits;
+};
 
 // R boundaries of B samples with D features. P = R(R-1)/2 pairs i < j, row by row of the upper
 // triangle: (0,1) (0,2) .. (0,R-1) (1,2) ..

@@ -2,15 +2,11 @@
 
 #include <cstdint>
 
+#include "cpu/angular.h"
+
 namespace shallow {
 namespace {
 
-struct Half {
-    uint16_t bits;
-};
-struct Bfloat {
-    uint16_t bits;
-};
 constexpr int kSumLanes = 4;
 constexpr int kRegisterRows = 3;  // 9 sums and 4 operands in 16 registers
 

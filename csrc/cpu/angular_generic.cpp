@@ -2,15 +2,11 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/angular.h"
+
 namespace shallow {
 namespace {
 
-struct Half {
-    uint16_t bits;
-};
-struct Bfloat {
-    uint16_t bits;
-};
 constexpr int kSumLanes = 4;
 
 double widen(double value) { return value; }

@@ -5,15 +5,11 @@
 
 #include <cstdint>
 
+#include "cpu/angular.h"
+
 namespace shallow {
 namespace {
 
-struct Half {
-    uint16_t bits;
-};
-struct Bfloat {
-    uint16_t bits;
-};
 constexpr int kSumLanes = 8;
 constexpr int kRegisterRows = 5;  // 25 sums and 6 operands in 32 registers
 

@@ -15,6 +15,9 @@ void bind_w4_matmul(pybind11::module_& m);
 void bind_peak(pybind11::module_& m);
 void bind_decoder(pybind11::module_& m);
 
+// std::invalid_argument for what is no float of kernels.
+w4::ScaleType float_from_name(const std::string& name);
+
 // Of a packed matrix all but its arrays, by the names of kernels/w4/format.py's Spec. Throws
 // std::invalid_argument.
 w4::Matrix describe_matrix(std::int64_t n, std::int64_t k, std::int32_t bits, std::int32_t group,

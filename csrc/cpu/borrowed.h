@@ -1,5 +1,5 @@
 // Memory of a tensor as it crosses from Python: where, how much, of what, on which device.
-// defines: Borrowed
+// defines: TensorTuple Tensor Borrowed
 #pragma once
 
 #include <pybind11/stl.h>
@@ -15,10 +15,11 @@ namespace shallow {
 // What engine.kernels.native.span() makes of a tensor: (address, elements from there to the end of
 // the tensor, dtype by torch's name, device); None where there is none.
 using TensorTuple = std::tuple<std::uintptr_t, std::int64_t, std::string, std::string>;
+using Tensor = std::optional<TensorTuple>;
 
 class Borrowed {
 public:
-    Borrowed(const std::optional<TensorTuple>& tensor, const char* what) : what_(what) {
+    Borrowed(const Tensor& tensor, const char* what) : what_(what) {
         if (!tensor) return;
         std::string device;
         std::tie(address_, count_, dtype_, device) = *tensor;

@@ -294,7 +294,6 @@ void Decoder::run_chunk(const Call& call, Working& w, std::size_t begin, std::si
     }
     run_step(model_, w.chunk, threads_, w.workspace.data(), w.queues.get(),
              measured_ ? &times_ : nullptr);
-    if (measured_) ++times_.calls, times_.tokens += w.chunk.size();
     if (call.best) choose(w, wanted, call.best + written);
 }
 

@@ -55,11 +55,9 @@ Rules rules_from(const py::dict& fields) {
                                       {"gelu_tanh", Activation::gelu_tanh},
                                       {"relu", Activation::relu}},
                                      "activation");
-    r.mode = named<Mode>(text("mode"), {{"int8", Mode::int8}, {"exact", Mode::exact}}, "mode");
+    r.mode = mode_from_name(text("mode"));
     return r;
 }
-
-using Tensor = std::optional<TensorTuple>;
 
 // Matrices share ownership with Python; vectors are float32 and are copied.
 Weights weights_from(const py::dict& matrices, const py::dict& vectors) {
@@ -174,8 +172,7 @@ py::dict times(Decoder& decoder) {
     bytes["qkv"] = qkv, bytes["o"] = o, bytes["up"] = up, bytes["down"] = down;
     bytes["head"] = decoder.model().head.nbytes();
     return py::dict(py::arg("seconds") = seconds, py::arg("bytes") = bytes,
-                    py::arg("whole") = measured.whole, py::arg("calls") = measured.calls,
-                    py::arg("tokens") = measured.tokens);
+                    py::arg("whole") = measured.whole);
 }
 
 }  // namespace
@@ -206,11 +203,7 @@ void bind_decoder(py::module_& m) {
                 const auto dtype = embedding ? span.dtype() : "float32";
                 decoder.set_outer(weights_from(matrices, vectors),
                                   span.rows(dtype, rows, columns, columns), rows, columns,
-                                  named<ScaleType>(dtype,
-                                                   {{"float16", ScaleType::float16},
-                                                    {"bfloat16", ScaleType::bfloat16},
-                                                    {"float32", ScaleType::float32}},
-                                                   "dtype"));
+                                  float_from_name(dtype));
             },
             py::arg("matrices"), py::arg("vectors"), py::arg("embedding"), py::arg("rows"),
             py::arg("columns"))

@@ -56,7 +56,7 @@ struct Lanes {
     }
     static void store(float* p, F v) { store(p, v, count); }
     static void store(std::uint16_t* p, F v) {
-        for (int i = 0; i < count; ++i) p[i] = to_half(v[i]);
+        for (int i = 0; i < count; ++i) p[i] = w4::float_to_half(v[i]);
     }
     static void store(std::int8_t* p, F v) {
         for (int i = 0; i < count; ++i) p[i] = static_cast<std::int8_t>(v[i]);
@@ -76,19 +76,6 @@ struct Lanes {
     }
 
 private:
-    static std::uint16_t to_half(float v) {  // to the nearest, ties to even
-        std::uint32_t bits;
-        std::memcpy(&bits, &v, sizeof bits);
-        const std::uint32_t sign = bits >> 16 & 0x8000u;
-        bits &= 0x7fffffffu;
-        if (bits > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);
-        if (bits >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);
-        if (bits < 0x38800000u)  // subnormal: multiples of 2^-24
-            return static_cast<std::uint16_t>(
-                sign | static_cast<std::uint32_t>(std::lrint(std::fabs(v) * 16777216.0f)));
-        return static_cast<std::uint16_t>(sign |
-                                          (bits - 0x38000000u + 0xfffu + (bits >> 13 & 1)) >> 13);
-    }
     template <class Function>
     static F each(F v, Function function) {
         for (int i = 0; i < count; ++i) v[i] = function(v[i]);

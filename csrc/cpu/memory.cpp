@@ -1,6 +1,5 @@
 #include "cpu/memory.h"
 
-#include <cstdio>
 #include <cstring>
 #include <mutex>
 #include <tuple>
@@ -101,17 +100,6 @@ Memory::Memory(std::size_t bytes) : size_(bytes) {
     }
     std::tie(slab_, data_) = CommonSlabs::get().cut((bytes + kLine - 1) / kLine * kLine);
     if (slab_->written) std::memset(data_, 0, bytes);
-}
-
-bool huge_pages_available() {
-    bool available = false;
-    if (FILE* file = std::fopen("/sys/kernel/mm/transparent_hugepage/enabled", "r")) {
-        char text[64] = {};
-        const std::size_t read = std::fread(text, 1, sizeof text - 1, file);
-        std::fclose(file);
-        available = read && !std::strstr(text, "[never]");
-    }
-    return available;
 }
 
 }  // namespace shallow

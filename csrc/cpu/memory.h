@@ -1,5 +1,5 @@
 // Memory for weights: 2 MiB pages where the system gives them, shared by small buffers.
-// defines: Memory huge_pages_available
+// defines: Memory
 #pragma once
 
 #include <cstddef>
@@ -27,8 +27,5 @@ private:
     std::uint8_t* data_ = nullptr;
     std::size_t size_ = 0;
 };
-
-// Whether the system backs advised memory with transparent huge pages.
-bool huge_pages_available();
 
 }  // namespace shallow

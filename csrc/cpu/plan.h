@@ -1,7 +1,7 @@
 // The matmul planner: by which path a matrix multiplies rows of x, in what form it reads them, and
 // how memory and work are divided. The matmul of its own and the decoder's products follow it.
 // defines: Path choose_path Form rows_within rows_at_once useful_threads first_sixteenths gather
-//          element_bytes line_up Cutter
+//          line_up Cutter
 #pragma once
 
 #include <cstdint>
@@ -58,8 +58,6 @@ std::int64_t first_sixteenths(std::int64_t m, std::int64_t share_bytes);
 
 // The columns of x in the order `perm`, written to `to`, rows x.k apart.
 Rows gather(const Rows& x, const std::int32_t* perm, void* to);
-
-constexpr std::int64_t element_bytes(ScaleType type) { return type == ScaleType::float32 ? 4 : 2; }
 
 constexpr std::int64_t line_up(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
 

@@ -73,12 +73,11 @@ struct Chunk {
     std::int64_t size() const { return static_cast<std::int64_t>(rows.size()); }
 };
 
-// Seconds of the first thread by part, and of the whole calls; chunks and tokens that were measured.
-enum class Part : int { embed, norm, qkv, rope, attention, mix, o, up, gate, down, head, wait };
+// Seconds of the first thread by part, and of the whole calls.
+enum class Part : int { embed, norm, qkv, rope, attention, mix, o, up, activate, down, head, wait };
 constexpr int kPartCount = 12;
 struct Times {
     double seconds[kPartCount], whole;
-    std::int64_t calls, tokens;
 };
 
 // Queues that a step consumes.

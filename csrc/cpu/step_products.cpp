@@ -62,7 +62,7 @@ void FeedForward::write_activated() {
                       if (grain_)
                           layer_.down.input().write_columns(up.part(0, m_, begin, end),
                                                             w_.shared.up_forms, m_, 0, begin);
-                      w_.mark(Part::gate);
+                      w_.mark(Part::activate);
                   });
 }
 

@@ -12,21 +12,6 @@ namespace py = pybind11;
 namespace shallow {
 namespace {
 
-ScaleType float_type(const std::string& name) {
-    if (name == "float16") return ScaleType::float16;
-    if (name == "bfloat16") return ScaleType::bfloat16;
-    if (name == "float32") return ScaleType::float32;
-    throw std::invalid_argument("no kernel for dtype " + name);
-}
-
-Mode mode_from_name(const std::string& name) {
-    if (name == "int8") return Mode::int8;
-    if (name == "exact") return Mode::exact;
-    throw std::invalid_argument("mode must be 'int8' or 'exact', found '" + name + "'");
-}
-
-using Tensor = std::optional<TensorTuple>;
-
 void run(const TensorTuple& x, std::int64_t m, std::int64_t x_stride, const TiledMatrix& w,
          const TensorTuple& y, std::int64_t y_stride, const Tensor& bias, const std::string& mode,
          const std::string& isa, int threads) {
@@ -36,11 +21,11 @@ void run(const TensorTuple& x, std::int64_t m, std::int64_t x_stride, const Tile
     rows.m = m;
     rows.k = w.view().k;
     rows.stride = x_stride;
-    rows.type = float_type(from.dtype());
+    rows.type = float_from_name(from.dtype());
     Output output;
     output.data = to.rows(to.dtype(), m, w.view().n, y_stride);
     output.stride = y_stride;
-    output.type = float_type(to.dtype());
+    output.type = float_from_name(to.dtype());
     output.bias = static_cast<const float*>(Borrowed(bias, "bias").of("float32", w.view().n));
     matmul(rows, w, output, mode_from_name(mode), isa_from_name(isa), threads);
 }
@@ -90,8 +75,8 @@ void bind_w4_matmul(py::module_& m) {
         .def(py::init<const w4::Matrix&, int>(), release(), py::arg("packed"), py::arg("threads"))
         .def(py::init([](const TensorTuple& weights, std::int64_t n, std::int64_t k, int threads) {
                  const Borrowed from(weights, "weights");
-                 return TiledMatrix(from.rows(from.dtype(), n, k, k), float_type(from.dtype()), n,
-                                    k, threads);
+                 return TiledMatrix(from.rows(from.dtype(), n, k, k), float_from_name(from.dtype()),
+                                    n, k, threads);
              }),
              release(), py::arg("weights"), py::arg("n"), py::arg("k"), py::arg("threads"))
         .def(py::init([](const TensorTuple& bytes) {
@@ -168,7 +153,6 @@ void bind_w4_matmul(py::module_& m) {
             return names;
         },
         "Instruction sets that the kernels can use here, best first.");
-    m.def("huge_pages_available", &huge_pages_available);
     m.def("pool_threads", [] { return Pool::instance().size(); });
     m.def(
         "resize_pool", [](int threads) { Pool::instance().resize(threads); }, release(),

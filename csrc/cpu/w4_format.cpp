@@ -1,4 +1,4 @@
-// defines: engine._cpu.Packed, w4_unpack, w4_pack
+// defines: engine._cpu.Packed, w4_unpack
 #include "w4.h"
 
 #include <stdexcept>
@@ -21,16 +21,9 @@ w4::Scheme parse_scheme(const std::string& name) {
     throw std::invalid_argument("unknown scheme '" + name + "'");
 }
 
-w4::ScaleType parse_scale_type(const std::string& name) {
-    if (name == "float16") return w4::ScaleType::float16;
-    if (name == "bfloat16") return w4::ScaleType::bfloat16;
-    if (name == "float32") return w4::ScaleType::float32;
-    throw std::invalid_argument("unknown scale dtype '" + name + "'");
-}
-
 using shallow::Borrowed;
+using shallow::Tensor;
 using shallow::TensorTuple;
-using Tensor = std::optional<TensorTuple>;
 
 w4::Matrix matrix(const TensorTuple& codes, const TensorTuple& scales, const Tensor& zeros,
                   const Tensor& mins, const Tensor& supers, const Tensor& codebook,
@@ -65,19 +58,14 @@ void unpack(const w4::Matrix& packed, const TensorTuple& out) {
     for (std::int64_t row = 0; row < packed.n; ++row) packed.unpack_row(row, rows + row * packed.k);
 }
 
-void pack(const TensorTuple& codes, std::int64_t n, std::int64_t k, int bits,
-          const TensorTuple& out) {
-    if (n < 0 || k < 0 || (bits != 4 && bits != 8)) throw std::invalid_argument("codes");
-    const std::int64_t width = w4::row_bytes(k, bits);
-    const auto* from =
-        static_cast<const std::uint8_t*>(Borrowed(codes, "codes").need("uint8", n * k));
-    auto* to = static_cast<std::uint8_t*>(Borrowed(out, "out").need("uint8", n * width));
-    for (std::int64_t row = 0; row < n; ++row) {
-        w4::pack_row(from + row * k, k, bits, to + row * width);
-    }
-}
-
 }  // namespace
+
+w4::ScaleType float_from_name(const std::string& name) {
+    if (name == "float16") return w4::ScaleType::float16;
+    if (name == "bfloat16") return w4::ScaleType::bfloat16;
+    if (name == "float32") return w4::ScaleType::float32;
+    throw std::invalid_argument("no kernel for dtype '" + name + "'");
+}
 
 w4::Matrix describe_matrix(std::int64_t n, std::int64_t k, std::int32_t bits, std::int32_t group,
                            const std::string& scheme, const std::string& scale_dtype) {
@@ -89,7 +77,7 @@ w4::Matrix describe_matrix(std::int64_t n, std::int64_t k, std::int32_t bits, st
     matrix.bits = bits;
     matrix.group = group;
     matrix.scheme = parse_scheme(scheme);
-    matrix.scale_type = parse_scale_type(scale_dtype);
+    matrix.scale_type = float_from_name(scale_dtype);
     if (group != 0 && group != 16 && group != 32 && group != 64 && group != 128)
         throw std::invalid_argument("no matrix has groups of " + std::to_string(group));
     if (w4::has_supers(matrix.scheme) && group != (matrix.scheme == w4::Scheme::kquant ? 32 : 16))
@@ -109,11 +97,7 @@ void bind_w4_format(py::module_& m) {
              py::arg("zeros") = py::none(), py::arg("mins") = py::none(),
              py::arg("supers") = py::none(), py::arg("codebook") = py::none(),
              py::arg("perm") = py::none(), py::arg("n"), py::arg("k"), py::arg("bits"),
-             py::arg("group"), py::arg("scheme"), py::arg("scale_dtype"))
-        .def_readonly("n", &w4::Matrix::n)
-        .def_readonly("k", &w4::Matrix::k);
+             py::arg("group"), py::arg("scheme"), py::arg("scale_dtype"));
     m.def("w4_unpack", &unpack, release(), py::arg("packed"), py::arg("out"),
           "Writes the (n, k) float32 matrix, columns in their original order, to out.");
-    m.def("w4_pack", &pack, release(), py::arg("codes"), py::arg("n"), py::arg("k"),
-          py::arg("bits"), py::arg("out"), "Packs (n, k) uint8 codes into n rows of out.");
 }

@@ -21,7 +21,7 @@ constexpr float kTiny =
     1e-30f;  // below this, and well above where 127 / peak overflows, all is zero
 
 inline const uint8_t* element(const Rows& x, int64_t row, int64_t column) {
-    const int64_t size = x.type == ScaleType::float32 ? 4 : 2;
+    const int64_t size = element_bytes(x.type);
     return static_cast<const uint8_t*>(x.data) + (row * x.stride + column) * size;
 }
 

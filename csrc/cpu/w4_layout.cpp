@@ -20,7 +20,7 @@ constexpr std::uint64_t kMagic = 0x34574c4c41485303;  // changes with the layout
 
 int64_t scale_bytes(const w4::Matrix& matrix) {
     if (w4::has_supers(matrix.scheme)) return 1;
-    return matrix.scale_type == ScaleType::float32 ? 4 : 2;
+    return element_bytes(matrix.scale_type);
 }
 
 enum class Way { tile, restore };
@@ -165,7 +165,7 @@ float value(const TileView& w, int64_t tile, int64_t group, int lane, int code) 
         return w4::product(step, c) - low;
     }
     const float scale = element(record, lane, w.scale_type);
-    const uint8_t* const second = record + 16 * (w.scale_type == ScaleType::float32 ? 4 : 2);
+    const uint8_t* const second = record + 16 * element_bytes(w.scale_type);
     switch (w.scheme) {
         case w4::Scheme::minimum:
             return w4::product(c, scale) + element(second, lane, w.scale_type);

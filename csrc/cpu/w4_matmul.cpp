@@ -78,6 +78,12 @@ const Kernels& kernels(Isa isa) {
     }
 }
 
+Mode mode_from_name(const std::string& name) {
+    if (name == "int8") return Mode::int8;
+    if (name == "exact") return Mode::exact;
+    throw std::invalid_argument("mode must be 'int8' or 'exact', found '" + name + "'");
+}
+
 void matmul(const Rows& x, const TiledMatrix& matrix, const Output& y, Mode mode, Isa isa,
             int threads) {
     const Kernels& chosen = kernels(isa);

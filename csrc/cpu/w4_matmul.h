@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -11,6 +12,7 @@
 
 namespace shallow {
 
+using w4::element_bytes;
 using w4::ScaleType;  // also the element types of x, y and 16-bit weights
 
 constexpr int kTileRows = 16;   // rows of W that a tile interleaves
@@ -210,6 +212,7 @@ extern const Kernels kKernelsGeneric;
 const Kernels& kernels(Isa isa);  // throws std::invalid_argument where this machine lacks it
 
 enum class Mode { int8, exact };
+Mode mode_from_name(const std::string& name);  // throws std::invalid_argument
 
 // Row `row` of a matrix, in its original column order; k floats.
 void read_row(const TiledMatrix& matrix, std::int64_t row, float* out);

@@ -12,20 +12,6 @@ typedef std::uint32_t Words __attribute__((vector_size(16)));
 typedef uint8_t Bytes __attribute__((vector_size(4)));
 typedef std::int8_t Steps __attribute__((vector_size(4)));
 
-std::uint16_t to_half(float v) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &v, sizeof bits);
-    const std::uint32_t sign = bits >> 16 & 0x8000u;
-    bits &= 0x7fffffffu;
-    if (bits > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);
-    if (bits >= 0x47800000u) return static_cast<std::uint16_t>(sign | 0x7c00u);
-    if (bits < 0x38800000u)  // subnormal: multiples of 2^-24
-        return static_cast<std::uint16_t>(
-            sign | static_cast<std::uint32_t>(std::lrint(std::fabs(v) * 16777216.0f)));
-    return static_cast<std::uint16_t>(sign |
-                                      ((bits - 0x38000000u + 0xfffu + (bits >> 13 & 1)) >> 13));
-}
-
 std::uint16_t to_bfloat(float v) {
     std::uint32_t bits;
     std::memcpy(&bits, &v, sizeof bits);
@@ -65,7 +51,7 @@ struct Generic {
         return __builtin_convertvector(bytes, F);
     }
     static F load(const void* p, ScaleType type) {
-        const int size = type == ScaleType::float32 ? 4 : 2;
+        const int size = element_bytes(type);
         F v{};
         for (int i = 0; i < lanes; ++i)
             v[i] = to_float(static_cast<const uint8_t*>(p) + i * size, type);
@@ -92,7 +78,7 @@ struct Generic {
         }
         std::uint16_t bits[lanes];
         for (int i = 0; i < count; ++i)
-            bits[i] = type == ScaleType::float16 ? to_half(v[i]) : to_bfloat(v[i]);
+            bits[i] = type == ScaleType::float16 ? w4::float_to_half(v[i]) : to_bfloat(v[i]);
         std::memcpy(p, bits, static_cast<std::size_t>(count) * sizeof bits[0]);
     }
 
@@ -150,7 +136,7 @@ struct Generic {
     }
 
     static void widen(const void* from, ScaleType type, float* to, int count) {
-        const int size = type == ScaleType::float32 ? 4 : 2;
+        const int size = element_bytes(type);
         for (int j = 0; j < kBlock; ++j)
             to[j] = j < count ? to_float(static_cast<const uint8_t*>(from) + j * size, type) : 0.0f;
     }

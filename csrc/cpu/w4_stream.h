@@ -89,7 +89,7 @@ SHALLOW_INLINE void load_params(const TileView& w, const uint8_t* record,
             min = C == Codes::nibble_table ? V::set(0.0f) : V::mul(scale, V::set(-w.center));
         return;
     }
-    const int size = w.scale_type == ScaleType::float32 ? 4 : 2;
+    const int size = element_bytes(w.scale_type);
     const uint8_t* const second = record + 16 * size;
     scale = V::load(record + lane * size, w.scale_type);
     if (w.scheme == Scheme::minimum)
@@ -241,7 +241,7 @@ struct Place {
 // Fetches where write() will write: the lines of a prefill's outputs have left every cache, and each
 // is waited for (512 rows of 576 columns on AVX2: a tenth of the time).
 SHALLOW_INLINE void fetch(const Output& y, const Place& at, int rows) {
-    const int64_t size = y.type == ScaleType::float32 ? 4 : 2;
+    const int64_t size = element_bytes(y.type);
     const int64_t row = at.panel * kPanelRows + at.first;
     for (int stream = 0; stream < at.streams; ++stream) {
         const int64_t column = at.of_stream(stream).column;
@@ -255,7 +255,7 @@ SHALLOW_INLINE void fetch(const Output& y, const Place& at, int rows) {
 template <class V>
 __attribute__((noinline)) void write(const float* sums, int rows, const Output& y,
                                      const Place& at) {
-    const int64_t size = y.type == ScaleType::float32 ? 4 : 2;
+    const int64_t size = element_bytes(y.type);
     const int64_t begin = (at.panel * kPanelRows + at.first) * y.stride + at.column;
     uint8_t* to = static_cast<uint8_t*>(y.data) + begin * size;
     if (size == 4 && !y.bias && at.column + kTileRows <= at.n) {  // nearly always

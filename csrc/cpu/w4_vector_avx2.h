@@ -268,7 +268,7 @@ struct Avx2 {
 
     // count elements, zeros up to 32.
     static void widen(const void* from, ScaleType type, float* to, int count) {
-        const std::size_t size = type == ScaleType::float32 ? 4 : 2;
+        const std::size_t size = element_bytes(type);
         alignas(32) uint8_t raw[kBlock * 4];
         if (count < kBlock) {
             std::memset(raw, 0, sizeof raw);

@@ -51,7 +51,7 @@ struct Avx512 {
     static void store_all(float* p, F v) { _mm512_storeu_ps(p, v); }
 
     static void store(void* p, ScaleType type, F v, int count) {
-        sanitizer_writes(p, count * (type == ScaleType::float32 ? 4 : 2));
+        sanitizer_writes(p, count * element_bytes(type));
         if (type == ScaleType::float32) return _mm512_mask_storeu_ps(p, mask(count), v);
         const __m256i bits = type == ScaleType::float16
                                  ? _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
@@ -168,7 +168,7 @@ struct Avx512 {
 
     // count elements, zeros up to 32.
     static void widen(const void* from, ScaleType type, float* to, int count) {
-        sanitizer_reads(from, count * (type == ScaleType::float32 ? 4 : 2));
+        sanitizer_reads(from, count * element_bytes(type));
         for (int half = 0; half < 2; ++half) {
             const int some = count - 16 * half;
             const __mmask16 present = some >= 16 ? mask(16) : some > 0 ? mask(some) : mask(0);

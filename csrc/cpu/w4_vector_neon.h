@@ -162,7 +162,7 @@ struct Neon {
 
     // count elements, zeros up to 32.
     static void widen(const void* from, ScaleType type, float* to, int count) {
-        const std::size_t size = type == ScaleType::float32 ? 4 : 2;
+        const std::size_t size = element_bytes(type);
         uint8_t raw[kBlock * 4] = {};
         std::memcpy(raw, from, static_cast<std::size_t>(count) * size);
         for (std::size_t j = 0; j < kBlock; j += lanes)

@@ -473,4 +473,5 @@ def _passes(around: Around, known: bool) -> int:
 
 def split_count(batch: int, kv_heads: int, cores: int) -> int:
     """Programs that share the context of a sequence's group of heads."""
-    return max(1, min(launch.PROGRAMS_PER_CORE * cores // (batch * kv_heads), 32))
+    fair = launch.PROGRAMS_PER_CORE * cores // (batch * kv_heads)
+    return max(1, min(fair, layer_cuda.MAX_SPLITS))

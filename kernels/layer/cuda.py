@@ -10,7 +10,6 @@ from engine.kernels.w4.around import NORMS
 from engine.kernels.w4.cuda import TYPES
 
 MAX_QUERIES, MAX_WIDTH, MAX_SPLITS = 16, 256, 32
-TILE = 16  # positions, that pages hold a multiple of
 SCOPES = ("", "head", "all")  # of norms, numbered as in csrc/cuda/attention.h
 
 

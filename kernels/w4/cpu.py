@@ -35,9 +35,9 @@ class CpuWeight:
         return cls(packed.shape, _isa(isa), tiles)
 
     @classmethod
-    def from_tiled(cls, tiled: Tiled, isa: str | None = None) -> "CpuWeight":
+    def from_tiled(cls, tiled: Tiled) -> "CpuWeight":
         """Borrows the tiles, or copies them where they do not begin on a multiple of 64 bytes."""
-        return cls(tiled.shape, _isa(isa), tiled.borrowed())
+        return cls(tiled.shape, _isa(None), tiled.borrowed())
 
     @classmethod
     def from_blocks(
