@@ -14,17 +14,13 @@ from engine.checkpoint.gguf_file import GgufFile, GgufTensor
 from engine.checkpoint.gguf_names import (
     ARCHITECTURES,
     EMBEDDING,
+    END_TOKENS,
     HEAD,
     LONGROPE_DIVISORS,
     ROPE_DIVISORS,
 )
 from engine.errors import InputError
 
-# Tokens that end a turn or a text: metadata names one or two, a chat model stops at any of them.
-_END_TOKENS = {
-    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>",
-    "<|end_of_text|>",
-}  # fmt: skip
 _CONTROL = 3  # tokenizer.ggml.token_type
 WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6}  # the last of so many layers sees everything
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}  # scores scaled by D / H, in the others by E
@@ -157,7 +153,7 @@ def _end_tokens(fields: "_Fields") -> list[int]:
     kinds = fields.file.metadata.get("tokenizer.ggml.token_type")
     if isinstance(tokens, list) and isinstance(kinds, list):
         control = [i for i, kind in enumerate(kinds[: len(tokens)]) if kind == _CONTROL]
-        ids |= {i for i in control if tokens[i] in _END_TOKENS}
+        ids |= {i for i in control if tokens[i] in END_TOKENS}
     return sorted(ids)
 
 

@@ -42,5 +42,10 @@ ARCHITECTURES = {
     "olmo2": "olmo2",
     "smollm3": "smollm3",
 }
+# Control tokens that end a turn or a text, whatever the metadata names; llama.cpp stops at these.
+END_TOKENS = {
+    *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"),
+    *("<|end_of_text|>", "</s>", "<eos>", "<EOT>", "<｜end▁of▁sentence｜>"),
+}
 # q and k rows are stored for interleaved RoPE: (2, E / 2) of every head as (E / 2, 2).
 PERMUTED = {"llama", "smollm3"}

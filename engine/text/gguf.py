@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from engine.checkpoint.gguf_names import END_TOKENS
 from engine.errors import InputError
 from engine.text import spm
 from engine.text.damage import naming
@@ -72,11 +73,6 @@ SPLITS = {
 }
 _SPLIT_OF = {name: split for names, split in SPLITS.items() for name in names.split()}
 
-# Control tokens that end a turn or a text, whatever the metadata names; llama.cpp stops at these.
-_ENDS = {
-    *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"),
-    *("<|end_of_text|>", "</s>", "<eos>", "<EOT>", "<｜end▁of▁sentence｜>"),
-}
 _SPECIAL = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -217,7 +213,7 @@ def text_from_gguf(metadata: Mapping[str, Any], where: str) -> Text:
     found = special.get("eos_token"), data.token("eot_token_id"), data.token("eom_token_id")
     ends = {token for token in found if token is not None}
     data.mark_control(ends | {token for name, token in special.items() if name == "bos_token"})
-    stops = ends | _ENDS.intersection(data.of_type(spm.CONTROL))
+    stops = ends | END_TOKENS.intersection(data.of_type(spm.CONTROL))
 
     with naming(where):
         tokenizer, bos = _tokenizer(data)

@@ -14,6 +14,7 @@ from engine.checkpoint import gguf_blocks, open_checkpoint
 from engine.checkpoint.gguf_blocks import BLOCK_TYPES, GgufBlocks, dequantize
 from engine.checkpoint.gguf_file import GgufFile
 from engine.errors import InputError
+from engine.text import load_text
 
 QUANTISED = {number: kind for number, kind in BLOCK_TYPES.items() if kind.dtype is None}
 Q_NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -153,10 +154,14 @@ def test_frequencies_of_no_known_scaling_are_kept(tmp_path, rng):
 
 
 def test_end_tokens_are_the_named_and_the_known(tmp_path):
+    def name_another(fields, tensors):
+        fields["tokenizer.ggml.tokens"][0] = "<eos>"
+        fields["tokenizer.ggml.model"] = "gpt2"
+
     path = tmp_path / "model.gguf"
-    llama_files.write_tiny(path)
-    # <|eot_id|> is an ordinary token of this vocabulary, <|im_end|> a control token
-    assert open_checkpoint(path).config.eos_ids == (1, 6)
+    llama_files.write_tiny(path, name_another)
+    # <|eot_id|> is an ordinary token of this vocabulary, <eos> and <|im_end|> control tokens
+    assert open_checkpoint(path).config.eos_ids == load_text(path).eos_ids == (0, 1, 6)
 
 
 def test_default_model_agrees_with_the_gguf_package(default_model):
