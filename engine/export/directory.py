@@ -101,20 +101,16 @@ def shard_name(index: int, count: int) -> str:
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def write_index(directory: Path, files: Mapping[str, str], total_bytes: int) -> None:
-    """`files` says which shard holds each tensor."""
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": files}
-    text = json.dumps(index, indent=2, sort_keys=True)
-    write_text(directory / "model.safetensors.index.json", text)
-
-
 def index_shards(directory: Path, names: Sequence[str]) -> None:
     """The index of finished shards, from their headers; none is needed for a single one."""
     if len(names) == 1:
         return
     files = {name: SafetensorsFile(directory / name).entries for name in names}
     total = sum(entry.nbytes for entries in files.values() for entry in entries.values())
-    write_index(directory, {tensor: name for name in files for tensor in files[name]}, total)
+    shards = {tensor: name for name in files for tensor in files[name]}
+    index = {"metadata": {"total_size": total}, "weight_map": shards}
+    text = json.dumps(index, indent=2, sort_keys=True)
+    write_text(directory / "model.safetensors.index.json", text)
 
 
 def plain(stored: Stored, dtype: torch.dtype | None, where: str) -> torch.Tensor:

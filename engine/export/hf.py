@@ -46,10 +46,7 @@ def prune(
         done += sum(_nbytes(item, dtype) for item in shard)
         if progress is not None:
             progress(done, total)
-    if len(shards) > 1:
-        pairs = zip(names, shards, strict=True)
-        files = {item.name: name for name, shard in pairs for item in shard}
-        directory.write_index(partial, files, total)
+    directory.index_shards(partial, names)
     for name, text in (beside or {}).items():
         directory.write_text(partial / name, text)
     directory.finish(partial, out)

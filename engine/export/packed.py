@@ -113,11 +113,6 @@ def _renew(directory: Path) -> None:
     index_shards(directory, sorted(file.name for file in directory.glob("*.safetensors")))
 
 
-def tensor_names(path: Path) -> list[str]:
-    """A shard's tensors as they are stored, the parts of a matrix apart."""
-    return list(SafetensorsFile(path).entries)
-
-
 def summary(shards: Sequence[Path]) -> list[Entry]:
     """What a packed directory holds and what that was made from."""
     found: dict[tuple[str, str, bool], Entry] = {}

@@ -19,15 +19,7 @@ from engine.checkpoint import Checkpoint
 from engine.checkpoint.weights import Observed, Weights, layer_weights, lineage_hash, values
 from engine.errors import InputError
 from engine.export import directory
-from engine.export.packed import (
-    PLAN,
-    Entry,
-    cut_plan,
-    read_shard,
-    summary,
-    tensor_names,
-    write_shard,
-)
+from engine.export.packed import PLAN, Entry, cut_plan, read_shard, summary, write_shard
 from engine.quantize.recipe import Recipe, pack_layer, pack_outer
 from engine.reference.stream import (
     DEFAULT_LIMIT_BYTES,
@@ -80,8 +72,7 @@ def pack(
     if not files[-1].exists():
         write_shard(files[-1], *pack_outer(checkpoint, config, recipe))
     entries = summary(files)
-    index = {name: file.name for file in files for name in tensor_names(file)}
-    directory.write_index(partial, index, sum(entry.nbytes for entry in entries))
+    directory.index_shards(partial, [file.name for file in files])
     shutil.rmtree(work, ignore_errors=True)
     directory.finish(partial, out)
     return entries

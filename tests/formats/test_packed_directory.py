@@ -19,7 +19,7 @@ from engine.checkpoint.gguf_blocks import GgufBlocks, dequantize
 from engine.checkpoint.safetensors import SafetensorsFile, save_tensors
 from engine.checkpoint.weights import layer_weights, lineage_hash, load_layer
 from engine.errors import InputError
-from engine.export.directory import write_index
+from engine.export.directory import index_shards
 from engine.export.packed import read_shard, rewrite
 from engine.kernels.w4.cpu import isas
 from engine.kernels.w4.format import Packed, Spec, unpack
@@ -323,7 +323,7 @@ def test_version_1_is_rewritten_in_the_present_one(source, tmp_path):
     config = json.loads((old / "config.json").read_text())
     config["quantization_config"]["version"] = 1
     (old / "config.json").write_text(json.dumps(config))
-    files, held = {}, {}
+    held = {}
     for shard in sorted(old.glob("*.safetensors")):
         found, said = read_shard(shard), SafetensorsFile(shard).metadata
         held |= found
@@ -333,8 +333,7 @@ def test_version_1_is_rewritten_in_the_present_one(source, tmp_path):
             arrays = {f"{name}.{k}": t for k, t in matrix.tensors().items()} if own else {}
             parts |= arrays or {name: matrix.clone()}
         save_tensors(shard, parts, said)
-        files |= dict.fromkeys(parts, shard.name)
-    write_index(old, files, 0)
+    index_shards(old, sorted(shard.name for shard in old.glob("*.safetensors")))
     name, first = next((n, m) for n, m in held.items() if isinstance(m, Packed))
     changed = Packed(first.spec, first.shape, **first.tensors() | {"scales": 2 * first.scales})
     rewrite(old, tmp_path / "new", {name: changed}, {})
