@@ -15,7 +15,6 @@ from engine.checkpoint.safetensors import SafetensorsCheckpoint
 from engine.export import directory
 from engine.export.packed import PLAN, cut_plan
 
-SHARD_BYTES = 5_000_000_000
 BESIDE = ("quantize_config.json", "quant_config.json")
 _LAYER = re.compile(r"(model\.layers\.)(\d+)(\..*|$)", re.ASCII | re.DOTALL)
 _NUMBERED = re.compile(r"layers\\?\.\D{0,3}\d")  # a pattern that speaks of certain layers
@@ -26,7 +25,7 @@ def prune(
     config: ModelConfig,
     out: Path,
     *,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int = directory.SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes the layers that `config` keeps to the new directory `out`, byte for byte.
@@ -38,7 +37,7 @@ def prune(
     stored = SafetensorsCheckpoint(checkpoint.path)
     slots = {entry.layer: slot for slot, entry in enumerate(config.layers)}
     names = {name: new for name in stored.names() if (new := renumbered(name, slots)) is not None}
-    shards = _shards(stored, names, shard_bytes)
+    shards = directory.cut_shards({name: stored.nbytes(name) for name in names}, shard_bytes)
     described = directory.sliced_config(config)
     if (said := config.source.get("quantization_config")) is not None:
         described["quantization_config"] = cut(said, slots, names)
@@ -104,19 +103,3 @@ def _of(key: str, tensors: Collection[str]) -> bool:
     return not name.startswith("model.") or any(
         tensor == name or tensor.startswith(f"{name}.") for tensor in tensors
     )
-
-
-def _shards(
-    stored: SafetensorsCheckpoint, names: Mapping[str, str], limit_bytes: int
-) -> list[list[str]]:
-    """Tensors in order, a new shard where the limit would be passed."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name in names:
-        size = stored.nbytes(name)
-        if shards[-1] and filled + size > limit_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards

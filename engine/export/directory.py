@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ from engine.scratch import Scratch, replacing, write_text
 from engine.text import load_text
 from engine.text.load import tokenizer_path
 
+SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -40,6 +41,7 @@ TOKENIZER_FILES = (
 # Rules that count layers from 0 would mean other layers after a cut; they become explicit lists.
 _RULES = ("sliding_window_pattern", "max_window_layers", "no_rope_layer_interval")
 _WINDOWED = ("qwen2", "qwen3", "gemma2", "gemma3", "smollm3")
+_T = TypeVar("_T")
 
 
 def begin(out: Path, source: Path, config: ModelConfig, described: Mapping[str, Any]) -> Path:
@@ -111,6 +113,19 @@ def index_shards(directory: Path, names: Sequence[str]) -> None:
     index = {"metadata": {"total_size": total}, "weight_map": shards}
     text = json.dumps(index, indent=2, sort_keys=True)
     write_text(directory / "model.safetensors.index.json", text)
+
+
+def cut_shards(sizes: Mapping[_T, int], limit_bytes: int) -> list[list[_T]]:
+    """Tensors in order, by their bytes: a new shard where the limit would be passed."""
+    shards: list[list[_T]] = [[]]
+    filled = 0
+    for tensor, size in sizes.items():
+        if shards[-1] and filled + size > limit_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
+    return shards
 
 
 def plain(stored: Stored, dtype: torch.dtype | None, where: str) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """A shallower checkpoint as an ordinary Hugging Face directory, streamed a shard at a time."""
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -9,11 +10,8 @@ from engine.architecture.config import ModelConfig
 from engine.architecture.families import outer_tensors
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.weights import load_tensor
-from engine.errors import InputError
 from engine.export import directory
 from engine.export.tensors import Item, items
-
-SHARD_BYTES = 5_000_000_000
 
 
 def prune(
@@ -22,7 +20,7 @@ def prune(
     out: Path,
     *,
     dtype: torch.dtype | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int = directory.SHARD_BYTES,
     beside: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -34,36 +32,22 @@ def prune(
     """
     out = Path(out)
     dtype = dtype or stored_dtype(checkpoint, config)
-    shards = plan_shards(list(items(config)), dtype, shard_bytes)
+    sizes = {item: math.prod(item.shape) * dtype.itemsize for item in items(config)}
+    shards = directory.cut_shards(sizes, shard_bytes)
     described = directory.sliced_config(config, dtype)
     partial = directory.begin(out, checkpoint.path, config, described)
     names = [directory.shard_name(index, len(shards)) for index in range(len(shards))]
-    total = sum(_nbytes(item, dtype) for shard in shards for item in shard)
     done = 0
     for name, shard in zip(names, shards, strict=True):
         if not (partial / name).exists():
             _write_shard(checkpoint, shard, dtype, partial / name)
-        done += sum(_nbytes(item, dtype) for item in shard)
+        done += sum(sizes[item] for item in shard)
         if progress is not None:
-            progress(done, total)
+            progress(done, sum(sizes.values()))
     directory.index_shards(partial, names)
     for name, text in (beside or {}).items():
         directory.write_text(partial / name, text)
     directory.finish(partial, out)
-
-
-def plan_shards(tensors: list[Item], dtype: torch.dtype, limit_bytes: int) -> list[list[Item]]:
-    """Tensors in order, a new shard where the limit would be passed."""
-    shards: list[list[Item]] = [[]]
-    filled = 0
-    for item in tensors:
-        size = _nbytes(item, dtype)
-        if shards[-1] and filled + size > limit_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(item)
-        filled += size
-    return shards
 
 
 def stored_dtype(checkpoint: Checkpoint, config: ModelConfig) -> torch.dtype:
@@ -72,15 +56,9 @@ def stored_dtype(checkpoint: Checkpoint, config: ModelConfig) -> torch.dtype:
     return stored if stored in (torch.float16, torch.bfloat16) else torch.float16
 
 
-def _nbytes(item: Item, dtype: torch.dtype) -> int:
-    return torch.Size(item.shape).numel() * dtype.itemsize
-
-
 def _write_shard(checkpoint: Checkpoint, shard: list[Item], dtype: torch.dtype, path: Path) -> None:
     tensors = {}
     for item in shard:
-        tensor = load_tensor(checkpoint, checkpoint.config, item.layer, item.role).to(dtype)
-        if not bool(tensor.isfinite().all()):
-            raise InputError(f"{checkpoint.path}: {item.source}: does not fit {dtype}")
-        tensors[item.name] = tensor.contiguous()
+        stored = load_tensor(checkpoint, checkpoint.config, item.layer, item.role)
+        tensors[item.name] = directory.plain(stored, dtype, f"{checkpoint.path}: {item.source}")
     directory.save_tensors(path, tensors)
