@@ -62,8 +62,7 @@ class Scratch:
     def become(self, target: Path) -> None:
         """It is whole: renamed to `target`, which must not be there, without its marker."""
         with naming(target):
-            if os.path.lexists(target):
-                raise InputError(f"{target}: exists already; name a new directory")
+            check_new(target)
             os.rename(self.path, target)
             (target / MARKER).unlink()
         self.release()
@@ -127,6 +126,12 @@ def allocate(path: Path, nbytes: int) -> None:
             os.ftruncate(handle, nbytes)
         finally:
             os.close(handle)
+
+
+def check_new(path: Path) -> None:
+    """InputError where something lies at `path`, before any work is done."""
+    if os.path.lexists(path):
+        raise InputError(f"{path}: exists already; name a new one")
 
 
 def check_target(path: Path) -> None:

@@ -5,7 +5,6 @@ interrupted finds its finished files again; another model or other settings begi
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from engine.checkpoint.safetensors import SafetensorsFile
 from engine.checkpoint.weights import Stored, values
 from engine.errors import InputError
 from engine.kernels.dtypes import name_of
-from engine.scratch import Scratch, replacing, write_text
+from engine.scratch import Scratch, check_new, replacing, write_text
 from engine.text import load_text
 from engine.text.load import tokenizer_path
 
@@ -70,12 +69,6 @@ def begin_empty(out: Path, source: Path, config: ModelConfig, described: str) ->
 
 def finish(partial: Path, out: Path) -> None:
     Scratch.held(partial).become(out)
-
-
-def check_new(out: Path) -> None:
-    """InputError where something lies at `out`, before any work is done."""
-    if os.path.lexists(out):
-        raise InputError(f"{out}: exists already; name a new one")
 
 
 def save_tensors(

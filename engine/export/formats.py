@@ -20,6 +20,7 @@ from engine.export.gptq import Gptq
 from engine.export.quantized import require_rope
 from engine.export.tensors import Item, Unsayable, stored_tensors
 from engine.kernels.dtypes import name_of
+from engine.scratch import check_new
 
 Progress = Callable[[int, int], None]
 
@@ -81,8 +82,7 @@ def export(
     out = Path(out)
     if to not in FORMATS:
         raise InputError(f"to: expected one of {', '.join(FORMATS)}, found {to!r}")
-    if out.exists():
-        raise InputError(f"{out}: exists already; name a new one")
+    check_new(out)
     try:
         chosen = _looked(to, checkpoint, config, dtype)
     except Unsayable as error:

@@ -20,10 +20,10 @@ from engine.checkpoint.files import read_json
 from engine.checkpoint.safetensors import SafetensorsFile, save_tensors
 from engine.checkpoint.weights import describe
 from engine.errors import InputError
-from engine.export.directory import check_new, index_shards
+from engine.export.directory import index_shards
 from engine.kernels.w4 import store
 from engine.kernels.w4.format import Packed
-from engine.scratch import Scratch, replacing, write_text
+from engine.scratch import Scratch, check_new, replacing, write_text
 
 PLAN = "plan.json"
 _SOURCE = ".source"

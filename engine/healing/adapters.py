@@ -11,9 +11,8 @@ from engine.checkpoint import Checkpoint
 from engine.checkpoint.adapter import CONFIG, LINEAGE, PREFIX, WEIGHTS, AdaptedCheckpoint, Pair
 from engine.checkpoint.safetensors import save_tensors
 from engine.checkpoint.weights import lineage_hash
-from engine.export.directory import check_new
 from engine.healing.settings import Settings
-from engine.scratch import Scratch, write_text
+from engine.scratch import Scratch, check_new, write_text
 
 BASE = "base"  # in the directory of an adapter
 

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from engine.errors import InputError
-from engine.scratch import clear_behind
+from engine import scratch
 
 RECORD = "heal.json"
 
@@ -15,6 +14,5 @@ def place_of(out: Path) -> Path:
 
 def check_new(out: Path) -> None:
     """InputError where `out` is there already; what a kill left behind it is removed."""
-    if out.exists():
-        clear_behind(out, place_of(out), RECORD)
-        raise InputError(f"{out}: exists already; name a new directory")
+    scratch.clear_behind(out, place_of(out), RECORD)
+    scratch.check_new(out)
