@@ -148,20 +148,20 @@ class ModelConfig:
         return hashlib.sha256(repr(shapes).encode()).hexdigest()
 
     @cached_property
+    def ropes(self) -> tuple[Rope, ...]:
+        """Every rotary embedding that a layer has, once, in the order of the layers."""
+        return tuple(dict.fromkeys(e.rope for e in self.layers if e.rope is not None))
+
+    @cached_property
     def rope_switch(self) -> int | None:
         """Length past which a sequence is run anew, with LongRoPE's long divisors; None: never."""
-        lengths = [
-            entry.rope.original_context
-            for entry in self.layers
-            if entry.rope is not None and entry.rope.kind == "longrope"
-        ]
+        lengths = (rope.original_context for rope in self.ropes if rope.kind == "longrope")
         return min(lengths, default=None)
 
     @cached_property
     def whole_prefill(self) -> bool:
         """A prompt may not be cut into chunks: its rotation depends on how long it is in all."""
-        kinds = {entry.rope.kind for entry in self.layers if entry.rope is not None}
-        return bool(kinds & {"dynamic", "longrope"})
+        return any(rope.kind in ("dynamic", "longrope") for rope in self.ropes)
 
     def keep(self, layers: Sequence[int]) -> "ModelConfig":
         """The same model with only these layers (original numbers, ascending)."""

@@ -165,11 +165,10 @@ def _fits(slides: list, period: int) -> bool:
 
 def _rope(config: ModelConfig) -> Rope:
     """That of the layers without a window, which the keys are about."""
-    ropes = [entry.rope for entry in config.layers if entry.rope is not None]
     whole = [entry.rope for entry in config.layers if entry.rope and entry.window is None]
-    if not ropes:
+    if not config.ropes:
         raise Unsayable("none of its layers has a position embedding")
-    return (whole or ropes)[0]
+    return (whole or config.ropes)[0]
 
 
 def _rope_fields(config: ModelConfig) -> dict[str, Any]:

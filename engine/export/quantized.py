@@ -121,7 +121,7 @@ def as_half(scales: torch.Tensor) -> torch.Tensor | None:
 
 def require_rope(config: ModelConfig) -> None:
     """Unsayable for frequencies that a GGUF lists and that no config.json has a name for."""
-    if any(entry.rope is not None and entry.rope.kind == "divisors" for entry in config.layers):
+    if any(rope.kind == "divisors" for rope in config.ropes):
         raise Unsayable("its rotary frequencies follow no rule that a config.json names")
 
 

@@ -115,8 +115,7 @@ class Angles:
 
     def __init__(self, config: ModelConfig, positions: torch.Tensor) -> None:
         self.positions = positions  # (B, T) int64, -1 at padding
-        ropes = {layer.rope for layer in config.layers if layer.rope is not None}
-        self.tables = {rope: rotary(rope, positions) for rope in ropes}
+        self.tables = {rope: rotary(rope, positions) for rope in config.ropes}
 
     def of(self, rows: torch.Tensor) -> "Angles":
         """The same for some of the sequences."""

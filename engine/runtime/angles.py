@@ -20,14 +20,14 @@ class Angles:
     """Tables of cosines and sines by position, one for each kind of rotary embedding."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self.ropes = list(dict.fromkeys(e.rope for e in config.layers if e.rope is not None))
+        self._ropes = config.ropes
         self.held = Tables(0, (), ())  # the latest
         self._limit = config.max_context
         self._tables: dict[Rope, tuple[int | None, torch.Tensor]] = {}
 
     def tables(self, length: int) -> Tables:
         """Of at least `length` positions, turned as in a sequence of that length."""
-        tables = [self._table(rope, length) for rope in self.ropes]
+        tables = [self._table(rope, length) for rope in self._ropes]
         reach = min(map(len, tables), default=self._limit)
         self.held = Tables(reach, tables, [native.span(table) for table in tables])
         return self.held
@@ -55,7 +55,6 @@ class DeviceAngles:
         self._host, self.device = Angles(config), device
         self._copied: list[torch.Tensor] = []  # the host's that the device has
         self._dynamic = config.whole_prefill
-        self.ropes = self._host.ropes
         self.tables: list[torch.Tensor] = []
         self.version = 0  # of their addresses
 

@@ -101,7 +101,6 @@ class CpuRuntime:
                 warnings.warn("no AVX2 here: the generic kernels run, far slower", stacklevel=2)
         _check_choice("isa", isa, isas())
         decoder = native.load("cpu").Decoder(rules(config, mode), isa, threads)
-        angles = Angles(config)
         matrices, vectors, embedding = native_outer(checkpoint, config)
         rows, columns = (0, 0) if embedding is None else embedding.shape
         decoder.set_outer(
@@ -118,7 +117,7 @@ class CpuRuntime:
                 matrices,
                 spans(vectors),
                 entry.window or 0,
-                -1 if entry.rope is None else angles.ropes.index(entry.rope),
+                -1 if entry.rope is None else config.ropes.index(entry.rope),
                 0 if entry.rope is None else entry.rope.dim,
             )
             checkpoint.forget()  # weights are in memory once

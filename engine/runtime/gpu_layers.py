@@ -120,7 +120,7 @@ class ManyTokens:
         if config.qk_norm == "head":
             query, key = self._norm(query, layer, "q_norm"), self._norm(key, layer, "k_norm")
         if entry.rope is not None:
-            cos, sin = rows.angles[self.angles.ropes.index(entry.rope)]
+            cos, sin = rows.angles[config.ropes.index(entry.rope)]
             query = rotate(query.float(), cos, sin).to(self.dtype)
             key = rotate(key.float(), cos, sin).to(self.dtype)
         keys, values = cache.append(slot, rows.places, key, value)

@@ -124,7 +124,7 @@ class StepList:
         angles: Sequence[torch.Tensor],
         overlaps: bool = False,
     ) -> None:
-        """`angles` (C, dim) float32, cosines and sines, one for each kind of rope in order.
+        """`angles` (C, dim) float32, cosines and sines, one for each of `config.ropes`.
 
         `overlaps`: a kernel may start while the one before it runs (kernels/overlap.py).
         """
@@ -134,7 +134,6 @@ class StepList:
         self._stream, self._other = buffers.streams
         self._post: torch.Tensor | None = None  # weights of the norm that `delta` waits for
         self._known = [0, 0]  # parts that the sums over a stream are there in, 0 where they are not
-        self._ropes = list(dict.fromkeys(e.rope for e in config.layers if e.rope is not None))
         self._angles = angles
         self._embed(outer)
         for slot in slots:
@@ -390,7 +389,7 @@ class StepList:
     def _attend(self, slot: int, entry: LayerConfig, layer: Layer) -> None:
         config, buffers = self.config, self.buffers
         grid = (buffers.batch, config.kv_heads, buffers.splits)
-        angles = None if entry.rope is None else self._angles[self._ropes.index(entry.rope)]
+        angles = None if entry.rope is None else self._angles[config.ropes.index(entry.rope)]
         roles = ("q_norm", "q_norm.bias", "k_norm", "k_norm.bias")
         norms = tuple(layer.norms.get(role) for role in roles)
         repeats = config.heads // config.kv_heads
