@@ -71,10 +71,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def open_unchecked(path: Path) -> Checkpoint:
     """The same for files that need not hold a whole model; no runtime may be given them."""
-    path = Path(path)
-    if (path / "adapter_config.json").is_file():
-        from engine.checkpoint.adapter import open_adapted
+    from engine.checkpoint.adapter import is_adapter, open_adapted
 
+    path = Path(path)
+    if is_adapter(path):
         return open_adapted(path)
     if path.is_dir():
         from engine.checkpoint.safetensors import SafetensorsCheckpoint, quantization_config
@@ -99,7 +99,9 @@ def stored_sizes(path: Path) -> "tuple[ModelConfig, dict[str, int]]":
     The tensors of a directory have the names they are stored under, companions of quantized ones
     too; those of a GGUF their Hugging Face names.
     """
-    if path.is_dir() and not (path / "adapter_config.json").is_file():
+    from engine.checkpoint.adapter import is_adapter
+
+    if path.is_dir() and not is_adapter(path):
         from engine.checkpoint.safetensors import SafetensorsCheckpoint
 
         opened: Checkpoint = SafetensorsCheckpoint(path)

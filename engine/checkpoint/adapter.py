@@ -21,6 +21,7 @@ from engine.checkpoint import Checkpoint
 from engine.checkpoint.files import read_json
 from engine.checkpoint.safetensors import SafetensorsFile
 from engine.errors import InputError
+from engine.kernels.dtypes import DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 LINEAGE = "base_lineage"  # in the metadata: hash of the base's norms (weights.lineage_hash)
-DTYPES = ("float32", "float16", "bfloat16")
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _LARGEST = 1e6  # of lora_alpha: far above any use
 # Settings under which W + scale * B A is not what peft computes, by the values that are harmless.
@@ -188,13 +188,11 @@ def base_path(path: Path) -> Path:
 def open_adapted(path: Path) -> AdaptedCheckpoint:
     """Base and adapter of a directory. InputError, with the reason, for what is damaged, of another
     model, or computed otherwise than by B A alone."""
-    from engine.checkpoint import open_unchecked
-    from engine.checkpoint.gate import check_tensors
+    from engine.checkpoint import open_checkpoint
 
     said = read_json(path / CONFIG)
     rank, alpha = _terms(path / CONFIG, said)
-    base = open_unchecked(base_path(path))
-    check_tensors(base)
+    base = open_checkpoint(base_path(path))
     file = SafetensorsFile(path / WEIGHTS)
     _check_base(path, base, file.metadata.get(LINEAGE))
     return AdaptedCheckpoint(base, _pairs(path / WEIGHTS, file, rank), alpha / rank, path)

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.architecture.config import ModelConfig
-from engine.architecture.families import FAMILIES
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoint.adapter import PREFIX, Pair
 from engine.errors import InputError
@@ -23,7 +21,7 @@ from engine.healing import state
 from engine.healing.assemble import assemble
 from engine.healing.data import Data
 from engine.healing.settings import Settings
-from engine.healing.student import FFN
+from engine.healing.student import targets
 from engine.kernels.dtypes import dtype_of
 from engine.kernels.w4.embedding import W4Embedding
 from engine.kernels.w4.format import Packed
@@ -93,12 +91,6 @@ def adapted_model(base: Checkpoint, settings: Settings, backend: str | None = No
     with warnings.catch_warnings():  # peft asks transformers by names that are on their way out
         warnings.simplefilter("ignore", FutureWarning)
         return peft.get_peft_model(model, adapt(lora))
-
-
-def targets(config: ModelConfig) -> list[str]:
-    """Last names of the modules that learn: the feed-forward matrices, as in the paper."""
-    names = FAMILIES[config.family].names
-    return [names[role].rpartition(".")[2] for role in FFN if role in names]
 
 
 def pairs(model: Any) -> dict[str, Pair]:

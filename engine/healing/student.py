@@ -9,11 +9,11 @@ import torch
 from engine.architecture.config import ModelConfig
 from engine.architecture.families import FAMILIES
 from engine.checkpoint import open_checkpoint
+from engine.checkpoint.adapter import PREFIX
 from engine.errors import InputError
 from engine.healing.settings import Settings, find_cuts
 from engine.kernels.dtypes import dtype_of
 
-ADAPTED = "base_model.model."  # what peft puts before a name
 FFN = ("gate", "up", "gate_up", "down")  # roles that LoRA adapts, as the paper does
 
 
@@ -89,7 +89,7 @@ class Student:
         if not self.adapted:
             return {name: weight.detach().cpu() for name, weight in self.learning.items()}
         adapted = {
-            f"{name.removeprefix(ADAPTED)}.weight": module
+            f"{name.removeprefix(PREFIX)}.weight": module
             for name, module in self.model.named_modules()
             if hasattr(module, "lora_A")
         }
@@ -118,6 +118,12 @@ def learns(name: str, config: ModelConfig, train: str) -> bool:
     return any(layer in (cut.start - 1, cut.stop) for cut in find_cuts(config))
 
 
+def targets(config: ModelConfig) -> list[str]:
+    """Last names of the modules that LoRA adapts."""
+    names = FAMILIES[config.family].names
+    return [names[role].rpartition(".")[2] for role in FFN if role in names]
+
+
 def _load(directory: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -137,10 +143,11 @@ def _adapt(model: Any, config: ModelConfig, settings: Settings) -> Any:
         import peft
     except ImportError:
         raise InputError("train: lora needs peft: pip install 'shallow[heal]'") from None
-    names = FAMILIES[config.family].names
-    targets = [names[role].rpartition(".")[2] for role in FFN if role in names]
     adapters = peft.LoraConfig(
-        r=settings.rank, lora_alpha=settings.rank, target_modules=targets, task_type="CAUSAL_LM"
+        r=settings.rank,
+        lora_alpha=settings.rank,
+        target_modules=targets(config),
+        task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
