@@ -8,7 +8,7 @@ import typer
 from engine.commands import common, output
 from engine.errors import InputError
 from engine.healing.place import check_new
-from engine.healing.settings import RATES
+from engine.healing.settings import RATES, Settings, check_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from engine.text import Text
 
 _TRAINING = "Training of qlora and distil"
-_WINDOW, _BATCH_TOKENS, _RANK = 512, 2048, 16
 _RATES = ", ".join(f"{rate:g} for {train}" for train, rate in RATES.items())
 PROBE = 2000  # characters that teacher and pupil must tokenise alike
 
@@ -52,7 +51,9 @@ def heal(
     ] = None,
     window: Annotated[
         int | None,
-        typer.Option(help=f"Tokens a window; {_WINDOW}, of qlora the paper's if not given."),
+        typer.Option(
+            help=f"Tokens a window; {Settings.window}, of qlora the paper's if not given."
+        ),
     ] = None,
     train: Annotated[
         str,
@@ -87,7 +88,8 @@ def heal(
         int | None,
         typer.Option(
             rich_help_panel=_TRAINING,
-            help=f"Of LoRA; {_RANK}, of qlora the paper's for the model's size if not given.",
+            help=f"Of LoRA; {Settings.rank}, of qlora the paper's for the model's size if not "
+            "given.",
         ),
     ] = None,
     adapter: Annotated[
@@ -106,7 +108,7 @@ def heal(
         int | None,
         typer.Option(
             rich_help_panel=_TRAINING,
-            help=f"Tokens a step; {_BATCH_TOKENS}, of qlora 16 windows if not given.",
+            help=f"Tokens a step; {Settings.batch_tokens}, of qlora 16 windows if not given.",
         ),
     ] = None,
     written: Annotated[
@@ -173,7 +175,6 @@ def heal(
     """Drop layers and heal what is left; a killed run goes on where it was."""
     from engine.checkpoint import choose_layers
     from engine.healing.recipe import STEPS, recipe_of
-    from engine.healing.settings import Settings, check_model
     from engine.runtime import check_backend
     from engine.text import load_text
 
@@ -185,10 +186,10 @@ def heal(
         minutes=minutes,
         lr=RATES.get(train, RATES["weights"]) if lr is None else lr,
         qlora_lr=Settings.qlora_lr if lr is None else lr,
-        rank=_RANK if rank is None else rank,
+        rank=Settings.rank if rank is None else rank,
         seed=seed,
-        window=_WINDOW if window is None else window,
-        batch_tokens=_BATCH_TOKENS if batch_tokens is None else batch_tokens,
+        window=Settings.window if window is None else window,
+        batch_tokens=Settings.batch_tokens if batch_tokens is None else batch_tokens,
         check_every=check_every,
         adapter=adapter,
         written=written,
