@@ -263,6 +263,9 @@ class Evaluation(Artifact):
             raise ValueError(f"perplexity: expected more than 0, found {self.perplexity}")
 
 
+HEAL = "heal.json"  # the record of a healing, beside the weights
+
+
 @dataclass(frozen=True)
 class HealRecord(Artifact):
     """How a pruned model was healed: what from, by what, and how well."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engine.artifacts import HEAL
 from engine.checkpoint.adapter import weight_files
 from engine.commands import common, output
 from engine.errors import InputError
@@ -347,8 +348,8 @@ class Run:
         """The packed directory with the records and the page in it, renamed to OUT."""
         records = self.scaled / RECORDS
         records.mkdir(exist_ok=True)
-        copies = {"profile": self.profile, "plan": self.plan, "heal": self.healed / "heal.json"}
-        copies["scales"] = self.scaled / "heal.json"
+        copies = {"profile": self.profile, "plan": self.plan, "heal": self.healed / HEAL}
+        copies["scales"] = self.scaled / HEAL
         copies |= {file.stem: file for file in judged.iterdir()}
         for name, file in copies.items():
             shutil.copyfile(file, records / f"{name}.json")

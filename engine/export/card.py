@@ -5,15 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.architecture.layers import format_layers
-from engine.artifacts import HealRecord, Plan
+from engine.artifacts import HEAL, HealRecord, Plan
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoint.gguf import GgufCheckpoint
 from engine.checkpoint.weights import describe, layer_weights
 from engine.errors import InputError
 from engine.export.packed import PLAN
 from engine.judgement import Judgement
-
-HEAL = "heal.json"  # beside the weights that `engine heal` wrote
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from engine.architecture.config import ModelConfig
-from engine.artifacts import HealRecord
+from engine.artifacts import HEAL, HealRecord
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoint.adapter import AdaptedCheckpoint
 from engine.checkpoint.weights import lineage_hash
@@ -22,7 +22,7 @@ from engine.healing.data import Data, perplexity
 from engine.healing.distil import distil, unit
 from engine.healing.own import avoiding, digest, mixed, own_windows, second
 from engine.healing.patch import patch
-from engine.healing.place import RECORD, check_new, place_of
+from engine.healing.place import check_new, place_of
 from engine.healing.qlora import check_installed, qlora
 from engine.healing.replaced import Replaced
 from engine.healing.scales import ScaleStudent, check_packed
@@ -124,8 +124,8 @@ def heal(
     record = healing.record((name, teacher_name or name), standing, (before, after))
     # What an earlier run left there may be shards of other weights under the same names.
     Scratch(out.with_name(out.name + ".partial")).remove()
-    beside = {RECORD: json.dumps(record.to_json(), indent=1) + "\n"}
-    write_text(work / RECORD, beside[RECORD])
+    beside = {HEAL: json.dumps(record.to_json(), indent=1) + "\n"}
+    write_text(work / HEAL, beside[HEAL])
     write(beside=beside)
     processes.wait(device)
     scratch.remove()
@@ -198,7 +198,7 @@ class Healing:
         data = self.extended(cache) if self.settings.written else self.data
         qlora(run / "base", data, self.settings, run, self.device)
         processes.wait(self.device)
-        return HealRecord.load(out / RECORD)
+        return HealRecord.load(out / HEAL)
 
     def patched(self, run: Path) -> tuple[Checkpoint, ModelConfig]:
         """The pupil, or what the method without training makes of it, which lies in `run`."""

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from engine import scratch
-
-RECORD = "heal.json"
+from engine.artifacts import HEAL
 
 
 def place_of(out: Path) -> Path:
@@ -14,5 +13,5 @@ def place_of(out: Path) -> Path:
 
 def check_new(out: Path) -> None:
     """InputError where `out` is there already; what a kill left behind it is removed."""
-    scratch.clear_behind(out, place_of(out), RECORD)
+    scratch.clear_behind(out, place_of(out), HEAL)
     scratch.check_new(out)
