@@ -1,6 +1,5 @@
 """From text to a Profile: the angular distance across every block of layers, in one pass."""
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +17,7 @@ from engine.kernels.angular.accumulate import AngularAccumulator
 from engine.reference.cache import KVCache
 from engine.reference.decoder import Decoder
 from engine.reference.stream import DEFAULT_LIMIT_BYTES, pad_batches, storage, stream
+from engine.text.samples import hash_samples
 
 SAVE_SECONDS = 10.0  # between two notes of how far a run is
 ACTIVATION_BYTES = 128_000_000  # of a batch in a streamed run: four (tokens, F) at their widest
@@ -70,10 +70,7 @@ def describe(
         raise InputError("text: there is no sample with at least one token")
     if tokens == "all" and all(len(sample) <= bos for sample in samples):
         raise InputError("text: every sample is BOS alone; there is no token to average over")
-    longest = max(len(sample) for sample in samples)
-    if longest > config.max_context:
-        raise InputError(f"length: {longest} tokens exceed the context of {config.max_context}")
-    digest = hashlib.sha256(repr([list(sample) for sample in samples]).encode())
+    text_hash = hash_samples(samples, config.max_context)
     return Source(
         model=name,
         architecture=config.architecture_hash,
@@ -81,9 +78,9 @@ def describe(
         total_layers=config.total_layers,
         layers=tuple(entry.layer for entry in config.layers),
         tokens=tokens,
-        length=longest,
+        length=max(map(len, samples)),
         bos=bos,
-        text_hash=digest.hexdigest(),
+        text_hash=text_hash,
         shard=shard,
     )
 

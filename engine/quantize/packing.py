@@ -4,7 +4,6 @@ GPTQ carries hidden states along: what the quantized layers give is what the nex
 on. A finished layer is a file; a run that was killed goes on behind the last one.
 """
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from engine.reference.stream import (
     pad_batches,
     step,
 )
+from engine.text.samples import hash_samples
 
 _SHARED = {"k": "q", "v": "q", "gate": "up"}  # matrices that read another's input
 
@@ -173,14 +173,10 @@ def _advance(
 
 def _calibration(config: ModelConfig, samples: Sequence[Sequence[int]]) -> dict[str, Any]:
     """What identifies the samples; InputError where they are none or longer than the context."""
-    longest = max(map(len, samples), default=0)
-    if longest == 0:
+    if not any(map(len, samples)):
         raise InputError("gptq: expected calibration samples, found none")
-    if longest > config.max_context:
-        raise InputError(f"length: {longest} tokens exceed the context of {config.max_context}")
-    digest = hashlib.sha256(repr([list(sample) for sample in samples]).encode())
     return {
         "samples": len(samples),
         "tokens": sum(map(len, samples)),
-        "text_hash": digest.hexdigest(),
+        "text_hash": hash_samples(samples, config.max_context),
     }

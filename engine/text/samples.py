@@ -1,5 +1,6 @@
 """Calibration samples: token ids from a text, a directory, a JSONL or parquet column, a hub set."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -57,6 +58,14 @@ def read_samples(
         step = len(samples) if whole else wanted
         samples = [samples[index * step // wanted] for index in range(wanted)]
     return samples, bool(prefix)
+
+
+def hash_samples(samples: Sequence[Sequence[int]], context: int) -> str:
+    """Of their token ids; InputError for a sample that is longer than the context."""
+    longest = max(map(len, samples))
+    if longest > context:
+        raise InputError(f"length: {longest} tokens exceed the context of {context}")
+    return hashlib.sha256(repr([list(sample) for sample in samples]).encode()).hexdigest()
 
 
 def bos_prefix(text: Text, bos: bool | None) -> list[int]:
