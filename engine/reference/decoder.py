@@ -19,6 +19,8 @@ from engine.reference.cache import KVCache, Lengths
 
 Tap = Callable[[int, torch.Tensor], None]  # (boundary, residual stream (B, T, D)) -> None
 
+FOREIGN = "cache: expected one that this model made, found another's"
+
 
 class Decoder:
     """A decoder over its kept layers; `layers[slot]` holds that slot's weights by role."""
@@ -50,8 +52,7 @@ class Decoder:
         `tap` is called with every boundary b, the residual stream before slot b, and with the
         last one, which is taken before the final norm; it keeps what it wants.
         """
-        if logits not in ("last", "all"):
-            raise InputError(f"logits: expected 'last' or 'all', found {logits!r}")
+        check_logits(logits)
         x, positions, chosen = self.begin(tokens, cache, slots)
         angles = Angles(self.config, positions)
         everyone = torch.arange(cache.batch, device=self.device)
@@ -155,10 +156,15 @@ def check_call(
     return positions, choose_slots(config, cache, slots)
 
 
+def check_logits(logits: str) -> None:
+    if logits not in ("last", "all"):
+        raise InputError(f"logits: expected 'last' or 'all', found {logits!r}")
+
+
 def check_cache(config: ModelConfig, cache: Any, kind: type[Lengths] = Lengths) -> None:
     """InputError for what is no cache of `kind`, and for that of another model."""
     if not isinstance(cache, kind) or (cache.config is not config and cache.config != config):
-        raise InputError("cache: expected one that this model made, found another's")
+        raise InputError(FOREIGN)
 
 
 def choose_slots(config: ModelConfig, cache: Lengths, slots: Slots | None) -> torch.Tensor:

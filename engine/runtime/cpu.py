@@ -18,7 +18,7 @@ from engine.kernels.w4.cpu import CpuWeight, isas
 from engine.kernels.w4.tiled import Tiled
 from engine.options import Slots
 from engine.reference.cache import Lengths
-from engine.reference.decoder import check_cache, check_call, mask_slots
+from engine.reference.decoder import FOREIGN, check_cache, check_call, check_logits, mask_slots
 from engine.runtime import Times
 from engine.runtime.angles import Angles, Tables
 from engine.sample import NOT_FINITE
@@ -149,8 +149,7 @@ class CpuRuntime:
         slots: Slots | None = None,
         logits: str = "last",
     ) -> torch.Tensor:
-        if logits not in ("last", "all"):
-            raise InputError(f"logits: expected 'last' or 'all', found {logits!r}")
+        check_logits(logits)
         check_cache(self.config, cache, CpuCache)
         if tokens.device.type != "cpu":
             raise InputError(f"tokens: expected a tensor on the CPU, found one on {tokens.device}")
@@ -352,7 +351,7 @@ def spans(vectors: dict[str, torch.Tensor]) -> dict[str, Any]:
 def _refused(error: ValueError) -> InputError:
     """What the native decoder says of a call that no rule of the protocol speaks of."""
     if str(error) == "cache":
-        return InputError("cache: expected one that this model made, found another's")
+        return InputError(FOREIGN)
     return InputError(f"the native decoder refuses the call: {error}")
 
 

@@ -11,7 +11,7 @@ from engine.kernels import overlap
 from engine.kernels.dtypes import name_of
 from engine.kernels.w4 import fused
 from engine.options import Sampling, Slots
-from engine.reference.decoder import check_cache, check_call
+from engine.reference.decoder import FOREIGN, check_cache, check_call, check_logits
 from engine.runtime import Times, too_many
 from engine.runtime.angles import DeviceAngles
 from engine.runtime.gpu_cache import Arena, GpuCache, free_bytes, within_memory
@@ -116,8 +116,7 @@ class GpuRuntime:
         slots: Slots | None = None,
         logits: str = "last",
     ) -> torch.Tensor:
-        if logits not in ("last", "all"):
-            raise InputError(f"logits: expected 'last' or 'all', found {logits!r}")
+        check_logits(logits)
         tokens = tokens.cpu() if tokens.is_cuda else tokens
         positions, chosen = self._begin(tokens, cache, slots)
         if tokens.shape[1] == 1:
@@ -179,7 +178,7 @@ class GpuRuntime:
         """What `check_call` gives for the call, which then has room."""
         check_cache(self.config, cache, GpuCache)
         if cache.arena is not self.arena:  # its pages are another's
-            raise InputError("cache: expected one that this model made, found another's")
+            raise InputError(FOREIGN)
         positions, chosen = check_call(self.config, tokens, cache, slots)
         if tokens.shape[1] == 1 and cache.batch > self.most_sequences:
             raise InputError(too_many(self, cache.batch))
