@@ -49,9 +49,7 @@ class DecoderStreams:
         self.vocab_size = decoder.config.vocab_size
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        tokens = tokens.to(self.decoder.device)
-        rows = torch.nn.functional.embedding(tokens, self.decoder.outer["embedding"])
-        return rows * torch.tensor(self.decoder.config.embedding_scale, dtype=rows.dtype)
+        return self.decoder.embed(tokens)
 
     def run(self, slots: Sequence[int], x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         tokens = tokens.to(self.decoder.device)

@@ -76,10 +76,14 @@ class Decoder:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Checks a call against the cache; embeddings (B, T, D), positions (B, T), slots (B, S)."""
         positions, chosen = check_call(self.config, tokens, cache, slots)
+        return self.embed(tokens), positions.to(self.device), chosen.to(self.device)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (B, T) -> the residual stream (B, T, D) before the first slot."""
         x = functional.embedding(tokens.clamp_min(0).to(self.device), self.outer["embedding"])
         if self.config.embedding_scale != 1.0:
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
-        return x, positions.to(self.device), chosen.to(self.device)
+        return x
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Residual stream (B, T, D) -> logits (B, T, V) float32, through the final norm."""
