@@ -24,9 +24,7 @@ Message = dict[str, str]
 
 
 def chat(
-    model: Annotated[
-        str, typer.Argument(help="Directory, .gguf file or hub id.")
-    ] = common.DEFAULT_MODEL,
+    model: common.ModelArgument = common.DEFAULT_MODEL,
     system: Annotated[str | None, typer.Option(help="An instruction that comes first.")] = None,
     new_tokens: Annotated[
         int | None,

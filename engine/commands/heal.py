@@ -27,7 +27,7 @@ PROBE = 2000  # characters that teacher and pupil must tokenise alike
 
 
 def heal(
-    model: Annotated[str, typer.Argument(help="Directory, .gguf file or hub id.")],
+    model: common.ModelArgument,
     out: Annotated[Path, typer.Argument(help="A new directory.")],
     plan: common.PlanFile = None,
     drop: common.Drop = None,

@@ -9,7 +9,7 @@ from engine.commands import common, output
 
 
 def prune(
-    model: Annotated[str, typer.Argument(help="Directory, .gguf file or hub id.")],
+    model: common.ModelArgument,
     out: Annotated[Path, typer.Argument(help="A new directory; a new .gguf file of a GGUF.")],
     plan_path: common.PlanFile = None,
     drop: common.Drop = None,

@@ -24,7 +24,7 @@ _CALIBRATION = "Calibration of gptq"
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="Directory, .gguf file or hub id.")],
+    model: common.ModelArgument,
     out: Annotated[Path, typer.Argument(help="A new directory.")],
     method: Annotated[
         str | None,
