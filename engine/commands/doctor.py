@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from engine.commands import common, output
+from engine.scratch import write_text
 
 PACKAGES = ("triton", "transformers", "tokenizers", "safetensors", "gguf", "numpy")
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
@@ -16,7 +17,7 @@ def doctor(threads: common.Threads = None, json_file: common.JsonFile = None) ->
     show(found)
     line = json.dumps(found)
     if json_file is not None:
-        json_file.write_text(line + "\n", encoding="utf-8")
+        write_text(json_file, line + "\n")
     print(line)
 
 
@@ -73,7 +74,10 @@ def show(found: dict[str, Any]) -> None:
     facts.add_row("--isa, best first", " ".join(found["isas"]) or "none")
     facts.add_row("memory", f"{found['memory_bytes'] / 1e9:,.1f} GB")
     facts.add_row("huge pages", found["huge_pages"] or "none known of")
-    facts.add_row(f"read by {found['threads']} threads", _gb_s(found["read_gb_s"]))
+    read, missing = found["read_gb_s"], f"not measured: {found['backends']['cpu']}"
+    facts.add_row(
+        f"read by {found['threads']} threads", missing if read is None else f"{read:.1f} GB/s"
+    )
     for gpu in found["gpus"]:
         facts.add_row(
             "GPU",
@@ -83,7 +87,7 @@ def show(found: dict[str, Any]) -> None:
     if not found["gpus"]:
         facts.add_row("GPU", "none that torch finds")
     else:
-        facts.add_row("read on the GPU", _gb_s(found["gpu_read_gb_s"]))
+        facts.add_row("read on the GPU", f"{found['gpu_read_gb_s']:.1f} GB/s")
     versions = (f"{name} {version or '-'}" for name, version in found["versions"].items())
     facts.add_row("versions", ", ".join(versions))
     facts.add_row("commit", found["commit"] or "no checkout")
@@ -99,9 +103,3 @@ def show(found: dict[str, Any]) -> None:
         ops.add_row(op, *(chosen.get(device, "-") for device in DEVICES))
     ops.add_row("a whole model", *(found["runtime"].get(device, "-") for device in DEVICES))
     output.show(ops)
-
-
-def _gb_s(measured: float | None) -> str:
-    return (
-        "not measured: the extension is not built" if measured is None else f"{measured:.1f} GB/s"
-    )

@@ -15,7 +15,7 @@ from engine.report.drawing import base_name
 from engine.report.plot import inline_svg
 from engine.report.records import side_by_side
 from engine.report.tables import BEST_COLUMNS, BUDGET_COLUMNS, best_blocks, budget_rows
-from engine.scratch import replacing
+from engine.scratch import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure
@@ -53,9 +53,7 @@ class Section:
 
 def save(artefacts: Sequence[Shown], path: Path) -> None:
     """The page, written beside and renamed."""
-    content = page(artefacts)
-    with replacing(path) as beside:
-        beside.write_text(content, encoding="utf-8")
+    write_text(path, page(artefacts))
 
 
 def page(artefacts: Sequence[Shown]) -> str:

@@ -13,7 +13,7 @@ from engine.report.drawing import base_name
 from engine.report.page import Figure, Section, Table, figure_of, render
 from engine.report.records import side_by_side
 from engine.report.tables import BUDGET_COLUMNS, budget_rows
-from engine.scratch import replacing
+from engine.scratch import write_text
 
 BESIDE = ("", "it was", "it is")
 
@@ -38,8 +38,7 @@ def save(shrunk: Shrunk, path: Path) -> None:
     """The page, written beside and renamed."""
     title = f"{base_name(shrunk.model)}, shrunk"
     sections = [_is(shrunk), _speaks(shrunk), _runs(shrunk), _layers(shrunk), _healed(shrunk)]
-    with replacing(path) as beside:
-        beside.write_text(render(title, sections), encoding="utf-8")
+    write_text(path, render(title, sections))
 
 
 def quality_rows(shrunk: Shrunk) -> list[tuple[str, str, str]]:
