@@ -150,12 +150,10 @@ def run(
     if prompt_file is not None:
         prompt = read_text_file(prompt_file)
     layers = drop if plan is None else planned(plan, drop, keep)
-    loading = {"drop": layers, "keep": keep, "backend": backend, "dtype": dtype}
-    if cache_dtype is not None:
-        loading["cache_dtype"] = cache_dtype
-    if isa is not None:
-        loading["isa"] = isa
-    opened, load_ms = open_model(model, threads, **loading)
+    opened, load_ms = open_model(
+        model, threads, drop=layers, keep=keep, backend=backend, dtype=dtype,
+        cache_dtype=cache_dtype, isa=isa,
+    )  # fmt: skip
     from engine.benchmark.speed import benchmark
     from engine.benchmark.tables import remarks, tables
 

@@ -3,6 +3,7 @@
 Counts are exact for the shapes. FLOPs count a multiply and an add as two. GB is 1e9 bytes.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
@@ -162,7 +163,7 @@ def cost(
 
     def count(part: str, shape: tuple[int, ...], bits: int, used: bool = True) -> None:
         nonlocal flops, read
-        size = _product(shape)
+        size = math.prod(shape)
         matrix = len(shape) == 2
         grouped = matrix and bits < 16
         groups = shape[0] * -(-shape[1] // (storage.group or shape[1])) if grouped else 0
@@ -180,7 +181,7 @@ def cost(
             tied = config.tied
             count("embedding", shape, storage.head_bits if tied else 16, used=tied)
         else:
-            count("head" if role.startswith("head") else "norms", shape, storage.head_bits)
+            count(_part(role), shape, storage.head_bits)
     read += 0 if config.tied else 2 * config.hidden_size  # one row of the embedding
     for entry in config.layers:
         for role, (_, shape) in layer_tensors(config, entry.layer).items():
@@ -280,10 +281,3 @@ def _totals(found: Cost) -> dict[str, int]:
         "total_parameters": found.total_parameters,
         "total_weight_bytes": found.total_weight_bytes,
     }
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size

@@ -14,7 +14,7 @@ from engine.checkpoint.gguf_blocks import GgufBlocks
 from engine.checkpoint.weights import Stored, layer_weights, outer_weights
 from engine.errors import InputError, NotFiniteError
 from engine.kernels import native
-from engine.kernels.w4.cpu import CpuWeight, isas
+from engine.kernels.w4.cpu import MODES, CpuWeight, isas
 from engine.kernels.w4.tiled import Tiled
 from engine.options import Slots
 from engine.reference.cache import Lengths
@@ -25,7 +25,6 @@ from engine.sample import NOT_FINITE
 
 PAGE = 128  # positions of a page of the cache
 CACHE_DTYPES = ("float32", "float16", "int8")
-MODES = ("int8", "exact")
 
 
 class CpuCache(Lengths):
