@@ -15,7 +15,6 @@ from engine.artifacts import Plan, Profile
 from engine.errors import InputError
 
 Score = Callable[[tuple[int, ...]], float]  # kept slots, ascending -> loss or divergence
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)

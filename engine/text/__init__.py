@@ -4,7 +4,7 @@ Built on `tokenizers` alone, which imports in milliseconds; transformers is load
 `Text.to_transformers`.
 """
 
-from engine.text.corpus import default_text, heldout_text, mixed_text, read_text_file, windows
+from engine.text.corpus import default_text, heldout_text, mixed_text, read_text_file
 from engine.text.gguf import text_from_gguf
 from engine.text.load import load_text
 from engine.text.text import Text
@@ -17,5 +17,4 @@ __all__ = [
     "mixed_text",
     "read_text_file",
     "text_from_gguf",
-    "windows",
 ]

@@ -1,20 +1,12 @@
 """Text to calibrate on and to measure with."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError
-
-
-def windows(ids: Sequence[int], size: int, keep_partial: bool = False) -> list[list[int]]:
-    """Consecutive windows of `size` tokens; a shorter last one only where `keep_partial`."""
-    if size < 1:
-        raise InputError(f"window: expected at least 1 token, found {size}")
-    stop = len(ids) if keep_partial else len(ids) - size + 1
-    return [list(ids[start : start + size]) for start in range(0, stop, size)]
 
 
 def read_text_file(path: str | Path) -> str:

@@ -35,14 +35,7 @@ class Text:
 
     @property
     def bos_id(self) -> int | None:
-        return self._special_id("bos_token")
-
-    @property
-    def pad_id(self) -> int | None:
-        return self._special_id("pad_token")
-
-    def _special_id(self, name: str) -> int | None:
-        token = self.special.get(name)
+        token = self.special.get("bos_token")
         return None if token is None else self.tokenizer.token_to_id(token)
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:

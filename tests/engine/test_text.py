@@ -25,7 +25,6 @@ from engine.text import (
     load_text,
     mixed_text,
     read_text_file,
-    windows,
 )
 
 
@@ -140,16 +139,6 @@ def test_added_token_flags_survive():
     tokenizer = byte_level()
     tokenizer.add_special_tokens([AddedToken("<|user|>", rstrip=True)])
     assert Text(tokenizer, "x").encode("<|user|>  a")[1:] == tokenizer.encode("a").ids
-
-
-def test_windows():
-    ids = list(range(10))
-    assert windows(ids, 4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert windows(ids, 4, keep_partial=True) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert windows(ids, 5, keep_partial=True) == windows(ids, 5) == [ids[:5], ids[5:]]
-    assert windows(ids, 11) == windows([], 3, keep_partial=True) == []
-    with pytest.raises(InputError, match="at least 1"):
-        windows(ids, 0)
 
 
 def test_text_files(tmp_path):

@@ -22,12 +22,12 @@ from support.exported import WIDE, logits, packed_model, write_awq
 from engine.api import Model
 from engine.benchmark.peers.process import Peer, PeerMissing, work_of
 from engine.checkpoint import open_checkpoint
-from engine.evaluate import evaluate
+from engine.evaluate import cut_windows, evaluate
 from engine.export.formats import export, prune
 from engine.quantize.packing import pack
 from engine.quantize.recipe import Recipe
 from engine.runtime.reference import ReferenceRuntime
-from engine.text import heldout_text, load_text, windows
+from engine.text import heldout_text, load_text
 
 pytestmark = pytest.mark.slow
 WINDOW = 256
@@ -74,7 +74,7 @@ def llama(model: Model, python: str | None) -> Peer:
 @pytest.mark.parametrize(("name", "bound"), [("out", 5e-3), ("pruned", 5e-3), ("cut", 5e-4)])
 def test_llama_cpp_gives_our_perplexity(name, bound, exported, peer_python):
     model = opened(exported / f"{name}.gguf")
-    cut = windows(model.text.encode(heldout_text(), add_special=False), WINDOW)[:8]
+    cut = cut_windows(model.text, heldout_text(), WINDOW, 8, False, WINDOW).tolist()
     with llama(model, peer_python("llama.cpp")) as peer:
         nll = sum(peer.nll(window) for window in cut) / (8 * (WINDOW - 1))
     options = {"window": WINDOW, "count": 8, "bos": False}
