@@ -148,9 +148,7 @@ class Budget(Artifact):
             raise ValueError(f"storage: expected {', '.join(f.name for f in fields(Storage))}")
 
 
-def cost(
-    config: ModelConfig, storage: Storage = Storage(), context: int = 4096, kv_bits: int = 16
-) -> Cost:
+def cost(config: ModelConfig, storage: Storage = Storage(), context: int = 4096) -> Cost:
     """The Cost of the layers that `config` keeps.
 
     InputError for a v of bits of its own in a family that stores it with q and k.
@@ -188,7 +186,7 @@ def cost(
             bits = storage.v_bits if role == "v" and storage.v_bits else storage.bits
             count(_part(role), shape, bits)
     seen = [min(context, entry.window or context) for entry in config.layers]
-    row = 2 * config.kv_heads * config.head_dim * kv_bits // 8  # one layer's keys and values
+    row = 4 * config.kv_heads * config.head_dim  # a layer's keys and values, 2 bytes each
     over_cache = sum(4 * config.heads * config.head_dim * positions for positions in seen)
     return Cost(
         layers=len(config.layers),

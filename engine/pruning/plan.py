@@ -182,12 +182,11 @@ def search(
     seed: int = 0,
     evaluations: int | None = 200,
     seconds: float | None = None,
-    children: int = 8,
     on_score: Callable[[tuple[int, ...], float], None] | None = None,
 ) -> Choice:
     """Evolution from `start` (a greedy choice): swaps layers between dropped and kept.
 
-    (1 + children) selection as in EvoPress (2410.14649): each child of the best set swaps one to
+    (1 + 8) selection as in EvoPress (2410.14649): each child of the best set swaps one to
     three layers; it replaces the parent when it scores lower. Never worse than `start`. Stops
     after so many evaluations or seconds, whichever comes first. `on_score` is told the best so far
     (kept, score) after each.
@@ -205,7 +204,7 @@ def search(
         if (evaluations is not None and used >= evaluations) or (end and time.monotonic() >= end):
             break
         generation = []
-        for _ in range(children):
+        for _ in range(8):
             child = _swap(parent, total, protect, rng)
             if child not in seen:
                 seen.add(child)
