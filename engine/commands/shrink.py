@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engine.artifacts import HEAL
-from engine.checkpoint.adapter import weight_files
 from engine.commands import common, output
 from engine.errors import InputError
 from engine.scratch import Scratch, write_text
@@ -233,6 +232,8 @@ class Run:
         }
 
     def _stages(self) -> list[Stage]:
+        from engine.checkpoint.adapter import weight_files
+
         asked, digest = self.asked, hashlib.sha256()
 
         def named(kind: str, *options: object) -> Path:
@@ -477,6 +478,8 @@ def _stamp(source: str) -> object:
 
 
 def _weights(path: Path) -> int:
+    from engine.checkpoint.adapter import weight_files
+
     return sum(file.stat().st_size for file in weight_files(path))
 
 

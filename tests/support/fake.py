@@ -32,6 +32,7 @@ class FakeRuntime:
     prefill_chunk = 80
     precision = "float32"
     weight_bytes = weight_bytes_per_token = 16384
+    threads = 1
 
     def __init__(self, seed: int, vocab_size: int = 64, max_context: int = 256, eos_ids=()):
         rng = torch.Generator().manual_seed(seed)
