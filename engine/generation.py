@@ -332,17 +332,22 @@ def encode_prompt(text: Text, prompt: Prompt) -> list[int]:
 
 
 def _check_prompt(ids: list[int], max_new_tokens: int, config: ModelConfig) -> None:
-    limit = config.max_context
     if not ids:
         raise InputError("the prompt is empty")
     for token in ids:
         if not 0 <= token < config.vocab_size:
             raise InputError(f"prompt id {token} is outside the vocabulary of {config.vocab_size}")
-    if len(ids) > limit:
-        raise InputError(f"the prompt has {len(ids)} tokens; the model's context holds {limit}")
-    if len(ids) + max_new_tokens > limit:
+    check_length(len(ids), max_new_tokens, config)
+
+
+def check_length(tokens: int, max_new_tokens: int, config: ModelConfig) -> None:
+    """InputError where a prompt of so many tokens and what follows it outgrow the context."""
+    limit = config.max_context
+    if tokens > limit:
+        raise InputError(f"the prompt has {tokens} tokens; the model's context holds {limit}")
+    if tokens + max_new_tokens > limit:
         raise InputError(
-            f"the prompt's {len(ids)} tokens and {max_new_tokens} new ones exceed the model's "
+            f"the prompt's {tokens} tokens and {max_new_tokens} new ones exceed the model's "
             f"context of {limit}"
         )
 

@@ -1,9 +1,10 @@
 """What a generation can be asked for, checked before anything runs."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 from engine.errors import InputError
 
@@ -73,18 +74,24 @@ class Options(Sampling):
             raise InputError(
                 f"speculate: expected one of {', '.join(DRAFTS)}, found {self.speculate!r}"
             )
-        for item in self.stops:
-            if isinstance(item, bool) or not isinstance(item, str | int) or item == "":
-                raise InputError(f"stop takes strings that are not empty and ids, not {item!r}")
 
     @property
     def stops(self) -> tuple[str | int, ...]:
-        """`stop`, one or several, as several."""
+        """`stop`, one or several, as several; InputError for what is neither text nor an id."""
         if self.stop is None:
             return ()
-        if isinstance(self.stop, bytes):  # whose items are numbers
-            raise InputError(f"stop takes strings that are not empty and ids, not {self.stop!r}")
-        return (self.stop,) if isinstance(self.stop, str | int) else tuple(self.stop)
+        several = isinstance(self.stop, Iterable) and not isinstance(self.stop, str | bytes | dict)
+        if not several or getattr(self.stop, "ndim", 1) == 0:  # a tensor of one number
+            return (_stop(self.stop),)
+        return tuple(_stop(item) for item in self.stop)  # type: ignore[union-attr]
+
+
+def _stop(item: Any) -> str | int:
+    if isinstance(item, str) and item:
+        return item
+    if isinstance(item, str | bool) or not isinstance(item, SupportsIndex):
+        raise InputError(f"stop takes strings that are not empty and ids, not {item!r}")
+    return index(item)
 
 
 def _check(

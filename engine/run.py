@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,6 +30,7 @@ from engine.commands.common import (
     Quiet,
     Threads,
     Verbose,
+    as_options,
     check_writable,
     open_model,
     planned,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 PROMPT = "Explain in a few sentences why the sky is blue and why sunsets are red."
 
 _SAMPLING, _MEASURE = "Sampling", "Measurement"
+MOST_BATCH = 4096
 
 
 def run(
@@ -95,7 +97,8 @@ def run(
         ),
     ] = None,
     batch: Annotated[
-        int, typer.Option(min=1, rich_help_panel=_MEASURE, help="Copies of the prompt.")
+        int,
+        typer.Option(min=1, max=MOST_BATCH, rich_help_panel=_MEASURE, help="Copies of the prompt."),
     ] = 1,
     repeats: Annotated[
         int | None,
@@ -132,6 +135,10 @@ def run(
     asked = chosen(compare, peer_python or ()) if compare is not None else {}
     if sum(given is not None for given in (prompt, prompt_file, prompt_tokens)) > 1:
         raise InputError("--prompt, --prompt-file and --prompt-tokens exclude each other")
+    if prompt_tokens is not None and chat:
+        raise InputError("--chat: says nothing with --prompt-tokens, which are of plain text")
+    if peer_python and compare is None:
+        raise InputError("--peer-python: says nothing without --compare")
 
     from engine.text import read_text_file
 
@@ -154,11 +161,17 @@ def run(
         model, threads, drop=layers, keep=keep, backend=backend, dtype=dtype,
         cache_dtype=cache_dtype, isa=isa,
     )  # fmt: skip
+    from engine.benchmark.breakdown import breakdown as by_part
+    from engine.benchmark.breakdown import check as check_breakdown
     from engine.benchmark.speed import benchmark
     from engine.benchmark.tables import remarks, tables
+    from engine.generation import check_length
 
     given: Prompt
+    if breakdown:
+        check_breakdown(opened, options)
     if prompt_tokens is not None:
+        check_length(prompt_tokens, options.max_new_tokens, opened.config)
         given = list(islice(cycle(opened.text.encode(PROMPT)), prompt_tokens))
     else:
         given = as_prompt(opened.text, PROMPT if prompt is None else prompt, chat)
@@ -177,8 +190,6 @@ def run(
         )
     output.say("\n")
     if breakdown:
-        from engine.benchmark.breakdown import breakdown as by_part
-
         record = replace(record, breakdown=tuple(by_part(opened, given, options, batch)))
     output.show(*tables(record))
     for remark in remarks(record):
@@ -186,13 +197,6 @@ def run(
     if json_file is not None:
         record.save(json_file)
     print(json.dumps(record.to_json()), flush=True)
-
-
-def as_options(**given: Any) -> "Options":
-    """`Options` with its own defaults where nothing is given."""
-    from engine.options import Options
-
-    return Options(**{name: value for name, value in given.items() if value is not None})
 
 
 def as_prompt(text: "Text", prompt: str, chat: bool | None) -> str | list[dict[str, str]]:

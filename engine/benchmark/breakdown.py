@@ -37,6 +37,16 @@ class Part:
     gb_s: float | None
 
 
+def check(model: Model, options: Options) -> None:
+    """InputError for a backend that cannot tell, and where there is no decode step."""
+    if options.max_new_tokens < 2:
+        raise InputError("--breakdown needs --new-tokens of at least 2: the first has no step")
+    if not isinstance(model.runtime, Timed):
+        raise InputError(
+            f"--breakdown: the backend {model.runtime.name} cannot tell; cpu, triton and cuda can"
+        )
+
+
 def breakdown(
     model: Model, prompt: Prompt, options: Options, batch: int = 1
 ) -> list[dict[str, Any]]:
@@ -45,15 +55,11 @@ def breakdown(
     On a GPU parts are kernels, launched one after another as no graph does. The last two are
     "threads" (the native call without its parts: starting and joining the team) and "Python" (the
     step without the native call: sampling, text, the binding). Raises
-    `InputError` for a backend that cannot tell, and where there is no decode step.
+    `InputError` as `check`, and where the text ends before a decode step.
     """
+    check(model, options)
     runtime = model.runtime
-    if options.max_new_tokens < 2:
-        raise InputError("--breakdown needs --new-tokens of at least 2: the first has no step")
-    if not isinstance(runtime, Timed):
-        raise InputError(
-            f"--breakdown: the backend {runtime.name} cannot tell; cpu, triton and cuda can"
-        )
+    assert isinstance(runtime, Timed)
     seen: list[Step] = []
 
     def after(step: Step) -> None:

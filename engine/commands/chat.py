@@ -33,8 +33,8 @@ def chat(
         ),
     ] = None,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token always.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Of the nucleus; 1: off.")] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option(help="1: off.")] = 1.0,
+    top_p: Annotated[float | None, typer.Option(help="Of the nucleus; 1: off.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1: off.")] = None,
     seed: Annotated[int | None, typer.Option(help="For the same draws again.")] = None,
     plan: common.PlanFile = None,
     drop: common.Drop = None,
@@ -44,8 +44,6 @@ def chat(
     threads: common.Threads = None,
 ) -> None:
     """Talk with a model: its answers stream, what was said is kept. /help lists the commands."""
-    from engine.options import Options
-
     asked: dict[str, Any] = {
         "max_new_tokens": ANSWER if new_tokens is None else new_tokens,
         "temperature": temperature,
@@ -53,16 +51,19 @@ def chat(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
-    Options(**asked)  # refused before anything is opened
+    common.as_options(**asked)  # refused before anything is opened
     chosen = drop if plan is None else common.planned(plan, drop, keep)
     opened, _ = common.open_model(
         model, threads, drop=chosen, keep=keep, backend=backend, dtype=dtype
     )
     if opened.text.chat_template is None:
         raise InputError(f"{model}: has no chat template; `engine run --raw` completes plain text")
+    context = opened.config.max_context
     if new_tokens is None:
-        asked["max_new_tokens"] = max(1, min(ANSWER, opened.config.max_context // 2))
-    talk(opened, asked, system)
+        asked["max_new_tokens"] = max(1, min(ANSWER, context // 2))
+    elif new_tokens >= context:
+        raise InputError(f"--new-tokens: expected less than the context's {context}")
+    talk(opened, {name: value for name, value in asked.items() if value is not None}, system)
 
 
 def talk(model: "Model", options: dict[str, Any], system: str | None) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from engine.architecture.config import ModelConfig
     from engine.artifacts import Plan
     from engine.checkpoint import Checkpoint
+    from engine.options import Options
     from engine.reference.decoder import Decoder
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -84,6 +85,21 @@ def planned(path: Path, drop: str | None, keep: str | None) -> "Plan":
     if drop is not None or keep is not None:
         raise InputError("--plan excludes --drop and --keep")
     return Plan.load(path)
+
+
+def as_options(**given: Any) -> "Options":
+    """`Options` with its own defaults for what is None; InputError for what would say nothing."""
+    from engine.options import Options
+
+    options = Options(**{name: value for name, value in given.items() if value is not None})
+    if options.temperature == 0:
+        for name in ("top_k", "top_p", "min_p", "seed"):
+            if given.get(name) is not None:
+                raise InputError(
+                    f"--{name.replace('_', '-')}: says nothing at --temperature 0, which takes the "
+                    "likeliest token"
+                )
+    return options
 
 
 def open_checkpoint(ref: str) -> tuple[Path, "Checkpoint"]:

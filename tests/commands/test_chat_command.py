@@ -86,10 +86,17 @@ def test_no_template(model, monkeypatch):
     assert code == 2 and "any: has no chat template" in err
 
 
+def test_answers_longer_than_the_context_are_refused(model, monkeypatch):
+    code, _, err = talk(monkeypatch, "a", options=["--new-tokens", 256])
+    assert code == 2 and "--new-tokens: expected less than the context's 256" in err
+
+
 def test_options_are_refused_before_the_model_opens(monkeypatch):
     monkeypatch.setattr(common, "open_model", lambda *_, **__: pytest.fail("opened"))
     code, _, err = talk(monkeypatch, "a", options=["--temperature", "-1"])
     assert code == 2 and "temperature must be" in err
+    code, _, err = talk(monkeypatch, "a", options=["--top-p", "0.9"])
+    assert code == 2 and "--top-p: says nothing at --temperature 0" in err
 
 
 def test_input_that_is_closed(model, monkeypatch):

@@ -203,7 +203,8 @@ def test_what_cannot_be_held_is_one_sentence(model, monkeypatch):
         raise MemoryError("std::bad_alloc")
 
     monkeypatch.setattr(model.runtime, "new_cache", lacks)
-    refused("there is not enough memory for this", "run", "--batch", 20000)
+    refused("there is not enough memory for this", "run", "--batch", 4000)
+    refused("--batch", "run", "--batch", 10**24)
     refused("--threads", "run", "--threads", 10**14)
 
 
@@ -245,6 +246,13 @@ def test_eval_prints_the_protocol_and_the_record(model, tmp_path):
         (("--temperature", "nan"), "temperature must be"),
         (("--top-p", "1.5"), "top_p must be a number from 0 to 1, not 1.5"),
         (("--prompt-tokens", "300"), "300 tokens; the model's context holds 256"),
+        (("--prompt-tokens", "9" * 20), "tokens; the model's context holds 256"),
+        (("--prompt-tokens", "3", "--chat"), "--chat: says nothing with --prompt-tokens"),
+        (("--peer-python", "ik=python3"), "--peer-python: says nothing without --compare"),
+        (("--top-k", "3"), "--top-k: says nothing at --temperature 0"),
+        (("--temperature", "0", "--seed", "3"), "--seed: says nothing at --temperature 0"),
+        (("--breakdown",), "--breakdown: the backend fake cannot tell"),
+        (("--breakdown", "--new-tokens", "1"), "--breakdown needs --new-tokens of at least 2"),
         (("--new-tokens", "250"), "exceed the model's context of 256"),
         (("--stop", ""), "stop takes strings"),
     ],

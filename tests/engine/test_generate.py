@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -272,6 +273,10 @@ def test_stop_ids_outside_the_vocabulary(token, rng):
         ({"stop": ("a", "")}, "stop takes strings"),
         ({"stop": (1.5,)}, "stop takes strings"),
         ({"stop": b"x"}, "stop takes strings"),
+        ({"stop": 5.0}, "stop takes strings"),
+        ({"stop": object()}, "stop takes strings"),
+        ({"stop": {"a": 1}}, "stop takes strings"),
+        ({"stop": True}, "stop takes strings"),
         ({"temperature": -1}, "temperature"),
     ],
 )
@@ -280,8 +285,12 @@ def test_options_out_of_range(options, says):
         Options(**options)
 
 
-def test_no_stop_is_none():
+def test_stops_of_any_kind():
     assert Options(stop=None).stop == ()
+    assert Options(stop="a").stop == ("a",)
+    assert Options(stop=np.int64(4)).stop == Options(stop=np.array([4])).stop == (4,)
+    assert Options(stop=torch.tensor(4)).stop == (4,)
+    assert Options(stop=[torch.tensor(4), "a"]).stop == (4, "a")
 
 
 def test_unknown_option():
