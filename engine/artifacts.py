@@ -57,7 +57,7 @@ class Artifact:
         given = {name: value for name, value in raw.items() if name not in ("kind", "version")}
         try:
             built: Self = _built(cls, given, cls.kind)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{where}: {error}") from error
         return built
 
@@ -102,7 +102,14 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         return {key: _typed(item, inner[1], name) for key, item in value.items()}
     if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
         return _built(hint, value, name)
-    if hint is Any or type(value) is hint or (hint is float and type(value) is int):
+    if type(value) is int and hint in (int, float):
+        try:
+            number = float(value)  # what shows a whole number divides it
+        except OverflowError:
+            found = repr(value)[:40]
+            raise ValueError(f"{name}: expected at most 1.8e308, found {found}...") from None
+        return number if hint is float else value
+    if hint is Any or type(value) is hint:
         return value
     expected = getattr(outer or hint, "__name__", hint)
     raise ValueError(f"{name}: expected {expected}, found {repr(value)[:40]}")
@@ -257,7 +264,7 @@ class Evaluation(Artifact):
     bits_per_byte: float | None = None  # nll in bits * tokens of the windows / their UTF-8 bytes
 
     def __post_init__(self) -> None:
-        if not 1 <= self.layers_kept <= self.layers_total:
+        if not 1 <= self.layers_kept <= self.layers_total <= MOST_LAYERS:
             raise ValueError(f"layers: {self.layers_kept} kept of {self.layers_total}")
         if not self.perplexity > 0:
             raise ValueError(f"perplexity: expected more than 0, found {self.perplexity}")

@@ -21,6 +21,8 @@ from engine.errors import InputError
 
 PARTS = ("embedding", "attention", "mlp", "norms", "head", "scales")
 _MLP = ("gate", "up", "gate_up", "down")
+MOST = 10**30  # of anything counted: what is more than any config and context give
+MOST_CONTEXT = 10**12
 
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-5}
 
@@ -130,12 +132,12 @@ class Budget(Artifact):
         by_part = ("parameters", "weight_bytes")
         for name in ("before", "after"):
             side = getattr(self, name)
-            if set(side) != counts or any(set(side[part]) != set(PARTS) for part in by_part):
+            if set(side) != counts or any({*dict(side[part])} != {*PARTS} for part in by_part):
                 raise ValueError(f"{name}: expected {', '.join(sorted(counts))}")
             numbers = [side[count] for count in counts if count not in by_part]
             numbers += [value for part in by_part for value in side[part].values()]
-            if not all(type(number) is int and number >= 0 for number in numbers):
-                raise ValueError(f"{name}: expected whole numbers, none below 0")
+            if not all(type(number) is int and 0 <= number <= MOST for number in numbers):
+                raise ValueError(f"{name}: expected whole numbers from 0 to {MOST:.0e}")
             if any(side[f"total_{part}"] != sum(side[part].values()) for part in by_part):
                 raise ValueError(f"{name}: the totals are not the sums of the parts")
             if side["attention_flops_per_token"] > side["flops_per_token"]:
@@ -153,8 +155,8 @@ def cost(config: ModelConfig, storage: Storage = Storage(), context: int = 4096)
 
     InputError for a v of bits of its own in a family that stores it with q and k.
     """
-    if not 1 <= context:
-        raise InputError(f"context: expected at least 1, found {context}")
+    if not 1 <= context <= MOST_CONTEXT:
+        raise InputError(f"context: expected 1 to {MOST_CONTEXT:,}, found {context}")
     check_v_bits(config, storage.bits, storage.v_bits or storage.bits)
     parameters, codes, flops = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0), 0
     read = 0

@@ -279,6 +279,8 @@ def test_plan_refuses_in_one_line(options, sentence, tree, tmp_path):
         ({"distances": [[0.5]]}, "distances: expected a triangle of 8 rows"),
         ({"standard_errors": [[0.1] * n for n in (8, 7, 6, 5, 4, 3, 2)] + [[-1]]}, "from 0 to 1"),
         ({"influence": [None] * 8}, "influence: expected float, found None"),
+        ({"influence": [10**400] * 8}, "influence: expected at most 1.8e308"),
+        ({"samples": 10**400}, "samples: expected at most 1.8e308"),
         ({"samples": True}, "samples: expected int, found True"),
         ({"bos": 0}, "bos: expected bool, found 0"),
         ({"colour": "red"}, "'colour' is not known"),

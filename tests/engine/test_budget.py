@@ -137,6 +137,9 @@ def test_sizes():
     for bad in ({"bits": 5}, {"head_bits": 3}, {"v_bits": 2}, {"group": -1}):
         with pytest.raises(InputError):
             Storage(**bad)
+    for context in (0, 10**400):
+        with pytest.raises(InputError, match="context: expected 1 to 1,000,000,000,000, found"):
+            cost(built_in("phi-2"), context=context)
 
 
 @pytest.mark.parametrize("case", ["llama", "phi3", "gemma3", "phi2", "qwen3"])
