@@ -57,7 +57,7 @@ class Artifact:
         given = {name: value for name, value in raw.items() if name not in ("kind", "version")}
         try:
             built: Self = _built(cls, given, cls.kind)
-        except (TypeError, ValueError, OverflowError) as error:
+        except (TypeError, ValueError) as error:
             raise InputError(f"{where}: {error}") from error
         return built
 
@@ -103,12 +103,10 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
     if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
         return _built(hint, value, name)
     if type(value) is int and hint in (int, float):
-        try:
-            number = float(value)  # what shows a whole number divides it
-        except OverflowError:
+        if abs(value) >> 64:
             found = repr(value)[:40]
-            raise ValueError(f"{name}: expected at most 1.8e308, found {found}...") from None
-        return number if hint is float else value
+            raise ValueError(f"{name}: expected a number of at most 64 bits, found {found}")
+        return hint(value)
     if hint is Any or type(value) is hint:
         return value
     expected = getattr(outer or hint, "__name__", hint)
