@@ -266,6 +266,8 @@ class Evaluation(Artifact):
             raise ValueError(f"layers: {self.layers_kept} kept of {self.layers_total}")
         if not self.perplexity > 0:
             raise ValueError(f"perplexity: expected more than 0, found {self.perplexity}")
+        if not self.nll >= 0:
+            raise ValueError(f"nll: expected at least 0, found {self.nll}")
 
 
 HEAL = "heal.json"  # the record of a healing, beside the weights

@@ -174,5 +174,5 @@ class Comparison(Artifact):
 
 def geometric_mean(nlls: Sequence[float]) -> float:
     """Of perplexities, by their negative log-likelihoods in nats; infinite beyond a float."""
-    mean = math.fsum(nlls) / len(nlls)
+    mean = math.fsum(nll / len(nlls) for nll in nlls)  # whose sum a float may not hold
     return math.exp(mean) if mean < LARGEST_EXPONENT else math.inf

@@ -98,6 +98,19 @@ def test_a_judgement_that_is_damaged(records, tree, tmp_path):
         refused(says, "compare", tree / "whole.json", tmp_path / "bad.json")
 
 
+def test_an_evaluation_that_is_damaged(records, tree, tmp_path):
+    raw = next(iter(records[0].texts.values())).to_json()
+    for nll in (-1e308, float("nan"), -1):
+        tmp_path.joinpath("bad.json").write_text(json.dumps(raw | {"nll": nll}))
+        says = f"bad.json: evaluation: nll: expected at least 0, found {float(nll)}"
+        refused(says, "compare", tree / "whole.json", tmp_path / "bad.json")
+    for nll in (0, 1e308, float("inf")):
+        tmp_path.joinpath("bad.json").write_text(json.dumps(raw | {"nll": nll}))
+        assert call("compare", tree / "whole.json", tmp_path / "bad.json")[0] == 0
+    huge = Evaluation.from_json(raw | {"nll": 1e308}, "here")
+    assert Judgement.of({"a": huge, "b": huge}).perplexity == math.inf
+
+
 def test_records_side_by_side(records, tree, evaluated, tmp_path):
     whole, pruned, _, _ = records
     evaluated("--text", tree / "a.txt", "--json", tree / "alone.json")
