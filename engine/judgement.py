@@ -46,6 +46,15 @@ class Choices:
     probabilities: tuple[float, ...]  # of the right choice, a question each
     against: Paired | None = None
 
+    def __post_init__(self) -> None:
+        if self.questions < 1:
+            raise ValueError(f"questions: expected at least 1, found {self.questions}")
+        for name in ("correct", "probabilities"):
+            if (found := len(getattr(self, name))) != self.questions:
+                raise ValueError(
+                    f"{name}: expected {self.questions}, a question each, found {found}"
+                )
+
     @classmethod
     def of(
         cls, source: str, questions_hash: str, bos: bool, chance: float, correct: tuple[bool, ...],
@@ -70,7 +79,8 @@ class Choices:
 
     def beside(self, whole: "Choices") -> Paired:
         """Compared with the whole model's answers; InputError unless to the same questions."""
-        if self.questions_hash != whole.questions_hash:
+        asked = [(each.questions_hash, each.questions) for each in (self, whole)]
+        if asked[0] != asked[1]:
             raise InputError(f"{self.source} and {whole.source}: not the same questions")
         changes = [a - b for a, b in zip(self.correct, whole.correct, strict=True)]
         mean = sum(changes) / len(changes)

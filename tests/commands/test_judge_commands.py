@@ -87,9 +87,14 @@ def test_everything_at_once(tree, records):
 
 
 def test_a_judgement_that_is_damaged(records, tree, tmp_path):
-    raw = records[2]
+    raw, one = records[2], {"questions": 1, "correct": [True], "probabilities": [0.5]}
+    choices = raw["choices"]
     for change, says in (
         ({"choices": {"source": "q"}}, "judgement: choices: 'accuracy' is missing"),
+        ({"choices": choices | {"correct": []}}, "correct: expected 30, a question each, found 0"),
+        ({"choices": choices | {"probabilities": [1]}}, "expected 30, a question each, found 1"),
+        ({"choices": choices | {"questions": 0}}, "questions: expected at least 1, found 0"),
+        ({"choices": choices | one}, "not the same questions"),
         ({"health": 3}, "health: expected Health, found 3"),
         ({"texts": {"a": {"colour": 1}}}, "judgement: texts: "),
         ({"perplexity": 10**400}, "judgement: perplexity: expected a number of at most 64 bits"),
