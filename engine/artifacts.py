@@ -99,7 +99,7 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
     if outer is tuple and isinstance(value, list | tuple):
         return tuple(_typed(item, inner[0], name) for item in value)
     if outer in (dict, Mapping) and isinstance(value, dict):
-        return {key: _typed(item, inner[1], name) for key, item in value.items()}
+        return {_typed(k, str, name): _typed(item, inner[1], name) for k, item in value.items()}
     if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
         return _built(hint, value, name)
     if type(value) is int and hint in (int, float):
@@ -107,6 +107,8 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
             found = repr(value)[:40]
             raise ValueError(f"{name}: expected a number of at most 64 bits, found {found}")
         return hint(value)
+    if type(value) is str and value.encode(errors="ignore").decode() != value:
+        raise ValueError(f"{name}: expected text, found half a character in {repr(value)[:40]}")
     if hint is Any or type(value) is hint:
         return value
     expected = getattr(outer or hint, "__name__", hint)

@@ -97,6 +97,7 @@ def test_a_judgement_that_is_damaged(records, tree, tmp_path):
         ({"choices": choices | one}, "not the same questions"),
         ({"health": 3}, "health: expected Health, found 3"),
         ({"texts": {"a": {"colour": 1}}}, "judgement: texts: "),
+        ({"texts": {"\ud800": raw["texts"][str(tree / "a.txt")]}}, "texts: expected text, found"),
         ({"perplexity": 10**400}, "judgement: perplexity: expected a number of at most 64 bits"),
     ):
         tmp_path.joinpath("bad.json").write_text(json.dumps(raw | change))

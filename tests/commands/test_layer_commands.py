@@ -281,6 +281,7 @@ def test_plan_refuses_in_one_line(options, sentence, tree, tmp_path):
         ({"influence": [None] * 8}, "influence: expected float, found None"),
         ({"influence": [10**400] * 8}, "influence: expected a number of at most 64 bits"),
         ({"samples": 10**400}, "samples: expected a number of at most 64 bits"),
+        ({"text_hash": "\udc80"}, "text_hash: expected text, found half a character in '\\udc80'"),
         ({"samples": True}, "samples: expected int, found True"),
         ({"bos": 0}, "bos: expected bool, found 0"),
         ({"colour": "red"}, "'colour' is not known"),

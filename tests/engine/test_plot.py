@@ -335,6 +335,8 @@ def test_profile_writes_its_report(draw, tmp_path):
         (["judgement"], [], "a judgement has no figure; a page, which ends in .html, shows it"),
         (["newer"], [], "an evaluation of version 7"),
         (["huge"], [], "huge.json: evaluation: perplexity: expected a number of at most 64 bits"),
+        (["half"], [], "half.json: evaluation: model: expected text, found"),
+        (["half"], ["--out", "x.svg"], "half.json: evaluation: model: expected text, found"),
         (["cache"], [], "cache.json: budget: after: expected whole numbers from 0 to 1e+30"),
         (["cache"], ["--out", "x.html"], "after: expected whole numbers from 0 to 1e+30"),
         ([], [], "Missing argument"),
@@ -360,6 +362,7 @@ def test_bad_input(given, options, sentence, draw, files, tmp_path, monkeypatch)
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "newer.json").write_text(json.dumps(RECORD.to_json() | {"version": 7}))
     (tmp_path / "huge.json").write_text(json.dumps(RECORD.to_json() | {"perplexity": 10**400}))
+    (tmp_path / "half.json").write_text(json.dumps(RECORD.to_json() | {"model": "a\ud800"}))
     raw = json.loads(files["budget"][0].read_text())
     raw["after"]["kv_bytes"] = 10**400
     (tmp_path / "cache.json").write_text(json.dumps(raw))
@@ -372,8 +375,8 @@ def test_bad_input(given, options, sentence, draw, files, tmp_path, monkeypatch)
 
 def test_damaged_artefacts_are_one_sentence(draw, files, tmp_path):
     """Any value of any field in place of another: drawn, or refused, never a traceback."""
-    junk = [None, True, -1, 10**9, 10**300, 10**400, -1e308, 1e308, float("nan"), "x", ""]
-    junk += [[], [[]], {}, {"a": 1}, {"a": 10**400}, [1, "b"], list(costs.PARTS)]
+    junk = [None, True, -1, 10**9, 10**300, 10**400, -1e308, 1e308, float("nan"), "x", "\ud800"]
+    junk += ["", [], [[]], {}, {"a": 1}, {"a": 10**400}, [1, "b"], list(costs.PARTS)]
     make_profile(4, draw).save(files["heatmap"][0])
     for kind in ("heatmap", "quality", "budget"):
         raw = json.loads(files[kind][0].read_text())
