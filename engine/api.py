@@ -1,7 +1,7 @@
 """`import engine` as a backend: a loaded model that generates, streams and gives logits."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, overload
@@ -30,6 +30,18 @@ if TYPE_CHECKING:
     from engine.reference.cache import KVCache
     from engine.runtime.cpu import CpuCache
     from engine.runtime.gpu_cache import GpuCache
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds to what a model computes that is not finite where in its files that comes from."""
+    try:
+        yield
+    except NotFiniteError as error:
+        name = not_finite(open_checkpoint(path))
+        if name is None:
+            raise
+        raise NotFiniteError(f"{path}: {error}: {name} holds NaN or infinity") from None
 
 
 class Asked(TypedDict, total=False):
@@ -89,16 +101,8 @@ class Model:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @contextmanager
-    def naming(self) -> Iterator[None]:
-        """Adds to what a model computes that is not finite where in its files that comes from."""
-        try:
-            yield
-        except NotFiniteError as error:
-            name = not_finite(open_checkpoint(self.path))
-            if name is None:
-                raise
-            raise NotFiniteError(f"{self.path}: {error}: {name} holds NaN or infinity") from None
+    def naming(self) -> AbstractContextManager[None]:
+        return naming(self.path)
 
     def __repr__(self) -> str:
         if self._runtime is None:

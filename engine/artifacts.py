@@ -221,6 +221,8 @@ class Plan(Artifact):
 
     def __post_init__(self) -> None:
         _check_layers("keep", self.keep, self.total_layers)
+        if self.score is not None and not math.isfinite(self.score):
+            raise ValueError(f"score: expected a finite number, found {self.score}")
 
     @property
     def drop(self) -> tuple[int, ...]:

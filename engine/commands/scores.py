@@ -81,7 +81,7 @@ class Scores:
         self.scorer = PrefixScorer(streams, torch.tensor(windows), asked.metric)
         known = [lineage, self.found.architecture, self.found.layers, self.text_hash]
         key = json.dumps([*known, asked.metric, asked.patch, where])
-        self.scores = Remembered(self.scorer, self._prepare, work, key)
+        self.scores = Remembered(self._score, self._prepare, work, key)
 
     def greedy(self, count: int) -> "Choice":
         from engine.pruning.plan import greedy, greedy_scores
@@ -119,6 +119,12 @@ class Scores:
             report(number, max(total, number), f"best {best:.4f} without {format_layers(drop)}")
 
         return heard
+
+    def _score(self, kept: tuple[int, ...]) -> float:
+        from engine.api import naming
+
+        with naming(self.checkpoint.path):
+            return self.scorer(kept)
 
     def _prepare(self, kept: tuple[int, ...]) -> None:
         """Scores start from what is kept; with --patch in a model whose cuts are mended."""

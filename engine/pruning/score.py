@@ -11,9 +11,10 @@ from typing import Protocol
 
 import torch
 
-from engine.errors import InputError
+from engine.errors import InputError, NotFiniteError
 from engine.reference.decoder import Decoder
 from engine.reference.stream import DEFAULT_LIMIT_BYTES, step, storage
+from engine.sample import NOT_FINITE
 
 # Of logits that are computed at once: 24 MB, which the C library keeps for the next ones, where
 # the pages of larger blocks come and go.
@@ -71,7 +72,7 @@ class PrefixScorer:
     in a file when they exceed 1 GiB.
 
     Both are sums of what is never negative: a score that is certain to exceed `most` is given up,
-    and what it had come to is returned.
+    and what it had come to is returned. One that is not finite raises `NotFiniteError`.
     """
 
     _kept: tuple[int, ...] = ()
@@ -116,6 +117,8 @@ class PrefixScorer:
             total += self._sum(x, tokens, batch)
             if total / self.positions > self.most:
                 break
+        if not math.isfinite(total):
+            raise NotFiniteError(NOT_FINITE)
         return total / self.positions
 
     def _shared(self, kept: tuple[int, ...]) -> int:

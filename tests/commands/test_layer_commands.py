@@ -318,6 +318,8 @@ def test_a_plan_of_another_model(tree, planned, tmp_path):
     refused("a plan of version 9", "eval", tree / "model", "--plan", plan)
     plan.write_text(json.dumps(raw | {"keep": [3, 1]}))
     refused("keep: expected ascending layers", "eval", tree / "model", "--plan", plan)
+    plan.write_text(json.dumps(raw | {"score": float("nan")}))
+    refused("score: expected a finite number", "eval", tree / "model", "--plan", plan)
 
 
 @pytest.mark.parametrize(

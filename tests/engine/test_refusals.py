@@ -1,14 +1,17 @@
 """Weights that are no numbers, tokenizers that lie, templates without end: one sentence each."""
 
 import json
+import random
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import tiny
 from support.commands import call, refused
+from support.profiles import make_profile
 
 import engine
+from engine.checkpoint import open_checkpoint
 from engine.errors import InputError
 from engine.runtime import RUNTIMES
 from engine.text import load_text
@@ -49,6 +52,22 @@ def test_commands_on_them(not_a_number, tmp_path):
         "profile", not_a_number, "--out", tmp_path / "p", "--text", text, "--length", 16
     )
     assert code == 2 and "is not finite" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize("rule", ["greedy", "search"])
+@pytest.mark.parametrize("metric", ["kl", "loss"])
+def test_scores_of_them(rule, metric, not_a_number, tmp_path):
+    text, profile = tmp_path / "text.txt", tmp_path / "profile.json"
+    text.write_text(" ".join(str(n % 150) for n in range(1000)))
+    config = open_checkpoint(not_a_number).config
+    rows = make_profile(
+        config.total_layers, random.Random(0), architecture=config.architecture_hash
+    )
+    rows.save(profile)
+    options = ("--rule", rule, "--metric", metric, "--count", 1, "--protect", 1, "--windows", 1)
+    asked = (profile, "--model", not_a_number, "--text", text, "--out", tmp_path / "p", *options)
+    code, _, said = call("plan", *asked)
+    assert code == 2 and WORDS in said.splitlines()[-1] and not (tmp_path / "p").exists()
 
 
 @pytest.mark.parametrize(
