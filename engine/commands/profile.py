@@ -154,7 +154,7 @@ def finish(part: "ProfilePart", out: Path) -> "list[Profile]":
     from engine.pruning.profile import merge
     from engine.scratch import Scratch
 
-    if part.source["shard"][1] > 1:
+    if part.source.shard[1] > 1:
         part.save(out)
         output.say(
             f"{out}: a part; join all of them with `engine profile --merge PARTS --out FILE`"

@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -41,6 +41,11 @@ class Source:
     text_hash: str
     shard: tuple[int, int] = (0, 1)
 
+    def __post_init__(self) -> None:
+        if len(self.shard) != 2 or not 0 <= self.shard[0] < self.shard[1]:
+            found = "/".join(map(str, self.shard))
+            raise InputError(f"shard: expected i/n with 0 <= i < n, found {found}")
+
 
 @dataclass(frozen=True)
 class ProfilePart(Artifact):
@@ -48,10 +53,31 @@ class ProfilePart(Artifact):
 
     kind: ClassVar[str] = "profile-part"
 
-    source: dict[str, Any]
+    source: Source
     state: dict[str, Any]  # of the accumulator
     done: int  # samples
     tokens_used: int
+
+    def __post_init__(self) -> None:
+        if (least := min(self.done, self.tokens_used)) < 0:
+            raise ValueError(f"done, tokens_used: expected at least 0, found {least}")
+
+    @classmethod
+    def from_json(cls, raw: Any, where: str) -> Self:
+        """InputError too for sums that are no profile's."""
+        part = super().from_json(raw, where)
+        try:
+            if part.state:
+                part._check_state()
+        except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+            raise InputError(f"{where}: profile-part: state: {error}") from error
+        return part
+
+    def _check_state(self) -> None:
+        _profile(self.source, AngularAccumulator.from_state(self.state), [self])
+        counts = [self.state[name] for name in ("samples", "weight", "weight_square")]
+        if {*counts} != {counts[0]} or not 0 < counts[0] <= self.tokens_used:
+            raise ValueError(f"expected one count from 1 to {self.tokens_used}, found {counts}")
 
 
 def describe(
@@ -88,8 +114,6 @@ def describe(
 def own_samples(samples: Sequence[Sequence[int]], shard: tuple[int, int]) -> list[Sequence[int]]:
     """Every n-th sample from the i-th on: shard (i, n)."""
     index, count = shard
-    if not 0 <= index < count:
-        raise InputError(f"shard: expected i/n with 0 <= i < n, found {index}/{count}")
     return list(samples[index::count])
 
 
@@ -182,7 +206,7 @@ def measure_streamed(
     for start in range(0, total, _CHUNK):
         _update(sums, list(vectors[:, start : start + _CHUNK]), start)
     used = sum(int((tokens >= 0).sum()) for tokens in batches)
-    return ProfilePart(asdict(source), sums.to_state(), len(mine), used)
+    return ProfilePart(source, sums.to_state(), len(mine), used)
 
 
 def wanted(tokens: torch.Tensor, source: Source) -> torch.Tensor:
@@ -200,17 +224,20 @@ def merge(parts: Sequence[ProfilePart]) -> Profile:
     """One Profile from all shards of a run; InputError when one is missing, double or foreign."""
     if not parts:
         raise InputError("merge: expected at least one part, found none")
-    common = parts[0].source | {"shard": None}
+    if not any(part.state for part in parts):
+        raise InputError("merge: the parts hold no samples")
+    source = parts[0].source
     sums = AngularAccumulator()
     for part in parts:
-        if part.source | {"shard": None} != common:
+        if replace(part.source, shard=source.shard) != source:
             raise InputError("merge: the parts come from different models, texts or settings")
         sums.merge(AngularAccumulator.from_state(part.state))
-    count = parts[0].source["shard"][1]
-    shards = sorted(part.source["shard"][0] for part in parts)
-    if shards != list(range(count)) or {part.source["shard"][1] for part in parts} != {count}:
-        raise InputError(f"merge: expected the shards 0 to {count - 1}, found {shards}")
-    return _profile(Source(**parts[0].source), sums, parts)
+    count = source.shard[1]
+    shards = sorted(part.source.shard for part in parts)
+    if len(parts) != count or shards != [(index, count) for index in range(count)]:
+        found = [index for index, _ in shards]
+        raise InputError(f"merge: expected the shards 0 to {count - 1}, found {found}")
+    return _profile(source, sums, parts)
 
 
 def _profile(source: Source, sums: AngularAccumulator, parts: Sequence[ProfilePart]) -> Profile:
@@ -223,7 +250,7 @@ def _profile(source: Source, sums: AngularAccumulator, parts: Sequence[ProfilePa
         architecture=source.architecture,
         lineage=source.lineage,
         total_layers=source.total_layers,
-        layers=tuple(source.layers),
+        layers=source.layers,
         distances=tuple(tuple(row.tolist()) for row in result.distances),
         standard_errors=tuple(tuple(row.tolist()) for row in errors),
         influence=tuple(result.influence.tolist()),
@@ -241,19 +268,11 @@ def _profile(source: Source, sums: AngularAccumulator, parts: Sequence[ProfilePa
 
 def _resumed(path: Path | None, source: Source) -> ProfilePart:
     """The noted part of the same run, or an empty one."""
-    wanted_source = _plain(asdict(source))
     if path is not None and path.is_file():
         part = ProfilePart.load(path)
-        if _plain(part.source) == wanted_source:
+        if part.source == source:
             return part
-    return ProfilePart(asdict(source), {}, 0, 0)
-
-
-def _plain(value: Any) -> Any:
-    """Lists for tuples, so that what went through JSON compares with what did not."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    return ProfilePart(source, {}, 0, 0)
 
 
 def _update(

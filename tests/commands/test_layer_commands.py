@@ -352,3 +352,44 @@ def test_profile_refuses_in_one_line(arguments, sentence, tree, tmp_path):
     filled = [str(argument).format(**vars(names)) for argument in arguments]
     text = [] if "--show" in filled or "--merge" in filled else ["--text", tree / "text.txt"]
     refused(sentence, "profile", *filled, *text)
+
+
+@pytest.fixture(scope="module")
+def parts(tree):
+    files = [tree / f"part{index}.json" for index in range(2)]
+    for index, file in enumerate(files):
+        shard = ("--shard", f"{index}/2", "--out", file)
+        assert call("profile", tree / "model", *sampling(tree), *shard)[0] == 0
+    return files
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"source": {}}, "source: 'architecture' is missing"),
+        ({"source": {"shard": "xx"}}, "source: shard: expected tuple, found 'xx'"),
+        ({"source": {"shard": [1]}}, "source: shard: expected i/n with 0 <= i < n, found 1"),
+        ({"source": {"shard": [0, 1 << 60]}}, "merge: expected the shards 0 to 11529215046068469"),
+        ({"source": {"layers": [1]}}, "state: influence, magnitude: do not fit 1 layers"),
+        ({"source": {"text_hash": "x"}}, "merge: the parts come from different models"),
+        ({"state": {"boundaries": None}}, "state: not the state of an AngularAccumulator: Type"),
+        ({"state": {"boundaries": 10**400}}, "state: "),
+        ({"state": {"weight": 1e308}}, "state: "),
+        ({"state": {"weight": 0}}, "state: "),
+        ({"state": {"samples": 10**6}}, "state: expected one count from 1 to "),
+        ({"state": {"samples": "x"}}, "state: not the state of an AngularAccumulator"),
+        ({"state": {"sums": [1]}}, "state: not the state of an AngularAccumulator"),
+        ({"state": {"sums": {"distance": [[None]]}}}, "state: not the state of an Angular"),
+        ({"state": [1]}, "state: expected dict, found [1]"),
+        ({"done": -1}, "done, tokens_used: expected at least 0, found -1"),
+    ],
+)
+def test_parts_that_are_none(change, sentence, parts, tmp_path):
+    raw = json.loads(parts[0].read_text())
+    for field, value in change.items():
+        raw[field] = raw[field] | value if isinstance(value, dict) and value else value
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text(json.dumps(raw))
+    sentence = sentence if sentence.startswith("merge") else f"{damaged}: profile-part: {sentence}"
+    refused(sentence, "profile", "--merge", damaged, parts[1], "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

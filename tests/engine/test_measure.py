@@ -13,7 +13,7 @@ from support.profiles import Case, angles, largest_difference
 
 from engine.artifacts import Profile
 from engine.errors import InputError
-from engine.pruning.profile import measure, measure_streamed, merge
+from engine.pruning.profile import ProfilePart, measure, measure_streamed, merge
 from engine.text.samples import read_samples
 
 
@@ -141,6 +141,10 @@ def test_shards_join_exactly(case):
     other = measure(case.decoder, case.samples, case.source("all", shard=(1, 2)))
     with pytest.raises(InputError, match="different models, texts or settings"):
         merge([measure(case.decoder, case.samples, case.source(shard=(0, 2))), other])
+    with pytest.raises(InputError, match="merge: the parts hold no samples"):
+        merge([ProfilePart(case.source(), {}, 0, 0)])
+    with pytest.raises(InputError, match="shard: expected i/n with 0 <= i < n, found 2/2"):
+        case.source(shard=(2, 2))
 
 
 def test_two_launched_processes(tmp_path):
