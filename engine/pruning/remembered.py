@@ -1,8 +1,11 @@
 """Scores that a killed run has left in a file, so that the next one asks for the others alone."""
 
 import json
+import math
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from engine.errors import InputError
 from engine.scratch import write_text
@@ -28,7 +31,7 @@ class Remembered:
         self._known: dict[tuple[Kept, Kept], float] = {}
         lines = _read(path, key)
         for anchor, kept, value in lines:
-            self._known[tuple(anchor), tuple(kept)] = value
+            self._known[anchor, kept] = value
         first = {"kind": KIND, "key": key}  # and without the half line that a kill may leave
         write_text(path, "".join(json.dumps(line) + "\n" for line in [first, *lines]))
 
@@ -44,16 +47,29 @@ class Remembered:
         return found
 
 
-def _read(path: Path, key: str) -> list:
-    """[anchor, kept, score] of every whole line; none of another run's."""
+def _read(path: Path, key: str) -> list[tuple[Kept, Kept, float]]:
+    """(anchor, kept, score) of the lines up to one that is damaged; none of another run's."""
     if not path.exists():
         return []
-    found = []
-    for line in path.read_bytes().splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
-    if not found or not isinstance(found[0], dict) or found[0].get("kind") != KIND:
+    first, *lines = path.read_bytes().splitlines() or [b""]
+    head = _parsed(first)
+    if not isinstance(head, dict) or head.get("kind") != KIND:
         raise InputError(f"{path}: is in the way and holds no scores of ours; move it away")
-    return found[1:] if found[0].get("key") == key else []
+    scored = takewhile(bool, map(_scored, lines)) if head.get("key") == key else ()
+    return [each for each in scored if each is not None]
+
+
+def _scored(line: bytes) -> tuple[Kept, Kept, float] | None:
+    """None of a line that is damaged."""
+    match _parsed(line):
+        case [[*anchor], [*kept], float(score)] if math.isfinite(score):
+            if all(type(slot) is int for slot in (*anchor, *kept)):
+                return tuple(anchor), tuple(kept), score
+    return None
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None

@@ -74,6 +74,25 @@ def test_the_runtime_and_the_reference_choose_the_same(tree, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+DAMAGED = ("5", "[1]", '{"a": 1}', "[" * 9999, '[[], ["0"], 0.5]', "[[], 0, 0.5]")
+DAMAGED += ('[[], KEPT, "x"]', "[[], KEPT, null]", "[[], KEPT, NaN]")
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_damaged_lines_are_left_out(tree, tmp_path, monkeypatch, line):
+    first = killed_after(monkeypatch, 2)
+    with pytest.raises(Killed):
+        call(*arguments(tree, tmp_path / "plan.json"))
+    with (tmp_path / "plan.json.partial").open("a") as file:
+        for layer in range(2, LAYERS - 1):
+            kept = [other for other in range(LAYERS) if other != layer]
+            file.write(line.replace("KEPT", str(kept)) + "\n")
+    monkeypatch.undo()
+    second = killed_after(monkeypatch, 1000)
+    assert call(*arguments(tree, tmp_path / "plan.json"))[0] == 0
+    assert len(first) + len(second) == 5 + 4
+
+
 @pytest.mark.parametrize("options", [(), ("--patch",), ("--rule", "search")])
 def test_a_killed_run_scores_only_what_is_left(tree, tmp_path, monkeypatch, options):
     call(*arguments(tree, tmp_path / "whole.json", *options))
