@@ -56,10 +56,10 @@ class Artifact:
             )
         given = {name: value for name, value in raw.items() if name not in ("kind", "version")}
         try:
-            built: Self = _built(cls, given, cls.kind)
+            made: Self = built(cls, given, cls.kind)
         except (TypeError, ValueError) as error:
             raise InputError(f"{where}: {error}") from error
-        return built
+        return made
 
 
 def read_raw(path: Path) -> Any:
@@ -76,7 +76,7 @@ def _a(kind: str) -> str:
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
-def _built(cls: type[Any], raw: Mapping[str, Any], name: str) -> Any:
+def built(cls: type[Any], raw: Mapping[str, Any], name: str) -> Any:
     """The dataclass from its fields as JSON holds them; else ValueError."""
     hints, known = get_type_hints(cls), {field.name: field for field in fields(cls)}
     needed = {each for each, field in known.items() if field.default is MISSING}
@@ -92,16 +92,16 @@ def _built(cls: type[Any], raw: Mapping[str, Any], name: str) -> Any:
 
 
 def _typed(value: Any, hint: Any, name: str) -> Any:
-    """A value from JSON as a field of type `hint` holds it, tuples for lists; else ValueError."""
+    """A value from JSON as a field of type `hint` holds it, tuples too; else ValueError."""
     outer, inner = get_origin(hint), get_args(hint)
     if outer is UnionType:
         return None if value is None and NoneType in inner else _typed(value, inner[0], name)
-    if outer is tuple and isinstance(value, list | tuple):
-        return tuple(_typed(item, inner[0], name) for item in value)
+    if outer in (tuple, list) and isinstance(value, list | tuple):
+        return outer(_typed(item, inner[0], name) for item in value)
     if outer in (dict, Mapping) and isinstance(value, dict):
         return {_typed(k, str, name): _typed(item, inner[1], name) for k, item in value.items()}
     if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
-        return _built(hint, value, name)
+        return built(hint, value, name)
     if type(value) is int and hint in (int, float):
         if abs(value) >> 64:
             found = repr(value)[:40]

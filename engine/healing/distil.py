@@ -56,7 +56,7 @@ def distil(
             said = f"loss {standing.losses[-1]:.4f}, {tokens / spent:.0f} tokens/s"
             report(*extent(standing, settings), said)
     if not keep_last:
-        student.take(state.load_weights(training.best))
+        student.take(state.load_weights(training.best, student.learning))
     return standing
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
+from engine.artifacts import built
 from engine.checkpoint.safetensors import SafetensorsFile, save_tensors
+from engine.errors import InputError
 
 KEY = "standing"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -61,17 +63,22 @@ def save(
     save_tensors(path, tensors, {KEY: json.dumps(asdict(standing))})
 
 
-def load_weights(path: Path) -> dict[str, torch.Tensor]:
+def load_weights(path: Path, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of `save` by the names, and of the shapes and dtypes, of `like`."""
     file = SafetensorsFile(path)
-    names = [name for name in file.entries if name.startswith("weight.")]
-    return {name.removeprefix("weight."): file.read(name) for name in names}
+    return {name: _read(file, f"weight.{name}", weight) for name, weight in like.items()}
 
 
 def standing(path: Path) -> Standing:
     """What `save` wrote of it; a fresh one where there is nothing."""
     if not path.is_file():
         return Standing()
-    return Standing(**json.loads(SafetensorsFile(path).metadata[KEY]))
+    metadata = SafetensorsFile(path).metadata
+    try:
+        found: Standing = built(Standing, json.loads(metadata[KEY]), KEY)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
+    return found
 
 
 def restore(
@@ -83,13 +90,29 @@ def restore(
     found = standing(path)
     if not path.is_file():
         return found
-    file = SafetensorsFile(path)
+    file, held = SafetensorsFile(path), load_weights(path, weights)
     for name, weight in weights.items():
         with torch.no_grad():
-            weight.copy_(file.read(f"weight.{name}"))
+            weight.copy_(held[name])
         if optimiser is not None and f"{MOMENTS[0]}.{name}" in file.entries:
-            moments = {k: file.read(f"{k}.{name}").clone().to(weight.device) for k in MOMENTS}
+            moments = {k: _read(file, f"{k}.{name}", weight).clone() for k in MOMENTS}
+            moments = {k: moment.to(weight.device) for k, moment in moments.items()}
             # Fused AdamW wants the step where the weight is.
             step = torch.tensor(float(found.step), device=weight.device)
             optimiser.state[weight] = {"step": step} | moments
     return found
+
+
+def _read(file: SafetensorsFile, name: str, like: torch.Tensor) -> torch.Tensor:
+    found = file.read(name) if name in file.entries else None
+    if found is None or (found.shape, found.dtype) != (like.shape, like.dtype):
+        said = "none" if found is None else f"{tuple(found.shape)} {found.dtype}"
+        expected = f"expected {tuple(like.shape)} {like.dtype}, found {said}"
+        raise _damaged(file.path, f"tensor {name!r}: {expected}")
+    return found
+
+
+def _damaged(path: Path, why: str) -> InputError:
+    return InputError(
+        f"{path}: is not as this training left it ({why}); remove {path.parent} to begin anew"
+    )

@@ -106,7 +106,7 @@ class Learner(Trainer):
             except _NotFinite:
                 self.standing.stopped = f"the loss is not finite at step {self.standing.step + 1}"
         self.accelerator.wait_for_everyone()
-        weights = state.load_weights(self.best)
+        weights = state.load_weights(self.best, self.learning)
         with torch.no_grad():
             for name, weight in self.learning.items():
                 weight.copy_(weights[name])

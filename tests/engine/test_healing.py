@@ -1,12 +1,12 @@
 """Distillation: what it promises of the model, of a run that is killed, and of what it refuses."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import tiny
 from support.close import assert_close
 from support.healing import WINDOW, draw, kl, logits, same_after_a_kill, shortened
@@ -17,7 +17,7 @@ from engine.artifacts import HealRecord
 from engine.checkpoint import open_checkpoint
 from engine.errors import InputError
 from engine.export.hf import prune
-from engine.healing import distil
+from engine.healing import distil, state
 from engine.healing.data import Data, read_data
 from engine.healing.heal import heal
 from engine.healing.settings import Settings
@@ -287,3 +287,31 @@ def test_records_survive_json(source, rng, tmp_path):
     record = heal(checkpoint, shortened(checkpoint), data, tmp_path / "out", settings, name="tiny")
     assert HealRecord.from_json(json.loads(json.dumps(record.to_json())), "here") == record
     assert (record.steps, record.keep, record.model) == (0, (0, 2, 3), "tiny")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "changes", "says"),
+    [
+        ({}, {"colour": 1}, "'colour' is not known"),
+        ({}, {"step": "x"}, "standing: step: expected int, found 'x'"),
+        ({}, {"losses": [None]}, "standing: losses: expected float, found None"),
+        ({}, None, "'standing'"),
+        ({"weight.a": None}, {}, r"tensor 'weight.a': expected \(3,\) torch.float32, found none"),
+        ({"weight.a": torch.zeros(1)}, {}, r"'weight.a': expected \(3,\) .* found \(1,\)"),
+        ({"exp_avg.a": torch.zeros(3, dtype=torch.int32)}, {}, "'exp_avg.a': .* torch.int32"),
+        ({"exp_avg_sq.a": None}, {}, "tensor 'exp_avg_sq.a'"),
+    ],
+)
+def test_a_damaged_standing_says_how_to_begin_anew(tensors, changes, says, tmp_path):
+    weights, file = {"a": torch.nn.Parameter(torch.ones(3))}, tmp_path / "training.safetensors"
+    optimiser = torch.optim.AdamW(weights.values())
+    weights["a"].sum().backward()
+    optimiser.step()
+    state.save(file, state.Standing(step=1, losses=[0.5]), weights, optimiser)
+    assert state.restore(file, weights, optimiser) == state.Standing(step=1, losses=[0.5])
+    found = load_file(file) | tensors
+    standing = {state.KEY: json.dumps(asdict(state.Standing()) | (changes or {}))}
+    kept = {name: tensor.clone() for name, tensor in found.items() if tensor is not None}
+    save_file(kept, file, {"format": "pt"} if changes is None else standing)
+    with pytest.raises(InputError, match=f"{file}: is not .*{says}.*; remove {tmp_path} to begin"):
+        state.restore(file, weights, optimiser)
