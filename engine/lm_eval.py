@@ -62,8 +62,12 @@ class ShallowLM(TemplateLM):
         max_gen_toks: int = 256,
         add_bos_token: bool | None = None,
         max_batch_size: int | None = None,  # lm-eval hands it to every model
+        trust_remote_code: bool = False,  # and this, asked for its data sets
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        if unknown:
+            raise InputError(f"model_args: {next(iter(unknown))!r} is not known")
         if plan is not None and (drop is not None or keep is not None):
             raise InputError("plan excludes drop and keep")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:

@@ -133,6 +133,7 @@ def test_by_its_command_with_layers_dropped(model, tasks, tmp_path):
         "--model_args", f"pretrained={model},dtype=float32,drop=1-2",
         "--tasks", "local_choices", "--include_path", str(tasks),
         "--output_path", str(tmp_path / "found"), "--log_samples", "--limit", "2",
+        "--trust_remote_code",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -151,6 +152,8 @@ def test_by_its_command_with_layers_dropped(model, tasks, tmp_path):
 def test_refusals(model, tmp_path):
     from engine.lm_eval import ShallowLM
 
+    with pytest.raises(InputError, match="model_args: 'foo' is not known"):
+        ShallowLM(pretrained=str(model), trust_remote_code=True, foo=1)
     with pytest.raises(InputError, match="plan excludes drop"):
         ShallowLM(pretrained=str(model), plan="plan.json", drop="1")
     with pytest.raises(InputError, match="batch_size: expected a number of at least 1, found auto"):
