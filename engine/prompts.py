@@ -21,7 +21,9 @@ def as_prompts(prompt: Any) -> tuple[list[Prompt], bool]:
     if isinstance(prompt, str):
         return [prompt], False
     given = listed(prompt, "prompt")
-    if len(given) == 0 or not isinstance(given[0], dict | int | float | complex):
+    if not given and getattr(prompt, "ndim", 0) == 1:  # of ids, where [] is of prompts
+        return [given], False
+    if not given or not isinstance(given[0], dict | int | float | complex):
         return [each if isinstance(each, str) else _single(each) for each in given], True
     return [_single(given)], False
 

@@ -28,6 +28,8 @@ WRONG = {
     "no data": torch.empty(3, dtype=torch.int64, device="meta"),
     "sparse": torch.eye(3).to_sparse(),
     "three dimensions": torch.ones(1, 1, 1, dtype=torch.int64),
+    "an empty tensor": torch.ones(0, dtype=torch.int64),
+    "an empty array": np.ones(0, dtype=np.int64),
     "a scalar tensor": torch.tensor(3),
     "a generator": (i for i in [3, 4]),
     "no ids": {"input_ids": None},
