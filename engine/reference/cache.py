@@ -10,6 +10,14 @@ from engine.errors import InputError
 _FIRST_CAPACITY = 64  # positions; doubled when full, so a token is copied at most once on average
 
 
+def check_room(batch: int, capacity: int | None) -> None:
+    """InputError for what no cache is made for."""
+    if batch < 1:
+        raise InputError(f"batch: expected at least 1 sequence, found {batch}")
+    if capacity is not None and capacity < 0:
+        raise InputError(f"capacity: expected at least 0 positions, found {capacity}")
+
+
 class Lengths:
     """How far each slot of each sequence is filled: what every cache shares.
 
@@ -19,8 +27,6 @@ class Lengths:
     """
 
     def __init__(self, config: ModelConfig, batch: int) -> None:
-        if batch < 1:
-            raise InputError(f"batch: expected at least 1 sequence, found {batch}")
         self.config = config
         self._lengths = torch.zeros(batch, len(config.layers), dtype=torch.int64)
 
@@ -39,13 +45,17 @@ class Lengths:
 
     def truncate(self, lengths: int | Sequence[int] | torch.Tensor) -> None:
         """Takes every sequence back to `lengths` ((B,) or one for all); longer is an error."""
-        wanted = torch.as_tensor(lengths, dtype=torch.int64).cpu().expand(self.batch)
-        if bool((wanted < 0).any()) or bool((wanted > self.positions).any()):
+        try:
+            wanted = torch.as_tensor(lengths).cpu().expand(self.batch)
+            fits = bool(((wanted >= 0) & (wanted <= self.positions)).all())
+        except (RuntimeError, TypeError, ValueError):  # no numbers, or not so many
+            fits = False
+        if not fits or wanted.is_floating_point():
             raise InputError(
-                f"truncate: expected lengths from 0 to {self.positions.tolist()}, "
-                f"found {wanted.tolist()}"
+                f"truncate: expected {self.batch} whole lengths from 0 to "
+                f"{self.positions.tolist()}, found {lengths}"
             )
-        torch.minimum(self.lengths, wanted[:, None], out=self.lengths)
+        torch.minimum(self.lengths, wanted[:, None].long(), out=self.lengths)
 
     def require(self, sequence: int, slots: Sequence[int]) -> None:
         """Raises unless each of these slots has seen all that the sequence has."""
@@ -70,6 +80,7 @@ class KVCache(Lengths):
         dtype: torch.dtype = torch.float32,
         capacity: int | None = None,
     ) -> None:
+        check_room(batch, capacity)
         super().__init__(config, batch)
         first = min(capacity or _FIRST_CAPACITY, config.max_context)
         shape = (batch, config.kv_heads, first, config.head_dim)

@@ -17,7 +17,7 @@ from engine.kernels import native
 from engine.kernels.w4.cpu import MODES, CpuWeight, isas
 from engine.kernels.w4.tiled import Tiled
 from engine.options import Slots
-from engine.reference.cache import Lengths
+from engine.reference.cache import Lengths, check_room
 from engine.reference.decoder import FOREIGN, check_cache, check_call, check_logits, mask_slots
 from engine.runtime import Times
 from engine.runtime.angles import Angles, Tables
@@ -135,8 +135,7 @@ class CpuRuntime:
         return found
 
     def new_cache(self, batch: int, capacity: int | None = None) -> CpuCache:
-        if batch < 1:
-            raise InputError(f"batch: expected at least 1 sequence, found {batch}")
+        check_room(batch, capacity)
         cache = CpuCache(self.config, self.decoder.new_cache(self.cache_dtype, batch))
         cache.pages.reserve(min(capacity or 1, self.config.max_context))
         return cache

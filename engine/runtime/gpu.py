@@ -11,6 +11,7 @@ from engine.kernels import overlap
 from engine.kernels.dtypes import name_of
 from engine.kernels.w4 import fused
 from engine.options import Sampling, Slots
+from engine.reference.cache import check_room
 from engine.reference.decoder import FOREIGN, check_cache, check_call, check_logits
 from engine.runtime import Times, too_many
 from engine.runtime.angles import DeviceAngles
@@ -104,6 +105,7 @@ class GpuRuntime:
         return self.weight_bytes - sum(t.nbytes for t in embedding)
 
     def new_cache(self, batch: int, capacity: int | None = None) -> GpuCache:
+        check_room(batch, capacity)
         cache = GpuCache(self.config, batch, self.arena)
         cache.reserve(min(capacity or 1, self.config.max_context))
         return cache

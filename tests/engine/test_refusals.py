@@ -43,6 +43,28 @@ def test_weights_that_are_no_numbers(backend, not_a_number):
         list(model.stream([3, 1, 4], max_new_tokens=2))
 
 
+@pytest.mark.parametrize("backend", [name for name in RUNTIMES if name in ("reference", "cpu")])
+def test_caches(backend, not_a_number):
+    runtime = engine.load(not_a_number, backend=backend).runtime
+    for room, said in (
+        ((0,), "batch: expected at least 1"),
+        ((1, -1), "capacity: expected at least"),
+    ):
+        with pytest.raises(InputError, match=said):
+            runtime.new_cache(*room)
+    cache = runtime.new_cache(2)
+    runtime.forward(torch.tensor([[3, 1], [3, 1]]), cache)
+    for lengths in (
+        torch.tensor([1, 1, 1]), torch.tensor([[1, 1]]), torch.tensor([1.5, 1]), float("nan"), 1.0,
+        3, -1, [1, 3], [1 << 70, 1], "x", None, [[1], [1, 1]], torch.tensor([1j, 1]),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=r"truncate: expected 2 whole .* to \[2, 2\], found"):
+            cache.truncate(lengths)
+    for lengths in (2, [2, 1], torch.tensor([2, 1]), torch.tensor([1], dtype=torch.int8)):
+        cache.truncate(lengths)
+    assert cache.lengths.eq(1).all()
+
+
 def test_commands_on_them(not_a_number, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(str(n % 150) for n in range(100)))

@@ -348,6 +348,7 @@ def test_bad_calls_leave_the_model_usable(rng, pair):
         r"ascending numbers in 0-1, found \[3\]": lambda: gpu.forward(one, cache, [3]),
         "'last' or 'all'": lambda: gpu.forward(one, cache, logits="none"),
         "at least 1 sequence": lambda: gpu.new_cache(0),
+        "at least 0 positions": lambda: gpu.new_cache(1, -1),
         "cache: expected one that this": lambda: gpu.forward(one, both.caches[1]),
         "found another's": lambda: gpu.forward(one, GpuCache(gpu.config, 2, strange)),
     }.items():
