@@ -1,5 +1,6 @@
 """Rows of the tables that terminal and page share."""
 
+import math
 from collections.abc import Callable, Iterator
 
 from engine.architecture.layers import format_layers
@@ -60,8 +61,8 @@ def budget_rows(found: Budget, bandwidth: float | None = None) -> Iterator[list[
         row("FLOPs a token", before["flops_per_token"], after["flops_per_token"], "{:.3e}".format),
     ]
     if bandwidth is not None:
-        if not bandwidth > 0:
-            raise InputError(f"bandwidth: expected more than 0 GB/s, found {bandwidth}")
+        if not 0 < bandwidth * 1e9 < math.inf:
+            raise InputError(f"bandwidth: expected a number of GB/s above 0, found {bandwidth}")
         old, new = (bandwidth * 1e9 / side["bytes_per_token"] for side in (before, after))
         last.append(row(f"tok/s at {bandwidth:g} GB/s", old, new, "{:,.1f}".format))
     yield last

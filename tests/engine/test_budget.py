@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import tiny
+from support.commands import refused
 
 from engine.checkpoint import open_checkpoint
 from engine.commands.budget import parse_bytes, read_model
@@ -123,6 +124,12 @@ def test_goes_to_json(tmp_path):
     found.save(tmp_path / "budget.json")
     raw = json.loads((tmp_path / "budget.json").read_text())
     assert raw["after"]["layers"] == 24 and raw["before"]["total_parameters"] > 2.7e9
+
+
+@pytest.mark.parametrize("number", ["inf", "nan", "0", "-3", "1e305"])
+def test_bandwidths_that_are_none(number):
+    says = f"bandwidth: expected a number of GB/s above 0, found {float(number)}"
+    refused(says, "budget", "--bandwidth", number)
 
 
 @pytest.mark.parametrize("size", ["8", "GB", "-1GB", "8 parsecs", "1e9GB", ""])
