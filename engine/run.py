@@ -131,7 +131,7 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Generate text, then a table of the speed; the last line is the record as JSON."""
-    check_writable(json_file)
+    check_writable(json_file, reads=(model, prompt_file, plan))
     asked = chosen(compare, peer_python or ()) if compare is not None else {}
     if sum(given is not None for given in (prompt, prompt_file, prompt_tokens)) > 1:
         raise InputError("--prompt, --prompt-file and --prompt-tokens exclude each other")

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -134,14 +134,26 @@ def check_new(path: Path) -> None:
         raise InputError(f"{path}: exists already; name a new one")
 
 
-def check_target(path: Path) -> None:
-    """InputError for what may not be replaced by a file: anything but a regular one."""
+def check_target(path: Path, reads: Iterable[str | Path | None] = ()) -> None:
+    """InputError for what may not be replaced by a file: anything but a regular one, and
+    what a command `reads`: files, or models, which may be directories."""
     path = Path(path)
     with naming(path):
         if not path.parent.is_dir():
             raise InputError(f"{path}: there is no directory {path.parent}")
         if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
             raise InputError(f"{path}: expected a regular file or none, found {_what(path)}")
+        if path.exists() and any(_holds(os.path.expanduser(each), path) for each in reads if each):
+            raise InputError(f"{path}: is read too; name another file")
+
+
+def _holds(read: str, path: Path) -> bool:
+    """Whether the file `path` is `read`, or lies in it, be it by a link as an adapter's base."""
+    if not os.path.isdir(read):
+        return os.path.exists(read) and path.samefile(read)
+    inside = (each for links in ("*", "*/*") for each in Path(read).glob(links) if each.is_file())
+    within = any(parent.samefile(read) for parent in path.resolve().parents)
+    return within or any(path.samefile(each) for each in inside)
 
 
 @contextmanager

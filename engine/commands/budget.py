@@ -46,7 +46,7 @@ def budget(
     from engine.pruning.budget import Storage, file_bytes
     from engine.pruning.budget import budget as compute
 
-    common.check_writable(json_file)
+    common.check_writable(json_file, reads=(model, plan))
     if paper:
         model = "llama-2-70b"
         drop, plan, keep = "39-78", None, None  # half of 80 layers, all but the last of the end

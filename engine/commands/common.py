@@ -1,5 +1,6 @@
 """What the commands share: their common options, and opening what they name."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,14 +69,17 @@ TextSource = Annotated[
 Column = Annotated[str, typer.Option(help="Of a .jsonl, .parquet or hub source.")]
 
 
-def check_writable(path: Path | None, *suffixes: str) -> None:
-    """Raises before any work is done for a file that could not be written after it."""
+def check_writable(
+    path: Path | None, *suffixes: str, reads: Iterable[str | Path | None] = ()
+) -> None:
+    """Raises before any work is done for a file that could not be written after it, or that the
+    command `reads`."""
     if path is not None and suffixes and path.suffix.lower() not in suffixes:
         raise InputError(f"{path}: expected a name that ends in {' or '.join(suffixes)}")
     if path is not None:
         from engine.scratch import check_target
 
-        check_target(path)
+        check_target(path, reads)
 
 
 def planned(path: Path, drop: str | None, keep: str | None) -> "Plan":

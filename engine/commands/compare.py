@@ -23,7 +23,7 @@ def compare(
     json_file: common.JsonFile = None,
 ) -> None:
     """Records of `engine eval` side by side, compared with the first; the last line is JSON."""
-    common.check_writable(json_file)
+    common.check_writable(json_file, reads=files)
     if len(files) < 2:
         raise InputError("compare: expected two records or more, found one")
     from engine.judgement import Comparison

@@ -75,7 +75,7 @@ def evaluate(
 
     One text alone gives an evaluation, anything more a judgement that holds an evaluation a text.
     """
-    common.check_writable(json_file)
+    common.check_writable(json_file, reads=(model, against, plan, choices, *(text or ())))
     if not health and (prompts is not None or new_tokens is not None):
         raise InputError("--prompts and --new-tokens are of --health, which is not asked for")
     contents = read_texts(text or [])

@@ -61,8 +61,8 @@ def plan(
     from engine.artifacts import Profile
     from engine.pruning import plan as rules
     from engine.runtime import check_backend
+    from engine.text.samples import source_files
 
-    common.check_writable(out)
     if rule not in RULES:
         raise InputError(f"rule: expected one of {', '.join(RULES)}, found {rule!r}")
     if metric not in METRICS:
@@ -72,6 +72,9 @@ def plan(
         raise InputError(f"patch: goes with --rule greedy, found --rule {rule}")
     found, work = Profile.load(profile_path), out.with_name(out.name + ".partial")
     total, text_hash, ref = len(found.layers), found.text_hash, model or found.model
+    runs = target_memory is not None or rule in ("greedy", "search")
+    reads = profile_path, ref if runs else None, *source_files(text)
+    common.check_writable(out, reads=reads)
     protected = protected_slots(found, protect)
     asked = count, fraction, max_distance, target_memory
     if rule == "manual" or drop is not None:

@@ -20,7 +20,7 @@ def plot(
     ] = None,
 ) -> None:
     """Draw the figure of a profile, a budget or evaluations; as .html, all figures and tables."""
-    common.check_writable(out, ".png", ".svg", ".html")
+    common.check_writable(out, ".png", ".svg", ".html", reads=files)
     if kind is not None and out.suffix.lower() == ".html":
         raise InputError("plot: a page holds every figure; --kind is for .png and .svg")
     from engine.report import page as report

@@ -60,9 +60,13 @@ def profile(
 ) -> None:
     """Measure how far every block of layers turns the residual stream (Gromov et al.)."""
     from engine.artifacts import Profile
+    from engine.text.samples import source_files
 
-    common.check_writable(out)
-    common.check_writable(report, ".html")
+    reads: list[str | Path] = [*paths, *source_files(text)]
+    common.check_writable(out, reads=reads)
+    common.check_writable(report, ".html", reads=reads)
+    if out is not None and report is not None and out.resolve() == report.resolve():
+        raise InputError(f"{out}: is --report too; name another file")
     found: Sequence[Shown]
     if show:
         if merge or out is not None:
@@ -78,6 +82,7 @@ def profile(
         part_of = parse_shard(shard)
         if shard is None and part_of[1] > 1:  # a launcher gives all its processes the same --out
             out = out.with_name(f"{out.stem}.{part_of[0]}-of-{part_of[1]}{out.suffix}")
+            common.check_writable(out, reads=reads)
         if report is not None and part_of[1] > 1:
             raise InputError("profile: a part has no --report; give it to --merge")
         sampling = {"count": samples, "column": column, "split": split, "bos": bos}

@@ -83,6 +83,16 @@ def is_running_text(source: str | None) -> bool:
     return source is None or not source.endswith((".jsonl", ".parquet")) and source[:4] != "hub:"
 
 
+def source_files(source: str | None) -> list[Path]:
+    """What a source is read from; nothing of the hub and of the built-in text."""
+    if source is None or source.startswith("hub:"):
+        return []
+    path = Path(source)
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES)
+
+
 def _pieces(source: str, column: str, split: str) -> Iterator[str]:
     if source.startswith("hub:"):
         yield from _hub_rows(source, column, split)
@@ -91,7 +101,7 @@ def _pieces(source: str, column: str, split: str) -> Iterator[str]:
     elif source.endswith(".parquet"):
         yield from _parquet_rows(Path(source), column)
     elif Path(source).is_dir():
-        files = sorted(p for p in Path(source).rglob("*") if p.suffix in TEXT_SUFFIXES)
+        files = source_files(source)
         if not files:
             raise InputError(f"{source}: expected files {', '.join(TEXT_SUFFIXES)}, found none")
         yield "\n\n".join(read_text_file(file) for file in files)

@@ -393,3 +393,61 @@ def test_parts_that_are_none(change, sentence, parts, tmp_path):
     sentence = sentence if sentence.startswith("merge") else f"{damaged}: profile-part: {sentence}"
     refused(sentence, "profile", "--merge", damaged, parts[1], "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def inputs(tree, tmp_path):
+    """A file of every kind that a command reads, and an adapter whose base is a link."""
+    names = ("a.gguf", "t.txt", "q.jsonl", "p.json", "other.json")
+    for name in names:
+        tmp_path.joinpath(name).write_text("mine")
+    for name in ("model", "texts/deep", "adapter"):
+        tmp_path.joinpath(name).mkdir(parents=True)
+    for name in ("model/config.json", "texts/deep/t.md", "texts/record.json"):
+        tmp_path.joinpath(name).write_text("mine")
+    tmp_path.joinpath("model/model.safetensors").symlink_to(tmp_path / "q.jsonl")
+    tmp_path.joinpath("adapter/base").symlink_to(tmp_path / "model")
+    tmp_path.joinpath("linked.gguf").hardlink_to(tmp_path / "a.gguf")
+    tmp_path.joinpath("profile.json").write_bytes(tree.joinpath("profile.json").read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "eval a.gguf --json a.gguf",
+        "eval ./a.gguf --json linked.gguf",
+        "eval model --text t.txt --json t.txt",
+        "eval model --choices q.jsonl --json q.jsonl",
+        "eval x --against a.gguf --json a.gguf",
+        "eval x --plan p.json --json p.json",
+        "run --model a.gguf --json a.gguf",
+        "run --model model --json model/config.json",
+        "run --model model --json q.jsonl",
+        "run --model adapter --json model/config.json",
+        "run --prompt-file t.txt --json t.txt",
+        "run --plan p.json --json p.json",
+        "profile a.gguf --out a.gguf",
+        "profile x --text t.txt --out t.txt",
+        "profile x --text texts --out texts/deep/t.md",
+        "profile p.json other.json --merge --out p.json",
+        "plan profile.json --count 2 --out profile.json",
+        "plan profile.json --count 2 --rule greedy --model a.gguf --out a.gguf",
+        "plan profile.json --count 2 --rule greedy --text t.txt --out t.txt",
+        "budget model --json model/config.json",
+        "budget --plan p.json --json p.json",
+        "compare p.json other.json --json other.json",
+    ],
+)
+def test_what_is_read_is_not_written(asked, inputs, monkeypatch):
+    monkeypatch.chdir(inputs)
+    before = {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()}
+    refused(f"{asked.split()[-1]}: is read too; name another file", *asked.split())
+    assert {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()} == before
+
+
+def test_two_outputs_are_two_files(inputs, monkeypatch):
+    monkeypatch.chdir(inputs)
+    refused("x.html: is --report too", "profile", "m", "--out", "x.html", "--report", "./x.html")
+    # No text is what only lies beside one.
+    refused("m: no such file", "profile", "m", "--text", "texts", "--out", "texts/record.json")
