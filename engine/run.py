@@ -6,7 +6,6 @@ if __name__ == "__main__":  # before the imports below, which take a second
     interrupt.watch()
 
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,6 +31,7 @@ from engine.commands.common import (
     Verbose,
     as_options,
     check_writable,
+    hand_out,
     open_model,
     planned,
 )
@@ -194,9 +194,7 @@ def run(
     output.show(*tables(record))
     for remark in remarks(record):
         output.say(remark)
-    if json_file is not None:
-        record.save(json_file)
-    print(json.dumps(record.to_json()), flush=True)
+    hand_out(record, json_file)
 
 
 def as_prompt(text: "Text", prompt: str, chat: bool | None) -> str | list[dict[str, str]]:

@@ -135,14 +135,17 @@ def check_new(path: Path) -> None:
 
 
 def check_target(path: Path, reads: Iterable[str | Path | None] = ()) -> None:
-    """InputError for what may not be replaced by a file: anything but a regular one, and
-    what a command `reads`: files, or models, which may be directories."""
+    """InputError for what may not be replaced by a file: anything but a regular one, what nobody
+    may write, and what a command `reads`: files, or models, which may be directories."""
     path = Path(path)
     with naming(path):
         if not path.parent.is_dir():
             raise InputError(f"{path}: there is no directory {path.parent}")
         if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
             raise InputError(f"{path}: expected a regular file or none, found {_what(path)}")
+        for place in (path, path.parent):
+            if place.exists() and not os.access(place, os.W_OK):
+                raise InputError(f"{path}: expected to write {place}, found it read-only")
         if path.exists() and any(_holds(os.path.expanduser(each), path) for each in reads if each):
             raise InputError(f"{path}: is read too; name another file")
 

@@ -1,6 +1,5 @@
 """`engine budget`: what dropping layers and bits saves, as a table and as JSON."""
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -58,9 +57,7 @@ def budget(
     show(found, bandwidth)
     if paper:
         show_paper(found)
-    if json_file is not None:
-        found.save(json_file)
-    print(json.dumps(found.to_json()))
+    common.hand_out(found, json_file)
 
 
 def kept_config(

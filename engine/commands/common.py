@@ -1,5 +1,6 @@
 """What the commands share: their common options, and opening what they name."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ from engine.errors import InputError
 if TYPE_CHECKING:
     from engine.api import Model
     from engine.architecture.config import ModelConfig
-    from engine.artifacts import Plan
+    from engine.artifacts import Artifact, Plan
     from engine.checkpoint import Checkpoint
     from engine.options import Options
     from engine.reference.decoder import Decoder
@@ -80,6 +81,16 @@ def check_writable(
         from engine.scratch import check_target
 
         check_target(path, reads)
+
+
+def hand_out(record: "Artifact", file: Path | None) -> None:
+    """The last line of a command as JSON, and `file` where --json names one: either is there even
+    where the other cannot be written."""
+    try:
+        print(json.dumps(record.to_json()), flush=True)
+    finally:
+        if file is not None:
+            record.save(file)
 
 
 def planned(path: Path, drop: str | None, keep: str | None) -> "Plan":

@@ -1,6 +1,5 @@
 """`engine compare`: what several models were judged by, side by side."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,9 +29,7 @@ def compare(
 
     found = Comparison.of(tuple(read(file) for file in files))
     show(found, [file.name for file in files])
-    if json_file is not None:
-        found.save(json_file)
-    print(json.dumps(found.to_json()))
+    common.hand_out(found, json_file)
 
 
 def read(path: Path) -> "Judgement":

@@ -16,9 +16,9 @@ def doctor(threads: common.Threads = None, json_file: common.JsonFile = None) ->
     found = examine(threads)
     show(found)
     line = json.dumps(found)
+    print(line, flush=True)
     if json_file is not None:
         write_text(json_file, line + "\n")
-    print(line)
 
 
 def examine(threads: int | None = None) -> dict[str, Any]:

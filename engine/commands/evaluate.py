@@ -1,6 +1,5 @@
 """`engine eval`: how good a model is at texts, questions and generation."""
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -108,9 +107,7 @@ def evaluate(
     show(judged)
     alone = len(contents) == 1 and judged.choices is judged.health is None
     result = next(iter(judged.texts.values())) if alone else judged
-    if json_file is not None:
-        result.save(json_file)
-    print(json.dumps(result.to_json()))
+    common.hand_out(result, json_file)
 
 
 def read_texts(paths: list[Path]) -> dict[str | None, str]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import secrets
 from types import SimpleNamespace
 
@@ -451,3 +452,22 @@ def test_two_outputs_are_two_files(inputs, monkeypatch):
     refused("x.html: is --report too", "profile", "m", "--out", "x.html", "--report", "./x.html")
     # No text is what only lies beside one.
     refused("m: no such file", "profile", "m", "--text", "texts", "--out", "texts/record.json")
+
+
+def test_what_may_not_be_written_is_said_first_and_no_record_is_lost(tree, tmp_path, monkeypatch):
+    from engine.artifacts import Evaluation
+
+    asked = "eval", tree / "model", "--text", tree / "text.txt", "--window", 16, "--json"
+    old = tmp_path / "old.json"
+    old.write_text("old")
+
+    def full(self, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Evaluation, "save", full)
+    code, out, err = call(*asked, old)
+    assert code == 2 and json.loads(out.splitlines()[-1])["kind"] == "evaluation"
+    assert err == f"engine: {old}: No space left on device\n"
+    for locked in (tmp_path, old):
+        monkeypatch.setattr("os.access", lambda *asked, locked=locked: asked != (locked, os.W_OK))
+        refused(f"old.json: expected to write {locked}, found it read-only", *asked, old)
