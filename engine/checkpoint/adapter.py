@@ -168,6 +168,12 @@ def weight_files(path: Path) -> list[Path]:
     ]
 
 
+def stamps(path: Path) -> list[tuple[str, int, int]]:
+    """What tells these weights from others that lay or will lie in the same place."""
+    found = [(file.resolve(), file.stat()) for file in weight_files(path)]
+    return [(str(file), stat.st_mtime_ns, stat.st_size) for file, stat in found]
+
+
 def base_path(path: Path) -> Path:
     """Of the model that an adapter's directory is for; InputError where it is not here."""
     name = read_json(path / CONFIG).get("base_model_name_or_path")

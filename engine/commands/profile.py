@@ -129,6 +129,7 @@ def run(
 ) -> "ProfilePart":
     """Runs the model over its samples; a killed run is found again beside `out`."""
     from engine.architecture.layers import kept_layers
+    from engine.checkpoint.adapter import stamps
     from engine.scratch import Scratch
     from engine.text import load_text
     from engine.text.samples import read_samples
@@ -141,7 +142,7 @@ def run(
 
     common.set_threads(threads)
     source = describe(model, checkpoint, config, taken, tokens, has_bos, shard)
-    work = Scratch(_work(out)).path
+    work = Scratch(_work(out), repr(stamps(path))).path
     with output.progress("layers" if stream else "samples") as progress:
         if stream:
             part = measure_streamed(

@@ -66,6 +66,7 @@ class Scores:
 
         import torch
 
+        from engine.checkpoint.adapter import stamps
         from engine.checkpoint.weights import lineage_hash
         from engine.pruning.remembered import Remembered
         from engine.pruning.score import PrefixScorer
@@ -79,7 +80,8 @@ class Scores:
         streams, where = open_streams(self.checkpoint, self.config, asked)
         output.say(f"scored on {where}")
         self.scorer = PrefixScorer(streams, torch.tensor(windows), asked.metric)
-        known = [lineage, self.found.architecture, self.found.layers, self.text_hash]
+        weights = stamps(self.checkpoint.path)
+        known = [lineage, weights, self.found.architecture, self.found.layers, self.text_hash]
         key = json.dumps([*known, asked.metric, asked.patch, where])
         self.scores = Remembered(self._score, self._prepare, work, key)
 

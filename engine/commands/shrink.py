@@ -232,7 +232,7 @@ class Run:
         }
 
     def _stages(self) -> list[Stage]:
-        from engine.checkpoint.adapter import weight_files
+        from engine.checkpoint.adapter import stamps
 
         asked, digest = self.asked, hashlib.sha256()
 
@@ -240,10 +240,8 @@ class Run:
             digest.update(repr(options).encode())
             return self.work / f"{kind}-{digest.hexdigest()[:12]}"
 
-        files = weight_files(self.path)
-        stamps = [(str(file.resolve()), file.stat().st_mtime_ns) for file in files]
         texts = [_stamp(source) for source in asked.text]
-        profile = named("profile", stamps, texts).with_suffix(".json")
+        profile = named("profile", stamps(self.path), texts).with_suffix(".json")
         plan = named("plan", asked.rule, asked.drop, asked.windows, asked.seed).with_suffix(".json")
         healed = named("healed", self.heal_options("weights"))
         packed = named("packed", asked.bits)

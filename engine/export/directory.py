@@ -16,7 +16,7 @@ from engine import scratch
 from engine.architecture.config import ModelConfig
 from engine.architecture.families import model_type
 from engine.checkpoint import safetensors
-from engine.checkpoint.adapter import weight_files
+from engine.checkpoint.adapter import stamps
 from engine.checkpoint.safetensors import SafetensorsFile
 from engine.checkpoint.weights import Stored, values
 from engine.errors import InputError
@@ -61,9 +61,9 @@ def begin_empty(out: Path, source: Path, config: ModelConfig, described: str) ->
     """The same without a file in it but the note of what the run is."""
     check_new(out)
     partial = out.with_name(out.name + ".partial")
-    stamps = [[str(file.resolve()), file.stat().st_mtime_ns] for file in weight_files(source)]
     layers = [entry.layer for entry in config.layers]
-    Scratch(partial, json.dumps({"source": stamps, "layers": layers, "config": described}))
+    key = {"source": stamps(source), "layers": layers, "config": described}
+    Scratch(partial, json.dumps(key))
     return partial
 
 

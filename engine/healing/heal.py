@@ -13,7 +13,7 @@ import torch
 from engine.architecture.config import ModelConfig
 from engine.artifacts import HEAL, HealRecord
 from engine.checkpoint import Checkpoint, open_checkpoint
-from engine.checkpoint.adapter import AdaptedCheckpoint
+from engine.checkpoint.adapter import AdaptedCheckpoint, stamps
 from engine.checkpoint.weights import lineage_hash
 from engine.errors import InputError
 from engine.export import hf, packed
@@ -163,10 +163,10 @@ class Healing:
     @property
     def key(self) -> str:
         """What tells this run from others that may lie in the same place."""
-        paths = [str(checkpoint.path.resolve()) for checkpoint in (self.pupil, self.source)]
+        weights = [stamps(checkpoint.path) for checkpoint in (self.pupil, self.source)]
         layers = [entry.layer for entry in self.config.layers]
         text = [self.data.hash, self.data.held_out_hash]
-        identity = [paths, self.lineage, layers, text, self.settings.to_json()]
+        identity = [weights, self.lineage, layers, text, self.settings.to_json()]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
     def healed(
@@ -220,7 +220,7 @@ class Healing:
     def known(self) -> str:
         """What tells text and teacher apart."""
         told = self.spoken.name if self.spoken else "reference"
-        return f"{self.data.hash} {self.lineage} {self.source.path.resolve()} {told}"
+        return f"{self.data.hash} {self.lineage} {stamps(self.source.path)} {told}"
 
     def extended(self, directory: Path) -> Data:
         """The text, and what the teacher writes."""

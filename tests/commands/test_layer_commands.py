@@ -73,6 +73,23 @@ def test_profile_is_shown_as_it_was_measured(tree):
         assert size == count and cells == pytest.approx(rescaled, abs=0.51)
 
 
+def test_a_killed_profile_goes_on_with_the_same_weights_alone(tree, tmp_path, monkeypatch):
+    noted = []
+
+    def killed(*_, resume, **__):
+        noted.append(resume.exists())
+        resume.touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("engine.pruning.profile.measure", killed)
+    for changes in (False, False, True):
+        if changes:
+            os.utime(tree / "model" / "model.safetensors")
+        asked = "profile", tree / "model", *sampling(tree), "--out", tmp_path / "p.json"
+        assert call(*asked)[0] == 130
+    assert noted == [False, True, False]
+
+
 def test_similarity_spares_the_protected_layers_and_says_so(tree, planned):
     profile = Profile.load(tree / "profile.json")
     guarded = default_protection(LAYERS)

@@ -1,6 +1,7 @@
 """`engine plan --rule greedy`: what it runs on, what it says, how it is taken up again."""
 
 import json
+import os
 import secrets
 
 import pytest
@@ -111,13 +112,17 @@ def test_a_killed_run_scores_only_what_is_left(tree, tmp_path, monkeypatch, opti
     assert found == whole
 
 
-def test_what_another_run_left_is_not_believed(tree, tmp_path, monkeypatch):
+@pytest.mark.parametrize("other", ["metric", "weights"])
+def test_what_another_run_left_is_not_believed(other, tree, tmp_path, monkeypatch):
     first = killed_after(monkeypatch, 3)
     with pytest.raises(Killed):
         call(*arguments(tree, tmp_path / "plan.json"))
     monkeypatch.undo()
     seen = killed_after(monkeypatch, 1000)
-    assert call(*arguments(tree, tmp_path / "plan.json", "--metric", "loss"))[0] == 0
+    if other == "weights":
+        os.utime(tree / "llama" / "model.safetensors")
+    options = ("--metric", "loss") if other == "metric" else ()
+    assert call(*arguments(tree, tmp_path / "plan.json", *options))[0] == 0
     assert seen[:3] == first and len(seen) == 5 + 4
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import tiny
 from support.close import assert_close
-from support.healing import WINDOW, draw, kl, logits, same_after_a_kill, shortened
+from support.healing import WINDOW, draw, killing, kl, logits, same_after_a_kill, shortened
 from tokenizers import processors
 
 from engine.api import load
@@ -146,6 +146,23 @@ def test_a_killed_run_comes_to_the_same_bits(source, rng, tmp_path):
     straight = same_after_a_kill(checkpoint, config, data, tmp_path, settings)
     other = heal(checkpoint, config, data, tmp_path / "c", replace(settings, seed=1))
     assert other.losses != straight.losses
+
+
+def test_other_weights_in_the_same_place_begin_anew(source, rng, tmp_path):
+    """Though their norms, and so their lineage, are the same: the run and the teacher's words."""
+    checkpoint = source("llama")
+    config, data = shortened(checkpoint), draw(checkpoint, rng)
+    kept = {"cache": tmp_path / "cache"}
+    with pytest.raises(KeyboardInterrupt):
+        heal(checkpoint, config, data, tmp_path / "a", SETTINGS, reporting=killing, **kept)
+    file = tmp_path / "model" / "model.safetensors"
+    weights = {name: tensor * (1 + ("proj" in name)) for name, tensor in load_file(file).items()}
+    file.unlink()
+    save_file(weights, file, {"format": "pt"})
+    changed = open_checkpoint(tmp_path / "model")
+    again = heal(changed, config, data, tmp_path / "a", SETTINGS, **kept)
+    anew = heal(changed, config, data, tmp_path / "b", SETTINGS)
+    assert (again.lineage, again.losses) == (anew.lineage, anew.losses)
 
 
 def test_a_loss_that_is_no_number_ends_it_with_the_last_good_weights(
