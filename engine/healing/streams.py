@@ -15,7 +15,7 @@ from engine.architecture.config import ModelConfig
 from engine.checkpoint import Checkpoint
 from engine.reference.cache import KVCache
 from engine.reference.decoder import load_decoder
-from engine.reference.stream import storage
+from engine.reference.stream import marked
 
 
 def strayed(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
@@ -48,11 +48,10 @@ class Streams:
         self.decoder = load_decoder(teacher, config, device, dtype)
         directory.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256(f"{name} {self.ends} {dtype}".encode()).hexdigest()[:16]
-        path = directory / f"streams-{digest}"
         shape = len(windows), len(ends), windows.shape[1], config.hidden_size
-        size = torch.Size(shape).numel()
-        self.values = storage(size, torch.bfloat16, 0, path.with_suffix(".values")).view(shape)
-        self.done = storage(len(windows), torch.uint8, 0, path.with_suffix(".done"))
+        self.values, self.done = marked(
+            directory / f"streams-{digest}", len(windows), values=(torch.bfloat16, shape)
+        )
 
     def __call__(self, window: int) -> torch.Tensor:
         """(cuts, W, D) float32 of a window."""

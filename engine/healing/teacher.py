@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from engine.reference.stream import storage
+from engine.reference.stream import marked
 
 Logits = Callable[[torch.Tensor], torch.Tensor]  # tokens (1, W) -> (1, W, V) float32
 
@@ -75,14 +75,12 @@ class Teacher:
         directory.mkdir(parents=True, exist_ok=True)
         count, width = windows.shape
         digest = hashlib.sha256(f"{name} {self.top}".encode()).hexdigest()[:16]
-
-        def mapped(kind: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-            path = directory / f"teacher-{digest}.{kind}"
-            return storage(torch.Size(shape).numel(), dtype, 0, path).view(shape)
-
-        self.values = mapped("values", torch.float16, count, width, self.top + 1)
-        self.indices = mapped("indices", torch.int32, count, width, self.top)
-        self.done = mapped("done", torch.uint8, count)
+        self.values, self.indices, self.done = marked(
+            directory / f"teacher-{digest}",
+            count,
+            values=(torch.float16, (count, width, self.top + 1)),
+            indices=(torch.int32, (count, width, self.top)),
+        )
 
     @torch.no_grad()
     def __call__(self, window: int, logits: Logits) -> tuple[torch.Tensor, torch.Tensor]:

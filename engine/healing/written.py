@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from engine.options import Options
-from engine.reference.stream import storage
+from engine.reference.stream import marked
 
 PROMPT = 16  # tokens
 ROWS = 32  # at once
@@ -55,8 +55,7 @@ def written(
     digest = hashlib.sha256(f"{name} {count} {width} {seed} {bos}".encode()).hexdigest()[:16]
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"written-{digest}"
-    rows = storage(count * width, torch.int32, 0, path.with_suffix(".rows")).view(count, width)
-    done = storage(count, torch.uint8, 0, path.with_suffix(".done"))
+    rows, done = marked(path, count, rows=(torch.int32, (count, width)))
     given = prompts(windows, count, bos)
     for start in range(0, count, ROWS):
         taken = slice(start, min(start + ROWS, count))

@@ -48,6 +48,26 @@ def storage(
         return torch.from_file(file.name, shared=True, size=size, dtype=dtype)
 
 
+def marked(
+    path: Path, count: int, **parts: tuple[torch.dtype, tuple[int, ...]]
+) -> tuple[torch.Tensor, ...]:
+    """Tensors in the files `path`.NAME, by dtype and shape, and in `path`.done the marks (count,)
+    of what is whole in them: none where one of the files was not there, or of another size."""
+    done, found = path.with_suffix(".done"), []
+    if not all(
+        _whole(path.with_suffix(f".{name}"), math.prod(shape), dtype)
+        for name, (dtype, shape) in parts.items()
+    ):
+        done.unlink(missing_ok=True)
+    for name, (dtype, shape) in parts.items():
+        found.append(storage(math.prod(shape), dtype, 0, path.with_suffix(f".{name}")).view(shape))
+    return *found, storage(count, torch.uint8, 0, done)
+
+
+def _whole(path: Path, size: int, dtype: torch.dtype) -> bool:
+    return path.is_file() and path.stat().st_size == size * dtype.itemsize
+
+
 class HiddenStates:
     """The residual streams of all batches between two layers.
 
@@ -68,6 +88,9 @@ class HiddenStates:
         self.slot = self._noted()
         sizes = [math.prod(shape) for shape in shapes]
         paths = [None] if directory is None else [directory / f"hidden.{i}" for i in range(2)]
+        if self._note and not all(path and _whole(path, sum(sizes), dtype) for path in paths):
+            self._note.unlink(missing_ok=True)
+            self.slot = -1
         self._buffers = [
             [piece.view(shape) for piece, shape in zip(flat.split(sizes), shapes, strict=True)]
             for flat in (storage(sum(sizes), dtype, limit_bytes, path) for path in paths)

@@ -1,6 +1,7 @@
 """Distillation: what it promises of the model, of a run that is killed, and of what it refuses."""
 
 import json
+import os
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -49,6 +50,22 @@ def test_the_bins_hold_the_whole_loss(rng, tmp_path):
     assert asked == [2, 0]
     Teacher(windows, 64, 1000, tmp_path, "another text")(2, ask)
     assert asked == [2, 0, 2]
+
+
+@pytest.mark.parametrize("kind", ["values", "indices", "done"])
+@pytest.mark.parametrize("damage", ["gone", "short"])
+def test_what_a_damaged_cache_lacks_is_asked_for_again(kind, damage, rng, tmp_path):
+    teacher, windows, asked = torch.randn(1, WINDOW, 99, generator=rng), torch.zeros(2, WINDOW), []
+
+    def ask(tokens):
+        asked.append(tokens)
+        return teacher
+
+    expected, _ = Teacher(windows, 9, 99, tmp_path, "")(1, ask)
+    (file,) = tmp_path.glob(f"*.{kind}")
+    file.unlink() if damage == "gone" else os.truncate(file, 1)
+    found, _ = Teacher(windows, 9, 99, tmp_path, "")(1, ask)
+    assert torch.equal(found, expected) and len(asked) == 2
 
 
 def test_the_gradient_of_the_loss(rng):

@@ -100,7 +100,8 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     assert calls[first] > calls[first - 1], "samples were run again"
 
 
-def test_a_killed_stream_goes_on(tmp_path):
+@pytest.mark.parametrize("lost", [None, "hidden.0", "hidden.1"])
+def test_a_killed_stream_goes_on(lost, tmp_path):
     case = Case("gemma3", tmp_path, 1)
     work = tmp_path / "work"
     work.mkdir()
@@ -118,10 +119,14 @@ def test_a_killed_stream_goes_on(tmp_path):
 
     with pytest.raises(Killed):
         run(progress=kill)
+    if lost:  # then it begins anew, and does so again after a kill
+        work.joinpath(lost).unlink()
+        with pytest.raises(Killed):
+            run(progress=lambda *_: kill(3, 0))
     seen = []
     again = merge([run(progress=lambda boundary, _: seen.append(boundary))])
     assert again == whole
-    assert seen[0] == 3, "the run did not go on where it was"
+    assert seen[0] == (0 if lost else 3), "the run did not go on where it was"
 
 
 def test_shards_join_exactly(case):
