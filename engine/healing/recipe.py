@@ -58,7 +58,8 @@ PAPER = (
 def recipe_of(config: ModelConfig) -> Recipe:
     """That of the nearest size among models of its family, of Llama 2 where the paper has none.
 
-    The size is that of the whole model, all layers; the window is at most its context.
+    The size is that of the whole model, all layers; the window is at most its context, the rank
+    its width.
     """
     family = "qwen" if config.family in ("qwen2", "qwen3") else config.family
     rows = [row for row in PAPER if row.family == family]
@@ -66,7 +67,7 @@ def recipe_of(config: ModelConfig) -> Recipe:
     size = parameters(config)
     nearest = min(rows, key=lambda row: abs(math.log(row.size / size)))
     window = min(nearest.window, config.max_context)
-    return Recipe(family, size, window, nearest.lr, nearest.rank)
+    return Recipe(family, size, window, nearest.lr, min(nearest.rank, config.hidden_size))
 
 
 def parameters(config: ModelConfig) -> int:

@@ -18,6 +18,10 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 _POSITIVE = (
     "steps", "minutes", "lr", "qlora_lr", "batch_tokens", "top", "check_every", "rank",
 )  # fmt: skip
+_MOST = {  # of what is counted: more takes years, or numbers that no array has
+    "steps": 1 << 31, "check_every": 1 << 31, "batch_tokens": 1 << 24, "written": 1 << 31,
+    "own": 1 << 31,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,10 @@ class Settings:
                 said = name.removeprefix("qlora_")
                 wanted = "a finite number" if value == float("inf") else "more than 0"
                 raise InputError(f"{said}: expected {wanted}, found {value}")
+        for name, most in _MOST.items():
+            if (getattr(self, name) or 0) > most:
+                said = "self" if name == "written" else name
+                raise InputError(f"{said}: expected at most {most}, found {getattr(self, name)}")
         if self.window < 2:
             raise InputError(f"window: expected at least 2 tokens, found {self.window}")
         if self.trained and self.steps is None and self.minutes is None:
@@ -138,6 +146,11 @@ def check_model(settings: Settings, config: ModelConfig, has_teacher: bool) -> N
         raise InputError(
             f"window: expected up to the model's context of {config.max_context}, "
             f"found {settings.window}"
+        )
+    low_rank = settings.train == "lora" or "qlora" in settings.methods
+    if low_rank and settings.rank > config.hidden_size:
+        raise InputError(
+            f"rank: expected up to the model's width of {config.hidden_size}, found {settings.rank}"
         )
     if settings.train == "scales" and settings.methods != ("distil",):
         raise InputError("train scales: is done by distil alone; give --method distil")

@@ -138,6 +138,19 @@ def test_text_of_its_own(tree, tmp_path):
         ("method: linear and scale come before qlora", ("--method", "qlora,linear")),
         ("lr: expected more than 0, found 0.0", ("--drop", 2, "--method", "qlora", "--lr", 0)),
         ("rank: expected more than 0, found 0", ("--drop", 2, "--method", "qlora", "--rank", 0)),
+        ("steps: expected at most", ("--drop", 2, "--steps", 10**400)),
+        ("self: expected at most 2147483648, found 9999", ("--drop", 2, "--self", 10**20 - 1)),
+        ("own: expected at most", ("--drop", 2, "--own", 10**20)),
+        ("batch_tokens: expected at most 16777216", ("--drop", 2, "--batch-tokens", 10**20)),
+        ("check_every: expected at most", ("--drop", 2, "--check-every", 10**20)),
+        (
+            "rank: expected up to the model's width of 48, found 49",
+            ("--drop", 2, "--train", "lora", "--rank", 49),
+        ),
+        (
+            "rank: expected up to the model's width",
+            ("--drop", 2, "--method", "qlora", "--rank", 10**6),
+        ),
         ("check_every: expected more than 0", ("--drop", 2, "--check-every", 0)),
         ("adapter: stays beside its base where qlora is the last", ("--drop", 2, "--adapter")),
         (
