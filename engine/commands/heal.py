@@ -7,7 +7,7 @@ import typer
 
 from engine.commands import common, output
 from engine.errors import InputError
-from engine.healing.place import check_new
+from engine.healing.place import check_cache, check_new
 from engine.healing.settings import RATES, Settings, check_model
 
 if TYPE_CHECKING:
@@ -202,6 +202,8 @@ def heal(
         kept = "--adapter" if adapter else "--train scales"
         raise InputError(f"dtype: a packed model keeps its own, so it excludes {kept}")
     check_files(out, text or [], held_out)
+    if cache is not None:
+        check_cache(cache)
     chosen = drop if plan is None else common.planned(plan, drop, None)
     path, checkpoint = common.open_checkpoint(model)
     config = choose_layers(checkpoint, chosen)

@@ -22,7 +22,7 @@ from engine.healing.data import Data, perplexity
 from engine.healing.distil import distil, unit
 from engine.healing.own import avoiding, digest, mixed, own_windows, second
 from engine.healing.patch import patch
-from engine.healing.place import check_new, place_of
+from engine.healing.place import check_cache, check_new, place_of
 from engine.healing.qlora import check_installed, qlora
 from engine.healing.replaced import Replaced
 from engine.healing.scales import ScaleStudent, check_packed
@@ -93,8 +93,8 @@ def heal(
         check_installed()
     check_model(settings, config, teacher is not None)
     check_place(source, config, out)
-    if cache is not None and cache.exists() and not cache.is_dir():
-        raise InputError(f"cache: expected a directory, {cache} is a file")
+    if cache is not None:
+        check_cache(cache)
     if settings.train == "scales":
         check_packed(pupil)
     settings = settings.on(device)

@@ -151,6 +151,7 @@ def test_text_of_its_own(tree, tmp_path):
             "rank: expected up to the model's width",
             ("--drop", 2, "--method", "qlora", "--rank", 10**6),
         ),
+        ("cache: expected a directory of its own", ("--drop", 2, "--cache", "")),
         ("check_every: expected more than 0", ("--drop", 2, "--check-every", 0)),
         ("adapter: stays beside its base where qlora is the last", ("--drop", 2, "--adapter")),
         (

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -271,15 +272,27 @@ def test_a_teacher_of_its_own(source, rng, tmp_path):
         heal(pupil, pupil.config, data, tmp_path / "c", linear, teacher=checkpoint)
 
 
-def test_a_cache_that_is_a_file(source, rng, tmp_path):
-    checkpoint, file = source("llama"), tmp_path / "file"
-    file.touch()
-    with pytest.raises(InputError, match="cache: expected a directory, .*file is a file"):
-        heal(
-            checkpoint, shortened(checkpoint), draw(checkpoint, rng), tmp_path / "out", SETTINGS,
-            cache=file,
-        )  # fmt: skip
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model"]
+@pytest.mark.parametrize(
+    ("cache", "sentence"),
+    [
+        ("file", "expected a directory, .*file is a file"),
+        ("file/in/it", "expected a directory, .*file is a file"),
+        ("", "expected a directory of its own, found the current one"),
+        ("model", "expected a directory of its own, found config.json in .*model"),
+        ("locked/in/it", "expected to write .*locked, found it read-only"),
+    ],
+)
+def test_a_cache_that_is_none(cache, sentence, source, rng, tmp_path, monkeypatch):
+    checkpoint = source("llama")
+    data = draw(checkpoint, rng)
+    tmp_path.joinpath("file").touch()
+    tmp_path.joinpath("locked").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path / "locked")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=f"cache: {sentence}"):
+        heal(checkpoint, shortened(checkpoint), data, tmp_path / "out", SETTINGS, cache=Path(cache))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_order_is_every_window_once_an_epoch(rng):
