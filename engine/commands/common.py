@@ -1,6 +1,7 @@
 """What the commands share: their common options, and opening what they name."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -81,6 +82,15 @@ def check_writable(
         from engine.scratch import check_target
 
         check_target(path, reads)
+
+
+def check_once(texts: Iterable[str | Path]) -> None:
+    """InputError for a text that is given twice, under whatever names."""
+    seen: set[str] = set()
+    for text in texts:
+        if (place := os.path.realpath(text)) in seen:
+            raise InputError(f"{text}: the text is given twice")
+        seen.add(place)
 
 
 def hand_out(record: "Artifact", file: Path | None) -> None:

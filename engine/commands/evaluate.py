@@ -114,10 +114,8 @@ def read_texts(paths: list[Path]) -> dict[str | None, str]:
     """What to predict by the file it is in; the built-in text, of None, where there is no file."""
     from engine.text import heldout_text, read_text_file
 
-    names = [str(path) for path in paths]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"{twice[0]}: the text is given twice")
-    return {name: read_text_file(name) for name in names} or {None: heldout_text()}
+    common.check_once(paths)
+    return {str(path): read_text_file(path) for path in paths} or {None: heldout_text()}
 
 
 def show(judged: "Judgement") -> None:

@@ -290,7 +290,9 @@ def check_files(out: Path, text: list[str], held_out: str | None) -> None:
         raise InputError(f"{out}: there is no directory {out.parent}")
     if not text:
         raise InputError("text: expected a text to learn from, found none; give --text")
-    for source in (*text, *([held_out] if held_out else [])):
+    sources = [*text, *([held_out] if held_out else [])]
+    common.check_once(sources)
+    for source in sources:
         if not source.startswith("hub:") and not Path(source).exists():
             raise InputError(f"{source}: expected a text file, found none")
 

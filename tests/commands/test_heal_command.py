@@ -198,6 +198,9 @@ def test_refusals_of_what_is_named(tree, tmp_path):
     refused("exists already", *asked(tree, tmp_path, *dropped))
     refused("there is no directory", *asked(tree, tmp_path / "no" / "out", *dropped))
     refused("text: expected a text to learn from", "heal", tree / "model", out, *dropped)
+    text = tree / "model" / ".." / "text.txt"
+    for option in ("--text", "--held-out"):
+        refused("../text.txt: the text is given twice", *asked(tree, out, *dropped, option, text))
     refused("found neither", *asked(tree, out, "--drop", 2, "--method", "distil"))
     refused(
         "expected text, found an empty", *asked(tree, out, *dropped, "--text", tree / "empty.txt")
