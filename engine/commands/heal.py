@@ -197,6 +197,16 @@ def heal(
         residual=residual,
         precision=precision,
     )
+    if not settings.trained:
+        asked: dict[str, object] = {
+            "steps": steps, "minutes": minutes, "lr": lr, "rank": rank, "cache": cache,
+            "batch_tokens": batch_tokens, "check_every": check_every, "train": train,
+            "precision": precision,
+        }  # fmt: skip
+        usual = {name: getattr(Settings, name) for name in ("check_every", "train", "precision")}
+        for name, value in asked.items():
+            if value != usual.get(name):
+                raise InputError(f"{name}: says nothing with --method {method}")
     check_backend(None, dtype)
     if dtype is not None and (adapter or train == "scales"):
         kept = "--adapter" if adapter else "--train scales"

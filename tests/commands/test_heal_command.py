@@ -192,6 +192,27 @@ def test_refusals(sentence, options, tree, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("steps", 3),
+        ("minutes", 1),
+        ("lr", 1e-4),
+        ("rank", 16),
+        ("cache", "cache"),
+        ("batch-tokens", 32),
+        ("check-every", 3),
+        ("train", "norms"),
+        ("precision", "float32"),
+    ],
+)
+def test_what_says_nothing_without_training_is_refused(option, value, tree, tmp_path):
+    fitted = asked(tree, tmp_path / "out", "--drop", 2, "--window", 16, "--method", "linear")
+    said = f"{option.replace('-', '_')}: says nothing with --method linear"
+    refused(said, *fitted, f"--{option}", value)
+    assert not list(tmp_path.iterdir())
+
+
 def test_refusals_of_what_is_named(tree, tmp_path):
     out = tmp_path / "out"
     dropped = *TRAINED, "--drop", 2
