@@ -17,6 +17,7 @@ from engine.scratch import Scratch, write_text
 
 if TYPE_CHECKING:
     from engine.benchmark.speed import RunRecord
+    from engine.evaluate import Asked as Judging
     from engine.progress import Joint
     from engine.report.shrunk import Shrunk
 
@@ -181,14 +182,15 @@ class Run:
 
     def check(self) -> None:
         """Refuses what a later stage would refuse."""
-        from engine.commands.evaluate import read_texts
         from engine.commands.plan import RULES
-        from engine.commands.quantize import as_recipe
-        from engine.evaluate.health import prompts
+        from engine.commands.quantize import LENGTH, as_recipe
+        from engine.commands.scores import Asked as Scored
+        from engine.commands.scores import read_windows
+        from engine.evaluate.judge import check
+        from engine.healing.data import read_data
         from engine.healing.settings import Settings
         from engine.pruning.plan import check_count, default_protection
         from engine.text import load_text
-        from engine.text.questions import read_questions
         from engine.text.samples import read_samples
 
         asked, context = self.asked, self.config.max_context
@@ -209,13 +211,15 @@ class Run:
             check_count(total, int(asked.drop), default_protection(total))
         else:
             self.config.keep(_kept(total, asked.drop))
-        for source in asked.text:
-            read_samples(source, load_text(self.path), 2, most=1)
-        read_texts(list(asked.judge_text))
-        if asked.prompts:
-            prompts(asked.prompts)
-        if asked.choices is not None:
-            list(read_questions(asked.choices))
+        judged, text = judging(asked, context), load_text(self.path)
+        sources = asked.text or (None,)
+        if asked.drop.isdecimal() and asked.rule in ("greedy", "search"):
+            scored = Scored(asked.model, sources[0], windows=asked.windows)
+            read_windows(scored, self.config, text)
+        read_data(sources, None, text, self.window)
+        if asked.text:
+            read_samples(sources[0], text, min(LENGTH, context), most=1)
+        check(text, judged, context)
 
     def heal_options(self, trained: str) -> dict[str, Any]:
         """Of the two healings, of weights and of scales, which share the minutes."""
@@ -314,10 +318,10 @@ class Run:
         )  # fmt: skip
 
     def _quantize(self, out: Path) -> None:
-        from engine.commands.quantize import quantize
+        from engine.commands.quantize import LENGTH, quantize
 
         bits = None if self.asked.bits == 4 else self.asked.bits
-        length = min(512, self.config.max_context)
+        length = min(LENGTH, self.config.max_context)
         quantize(
             str(self.healed), out, bits=bits, text=self.source if self.asked.text else None,
             length=length, threads=self.asked.threads,
@@ -361,24 +365,15 @@ class Run:
         self.scaled.replace(self.out)
 
 
-def judge_one(asked: Asked, name: str, label: str, ref: str, directory: Path) -> None:
-    """`name`.json, how well the model at `ref` speaks, and `name`-speed.json, how fast it runs.
-
-    The records call it `label`: where it lies now is not where it will.
-    """
-    from engine.benchmark.speed import benchmark
+def judging(asked: Asked, context: int) -> "Judging":
+    """What a model of this context is to be judged by."""
     from engine.commands.evaluate import read_texts
     from engine.evaluate import Asked as Judging
-    from engine.evaluate import judge
     from engine.evaluate.health import LAST, NEW_TOKENS
-    from engine.options import Options
-    from engine.text import default_text
     from engine.text.questions import read_questions
 
-    opened, load_ms = common.open_model(ref, asked.threads)
-    context = opened.config.max_context
     new_tokens = min(NEW_TOKENS, context - 64)
-    judging = Judging(
+    return Judging(
         read_texts(list(asked.judge_text)),
         window=min(512, context),
         questions=() if asked.choices is None else tuple(read_questions(asked.choices)),
@@ -386,7 +381,22 @@ def judge_one(asked: Asked, name: str, label: str, ref: str, directory: Path) ->
         prompts=asked.prompts if asked.prompts and new_tokens >= LAST else None,
         new_tokens=new_tokens,
     )
-    judge(opened.runtime, opened.text, judging, name=label, progress=output.progress).save(
+
+
+def judge_one(asked: Asked, name: str, label: str, ref: str, directory: Path) -> None:
+    """`name`.json, how well the model at `ref` speaks, and `name`-speed.json, how fast it runs.
+
+    The records call it `label`: where it lies now is not where it will.
+    """
+    from engine.benchmark.speed import benchmark
+    from engine.evaluate import judge
+    from engine.options import Options
+    from engine.text import default_text
+
+    opened, load_ms = common.open_model(ref, asked.threads)
+    context = opened.config.max_context
+    judged = judging(asked, context)
+    judge(opened.runtime, opened.text, judged, name=label, progress=output.progress).save(
         directory / f"{name}.json"
     )
     prompt, new = (min(size, context // 2) for size in SPEED_TOKENS)

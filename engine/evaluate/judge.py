@@ -55,7 +55,10 @@ def judge(
 ) -> Judgement:
     """`second`, the whole model, named `against`, says what is left of it. `name` of the model and
     `rule` that chose its layers are recorded. Raises `InputError` before anything has run."""
-    check(runtime, text, asked, second)
+    limits = [each.config.max_context for each in (runtime, second) if each is not None]
+    if second is not None:
+        check_vocabularies(runtime, second)
+    check(text, asked, min(limits))
     texts = {}
     for source, content in asked.texts.items():
         with progress(f"positions of {source or BUILT_IN}") as report:
@@ -74,14 +77,12 @@ def judge(
     return Judgement.of(texts, against, choices, health)
 
 
-def check(runtime: Runtime[Any], text: Text, asked: Asked, second: Runtime[Any] | None) -> None:
-    """InputError for whatever could not be judged."""
-    if second is not None:
-        check_vocabularies(runtime, second)
-    limits = [each.config.max_context for each in (runtime, second) if each is not None]
-    limit, bos = min(limits), bool(bos_prefix(text, asked.bos))
-    for content in asked.texts.values():
-        cut_windows(text, content, asked.window, asked.count, bos, limit)
+def check(text: Text, asked: Asked, limit: int) -> None:
+    """InputError for whatever a model of this tokenizer and context could not be judged by."""
+    bos = bool(bos_prefix(text, asked.bos))
+    for source, content in asked.texts.items():
+        where = source or BUILT_IN
+        cut_windows(text, content, asked.window, asked.count, bos, limit, where)
     encode_questions(text, asked.questions, asked.bos, limit)
     if asked.prompts is not None:
         encode_prompts(text, asked.prompts, asked.new_tokens, asked.bos, limit)

@@ -98,7 +98,13 @@ def check_vocabularies(runtime: Runtime[Any], second: Runtime[Any]) -> None:
 
 
 def cut_windows(
-    text: Text, content: str, window: int, count: int | None, bos: bool, max_context: int
+    text: Text,
+    content: str,
+    window: int,
+    count: int | None,
+    bos: bool,
+    max_context: int,
+    where: str = "the text",
 ) -> torch.Tensor:
     """The windows that `evaluate` runs: (windows, window) int64. Raises `InputError`."""
     if not 2 <= window <= max_context:
@@ -113,7 +119,7 @@ def cut_windows(
     available = len(ids) // width
     if available < (count or 1):
         raise InputError(
-            f"the text has {len(ids)} tokens; {count or 1} windows of {width} need "
+            f"{where} has {len(ids)} tokens; {count or 1} windows of {width} need "
             f"{(count or 1) * width}"
         )
     count = count or available

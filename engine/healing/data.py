@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from engine.errors import InputError
 from engine.text import Text
-from engine.text.samples import is_running_text, read_samples
+from engine.text.samples import BUILT_IN, is_running_text, read_samples
 
 MOST = 20_000  # windows or rows of a source; a dataset of the hub may have no end
 LONGEST_ROW = 1 << 20  # tokens
@@ -60,9 +60,14 @@ class Data:
 
 
 def read_data(
-    sources: Sequence[str], held_out: str | None, text: Text, window: int, column: str = "text"
+    sources: Sequence[str | None],
+    held_out: str | None,
+    text: Text,
+    window: int,
+    column: str = "text",
 ) -> Data:
-    """Every source packed into windows; without `held_out` the tail of each is held out."""
+    """Every source packed into windows, None being the built-in text; without `held_out` the tail
+    of each is held out."""
     if not sources:
         raise InputError("text: expected a text to learn from, found none")
     learnt, tails = [], []
@@ -70,7 +75,9 @@ def read_data(
         windows = pack(source, text, window, column)
         tail = 0 if held_out else max(1, min(HELD_OUT, len(windows) // 20))
         if tail >= len(windows):
-            raise InputError(f"{source}: expected 2 windows of {window} tokens, found 1")
+            raise InputError(
+                f"{source or BUILT_IN}: expected 2 windows of {window} tokens, found 1"
+            )
         learnt.append(windows[: len(windows) - tail])
         tails.append(windows[len(windows) - tail :])
     apart = pack(held_out, text, window, column) if held_out else torch.cat(tails)
@@ -78,7 +85,7 @@ def read_data(
     return Data(torch.cat(learnt), apart[taken])
 
 
-def pack(source: str, text: Text, window: int, column: str) -> torch.Tensor:
+def pack(source: str | None, text: Text, window: int, column: str) -> torch.Tensor:
     """(N, window) int64: a source's tokens in a row, cut; each window begins as its samples do."""
     length = window if is_running_text(source) else LONGEST_ROW
     samples, bos = read_samples(source, text, length, most=MOST, column=column)
@@ -86,7 +93,9 @@ def pack(source: str, text: Text, window: int, column: str) -> torch.Tensor:
     ids = torch.tensor([token for sample in samples for token in sample[bos:]])
     windows = ids[: len(ids) // room * room].view(-1, room)
     if not len(windows):
-        raise InputError(f"{source}: expected at least {window} tokens, found {len(ids)}")
+        raise InputError(
+            f"{source or BUILT_IN}: expected at least {window} tokens, found {len(ids)}"
+        )
     return torch.cat([torch.full((len(windows), 1), samples[0][0]), windows], 1) if bos else windows
 
 

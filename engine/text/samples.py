@@ -9,6 +9,7 @@ from engine.text import Text, default_text, read_text_file
 from engine.text.corpus import read_jsonl
 
 TEXT_SUFFIXES = (".txt", ".md")
+BUILT_IN = "the built-in text"
 
 
 def read_samples(
@@ -40,7 +41,7 @@ def read_samples(
     room = length - len(prefix)
     if room < 1:
         raise InputError(f"length: {length} leaves no room beside BOS")
-    where = source or "the built-in text"
+    where = source or BUILT_IN
     samples: list[list[int]] = []
     whole, wanted = is_running_text(source), count or most
     pieces = [built_in()] if source is None else _pieces(source, column, split)

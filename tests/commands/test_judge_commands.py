@@ -162,7 +162,7 @@ def test_texts_of_the_same_name_are_told_apart(records):
         (["--health", "--prompts", 0], "prompts: expected 1 to"),
         (["--health", "--new-tokens", 500], "the model's context holds 512"),
         (["--prompts", 5], "--prompts and --new-tokens are of --health"),
-        (["--text", "{a}", "--text", "{short}"], "the text has 2 tokens; 1 windows of 32 need 32"),
+        (["--text", "{a}", "--text", "{short}"], "short.txt has 2 tokens; 1 windows of 32 need 32"),
         (["--choices", "{long}"], "long.jsonl: line 1: has 606 tokens; the model's context holds"),
     ],
 )

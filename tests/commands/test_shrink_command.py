@@ -80,6 +80,8 @@ def test_a_finished_run_is_found_and_settings_tell_runs_apart(tree, tmp_path, mo
 
 def test_refusals(tree, tmp_path):
     (tmp_path / "empty.txt").touch()
+    few = tree / "few.txt"
+    few.write_text("3 " * 9)
     for sentence, options in [
         ("count: expected 1 to 5 of 6 layers, found 6", ("--drop", 6)),
         ("count: 4 of 6 layers cannot go", ("--drop", 4)),
@@ -96,6 +98,9 @@ def test_refusals(tree, tmp_path):
         ("absent.txt: expected a text file, found none", ("--text", "absent.txt")),
         ("empty.txt: expected text, found an empty file", ("--text", tmp_path / "empty.txt")),
         ("absent.txt: expected a text file, found none", ("--judge-text", "absent.txt")),
+        ("text.txt: expected 9999 samples of 256, found 5", ("--windows", 9999)),
+        ("few.txt: too short for one sample of 16", ("--text", few)),
+        ("few.txt has 9 tokens; 1 windows of 256 need 256", ("--judge-text", few)),
         ("absent.jsonl", ("--choices", "absent.jsonl")),
     ]:
         refused(sentence, *arguments(tree, tmp_path / "small", *options))

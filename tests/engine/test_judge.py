@@ -57,7 +57,7 @@ def test_what_is_not_asked_for_is_not_there(rng):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"texts": {None: "a" * 99, "b": "short"}}, "the text has 5 tokens"),
+        ({"texts": {None: "a" * 99, "b": "short"}}, "b has 5 tokens"),
         ({"bos": True}, "no BOS token"),
         ({"questions": (Question("x" * 600, ("a", "b"), 0, "line 4"),)}, "line 4: has 620 tokens"),
         ({"prompts": 0}, "prompts: expected 1 to"),
