@@ -75,6 +75,15 @@ class Scratch:
             self._handle = -1
 
 
+def forget_bare(copied: Iterable[str]) -> None:
+    """Removes what this process has begun and holds where no run could go on from it: where no
+    file is in it but of the names `copied`, which every run writes anew."""
+    names = {MARKER, *copied}
+    for held in list(_held.values()):
+        if all(file.name in names for file in held.path.rglob("*") if not file.is_dir()):
+            held.remove()
+
+
 @contextmanager
 def replacing(path: Path, nbytes: int | None = None) -> Iterator[Path]:
     """A path beside `path` to write to; renamed onto it at the end, removed on an error.

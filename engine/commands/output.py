@@ -90,6 +90,7 @@ def execute(app: Callable[..., Any]) -> None:
             sys.stdout.flush()
         sys.exit(code)
     except InputError as error:
+        _tidy()
         refuse(error)
     except (BrokenPipeError, SystemExit) as error:
         if not isinstance(error.__context__ or error, BrokenPipeError):
@@ -129,6 +130,17 @@ def refuse(error: Exception | str) -> NoReturn:
     with suppress(OSError):
         print(f"engine: {error}", file=sys.stderr)
     sys.exit(2)
+
+
+def _tidy() -> None:
+    """Takes away what a refused run has only begun."""
+    if "torch" in sys.modules:  # else it has not begun anything
+        from engine.artifacts import HEAL
+        from engine.export.directory import TOKENIZER_FILES
+        from engine.scratch import forget_bare
+
+        with suppress(OSError):
+            forget_bare(("config.json", HEAL, *TOKENIZER_FILES))
 
 
 def _silence() -> None:

@@ -74,6 +74,16 @@ def test_commands_on_them(not_a_number, tmp_path):
         "profile", not_a_number, "--out", tmp_path / "p", "--text", text, "--length", 16
     )
     assert code == 2 and "is not finite" in said.splitlines()[-1]
+    learnt = "--drop", 2, "--text", text, "--window", 16
+    for asked in (
+        ("prune", "--drop", 2),
+        ("export", "--to", "hf"),
+        ("heal", *learnt, "--steps", 3),
+        ("heal", *learnt, "--steps", 3, "--method", "distil"),
+        ("heal", *learnt, "--method", "linear"),
+    ):
+        refused(f"{UP}: does not fit", asked[0], not_a_number, tmp_path / "out", *asked[1:])
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 @pytest.mark.parametrize("rule", ["greedy", "search"])
