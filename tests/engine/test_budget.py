@@ -87,12 +87,12 @@ def test_v_has_the_bits_of_the_matrix_that_it_is_stored_in(tmp_path):
     config, _ = read_model(str(tmp_path / "model"))
     plain = cost(config, Storage(4, 16), 64)
     assert plain == cost(config, Storage(4, 16, v_bits=4), 64)
-    for refused in (
+    for unsayable in (
         lambda: cost(config, Storage(4, 16, v_bits=8), 64),
         lambda: Recipe(v=8).of(config),
     ):
         with pytest.raises(InputError, match="v: expected 4, as phi3 stores q, k and v as one"):
-            refused()
+            unsayable()
 
 
 def test_windows_bound_what_a_token_reads():
