@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from engine.architecture.config import ModelConfig
     from engine.pruning.budget import Budget
 
+LLAMA = "llama-2-70b"
 _UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 # Section 1 of arXiv 2403.17887: 140 GB and 3e10 FLOPs a token become 17.5 GB and 1.5e10.
 _PAPER = {"before_gb": 140.0, "after_gb": 17.5, "before_flops": 3e10, "after_flops": 1.5e10}
@@ -21,7 +22,7 @@ _PAPER = {"before_gb": 140.0, "after_gb": 17.5, "before_flops": 3e10, "after_flo
 def budget(
     model: Annotated[
         str, typer.Argument(help="A model, a config.json, or a built-in: llama-2-70b, phi-2 ...")
-    ] = "llama-2-70b",
+    ] = LLAMA,
     plan: common.PlanFile = None,
     drop: common.Drop = None,
     keep: common.Keep = None,
@@ -47,8 +48,9 @@ def budget(
 
     common.check_writable(json_file, reads=(model, plan))
     if paper:
-        model = "llama-2-70b"
-        drop, plan, keep = "39-78", None, None  # half of 80 layers, all but the last of the end
+        if (model, plan, drop, keep) != (LLAMA, None, None, None):
+            raise InputError(f"paper: is of {LLAMA} without 39-78; leave MODEL and layers out")
+        drop = "39-78"  # half of 80 layers, all but the last of the end
     config, sizes = read_model(model)
     storage = Storage.of(bits, group, "minimum" if minimum else "symmetric", head, v)
     kept = kept_config(config, plan, drop, keep)

@@ -4,13 +4,16 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from engine import progress as how_far
 from engine.commands import interrupt
 from engine.errors import InputError
+
+if TYPE_CHECKING:
+    import typer
 
 progress, joint = how_far.progress, how_far.joint
 _level = 0  # -1: quiet, 1: verbose
@@ -74,6 +77,15 @@ def note(text: str) -> None:
     """What only --verbose says, on stderr."""
     if _level > 0:
         print(f"engine: {text}", file=sys.stderr)
+
+
+def leave_out(context: "typer.Context | None", options: Iterable[str], why: str) -> None:
+    """InputError where the user has written one of these, which nothing would read; a command that
+    another calls has no context."""
+    for name in options:
+        source = None if context is None else context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise InputError(f"{name.replace('_', '-')}: {why}")
 
 
 def execute(app: Callable[..., Any]) -> None:

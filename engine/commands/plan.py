@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 RULES = ("similarity", "simple", "influence", "greedy", "search", "manual")
 METRICS = ("kl", "loss")
+SEARCHED = ("seed", "evaluations", "seconds")
+SCORED = ("text", "column", "windows", "metric", "backend")
 
 
 def plan(
@@ -55,6 +57,7 @@ def plan(
         bool, typer.Option("--patch", help="greedy: mend each cut in closed form before the next.")
     ] = False,
     threads: common.Threads = None,
+    context: typer.Context = None,  # type: ignore[assignment]  # none from shrink
 ) -> None:
     """Choose the layers to drop."""
     from engine.architecture.layers import format_layers
@@ -65,6 +68,10 @@ def plan(
 
     if rule not in RULES:
         raise InputError(f"rule: expected one of {', '.join(RULES)}, found {rule!r}")
+    if rule != "search":
+        output.leave_out(context, SEARCHED, f"goes with --rule search, found --rule {rule}")
+    if rule not in ("greedy", "search"):
+        output.leave_out(context, SCORED, f"goes with --rule greedy or search, found --rule {rule}")
     if metric not in METRICS:
         raise InputError(f"metric: expected {' or '.join(METRICS)}, found {metric!r}")
     check_backend(backend, None)

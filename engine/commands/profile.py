@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from engine.report.page import Shown
 
 LENGTH = 256  # tokens a sample
+MEASURED = (
+    "text", "length", "samples", "tokens", "column", "split", "bos", "drop", "keep", "stream",
+    "shard", "threads",
+)  # fmt: skip
 
 
 def profile(
@@ -57,6 +61,7 @@ def profile(
         ),
     ] = None,
     threads: common.Threads = None,
+    context: typer.Context = None,  # type: ignore[assignment]  # none from shrink
 ) -> None:
     """Measure how far every block of layers turns the residual stream (Gromov et al.)."""
     from engine.artifacts import Profile
@@ -67,6 +72,9 @@ def profile(
     common.check_writable(report, ".html", reads=reads)
     if out is not None and report is not None and out.resolve() == report.resolve():
         raise InputError(f"{out}: is --report too; name another file")
+    if show or merge:
+        why = "is of a model that is measured; leave it out with --show and --merge"
+        output.leave_out(context, MEASURED, why)
     found: Sequence[Shown]
     if show:
         if merge or out is not None:

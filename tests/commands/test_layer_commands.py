@@ -264,6 +264,20 @@ REFUSALS = [
     (["--rule", "greedy", "--count", 1, "--model", "{wide}"], "its layers have other shapes"),
     (["--rule", "greedy", "--count", 1, "--windows", 0], "samples: expected at least 1, found 0"),
     (["--rule", "greedy", "--count", 1, "--windows", 99], "expected 99 samples of 64"),
+    *(
+        (["--rule", rule, "--count", 1, f"--{name}", value], f"{name}: goes with --rule {others}")
+        for name, value, others, rules in (
+            ("text", "{text}", "greedy or search, found --rule", ("similarity", "simple")),
+            ("column", "text", "greedy or search, found --rule", ("influence",)),
+            ("windows", 8, "greedy or search, found --rule", ("influence", "manual")),
+            ("metric", "kl", "greedy or search, found --rule", ("similarity",)),
+            ("backend", "cpu", "greedy or search, found --rule", ("similarity",)),
+            ("seed", 0, "search, found --rule", ("similarity", "greedy")),
+            ("evaluations", 200, "search, found --rule", ("influence", "greedy")),
+            ("seconds", 9, "search, found --rule", ("simple", "greedy")),
+        )
+        for rule in rules
+    ),
     (["--rule", "search", "--count", 1, "--evaluations", 0], "'--evaluations'"),
     (["--rule", "search", "--count", 1, "--seconds", "-1"], "'--seconds'"),
 ]
@@ -359,6 +373,9 @@ def test_a_plan_of_another_model(tree, planned, tmp_path):
             "give it to --merge",
         ),
         (["--show", "{profile}", "--out", "{out}"], "--show excludes --merge and --out"),
+        (["--show", "{profile}", "--samples", 3], "samples: is of a model that is measured"),
+        (["--show", "{profile}", "--no-bos"], "bos: is of a model that is measured"),
+        (["--merge", "{profile}", "--out", "{out}", "--length", 256], "length: is of a model"),
         (["--merge", "{profile}", "--out", "{out}"], "expected a profile-part, found 'profile'"),
         ([], "Missing argument"),
     ],

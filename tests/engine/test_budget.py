@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import tiny
-from support.commands import refused
+from support.commands import call, refused
 
 from engine.checkpoint import open_checkpoint
 from engine.commands.budget import parse_bytes, read_model
@@ -130,6 +130,12 @@ def test_goes_to_json(tmp_path):
 def test_bandwidths_that_are_none(number):
     says = f"bandwidth: expected a number of GB/s above 0, found {float(number)}"
     refused(says, "budget", "--bandwidth", number)
+
+
+@pytest.mark.parametrize("given", [["phi-2"], ["--drop", "3"], ["--keep", "3"], ["--plan", "p"]])
+def test_the_paper_is_of_one_model(given):
+    refused("paper: is of llama-2-70b without 39-78", "budget", "--paper", *given)
+    assert call("budget", "--paper", "llama-2-70b")[0] == 0
 
 
 @pytest.mark.parametrize("size", ["8", "GB", "-1GB", "8 parsecs", "1e9GB", ""])
