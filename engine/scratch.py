@@ -19,6 +19,8 @@ from engine.errors import InputError
 
 MARKER = "resume.json"
 _KIND, _VERSION = "shallow-scratch", 1
+# What commands leave beside a model, which is not read from it.
+_RECORDS = ("budget", "comparison", "evaluation", "judgement", "profile", "run")
 _held: "dict[str, Scratch]" = {}  # by this process: after an error it may begin again
 
 
@@ -165,7 +167,16 @@ def _holds(read: str, path: Path) -> bool:
         return os.path.exists(read) and path.samefile(read)
     inside = (each for links in ("*", "*/*") for each in Path(read).glob(links) if each.is_file())
     within = any(parent.samefile(read) for parent in path.resolve().parents)
-    return within or any(path.samefile(each) for each in inside)
+    return (within or any(path.samefile(each) for each in inside)) and not _is_record(path)
+
+
+def _is_record(path: Path) -> bool:
+    """Whether a command may replace it beside the model that it reads."""
+    try:
+        said = json.loads(path.read_bytes()) if path.suffix == ".json" else None
+    except ValueError:
+        return False
+    return isinstance(said, dict) and "version" in said and said.get("kind") in _RECORDS
 
 
 @contextmanager

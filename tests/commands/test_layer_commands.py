@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import secrets
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -479,6 +480,27 @@ def test_what_is_read_is_not_written(asked, inputs, monkeypatch):
     before = {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()}
     refused(f"{asked.split()[-1]}: is read too; name another file", *asked.split())
     assert {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()} == before
+
+
+def test_a_record_beside_its_model_is_replaced(tree, tmp_path):
+    shutil.copytree(tree / "model", tmp_path / "model")
+    record = tmp_path / "model" / "eval.json"
+    asked = (
+        "eval",
+        tmp_path / "model",
+        "--text",
+        tree / "text.txt",
+        "--window",
+        16,
+        "--json",
+        record,
+    )
+    for _ in range(2):
+        code, out, err = call(*asked, "--no-bos")
+        assert code == 0, err
+        assert json.loads(record.read_text()) == json.loads(out.splitlines()[-1])
+    record.write_text('{"kind": "plan", "version": 1}')
+    refused(f"{record}: is read too", *asked)
 
 
 def test_two_outputs_are_two_files(inputs, monkeypatch):
