@@ -95,10 +95,11 @@ def test_a_bin_for_all_others_where_the_vocabulary_is_small(tmp_path):
 
 @pytest.mark.parametrize("case", ["llama", "qwen2", "phi3", "gemma3"])
 def test_a_healed_model_is_nearer_and_an_ordinary_directory(case, source, rng, tmp_path):
+    """Judged on 48 windows: by 12 one draw found a healed model no better than before."""
     import transformers
 
     checkpoint = source(case)
-    config, data = shortened(checkpoint), draw(checkpoint, rng)
+    config, data = shortened(checkpoint), draw(checkpoint, rng, held_out=48)
     out, settings = tmp_path / "out", replace(SETTINGS, steps=24, lr=1e-3, patience=100)
     record = heal(checkpoint, config, data, out, settings, dtype=torch.float32)
     assert record.perplexity_after <= record.perplexity_before
