@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import secrets
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -429,101 +428,3 @@ def test_parts_that_are_none(change, sentence, parts, tmp_path):
     sentence = sentence if sentence.startswith("merge") else f"{damaged}: profile-part: {sentence}"
     refused(sentence, "profile", "--merge", damaged, parts[1], "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture
-def inputs(tree, tmp_path):
-    """A file of every kind that a command reads, and an adapter whose base is a link."""
-    names = ("a.gguf", "t.txt", "q.jsonl", "p.json", "other.json")
-    for name in names:
-        tmp_path.joinpath(name).write_text("mine")
-    for name in ("model", "texts/deep", "adapter"):
-        tmp_path.joinpath(name).mkdir(parents=True)
-    for name in ("model/config.json", "texts/deep/t.md", "texts/record.json"):
-        tmp_path.joinpath(name).write_text("mine")
-    tmp_path.joinpath("model/model.safetensors").symlink_to(tmp_path / "q.jsonl")
-    tmp_path.joinpath("adapter/base").symlink_to(tmp_path / "model")
-    tmp_path.joinpath("linked.gguf").hardlink_to(tmp_path / "a.gguf")
-    tmp_path.joinpath("profile.json").write_bytes(tree.joinpath("profile.json").read_bytes())
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    "asked",
-    [
-        "eval a.gguf --json a.gguf",
-        "eval ./a.gguf --json linked.gguf",
-        "eval model --text t.txt --json t.txt",
-        "eval model --choices q.jsonl --json q.jsonl",
-        "eval x --against a.gguf --json a.gguf",
-        "eval x --plan p.json --json p.json",
-        "run --model a.gguf --json a.gguf",
-        "run --model model --json model/config.json",
-        "run --model model --json q.jsonl",
-        "run --model adapter --json model/config.json",
-        "run --prompt-file t.txt --json t.txt",
-        "run --plan p.json --json p.json",
-        "profile a.gguf --out a.gguf",
-        "profile x --text t.txt --out t.txt",
-        "profile x --text texts --out texts/deep/t.md",
-        "profile p.json other.json --merge --out p.json",
-        "plan profile.json --count 2 --out profile.json",
-        "plan profile.json --count 2 --rule greedy --model a.gguf --out a.gguf",
-        "plan profile.json --count 2 --rule greedy --text t.txt --out t.txt",
-        "budget model --json model/config.json",
-        "budget --plan p.json --json p.json",
-        "compare p.json other.json --json other.json",
-    ],
-)
-def test_what_is_read_is_not_written(asked, inputs, monkeypatch):
-    monkeypatch.chdir(inputs)
-    before = {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()}
-    refused(f"{asked.split()[-1]}: is read too; name another file", *asked.split())
-    assert {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()} == before
-
-
-def test_a_record_beside_its_model_is_replaced(tree, tmp_path):
-    shutil.copytree(tree / "model", tmp_path / "model")
-    record = tmp_path / "model" / "eval.json"
-    asked = (
-        "eval",
-        tmp_path / "model",
-        "--text",
-        tree / "text.txt",
-        "--window",
-        16,
-        "--json",
-        record,
-    )
-    for _ in range(2):
-        code, out, err = call(*asked, "--no-bos")
-        assert code == 0, err
-        assert json.loads(record.read_text()) == json.loads(out.splitlines()[-1])
-    record.write_text('{"kind": "plan", "version": 1}')
-    refused(f"{record}: is read too", *asked)
-
-
-def test_two_outputs_are_two_files(inputs, monkeypatch):
-    monkeypatch.chdir(inputs)
-    refused("x.html: is --report too", "profile", "m", "--out", "x.html", "--report", "./x.html")
-    # No text is what only lies beside one.
-    refused("m: no such file", "profile", "m", "--text", "texts", "--out", "texts/record.json")
-
-
-def test_what_may_not_be_written_is_said_first_and_no_record_is_lost(tree, tmp_path, monkeypatch):
-    from engine.artifacts import Evaluation
-
-    asked = "eval", tree / "model", "--text", tree / "text.txt", "--window", 16, "--json"
-    old = tmp_path / "old.json"
-    old.write_text("old")
-
-    def full(self, path):
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(Evaluation, "save", full)
-    code, out, err = call(*asked, old)
-    assert code == 2 and json.loads(out.splitlines()[-1])["kind"] == "evaluation"
-    assert err == f"engine: {old}: No space left on device\n"
-    for locked in (tmp_path, old):
-        monkeypatch.setattr("os.access", lambda *asked, locked=locked: asked != (locked, os.W_OK))
-        refused(f"old.json: expected to write {locked}, found it read-only", *asked, old)
