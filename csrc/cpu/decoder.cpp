@@ -82,6 +82,7 @@ void Decoder::set_outer(Weights weights, const void* embedding, std::int64_t row
     const Roles roles(*weights_.back(), r);
     model_.final_norm = roles.norm("norm", r.hidden);
     roles.add(model_.head, "head", r.vocab, r.hidden);
+    if (r.logit_softcap == 0) model_.head.add_bounds();
     model_.embedding_rows = embedding;
     model_.embedding_type = type;
     if (!model_.final_norm.weight) throw std::invalid_argument("no vector norm");
@@ -278,14 +279,17 @@ void Decoder::run_chunk(const Call& call, Working& w, std::size_t begin, std::si
 
     const std::int64_t wanted = w.chunk.sets[w.chunk.wanted].size(), vocab = model_.rules.vocab;
     const auto bytes = static_cast<std::size_t>(workspace_bytes(model_, w.chunk, threads_));
-    const std::size_t own =
-        call.logits ? 0 : static_cast<std::size_t>(wanted * vocab) * sizeof(float);
+    const bool bounded = call.best && !call.logits && model_.head.bounded(wanted);
+    const std::int64_t logits = call.logits ? 0 : wanted * vocab;
+    const std::int64_t bounds = bounded ? wanted * model_.head.tiles() : 0;
+    const std::size_t own = static_cast<std::size_t>(logits + bounds) * sizeof(float);
     if (w.workspace.size() < bytes + own) {
         w.workspace = Memory();
         w.workspace = Memory(bytes + own);
     }
     w.chunk.logits = call.logits ? call.logits + written * vocab
                                  : reinterpret_cast<float*>(w.workspace.data() + bytes);
+    w.chunk.bounds = bounded ? w.chunk.logits + logits : nullptr;
     w.best.assign(call.best ? static_cast<std::size_t>(threads_ * wanted) : 0, Best());
     w.chunk.best = call.best ? w.best.data() : nullptr;
     if (w.queue_count < queues_needed(model_)) {

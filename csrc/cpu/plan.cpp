@@ -12,6 +12,8 @@ constexpr std::int64_t kMostTogether = 4;        // more was slower (benchmarks/
 constexpr std::int64_t kSumsBytes = 512 << 10;   // of L2 for sums that wait for the next columns
 constexpr std::int64_t kLeastRows = 64, kMostRows = 512;  // at once
 constexpr std::int64_t kLongShare = 1 << 20;              // bytes that a thread streams
+// Of normal numbers bounds leave 0.7 % of the tiles by 576 columns, 5 by 2,048 and 24 by 4,096.
+constexpr std::int64_t kBoundedBlocks = 64;
 
 // An odd number of KiB: panels a power of two apart would share few cache sets.
 std::int64_t bfloat_stride(std::int64_t blocks) { return (blocks | 1) * kBlock * kPanelRows; }
@@ -45,6 +47,12 @@ Path choose_path(const TileView& w, std::int64_t m, Mode mode, const Kernels& ke
     return kernels.int16_tiles && bytes ? Path::int16 : Path::int8;
 }
 
+bool tells_largest(const TileView& w, Mode mode, const Kernels& kernels) {
+    return kernels.bound_tiles && choose_path(w, 1, mode, kernels) == Path::int16 &&
+           w.kind == Codes::byte && w.scheme == w4::Scheme::symmetric && w.center == 128 &&
+           w.group_blocks && w.blocks <= kBoundedBlocks;
+}
+
 Form::Form(const TileView& like, Path path, std::int64_t m, bool fine)
     : path(path), fine(fine), m(m),
       panel(path == Path::bfloat ? kPanelRows : std::min<std::int64_t>(m, kPanelRows)),
@@ -56,6 +64,7 @@ std::int64_t Form::nbytes() const {
         case Path::exact: return line_up(rows * blocks * kBlock * 4);
         case Path::bfloat: return rows / kPanelRows * bfloat_stride(blocks) * 2;
         case Path::int8:
+        case Path::bounds:
             return line_up(2 * rows * blocks * kBlock) + line_up(2 * rows * blocks * 4) +
                    line_up(rows * groups * 4);
         case Path::int16:
@@ -89,22 +98,26 @@ BfloatInput Form::bfloat(std::uint8_t* base) const {
     return {reinterpret_cast<std::uint16_t*>(base), m, bfloat_stride(blocks)};
 }
 
+template <class T>
+IntInput<T> Form::ints_from(std::uint8_t* base, std::int64_t row, std::int64_t column) const {
+    const std::int64_t lane = row % panel, first = row - lane, block = column / kBlock;
+    const std::int64_t at = first * blocks + block * panel + lane;
+    const std::int64_t group = group_blocks ? block / group_blocks : 2 * block;
+    IntInput<T> input = ints<T>(base);
+    input.q += at * kBlock;
+    input.scales += at;
+    input.sums += first * groups + group * panel + lane;
+    return input;
+}
+
 // The kernels write a panel's first rows: here the panel as seen from the row and the column on.
 void Form::write(const Kernels& kernels, const Rows& x, std::uint8_t* base, std::int64_t row,
                  std::int64_t column) const {
-    const std::int64_t lane = row % panel, first = row - lane, block = column / kBlock;
-    const std::int64_t at = first * blocks + block * panel;
-    const auto from = [&](auto to) {
-        const std::int64_t group = group_blocks ? block / group_blocks : 2 * block;
-        to.q += (at + lane) * kBlock;
-        to.scales += at + lane;
-        to.sums += first * groups + group * panel + lane;
-        return to;
-    };
+    const std::int64_t lane = row % panel, first = row - lane;
     switch (path) {
         case Path::exact: {
             FloatInput to = wide(base);
-            to.values += at * kBlock + lane;
+            to.values += (first * blocks + column / kBlock * panel) * kBlock + lane;
             return kernels.write_float(x, to);
         }
         case Path::bfloat: {
@@ -112,8 +125,10 @@ void Form::write(const Kernels& kernels, const Rows& x, std::uint8_t* base, std:
             to.values += first / kPanelRows * to.stride;
             return kernels.write_bfloat(x, to);
         }
-        case Path::int8: return kernels.write_int8(x, from(ints<std::int8_t>(base)));
-        case Path::int16: return kernels.write_int16(x, from(ints<std::int16_t>(base)));
+        case Path::int8: return kernels.write_int8(x, ints_from<std::int8_t>(base, row, column));
+        case Path::int16: return kernels.write_int16(x, ints_from<std::int16_t>(base, row, column));
+        case Path::bounds:
+            return kernels.write_bounds(x, ints_from<std::int8_t>(base, row, column));
     }
 }
 
@@ -126,7 +141,7 @@ std::int64_t Form::claim(std::int64_t tiles, int threads) const {
 
 std::int64_t Form::scratch_bytes(const TileView& w, std::int64_t claim) const {
     if (path == Path::bfloat) return line_up(bfloat_scratch_bytes(m, claim));
-    if (path == Path::exact || m < kManyRows) return 0;
+    if (path == Path::exact || path == Path::bounds || m < kManyRows) return 0;
     const std::int64_t codes = w.blocks * kBlock * kTileRows;  // a tile's, unpacked
     const std::int64_t params = w.groups * 2 * kTileRows * 4;  // as floats
     return line_up(codes + params);
@@ -141,7 +156,16 @@ void Form::multiply(const Kernels& kernels, const TileView& w, std::uint8_t* bas
             return kernels.int8_tiles(w, ints<std::int8_t>(base), y, begin, end, scratch);
         case Path::int16:
             return kernels.int16_tiles(w, ints<std::int16_t>(base), y, begin, end, scratch);
+        case Path::bounds: return kernels.bound_tiles(w, ints<std::int8_t>(base), y, begin, end);
     }
+}
+
+void Form::multiply_row(const Kernels& kernels, const TileView& w, std::uint8_t* base,
+                        std::int64_t row, const Output& y, std::int64_t begin,
+                        std::int64_t end) const {
+    IntInput<std::int16_t> x = ints_from<std::int16_t>(base, row, 0);
+    x.m = 1;
+    kernels.int16_tiles(w, x, y, begin, end, nullptr);
 }
 
 std::int64_t rows_within(std::int64_t bytes, std::int64_t row_bytes) {

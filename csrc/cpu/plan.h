@@ -1,7 +1,7 @@
 // The matmul planner: by which path a matrix multiplies rows of x, in what form it reads them, and
 // how memory and work are divided. The matmul of its own and the decoder's products follow it.
-// defines: Path choose_path Form rows_within rows_at_once useful_threads first_sixteenths gather
-//          line_up Cutter
+// defines: Path choose_path tells_largest Form rows_within rows_at_once useful_threads
+//          first_sixteenths gather line_up Cutter
 #pragma once
 
 #include <cstdint>
@@ -10,9 +10,11 @@
 
 namespace shallow {
 
-enum class Path { int8, int16, exact, bfloat };  // the kernels of these names, see Kernels
+enum class Path { int8, int16, exact, bfloat, bounds };  // the kernels of these names, see Kernels
 
 Path choose_path(const TileView& w, std::int64_t m, Mode mode, const Kernels& kernels);
+// Do bounds of a matrix's products tell where the largest is, in less time than the products take?
+bool tells_largest(const TileView& w, Mode mode, const Kernels& kernels);
 
 // m rows of activations as the kernels of a path read them for `like`, and for any matrix with its
 // columns and groups.
@@ -39,10 +41,17 @@ struct Form {
     // Tiles begin..end-1 of y, a claim at most.
     void multiply(const Kernels& kernels, const TileView& w, std::uint8_t* base, const Output& y,
                   std::int64_t begin, std::int64_t end, std::uint8_t* scratch) const;
+    // The same of row `row` of x alone, by int16.
+    void multiply_row(const Kernels& kernels, const TileView& w, std::uint8_t* base,
+                      std::int64_t row, const Output& y, std::int64_t begin,
+                      std::int64_t end) const;
 
 private:
     template <class T>
     IntInput<T> ints(std::uint8_t* base) const;
+    // As seen from a row and, where a block and a group begin, a column on.
+    template <class T>
+    IntInput<T> ints_from(std::uint8_t* base, std::int64_t row, std::int64_t column) const;
     FloatInput wide(std::uint8_t* base) const;
     BfloatInput bfloat(std::uint8_t* base) const;
 };

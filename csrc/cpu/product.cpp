@@ -49,7 +49,7 @@ Form Input::form(std::size_t index, std::int64_t m) const {
 std::int64_t Input::nbytes(std::int64_t m) const {
     std::int64_t bytes = 0;
     for (std::size_t i = 0; i < like_.size(); ++i) bytes += form(i, m).nbytes();
-    return bytes;
+    return bytes + (bounded(m) ? bounds(m).nbytes() : 0);
 }
 
 void Input::write(const Rows& x, std::uint8_t* forms, std::int64_t m, std::int64_t row,
@@ -60,6 +60,9 @@ void Input::write(const Rows& x, std::uint8_t* forms, std::int64_t m, std::int64
         to.write(kernels_, perm ? gather(x, perm, spare) : x, forms, row, 0);
         forms += to.nbytes();
     }
+    if (!bounded(m)) return;
+    const std::int32_t* const perm = like_[0]->perm();
+    bounds(m).write(kernels_, perm ? gather(x, perm, spare) : x, forms, row, 0);
 }
 
 std::int64_t Input::grain() const {
@@ -137,6 +140,36 @@ void Product::run(std::uint8_t* forms, std::int64_t m, const FloatRows& y, std::
         out.bias = part.bias;
         input_->form(part.form, m).multiply(input_->kernels(), w, at, out, first, last, scratch);
     }
+}
+
+void Product::add_bounds() {
+    if (entries_.size() == 1 && !entries_[0].bias) input_->add_bounds();
+}
+
+void Product::bound(std::uint8_t* forms, std::int64_t m, const FloatRows& tops, std::int64_t begin,
+                    std::int64_t end) const {
+    Output out{};
+    out.data = tops.data;
+    out.stride = tops.stride;
+    out.type = ScaleType::float32;
+    input_->bounds(m).multiply(input_->kernels(), entries_[0].w->view(),
+                               forms + input_->form(0, m).nbytes(), out, begin, end, nullptr);
+}
+
+void Product::run_row(std::uint8_t* forms, std::int64_t m, std::int64_t row, const FloatRows& y,
+                      std::int64_t tile) const {
+    Output out{};
+    out.data = y.row(row);
+    out.stride = y.stride;
+    out.type = ScaleType::float32;
+    input_->form(0, m).multiply_row(input_->kernels(), entries_[0].w->view(), forms, row, out, tile,
+                                    tile + 1);
+}
+
+void Product::fetch(std::int64_t tile) const {
+    const TileView& w = entries_[0].w->view();
+    const std::uint8_t* const bytes = w.data + tile * w.tile_bytes;
+    for (std::int64_t at = 0; at < w.tile_bytes; at += 64) __builtin_prefetch(bytes + at, 0, 2);
 }
 
 }  // namespace shallow

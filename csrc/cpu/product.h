@@ -1,5 +1,5 @@
 // The decoder's matmuls: matrices that read one input side by side, and that input as they read it.
-// defines: FloatRows Input Product
+// defines: FloatRows kBoundedRows Input Product
 #pragma once
 
 #include <cstdint>
@@ -19,6 +19,9 @@ struct FloatRows {
     // Rows i.., `count` of them, of the columns begin..end-1.
     Rows part(std::int64_t i, std::int64_t count, std::int64_t begin, std::int64_t end) const;
 };
+
+// Fewer wait for memory, and gain nothing by bounds (benchmarks/results/decoder.md).
+constexpr std::int64_t kBoundedRows = 4;
 
 // Activations in every form that some matrices want: by column order, and for int8 by group.
 // Matrices that agree share a form; the forms lie one behind another.
@@ -43,12 +46,17 @@ public:
                        std::int64_t column) const;
     const Kernels& kernels() const { return kernels_; }
 
+    // From now on some rows are written for bounds of the first matrix too, behind all forms.
+    void add_bounds() { bounded_ = tells_largest(like_[0]->view(), mode_, kernels_); }
+    bool bounded(std::int64_t m) const { return bounded_ && m >= kBoundedRows; }
+    Form bounds(std::int64_t m) const { return Form(like_[0]->view(), Path::bounds, m, false); }
+
 private:
     Path path_of_few(const TiledMatrix& w) const;  // rows
 
     const Kernels& kernels_;
     Mode mode_;
-    bool fine_;
+    bool fine_, bounded_ = false;
     std::vector<std::shared_ptr<const TiledMatrix>> like_;  // the first matrix of each form
 };
 
@@ -72,6 +80,16 @@ public:
     // Tiles begin..end-1 of m rows.
     void run(std::uint8_t* forms, std::int64_t m, const FloatRows& y, std::int64_t begin,
              std::int64_t end, std::uint8_t* scratch) const;
+
+    // Of one matrix without bias: what choose_likeliest() asks, where bounded(m).
+    void add_bounds();
+    bool bounded(std::int64_t m) const { return input_->bounded(m); }
+    // tops: (m, tiles), as Kernels::bound_tiles.
+    void bound(std::uint8_t* forms, std::int64_t m, const FloatRows& tops, std::int64_t begin,
+               std::int64_t end) const;
+    void run_row(std::uint8_t* forms, std::int64_t m, std::int64_t row, const FloatRows& y,
+                 std::int64_t tile) const;
+    void fetch(std::int64_t tile) const;  // into L2
 
 private:
     struct Entry {

@@ -1,6 +1,7 @@
 #include "cpu/step.h"
 
 #include "cpu/step_attention.h"
+#include "cpu/step_choice.h"
 #include "cpu/step_products.h"
 #include "cpu/step_residual.h"
 
@@ -47,7 +48,10 @@ void run(Worker& worker) {
     const RowSet& wanted = chunk.sets[chunk.wanted];
     if (!wanted.size()) return;
     residual.write_norm(wanted, model.final_norm, model.head.input());
-    write_logits(worker, wanted.size());
+    if (chunk.bounds)
+        choose_likeliest(worker, wanted.size());
+    else
+        write_logits(worker, wanted.size());
 }
 
 }  // namespace

@@ -69,6 +69,7 @@ struct Chunk {
     float* leaving;         // null, or (rows, hidden): after the last layer, and no logits
     float* logits;          // (wanted rows, vocab)
     Best* best;             // null, or (threads, wanted rows): what each thread met
+    float* bounds;          // null, or (wanted rows, tiles of the head): see choose_likeliest()
 
     std::int64_t size() const { return static_cast<std::int64_t>(rows.size()); }
 };

@@ -41,8 +41,7 @@ struct RowRounding {
           scales(to.scales + row), sums(to.sums + row) {}
 
     void run() const {
-        const int64_t groups = to.group_blocks ? w4::ceil_div(blocks, to.group_blocks) : 2 * blocks;
-        for (int64_t g = 0; g < groups; ++g) sums[g * to.panel] = 0;
+        clear_sums();
         float squares = 0;
         each_block([&](int64_t b, float* sum) {
             alignas(64) float values[kBlock];
@@ -61,6 +60,10 @@ struct RowRounding {
             for (int j = 0; j < kBlock; ++j) values[j] -= scales[at] * q[at * kBlock + j];
             round(values, to.plane + at, sum);
         });
+    }
+    void clear_sums() const {
+        const int64_t groups = to.group_blocks ? w4::ceil_div(blocks, to.group_blocks) : 2 * blocks;
+        for (int64_t g = 0; g < groups; ++g) sums[g * to.panel] = 0;
     }
     // call(block, its first group's sum)
     template <class Call>

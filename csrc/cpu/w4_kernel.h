@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "cpu/features.h"
+#include "cpu/w4_bounds.h"
 #include "cpu/w4_float.h"
 #include "cpu/w4_passing.h"
 
@@ -340,6 +341,8 @@ constexpr Kernels make_kernels() {
     if constexpr (V::words) {
         kernels.write_int16 = write_int<V, int16_t>;
         kernels.int16_tiles = byte_tiles<V, int16_t>;
+        kernels.write_bounds = write_bounds<V>;
+        kernels.bound_tiles = bound_tiles<V>;
     }
     return kernels;
 }

@@ -27,7 +27,8 @@ enum class Codes : std::int32_t {
     float32,
     float16,
     bfloat16,
-    unpacked
+    unpacked,
+    high
 };
 
 // A matrix as the kernels read it. Rows lie in tiles of 16, columns in blocks of 32, both padded
@@ -37,6 +38,7 @@ enum class Codes : std::int32_t {
 //           high two, of whose six the first chunk has the highest
 //   byte    block of 8 chunks
 //   unpacked  the same with float32 scales and minimums: what a tile becomes for many rows
+//   high    a byte's high six bits, where bounds are told by them
 //   float32, float16   block of 32 columns x 16 rows
 //   bfloat16  block of 16 column pairs x 16 rows x 2: what the tile registers multiply
 // The parameters of one group of one tile are a record: 16 scales, then 16 mins or zeros. kquant and
@@ -182,6 +184,12 @@ struct Kernels {
     void (*write_int16)(const Rows& x, const Int16Input& to);
     void (*int16_tiles)(const TileView& w, const Int16Input& x, const Output& y, std::int64_t begin,
                         std::int64_t end, std::uint8_t* scratch);
+    // Of bytes around 128, in groups of whole blocks and without a bias: tops (m, w.tiles) float32, what no
+    // product of int16_tiles() with a row of the tile exceeds, NaN where that is not known. x is written
+    // as int8, and what is to be added beside its sums. Null where it does not pay.
+    void (*write_bounds)(const Rows& x, const Int8Input& to);
+    void (*bound_tiles)(const TileView& w, const Int8Input& x, const Output& tops,
+                        std::int64_t begin, std::int64_t end);
     // For many rows where the processor multiplies tiles of bfloat16, else null.
     void (*write_bfloat)(const Rows& x, const BfloatInput& to);
     void (*bfloat_tiles)(const TileView& w, const BfloatInput& x, const Output& y,

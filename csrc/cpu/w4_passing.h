@@ -86,7 +86,7 @@ template <class V, Codes C, int First, int Last, int R, int Begin, class T>
 SHALLOW_INLINE void meet_planes(const TileView& w, const Meeting<T>& at, int64_t plane,
                                 float* total) {
     meet<V, C, First, Last, R, Begin>(w, at, total);
-    if constexpr (sizeof(T) == 1) {
+    if constexpr (sizeof(T) == 1 && C != Codes::high) {
         if (all_zero<R>(at.scales + plane)) return;
         meet_second<V, C, First, Last, R>(w, at, plane, total);
     }
@@ -102,7 +102,7 @@ void passing_rows(const TileView& w, const IntInput<T>& x, const Output& y, cons
     const int rows = static_cast<int>(steps) * R;
     std::fill_n(total, rows * kTileRows, 0.0f);
     const int64_t panel = x.panel, plane = x.plane, first = at.panel * w.blocks * panel + at.first;
-    fetch(y, at, rows);
+    if constexpr (C != Codes::high) fetch(y, at, rows);
     const bool fetches = at.panel == 0 && at.first == 0;  // else others have
     const Params kind = params_of(w);
     Stream<V, C> stream(w, at.tile, 0, fetches ? at.ahead : 0);
@@ -146,7 +146,10 @@ void passing_rows(const TileView& w, const IntInput<T>& x, const Output& y, cons
         while (++b < end) add(std::integral_constant<int, 0>());
         here.sums += (1 + Split) * panel;
     }
-    write<V>(total, rows, y, at);
+    if constexpr (C == Codes::high)
+        write_tops<V>(total, rows, y, at);
+    else
+        write<V>(total, rows, y, at);
 }
 
 }  // namespace

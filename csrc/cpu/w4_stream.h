@@ -25,9 +25,9 @@ constexpr int kParts = kTileRows / V::lanes;  // vectors a tile's 16 rows take
 
 // Of a block of codes.
 template <Codes C>
-constexpr int kBlockBytes = C == Codes::byte || C == Codes::unpacked ? 512
-                            : C == Codes::six                        ? 384
-                                                                     : 256;
+constexpr int kBlockBytes = C == Codes::byte || C == Codes::unpacked || C == Codes::high ? 512
+                            : C == Codes::six                                            ? 384
+                                                                                         : 256;
 
 // What a kernel knows of a group's parameters before it meets them: to ask their kind of every group
 // took a lone row up to a tenth of its time. half: float16 scales alone; half_minimum: and minimums.
@@ -49,6 +49,7 @@ constexpr bool minimum_of_scale = P == Params::half || P == Params::stepped;
 // call() with that kind as a constant, if codes have it; Split: group 16.
 template <Codes C, bool Split, class Call>
 SHALLOW_INLINE void by_params(Params kind, const Call& call) {
+    if constexpr (C == Codes::high) return call(std::integral_constant<Params, Params::any>());
     constexpr bool kSupers = C == Codes::six || (C == Codes::nibble && !Split);
     constexpr Params kSuper = Split ? Params::stepped : Params::kquant;
     if (kind == Params::half) return call(std::integral_constant<Params, Params::half>());
@@ -68,6 +69,13 @@ SHALLOW_INLINE void load_params(const TileView& w, const uint8_t* record,
     if constexpr (C == Codes::unpacked) {
         scale = V::load(record + lane * 4, ScaleType::float32);
         min = V::load(record + 64 + lane * 4, ScaleType::float32);
+        return;
+    }
+    if constexpr (C == Codes::high) {
+        // What a negative scale makes of a bound is none: NaN.
+        min =
+            V::unless_negative(V::load(record + lane * element_bytes(w.scale_type), w.scale_type));
+        scale = V::mul(min, V::set(4.0f));
         return;
     }
     if (P == Params::kquant || (P == Params::any && w.scheme == Scheme::kquant)) {
@@ -271,6 +279,19 @@ __attribute__((noinline)) void write(const float* sums, int rows, const Output& 
             const auto sum = V::load(sums + i * kTileRows + lane, ScaleType::float32);
             V::store(to + (i * y.stride + lane) * size, y.type, V::add(sum, bias), count);
         }
+    }
+}
+
+// sums: (rows, 16). tops: the largest of each row's, NaN where one is.
+template <class V>
+SHALLOW_INLINE void write_tops(float* sums, int rows, const Output& tops, const Place& at) {
+    float* to =
+        static_cast<float*>(tops.data) + (at.panel * kPanelRows + at.first) * tops.stride + at.tile;
+    for (int i = 0; i < rows; ++i, sums += kTileRows, to += tops.stride) {
+        auto top = V::load(sums, ScaleType::float32);
+        for (int p = 1; p < kParts<V>; ++p)
+            top = V::largest(top, V::load(sums + p * V::lanes, ScaleType::float32));
+        *to = V::horizontal_largest(top);
     }
 }
 

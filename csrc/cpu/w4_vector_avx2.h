@@ -22,6 +22,19 @@ struct Avx2 {
     static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 
+    static F unless_negative(F v) {  // else NaN
+        const __m256i sign = _mm256_srai_epi32(_mm256_castps_si256(v), 31);
+        return _mm256_or_ps(v, _mm256_castsi256_ps(sign));
+    }
+    static F largest(F a, F b) {  // NaN where one is
+        return _mm256_or_ps(_mm256_max_ps(a, b), _mm256_cmp_ps(a, b, _CMP_UNORD_Q));
+    }
+    static float horizontal_largest(F v) {
+        v = largest(v, _mm256_permute2f128_ps(v, v, 1));
+        v = largest(v, _mm256_shuffle_ps(v, v, 0x4e));
+        return _mm256_cvtss_f32(largest(v, _mm256_shuffle_ps(v, v, 0xb1)));
+    }
+
     static F from_half(__m128i bits) { return _mm256_cvtph_ps(bits); }
     static F from_bfloat(__m128i bits) {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
@@ -94,6 +107,10 @@ struct Avx2 {
     static __m256i codes(const uint8_t* block, int half, int j, int p) {
         if constexpr (C == Codes::byte || C == Codes::unpacked)
             return load_32_bytes(block + 64 * (4 * half + j) + 32 * p);
+        if constexpr (C == Codes::high) {
+            const __m256i bytes = load_32_bytes(block + 64 * (4 * half + j) + 32 * p);
+            return _mm256_and_si256(_mm256_srli_epi16(bytes, 2), _mm256_set1_epi8(63));
+        }
         if constexpr (C == Codes::six) return six(block + 192 * half + 32 * p, j);
         const __m256i both = load_32_bytes(block + 64 * j + 32 * p);
         return nibble(half ? _mm256_srli_epi16(both, 4) : both);
@@ -151,7 +168,7 @@ struct Avx2 {
     SHALLOW_INLINE static void dots(const TileView&, const uint8_t* block, const int8_t* q,
                                     F (&out)[P][R]) {
         load_anew(block, q);
-        if constexpr (C == Codes::six || C == Codes::unpacked)
+        if constexpr (C == Codes::six || C == Codes::unpacked || C == Codes::high)
             return dots_of_sixes<C, First, Last>(block, q, out);
         __m256i pairs[P][R];
 #pragma GCC unroll 4
@@ -177,7 +194,7 @@ struct Avx2 {
                 out[p][i] =
                     _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs[p][i], _mm256_set1_epi16(1)));
     }
-    // The same of sixes, or the bytes that unpack() made of them: two chunks reach 4 * 63 * 127 = 32004.
+    // The same of sixes, the bytes that unpack() made of them, or a byte's high six bits: two chunks reach 4 * 63 * 127 = 32004.
     template <Codes C, int First, int Last, int P, int R>
     SHALLOW_INLINE static void dots_of_sixes(const uint8_t* block, const int8_t* q,
                                              F (&out)[P][R]) {
