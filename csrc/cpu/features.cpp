@@ -117,6 +117,8 @@ bool far_into_l1() { return core() == Core::zen5; }
 
 bool unpacks_nibbles() { return core() == Core::other; }
 
+bool passes_512_in_halves() { return core() == Core::zen4; }
+
 int page_bytes_ahead() {
     switch (core()) {
         case Core::zen4: return 4096;

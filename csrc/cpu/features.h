@@ -35,6 +35,10 @@ bool far_into_l1();
 // stored and loaded (benchmarks/results/decoder.md).
 bool unpacks_nibbles();
 
+// Whether a lone row of nibbles or sixes meets them sooner by 256 bits than by 512 (Zen 4, which passes the
+// latter in two halves): decoding is 3-8 % faster (benchmarks/results/decoder.md).
+bool passes_512_in_halves();
+
 // Of whole pages of keys and values, from what is read to what is fetched into L1; what comes next is
 // fetched into L2 beside it (Ahead of attention_ahead.h).
 int page_bytes_ahead();
