@@ -211,7 +211,8 @@ BATCH_OF_8 = {"avx512": 0.6, "avx2": 0.75}
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa in (ISAS[0], *BATCH_OF_8)])
 def test_a_batch_of_8(isa):
     """By the best instruction set; by VNNI, for which the first bound was set, without the tile
-    registers that double the prefill; and by AVX2."""
+    registers that double the prefill; and by AVX2. Of greedy
+    steps, as `generate` runs them; the speed with all logits is printed beside it."""
     path = locate(DEFAULT)
     checkpoint = open_checkpoint(path)
     model = Model(path, CpuRuntime.load(checkpoint, checkpoint.config, isa=isa))

@@ -194,7 +194,8 @@ struct Avx2 {
                 out[p][i] =
                     _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs[p][i], _mm256_set1_epi16(1)));
     }
-    // The same of sixes, the bytes that unpack() made of them, or a byte's high six bits: two chunks reach 4 * 63 * 127 = 32004.
+    // The same of sixes, the bytes that unpack() made of them, or a byte's high six bits: two chunks
+    // reach 4 * 63 * 127 = 32004.
     template <Codes C, int First, int Last, int P, int R>
     SHALLOW_INLINE static void dots_of_sixes(const uint8_t* block, const int8_t* q,
                                              F (&out)[P][R]) {
