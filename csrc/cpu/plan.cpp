@@ -12,7 +12,7 @@ constexpr std::int64_t kMostTogether = 4;        // more was slower (benchmarks/
 constexpr std::int64_t kSumsBytes = 512 << 10;   // of L2 for sums that wait for the next columns
 constexpr std::int64_t kLeastRows = 64, kMostRows = 512;  // at once
 constexpr std::int64_t kLongShare = 1 << 20;              // bytes that a thread streams
-// Of normal numbers bounds leave 0.7 % of the tiles by 576 columns, 5 by 2,048 and 24 by 4,096.
+// Of normal numbers bounds leave 0.6 % of the tiles by 576 columns, 3.5 by 2,048 and 19 by 4,096.
 constexpr std::int64_t kBoundedBlocks = 64;
 
 // An odd number of KiB: panels a power of two apart would share few cache sets.

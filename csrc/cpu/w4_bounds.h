@@ -1,10 +1,10 @@
-// What no product of some rows of x with a tile of bytes exceeds, by the high six bits of each code, in
-// terms of the vector type V of w4_kernel.h: two steps of such products are summed in 16 bits, where
-// those of the whole code need x in 16 bits and sums of 32.
+// What no product of some rows of x with a tile of bytes exceeds, by the high seven bits of each code, in
+// terms of the vector type V of w4_kernel.h: x is rounded so that such products of a block are summed in
+// 16 bits, where those of the whole code need x in 16 bits and sums of 32.
 //
-// A code is 4 h + l, l of 0 to 3, and stands for scale * (4 h + l - 128). Where x is X + e, X rounded to
-// int8, the sum of a group over the scale is no more than that of 4 h X, which is multiplied here, and
-//     -128 X + max(0, 3 X) + 128 |e|,
+// A code is 2 h + l, l of 0 or 1, and stands for scale * (2 h + l - 128). Where x is X + e, X rounded to
+// int8, the sum of a group over the scale is no more than that of 2 h X, which is multiplied here, and
+//     -128 X + max(0, X) + 128 |e|,
 // which write_bounds() sums over the group, and with it what rounding may add: that of x to 16 bits, of
 // which the product is, and that of both sums.
 #pragma once
@@ -24,6 +24,25 @@ constexpr float kOfLeft = 129;  // 128, and the same of |e|
 // 32 columns of 128 times half a step of 16 bits, in steps of 8: 128 * 16 * 127 / 32767.
 constexpr float kOfWords = 8;
 
+// What the largest of a block is rounded to: at most 127, and so small that 127 times all that is
+// positive, or negative, in the 16 columns under one sum of 16 bits is no more than 258 * 127, of which
+// rounding may add 8. These columns are the first, or the last, two of each four.
+float most_of(const float* values) {
+    float of_sign[2][4] = {}, peak = 0;
+    for (int j = 0; j < kBlock; j += 4)
+        for (int i = 0; i < 4; ++i) {
+            const float value = values[j + i], size = std::abs(value);
+            of_sign[0][i] += size + value;
+            of_sign[1][i] += size - value;
+            peak = std::max(peak, size);
+        }
+    float twice = 0;
+    for (const auto& sums : of_sign)
+        for (int i = 0; i < 4; i += 2) twice = std::max(twice, sums[i] + sums[i + 1]);
+    const float most = peak / twice * 500;
+    return most < 127 ? most : 127;  // of zeros, or what is not finite
+}
+
 template <class V>
 void write_bounds(const Rows& x, const Int8Input& to) {
     for (int64_t row = 0; row < x.m; ++row) {
@@ -36,7 +55,7 @@ void write_bounds(const Rows& x, const Int8Input& to) {
             const int64_t at = b * to.panel;
             const int8_t* const q = one.q + at * kBlock;
             std::int32_t halves[2];
-            const float scale = V::quantize(values, one.q + at * kBlock, halves);
+            const float scale = V::quantize(values, one.q + at * kBlock, halves, most_of(values));
             float size = 0, left = 0;
             for (int j = 0; j < kBlock; ++j) {
                 const float rounded = scale * static_cast<float>(q[j]);
@@ -44,8 +63,8 @@ void write_bounds(const Rows& x, const Int8Input& to) {
                 left += std::abs(values[j] - rounded);
             }
             one.scales[at] = scale;
-            *sum += scale * (-126.5f * static_cast<float>(halves[0] + halves[1]) + kOfWords) +
-                    (1.5f + of_sums) * size + kOfLeft * left;
+            *sum += scale * (-127.5f * static_cast<float>(halves[0] + halves[1]) + kOfWords) +
+                    (0.5f + of_sums) * size + kOfLeft * left;
         });
     }
 }

@@ -38,7 +38,7 @@ enum class Codes : std::int32_t {
 //           high two, of whose six the first chunk has the highest
 //   byte    block of 8 chunks
 //   unpacked  the same with float32 scales and minimums: what a tile becomes for many rows
-//   high    a byte's high six bits, where bounds are told by them
+//   high    a byte's high seven bits, where bounds are told by them
 //   float32, float16   block of 32 columns x 16 rows
 //   bfloat16  block of 16 column pairs x 16 rows x 2: what the tile registers multiply
 // The parameters of one group of one tile are a record: 16 scales, then 16 mins or zeros. kquant and

@@ -75,7 +75,7 @@ SHALLOW_INLINE void load_params(const TileView& w, const uint8_t* record,
         // What a negative scale makes of a bound is none: NaN.
         min =
             V::unless_negative(V::load(record + lane * element_bytes(w.scale_type), w.scale_type));
-        scale = V::mul(min, V::set(4.0f));
+        scale = V::mul(min, V::set(2.0f));
         return;
     }
     if (P == Params::kquant || (P == Params::any && w.scheme == Scheme::kquant)) {

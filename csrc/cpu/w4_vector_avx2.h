@@ -109,7 +109,7 @@ struct Avx2 {
             return load_32_bytes(block + 64 * (4 * half + j) + 32 * p);
         if constexpr (C == Codes::high) {
             const __m256i bytes = load_32_bytes(block + 64 * (4 * half + j) + 32 * p);
-            return _mm256_and_si256(_mm256_srli_epi16(bytes, 2), _mm256_set1_epi8(63));
+            return _mm256_and_si256(_mm256_srli_epi16(bytes, 1), _mm256_set1_epi8(127));
         }
         if constexpr (C == Codes::six) return six(block + 192 * half + 32 * p, j);
         const __m256i both = load_32_bytes(block + 64 * j + 32 * p);
@@ -162,13 +162,14 @@ struct Avx2 {
                 }
     }
 
-    // The dot products of half-blocks First..Last-1, of nibbles or the bytes that unpack() made of them,
-    // with R rows of x, P vectors of the tile's rows. Pairs of products are summed in 16 bits: 8 chunks reach 8 * 2 * 15 * 127 = 30480.
+    // The dot products of half-blocks First..Last-1, of nibbles, the bytes that unpack() made of them, or a
+    // byte's high bits, with R rows of x, P vectors of the tile's rows. Pairs of products are summed in 16
+    // bits: of nibbles 8 chunks reach 8 * 2 * 15 * 127 = 30480, of high bits what write_bounds() allows.
     template <Codes C, int First, int Last, int P, int R>
     SHALLOW_INLINE static void dots(const TileView&, const uint8_t* block, const int8_t* q,
                                     F (&out)[P][R]) {
         load_anew(block, q);
-        if constexpr (C == Codes::six || C == Codes::unpacked || C == Codes::high)
+        if constexpr (C == Codes::six || C == Codes::unpacked)
             return dots_of_sixes<C, First, Last>(block, q, out);
         __m256i pairs[P][R];
 #pragma GCC unroll 4
@@ -194,8 +195,7 @@ struct Avx2 {
                 out[p][i] =
                     _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs[p][i], _mm256_set1_epi16(1)));
     }
-    // The same of sixes, the bytes that unpack() made of them, or a byte's high six bits: two chunks
-    // reach 4 * 63 * 127 = 32004.
+    // The same of sixes, or the bytes that unpack() made of them: two chunks reach 4 * 63 * 127 = 32004.
     template <Codes C, int First, int Last, int P, int R>
     SHALLOW_INLINE static void dots_of_sixes(const uint8_t* block, const int8_t* q,
                                              F (&out)[P][R]) {
@@ -308,8 +308,8 @@ struct Avx2 {
         return _mm_cvtsi128_si32(_mm_max_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
     }
 
-    // 32 floats -> integers up to `most`, the scale, and the sums of both halves.
-    static float quantize(const float* x, float most, __m256i (&v)[4], std::int32_t* sums) {
+    // 32 floats -> integers up to `most`, and the scale.
+    static float quantize(const float* x, float most, __m256i (&v)[4]) {
         // As integers, so that NaN counts as larger than infinity and spoils the scale.
         const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
         __m256i largest = _mm256_setzero_si256();
@@ -323,25 +323,31 @@ struct Avx2 {
         const F inverse = set(tiny ? 0.0f : most / peak);
         for (int j = 0; j < 4; ++j)
             v[j] = _mm256_cvtps_epi32(mul(_mm256_loadu_ps(x + 8 * j), inverse));
-        sums[0] = horizontal_sum(_mm256_add_epi32(v[0], v[1]));
-        sums[1] = horizontal_sum(_mm256_add_epi32(v[2], v[3]));
         return tiny ? 0.0f : peak / most;
     }
-    static float quantize(const float* x, int8_t* q, std::int32_t* sums) {
+    static float quantize(const float* x, int8_t* q, std::int32_t* sums, float most = 127) {
         __m256i v[4];
-        const float scale = quantize(x, 127.0f, v, sums);
+        const float scale = quantize(x, most, v);
         // packs works in 128-bit halves: dwords come out as 0 4 1 5 2 6 3 7 would read
         const __m256i words =
             _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
         const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(q),
-                            _mm256_permutevar8x32_epi32(words, order));
+        const __m256i bytes = _mm256_permutevar8x32_epi32(words, order);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), bytes);
+        // of 8 bytes each, without a sign: 128 more
+        __m256i sum = _mm256_sad_epu8(_mm256_xor_si256(bytes, _mm256_set1_epi8(-128)),
+                                      _mm256_setzero_si256());
+        sum = _mm256_add_epi32(sum, _mm256_shuffle_epi32(sum, 0x4e));
+        sums[0] = _mm_cvtsi128_si32(_mm256_castsi256_si128(sum)) - 16 * 128;
+        sums[1] = _mm_cvtsi128_si32(_mm256_extracti128_si256(sum, 1)) - 16 * 128;
         return scale;
     }
     // Even columns beside each other, and odd ones, as dots() meets them.
     static float quantize(const float* x, int16_t* q, std::int32_t* sums) {
         __m256i v[4];
-        const float scale = quantize(x, 32767.0f, v, sums);
+        const float scale = quantize(x, 32767.0f, v);
+        sums[0] = horizontal_sum(_mm256_add_epi32(v[0], v[1]));
+        sums[1] = horizontal_sum(_mm256_add_epi32(v[2], v[3]));
         for (int j = 0; j < 4; j += 2) {
             const __m256i words = _mm256_packs_epi32(_mm256_shuffle_epi32(v[j], 0xd8),
                                                      _mm256_shuffle_epi32(v[j + 1], 0xd8));
