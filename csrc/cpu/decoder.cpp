@@ -278,7 +278,8 @@ void Decoder::run_chunk(const Call& call, Working& w, std::size_t begin, std::si
     w.chunk.wanted = set_of([&](const Row& row) { return row.wanted && !call.leaving; });
 
     const std::int64_t wanted = w.chunk.sets[w.chunk.wanted].size(), vocab = model_.rules.vocab;
-    const auto bytes = static_cast<std::size_t>(workspace_bytes(model_, w.chunk, threads_));
+    const auto bytes =
+        static_cast<std::size_t>(workspace_bytes(model_, w.chunk, threads_, w.sizes));
     const bool bounded = call.best && !call.logits && model_.head.bounded(wanted);
     const std::int64_t logits = call.logits ? 0 : wanted * vocab;
     const std::int64_t bounds = bounded ? wanted * model_.head.tiles() : 0;
@@ -296,7 +297,7 @@ void Decoder::run_chunk(const Call& call, Working& w, std::size_t begin, std::si
         w.queue_count = queues_needed(model_);
         w.queues.reset(new Queue[w.queue_count]);
     }
-    run_step(model_, w.chunk, threads_, w.workspace.data(), w.queues.get(),
+    run_step(model_, w.chunk, threads_, w.sizes, w.workspace.data(), w.queues.get(),
              measured_ ? &times_ : nullptr);
     if (call.best) choose(w, wanted, call.best + written);
 }

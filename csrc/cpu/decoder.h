@@ -71,6 +71,7 @@ private:
         std::mutex mutex;
         std::vector<Row> rows;
         Chunk chunk;
+        Sizes sizes;
         std::vector<Best> best;
         Memory workspace;
         std::unique_ptr<Queue[]> queues;

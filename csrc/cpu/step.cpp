@@ -56,15 +56,15 @@ void run(Worker& worker) {
 
 }  // namespace
 
-std::size_t queues_needed(const Model& model) { return model.layers.size() * 5 + 1; }
+std::size_t queues_needed(const Model& model) { return model.layers.size() * 5 + 2; }
 
-std::int64_t workspace_bytes(const Model& model, const Chunk& chunk, int threads) {
-    return Buffers(model, chunk, threads, nullptr).bytes;
+std::int64_t workspace_bytes(const Model& model, const Chunk& chunk, int threads, Sizes& sizes) {
+    return Buffers(model, chunk, threads, sizes, nullptr).bytes;
 }
 
-void run_step(const Model& model, const Chunk& chunk, int threads, std::uint8_t* workspace,
-              Queue* queues, Times* times) {
-    Team team(model, chunk, threads, workspace);
+void run_step(const Model& model, const Chunk& chunk, int threads, Sizes& sizes,
+              std::uint8_t* workspace, Queue* queues, Times* times) {
+    Team team(model, chunk, threads, sizes, workspace);
     team.queues = queues;
     team.times = times;
     for (std::size_t i = 0; i < queues_needed(model); ++i) queues[i].reset();

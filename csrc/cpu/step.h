@@ -8,7 +8,7 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/model.h"
+#include "cpu/step_sizes.h"
 #include "cpu/threads.h"
 
 namespace shallow {
@@ -83,9 +83,9 @@ struct Times {
 
 // Queues that a step consumes.
 std::size_t queues_needed(const Model& model);
-std::int64_t workspace_bytes(const Model& model, const Chunk& chunk, int threads);
+std::int64_t workspace_bytes(const Model& model, const Chunk& chunk, int threads, Sizes& sizes);
 // times may be null
-void run_step(const Model& model, const Chunk& chunk, int threads, std::uint8_t* workspace,
-              Queue* queues, Times* times);
+void run_step(const Model& model, const Chunk& chunk, int threads, Sizes& sizes,
+              std::uint8_t* workspace, Queue* queues, Times* times);
 
 }  // namespace shallow

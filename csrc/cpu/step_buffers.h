@@ -1,5 +1,5 @@
 // The memory of a step: what its threads share, and what each has for itself.
-// defines: kKeptRows ThreadBuffers FormBytes Buffers
+// defines: kKeptRows ThreadBuffers Buffers
 #pragma once
 
 #include "cpu/step.h"
@@ -19,14 +19,6 @@ struct ThreadBuffers {
     std::uint8_t* unpacked;
 };
 
-// The most bytes that m rows take in each kind of form.
-struct FormBytes {
-    std::int64_t hidden, attended = 0, up = 0;
-
-    FormBytes(const Model& model, std::int64_t m);
-    void include(const FormBytes& other);
-};
-
 struct Buffers {
     FloatRows x;                    // (rows, hidden): the residual stream
     FloatRows qkv, attended;        // (rows, qkv_width), (rows, query_width)
@@ -37,7 +29,7 @@ struct Buffers {
     std::int64_t bytes;  // of all, the threads' own included
 
     // Measures only where base is null.
-    Buffers(const Model& model, const Chunk& chunk, int threads, std::uint8_t* base);
+    Buffers(const Model& model, const Chunk& chunk, int threads, Sizes& sizes, std::uint8_t* base);
     ThreadBuffers of(int thread) const;
 
 private:
@@ -46,7 +38,7 @@ private:
     const Model& model_;
     const Chunk& chunk_;
     const std::int64_t kept_;  // rows
-    const FormBytes kept_forms_;
+    RowSizes kept_sizes_;
     std::int64_t unpacked_bytes_;
     std::uint8_t* own_;  // the first thread's
     std::int64_t own_bytes_;

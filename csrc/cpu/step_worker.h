@@ -18,8 +18,9 @@ struct Team {
     Times* times;  // null or the first thread's
     Barrier barrier;
 
-    Team(const Model& model, const Chunk& chunk, int threads, std::uint8_t* workspace)
-        : model(model), chunk(chunk), buffers(model, chunk, threads, workspace), planned(threads) {}
+    Team(const Model& model, const Chunk& chunk, int threads, Sizes& sizes, std::uint8_t* workspace)
+        : model(model), chunk(chunk), buffers(model, chunk, threads, sizes, workspace),
+          planned(threads) {}
 };
 
 class Worker {

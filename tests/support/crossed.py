@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 FLAGS = "-std=c++17 -O2 -g0 -pthread -DSHALLOW_ARM -Icsrc".split()
 PORTABLE = """decoder features isa kv_cache memory model plan product step step_attention
-step_buffers step_choice step_products step_residual threads w4_layout w4_matmul rows_generic
-rows_neon attention_generic attention_neon w4_matmul_generic w4_matmul_neon""".split()
+step_buffers step_choice step_products step_residual step_sizes threads w4_layout w4_matmul
+rows_generic rows_neon attention_generic attention_neon w4_matmul_generic w4_matmul_neon""".split()
 ENABLED = {"w4_matmul_dotprod": "+dotprod", "w4_matmul_i8mm": "+dotprod+i8mm"}
 CPUS = {"neon": "cortex-a72", "dotprod": "neoverse-n1", "i8mm": "max"}  # what each is the best of
 ITEM = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1, "uint8": 1}
