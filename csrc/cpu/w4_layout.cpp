@@ -151,35 +151,75 @@ const std::uint16_t* super_of(const TileView& w, int64_t tile, int64_t group) {
     return w.supers + (tile * ((w.blocks + 7) / 8) + group / w.super_groups) * w.super_halves;
 }
 
-// The weight of code `code` in group `group` of a tile's row `lane`, as w4::Matrix gives it.
-float value(const TileView& w, int64_t tile, int64_t group, int lane, int code) {
-    const uint8_t* const record = w.record(tile, group);
-    const auto c = static_cast<float>(code);
-    if (w4::has_supers(w.scheme)) {
-        const std::uint16_t* const super = super_of(w, tile, group);
-        const bool stepped = w.scheme == w4::Scheme::stepped;
-        const int steps = stepped ? static_cast<std::int8_t>(record[lane]) : record[lane];
-        const float step = w4::product(w4::half_to_float(super[lane]), static_cast<float>(steps));
-        if (stepped) return step * (c - w.center);
-        const float low = w4::product(w4::half_to_float(super[16 + lane]), record[16 + lane]);
-        return w4::product(step, c) - low;
+// The weights of one row of a tile in one group, by their codes, as w4::Matrix gives them.
+class GroupWeights {
+public:
+    GroupWeights(const TileView& w, int64_t tile, int64_t group, int64_t lane) {
+        const uint8_t* const record = w.record(tile, group);
+        if (w4::has_supers(w.scheme)) {
+            const std::uint16_t* const super = super_of(w, tile, group) + lane;
+            const bool stepped = w.scheme == w4::Scheme::stepped;
+            const int steps = stepped ? static_cast<std::int8_t>(record[lane]) : record[lane];
+            scale_ = w4::product(w4::half_to_float(super[0]), static_cast<float>(steps));
+            if (stepped)
+                center_ = w.center;
+            else
+                low_ = -w4::product(w4::half_to_float(super[kTileRows]), record[kTileRows + lane]);
+            return;
+        }
+        scale_ = element(record, lane, w.scale_type);
+        const uint8_t* const second = record + kTileRows * element_bytes(w.scale_type);
+        switch (w.scheme) {
+            case w4::Scheme::minimum: low_ = element(second, lane, w.scale_type); break;
+            case w4::Scheme::zero: center_ = second[lane]; break;
+            case w4::Scheme::codebook: table_ = w.values; break;
+            default: center_ = w.center;
+        }
     }
-    const float scale = element(record, lane, w.scale_type);
-    const uint8_t* const second = record + 16 * element_bytes(w.scale_type);
-    switch (w.scheme) {
-        case w4::Scheme::minimum:
-            return w4::product(c, scale) + element(second, lane, w.scale_type);
-        case w4::Scheme::zero: return (c - second[lane]) * scale;
-        case w4::Scheme::codebook: return w.values[code] * scale;
-        default: return (c - w.center) * scale;
+    float operator()(int code) const {
+        const float steps = table_ ? table_[code] : static_cast<float>(code) - center_;
+        return w4::product(steps, scale_) + low_;
     }
-}
+
+private:
+    const float* table_ = nullptr;
+    float scale_, center_ = 0, low_ = -0.0f;  // which changes no number, zeros included
+};
 
 // Code i of a row's 16 in half a block of sixes, whose chunks are 64 bytes apart.
 int six_at(const uint8_t* row, int64_t i) {
     if (i < 12) return row[i / 4 * kChunk + i % 4] & 63;
     const auto top = [&](int64_t chunk) { return row[chunk * kChunk + i % 4] >> 6; };
     return top(0) << 4 | top(1) << 2 | top(2);
+}
+
+// A row's 16 weights in half a block.
+void read_codes(const TileView& w, int64_t row, int64_t half, float* out) {
+    const int64_t tile = row / kTileRows, lane = row % kTileRows, block = half / 2, high = half % 2;
+    const uint8_t* const codes = w.block(tile, block) + lane * 4;
+    const GroupWeights weights(w, tile, w.group_blocks ? block / w.group_blocks : half, lane);
+    for (int64_t i = 0; i < 16; ++i) {
+        const int64_t at = i / 4 * kChunk + i % 4;
+        if (w.kind == Codes::byte)
+            out[i] = weights(codes[high * 4 * kChunk + at]);
+        else if (w.kind == Codes::six)
+            out[i] = weights(six_at(codes + high * 3 * kChunk, i));
+        else
+            out[i] = weights(high ? codes[at] >> 4 : codes[at] & 15);
+    }
+}
+void read_floats(const TileView& w, int64_t row, int64_t half, float* out) {
+    const int64_t tile = row / kTileRows, lane = row % kTileRows, first = half % 2 * 16;
+    const uint8_t* const block = w.block(tile, half / 2);
+    for (int64_t i = 0; i < 16; ++i) {
+        const int64_t column = first + i;
+        if (w.kind == Codes::bfloat16)
+            out[i] = element(block, (column / 2 * kTileRows + lane) * 2 + column % 2,
+                             ScaleType::bfloat16);
+        else
+            out[i] = element(block, column * kTileRows + lane,
+                             w.kind == Codes::float32 ? ScaleType::float32 : ScaleType::float16);
+    }
 }
 
 // One row of sixes as bytes, under scales and minimums that are numbers by themselves.
@@ -437,38 +477,15 @@ TiledMatrix::TiledMatrix(const void* weights, ScaleType type, int64_t n, int64_t
 
 void read_row(const TiledMatrix& matrix, int64_t row, float* out) {
     const TileView& w = matrix.view();
-    const int64_t tile = row / kTileRows;
-    const int lane = static_cast<int>(row % kTileRows);
-    const bool byte = w.kind == Codes::byte, six = w.kind == Codes::six;
-    const bool nibble = w.kind == Codes::nibble || w.kind == Codes::nibble_table;
-    float values[16];  // of a group's nibbles
-    for (int64_t half = 0, known = -1; half * 16 < w.k; ++half) {
-        const int64_t block = half / 2, first = half % 2 * 16;
-        const int64_t group = w.group_blocks ? block / w.group_blocks : half;
-        const uint8_t* const codes = w.block(tile, block);
-        if (nibble && group != known)
-            for (int code = 0; code < 16; ++code) values[code] = value(w, tile, group, lane, code);
-        known = group;
-        const int64_t columns = std::min<int64_t>(16, w.k - half * 16);
-        for (int64_t i = 0; i < columns; ++i) {
-            const int64_t column = first + i, k = half * 16 + i;
-            float v;
-            if (nibble) {
-                const int pair = codes[i / 4 * 64 + lane * 4 + i % 4];
-                v = values[first ? pair >> 4 : pair & 15];
-            } else if (byte) {
-                v = value(w, tile, group, lane, codes[column / 4 * 64 + lane * 4 + column % 4]);
-            } else if (six) {
-                v = value(w, tile, group, lane, six_at(codes + first / 16 * 192 + lane * 4, i));
-            } else if (w.kind == Codes::bfloat16) {
-                v = element(codes, (column / 2 * kTileRows + lane) * 2 + column % 2,
-                            ScaleType::bfloat16);
-            } else {
-                v = element(codes, column * kTileRows + lane,
-                            w.kind == Codes::float32 ? ScaleType::float32 : ScaleType::float16);
-            }
-            out[matrix.perm() ? matrix.perm()[k] : k] = v;
-        }
+    const std::int32_t* const perm = matrix.perm();
+    for (int64_t half = 0; half * 16 < w.k; ++half) {
+        float values[16];
+        if (w.kind >= Codes::float32)
+            read_floats(w, row, half, values);
+        else
+            read_codes(w, row, half, values);
+        for (int64_t i = 0, k = half * 16; i < 16 && k < w.k; ++i, ++k)
+            out[perm ? perm[k] : k] = values[i];
     }
 }
 
