@@ -50,8 +50,9 @@ void choose_likeliest(Worker& worker, std::int64_t m) {
                                     });
     worker.mark(Part::head);
     worker.barrier();
-    for (std::int64_t row = worker.thread; row < m; row += worker.threads)
+    worker.next_queue().take(m, 1, [&](std::int64_t row, std::int64_t) {
         worker.chunk.best[worker.thread * m + row] = largest(worker, m, row, bounds.row(row));
+    });
     worker.mark(Part::head);
 }
 

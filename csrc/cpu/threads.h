@@ -92,13 +92,13 @@ public:
         for (int64_t i; (i = next_.fetch_add(step, std::memory_order_relaxed)) < count;)
             call(i, std::min(i + step, count));
     }
-    // The same, `first` for each thread, then half of a fair share of what is left at a time, but
-    // two: threads end together.
+    // The same, `first` for each thread, then half of a fair share of what is left at a time: threads
+    // end together.
     template <class Call>
     void take_shares(int64_t count, int threads, int64_t first, const Call& call) {
         for (int64_t i = next_; i < count; i = next_) {
             const int64_t share = (count - i) / (2 * threads);
-            const int64_t end = i + (i < first * threads ? first : std::max<int64_t>(2, share));
+            const int64_t end = i + (i < first * threads ? first : std::max<int64_t>(1, share));
             if (next_.compare_exchange_strong(i, end)) call(i, std::min(end, count));
         }
     }
