@@ -124,7 +124,7 @@ void claims() {
 }
 
 // Every unit is claimed once, in order: `first` for each thread, then at most half of what is a
-// thread's fair share, or two.
+// thread's fair share, or one.
 void shares() {
     for (const std::int64_t count : {1, 2, 5, 36, 3072})
         for (const int threads : {1, 2, 7})
@@ -137,7 +137,7 @@ void shares() {
                     assert(begin == claimed && end > begin && end <= count);
                     const std::int64_t fair = (count - begin) / (2 * threads);
                     const std::int64_t most =
-                        first && claims < threads ? first : std::max<std::int64_t>(2, fair);
+                        first && claims < threads ? first : std::max<std::int64_t>(1, fair);
                     assert(end - begin == std::min(most, count - begin));
                     claimed = end;
                     ++claims;
