@@ -44,7 +44,7 @@ public:
         return any;
     }
 
-    const int64_t near;  // bytes from what is read now to what goes into L1
+    const int64_t near;  // bytes from what is read now to what goes into L1; 0: nothing does
 
 private:
     static constexpr int kHalf = kStreams / 2;
@@ -69,7 +69,7 @@ inline __attribute__((always_inline)) void fetching(Ahead* ahead, int64_t n, con
 
 // What is read soon after `bytes` bytes at `here`, into L1.
 inline void fetch_near(const Ahead* ahead, const void* here, int64_t bytes) {
-    if (!ahead) return;
+    if (!ahead || !ahead->near) return;
     for (int64_t at = 0; at < bytes; at += kLine)
         __builtin_prefetch(static_cast<const char*>(here) + ahead->near + at, 0, 3);
 }

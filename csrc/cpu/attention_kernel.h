@@ -23,7 +23,6 @@ constexpr int kRowGroup = 6;  // rows that meet a key or value while it is in re
 // twelve sums, which two units that take four cycles each need eight of to be busy.
 constexpr int kNarrow = 4;
 constexpr int64_t kPageStripes = kPage / kStripe;
-constexpr int64_t kNear = 1024;  // page_bytes_ahead() where a page is not whole
 
 // One kv head of one page.
 template <class T>
@@ -316,7 +315,7 @@ void attend_to(const KvShape& shape, const Span& span, const Span& next, const Q
         const Span rest{span.pages, span.head, at + kPage, span.end};
         const Span& following = rest.begin < rest.end ? rest : next;
         Ahead ahead = first_page<T>(shape, following.begin < following.end ? following : here,
-                                    positions == kPage ? page_bytes_ahead() : kNear);
+                                    page_bytes_ahead(positions, kPage));
         in_groups(rows, [&](auto group, int64_t row) {
             const float* some[group()];
             for (int r = 0; r < group(); ++r) some[r] = queries.row(row + r, shape.head_dim);
@@ -348,7 +347,7 @@ void attend(const KvShape& shape, const Span& span, const Span& next, const Quer
 
 template <class T>
 void fetch_as(const KvShape& shape, const Span& span) {
-    Ahead ahead = first_page<T>(shape, span, kNear);
+    Ahead ahead = first_page<T>(shape, span, 0);
     while (ahead.turn()) continue;
 }
 

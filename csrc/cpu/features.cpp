@@ -119,10 +119,11 @@ bool unpacks_nibbles() { return core() == Core::other; }
 
 bool passes_512_in_halves() { return core() == Core::zen4; }
 
-int page_bytes_ahead() {
+int page_bytes_ahead(std::int64_t positions, std::int64_t most) {
+    const bool whole = positions == most;
     switch (core()) {
-        case Core::zen4: return 4096;
-        case Core::zen5: return 8192;
+        case Core::zen4: return whole ? 4096 : 2 * positions < most ? 0 : 1024;
+        case Core::zen5: return whole ? 8192 : 1024;
         default: return 1024;
     }
 }

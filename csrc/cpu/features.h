@@ -39,9 +39,10 @@ bool unpacks_nibbles();
 // latter in two halves): decoding is 3-8 % faster (benchmarks/results/decoder.md).
 bool passes_512_in_halves();
 
-// Of whole pages of keys and values, from what is read to what is fetched into L1; what comes next is
-// fetched into L2 beside it (Ahead of attention_ahead.h).
-int page_bytes_ahead();
+// From what is read to what is fetched into L1, of a page of keys and values that holds `positions` of
+// `most`; what comes next is fetched into L2 beside it (Ahead of attention_ahead.h). 0: nothing is, since
+// of a short page much of it would lie behind its end.
+int page_bytes_ahead(std::int64_t positions, std::int64_t most);
 
 // Streams in which a core reads the weights of so many rows (benchmarks/results/decoder.md).
 int long_streams(std::int64_t rows);
