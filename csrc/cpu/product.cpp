@@ -37,8 +37,12 @@ std::size_t Input::add(const std::shared_ptr<const TiledMatrix>& w) {
                (path_of_few(*w) == Path::exact || other.group_blocks == v.group_blocks);
     };
     const auto found = std::find_if(like_.begin(), like_.end(), agrees);
-    if (found == like_.end()) return like_.push_back(w), like_.size() - 1;
-    return static_cast<std::size_t>(found - like_.begin());
+    if (found != like_.end()) return static_cast<std::size_t>(found - like_.begin());
+    like_.push_back(w);
+    if (w->perm()) grain_ = 0;
+    if (path_of_few(*w) != Path::exact)
+        grain_ = std::lcm(grain_, std::max<std::int64_t>(v.group_blocks, 1) * kBlock);
+    return like_.size() - 1;
 }
 
 Form Input::form(std::size_t index, std::int64_t m) const {
@@ -65,16 +69,6 @@ void Input::write(const Rows& x, std::uint8_t* forms, std::int64_t m, std::int64
     bounds(m).write(kernels_, perm ? gather(x, perm, spare) : x, forms, row, 0);
 }
 
-std::int64_t Input::grain() const {
-    std::int64_t blocks = 1;
-    for (const std::shared_ptr<const TiledMatrix>& like : like_) {
-        if (like->perm()) return 0;
-        if (path_of_few(*like) == Path::exact) continue;
-        blocks = std::lcm(blocks, std::max<std::int64_t>(like->view().group_blocks, 1));
-    }
-    return blocks * kBlock;
-}
-
 void Input::write_columns(const Rows& x, std::uint8_t* forms, std::int64_t m, std::int64_t row,
                           std::int64_t column) const {
     for (std::size_t i = 0; i < like_.size(); ++i) {
@@ -98,13 +92,8 @@ void Product::add(const std::shared_ptr<const TiledMatrix>& w, const float* bias
     part.first = aside ? 0 : tiles_;
     part.form = input_->add(w);
     entries_.push_back(part);
+    nbytes_ += static_cast<std::int64_t>(w->nbytes());
     if (!aside) tiles_ += w->view().tiles;
-}
-
-std::int64_t Product::nbytes() const {
-    std::int64_t bytes = 0;
-    for (const Entry& part : entries_) bytes += static_cast<std::int64_t>(part.w->nbytes());
-    return bytes;
 }
 
 // A part in bfloat decides: its scratch holds one claim, that of the others any.

@@ -39,7 +39,7 @@ public:
     void write(const Rows& x, std::uint8_t* forms, std::int64_t m, std::int64_t row,
                float* spare) const;
     // Columns that fewer than kManyRows rows are to be divided by; 0 where rows stay whole.
-    std::int64_t grain() const;
+    std::int64_t grain() const { return grain_; }
     // Writes x as the columns from `column` on, a multiple of grain(), and as many, but for the last
     // ones. Threads may write different columns at once.
     void write_columns(const Rows& x, std::uint8_t* forms, std::int64_t m, std::int64_t row,
@@ -57,6 +57,7 @@ private:
     const Kernels& kernels_;
     Mode mode_;
     bool fine_, bounded_ = false;
+    std::int64_t grain_ = kBlock;  // of all matrices, which a step finds cold
     std::vector<std::shared_ptr<const TiledMatrix>> like_;  // the first matrix of each form
 };
 
@@ -73,7 +74,7 @@ public:
     const Input& input() const { return *input_; }
     const std::shared_ptr<Input>& shared_input() const { return input_; }
     std::int64_t tiles() const { return tiles_; }
-    std::int64_t nbytes() const;  // of the weights
+    std::int64_t nbytes() const { return nbytes_; }  // of the weights
     // Tiles for a thread to take at a time, and the scratch that run() then needs.
     std::int64_t claim(std::int64_t m, int threads) const;
     std::int64_t scratch_bytes(std::int64_t m, int threads) const;
@@ -100,7 +101,7 @@ private:
     };
     std::shared_ptr<Input> input_;
     std::vector<Entry> entries_;
-    std::int64_t tiles_ = 0;
+    std::int64_t tiles_ = 0, nbytes_ = 0;
 };
 
 }  // namespace shallow
