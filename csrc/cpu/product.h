@@ -57,7 +57,7 @@ private:
     const Kernels& kernels_;
     Mode mode_;
     bool fine_, bounded_ = false;
-    std::int64_t grain_ = kBlock;  // of all matrices, which a step finds cold
+    std::int64_t grain_ = kBlock;  // kept: a step finds the matrices cold; once 0 it stays so
     std::vector<std::shared_ptr<const TiledMatrix>> like_;  // the first matrix of each form
 };
 
