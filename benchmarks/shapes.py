@@ -2,13 +2,13 @@
 
     python benchmarks/shapes.py NAME DIRECTORY [--layers N] [--packed]
 
-Writes NAME.gguf, and with --packed the directory NAME-packed of the same weights. All matrices are
-Q4_0, the embedding too, which the head shares where the model's does: what a token reads is the
-file. Those of NAME-Q4_K_M are as llama.cpp has them in a file of that kind: Q4_K, but Q6_K the
-head and, in every second layer or so, `v` and `down`. Scales keep activations near unit size. A
-trained norm has a few large weights, whose columns make a sixth of the blocks of its output coarse
-(benchmarks/results/decoder.md): so have these. The tokenizer is the default model's, its
-vocabulary padded.
+Writes NAME.gguf, with fewer layers NAME-N-layers.gguf, and with --packed the directory NAME-packed
+or NAME-N-layers-packed of the same weights. All matrices are Q4_0, the embedding too, which the
+head shares where the model's does: what a token reads is the file. Those of NAME-Q4_K_M are as
+llama.cpp has them in a file of that kind: Q4_K, but Q6_K the head and, in every second layer or so,
+`v` and `down`. Scales keep activations near unit size. A trained norm has a few large weights,
+whose columns make a sixth of the blocks of its output coarse (benchmarks/results/decoder.md): so
+have these. The tokenizer is the default model's, its vocabulary padded.
 """
 
 import argparse
@@ -95,13 +95,15 @@ def bits_of(file: str) -> tuple[str, str]:
 
 
 def write(file: str, directory: Path, layers: int | None = None) -> Path:
-    """The new file FILE.gguf in `directory`, FILE one of FILES."""
+    """The new file FILE.gguf in `directory`, FILE one of FILES; where it has not all layers of its
+    shape, its name says so."""
     name, bits = bits_of(file)
+    cut = "" if layers in (None, MODELS[name].layers) else f"-{layers}-layers"
     config = from_hf(config_of(name, layers), name)
     source = locate("smollm2-135m")
     text = load_text(source)
     kind = architecture(config)
-    fields: dict[str, Any] = {"general.architecture": kind, "general.name": name}
+    fields: dict[str, Any] = {"general.architecture": kind, "general.name": name + cut}
     fields["general.file_type"] = NUMBERS[bits]  # without it OpenVINO does not open a file
     fields |= {f"{kind}.{key}": value for key, value in model_fields(config).items()}
     fields |= to_gguf(text, config.vocab_size)
@@ -113,7 +115,7 @@ def write(file: str, directory: Path, layers: int | None = None) -> Path:
             yield vector(place) if place.type == "F32" else blocks(place, generator)
 
     directory.mkdir(parents=True, exist_ok=True)
-    out = directory / f"{file}.gguf"
+    out = directory / f"{file}{cut}.gguf"
     described = {key: typed(value) for key, value in fields.items()}
     write_gguf(out, source, config, described, found, data)
     return out

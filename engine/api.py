@@ -147,7 +147,7 @@ class Model:
                 transformers tokenizer returns, whose padding is left out. Several prompts: a list
                 of these, or ids (B, T).
             max_new_tokens: at most so many tokens.
-            temperature: 0 takes the likeliest token (greedy).
+            temperature: 0 takes the likeliest token (greedy), whatever top_k to min_p and seed say.
             top_k: draw from the k likeliest tokens alone; 0: off.
             top_p: from the fewest tokens whose probabilities reach it; 1: off.
             min_p: from tokens of at least this share of the likeliest one's probability; 0: off.

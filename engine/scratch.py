@@ -174,7 +174,7 @@ def _is_record(path: Path) -> bool:
     """Whether a command may replace it beside the model that it reads."""
     try:
         said = json.loads(path.read_bytes()) if path.suffix == ".json" else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(said, dict) and "version" in said and said.get("kind") in _RECORDS
 

@@ -187,10 +187,9 @@ int useful_threads(const TileView& w, std::int64_t m, int threads) {
 // Of a few rows by all of it one thread waited where others slow the other down, by none of it AMX was
 // 6 % slower. A lone row is done with a short share too soon for more claims; with a long one where
 // nobody disturbs it more than one sixteenth left costs 1-2 % (benchmarks/results/decoder.md).
-std::int64_t first_sixteenths(std::int64_t m, std::int64_t share_bytes) {
-    if (m >= kManyRows) return 0;
-    if (m > 1) return 14;
-    return share_bytes < kLongShare ? 16 : 15;
+std::int64_t first_share(std::int64_t units, std::int64_t m, std::int64_t bytes, int threads) {
+    const int sixteenths = m >= kManyRows ? 0 : m > 1 ? 14 : bytes / threads < kLongShare ? 16 : 15;
+    return w4::ceil_div(units * sixteenths / 16, threads);
 }
 
 Rows gather(const Rows& x, const std::int32_t* perm, void* to) {

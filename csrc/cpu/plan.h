@@ -1,7 +1,7 @@
 // The matmul planner: by which path a matrix multiplies rows of x, in what form it reads them, and
 // how memory and work are divided. The matmul of its own and the decoder's products follow it.
 // defines: Path choose_path tells_largest Form rows_within rows_at_once useful_threads
-//          first_sixteenths gather line_up Cutter
+//          first_share gather line_up Cutter
 #pragma once
 
 #include <cstdint>
@@ -61,9 +61,9 @@ private:
 std::int64_t rows_within(std::int64_t bytes, std::int64_t row_bytes);
 std::int64_t rows_at_once(const TileView& w, Path path);  // of a matmul of its own
 int useful_threads(const TileView& w, std::int64_t m, int threads);
-// What each thread takes of a product at once, in sixteenths of its fair share; then half of a fair share
-// of what is left, again and again.
-std::int64_t first_sixteenths(std::int64_t m, std::int64_t share_bytes);
+// How many of a product's units, whose weights take `bytes` in all, each thread takes at once; then half
+// of a fair share of what is left, again and again.
+std::int64_t first_share(std::int64_t units, std::int64_t m, std::int64_t bytes, int threads);
 
 // The columns of x in the order `perm`, written to `to`, rows x.k apart.
 Rows gather(const Rows& x, const std::int32_t* perm, void* to);

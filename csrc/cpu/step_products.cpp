@@ -25,13 +25,12 @@ void multiply_then(Worker& worker, const Product& product, std::uint8_t* forms, 
         }
     };
     const std::int64_t units = w4::ceil_div(tiles, unit);
-    const std::int64_t part_bytes = product.nbytes() / worker.planned;
-    const std::int64_t first =
-        w4::ceil_div(units * first_sixteenths(m, part_bytes) / 16, worker.planned);
+    const int threads = worker.planned;
     if (claim)
         worker.next_queue().take(units, w4::ceil_div(claim, unit), run);
     else
-        worker.next_queue().take_shares(units, worker.planned, first, run);
+        worker.next_queue().take_shares(units, threads,
+                                        first_share(units, m, product.nbytes(), threads), run);
     worker.mark(part);
 }
 

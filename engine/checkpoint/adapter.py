@@ -169,8 +169,10 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def stamps(path: Path) -> list[tuple[str, int, int]]:
-    """What tells these weights from others that lay or will lie in the same place."""
-    found = [(file.resolve(), file.stat()) for file in weight_files(path)]
+    """What tells this model from others that lay or will lie in the same place."""
+    read = [place / name for place in directories(path) for name in ("config.json", CONFIG)]
+    files = [*weight_files(path), *filter(Path.is_file, read)]
+    found = [(file.resolve(), file.stat()) for file in files]
     return [(str(file), stat.st_mtime_ns, stat.st_size) for file, stat in found]
 
 

@@ -41,6 +41,7 @@ def budget(
         bool, typer.Option("--paper", help="The paper's line for Llama-2-70B, and the honest one.")
     ] = False,
     json_file: common.JsonFile = None,
+    called: typer.Context = None,  # type: ignore[assignment]  # none from another command
 ) -> None:
     """Parameters, bytes and FLOPs of a model, before and after; needs no weights."""
     from engine.pruning.budget import Storage, file_bytes
@@ -51,6 +52,8 @@ def budget(
         if (model, plan, drop, keep) != (LLAMA, None, None, None):
             raise InputError(f"paper: is of {LLAMA} without 39-78; leave MODEL and layers out")
         drop = "39-78"  # half of 80 layers, all but the last of the end
+    if {bits, head, v or bits} == {16}:
+        output.leave_out(called, ("group", "minimum"), "says nothing of 16 bits, which have none")
     config, sizes = read_model(model)
     storage = Storage.of(bits, group, "minimum" if minimum else "symmetric", head, v)
     kept = kept_config(config, plan, drop, keep)

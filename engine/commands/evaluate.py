@@ -56,7 +56,9 @@ def evaluate(
     ] = None,
     new_tokens: Annotated[
         int | None,
-        typer.Option(help="At most so many a prompt; 256 if not given.", rich_help_panel=_HEALTH),
+        typer.Option(
+            help="At most so many a prompt, 64 or more; 256 if not given.", rich_help_panel=_HEALTH
+        ),
     ] = None,
     against: Annotated[
         str | None,

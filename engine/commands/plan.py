@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 RULES = ("similarity", "simple", "influence", "greedy", "search", "manual")
 METRICS = ("kl", "loss")
 SEARCHED = ("seed", "evaluations", "seconds")
-SCORED = ("text", "column", "windows", "metric", "backend")
+SCORED = ("text", "column", "windows", "metric", "backend", "threads")
+FITTED = ("bits", "group")
 
 
 def plan(
@@ -39,7 +40,7 @@ def plan(
     ] = "default",
     drop: Annotated[str | None, typer.Option(metavar="LAYERS", help="For --rule manual.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="That greedy and search run; the profiled one if not given.")
+        str | None, typer.Option(help="To score or to fit; the profiled one if not given.")
     ] = None,
     text: common.TextSource = None,
     column: common.Column = "text",
@@ -70,8 +71,16 @@ def plan(
         raise InputError(f"rule: expected one of {', '.join(RULES)}, found {rule!r}")
     if rule != "search":
         output.leave_out(context, SEARCHED, f"goes with --rule search, found --rule {rule}")
-    if rule not in ("greedy", "search"):
+    scored, fits = rule in ("greedy", "search"), target_memory is not None
+    if not scored:
         output.leave_out(context, SCORED, f"goes with --rule greedy or search, found --rule {rule}")
+    if not fits:
+        output.leave_out(context, FITTED, "goes with --target-memory, found none")
+    elif bits == 16:
+        output.leave_out(context, ("group",), "says nothing with --bits 16, which has no groups")
+    if not scored and not fits:
+        why = f"goes with --target-memory or --rule greedy or search, found --rule {rule}"
+        output.leave_out(context, ("model",), why)
     if metric not in METRICS:
         raise InputError(f"metric: expected {' or '.join(METRICS)}, found {metric!r}")
     check_backend(backend, None)
@@ -79,8 +88,7 @@ def plan(
         raise InputError(f"patch: goes with --rule greedy, found --rule {rule}")
     found, work = Profile.load(profile_path), out.with_name(out.name + ".partial")
     total, text_hash, ref = len(found.layers), found.text_hash, model or found.model
-    runs = target_memory is not None or rule in ("greedy", "search")
-    reads = profile_path, ref if runs else None, *source_files(text)
+    reads = profile_path, ref if scored or fits else None, *source_files(text)
     common.check_writable(out, reads=reads)
     protected = protected_slots(found, protect)
     asked = count, fraction, max_distance, target_memory

@@ -16,7 +16,14 @@ from engine.errors import InputError, NotFiniteError
 from engine.kernels.angular.accumulate import AngularAccumulator
 from engine.reference.cache import KVCache
 from engine.reference.decoder import Decoder
-from engine.reference.stream import DEFAULT_LIMIT_BYTES, pad_batches, storage, stream
+from engine.reference.stream import (
+    DEFAULT_LIMIT_BYTES,
+    begin_anew,
+    is_whole,
+    pad_batches,
+    storage,
+    stream,
+)
 from engine.text.samples import hash_samples
 
 SAVE_SECONDS = 10.0  # between two notes of how far a run is
@@ -188,8 +195,12 @@ def measure_streamed(
     chosen = [wanted(tokens, source) for tokens in batches]
     counts = [int(mask.sum()) for mask in chosen]
     boundaries, total = len(config.layers) + 1, sum(counts)
-    path = None if directory is None else directory / "vectors"
-    flat = storage(boundaries * total * config.hidden_size, dtype, limit_bytes, path)
+    size, path = boundaries * total * config.hidden_size, None
+    if directory is not None:
+        path = directory / "vectors"
+        if not is_whole(path, size, dtype):
+            begin_anew(directory)
+    flat = storage(size, dtype, limit_bytes, path)
     vectors = flat.view(boundaries, total, config.hidden_size)
     starts = [sum(counts[:index]) for index in range(len(counts))]
 

@@ -25,6 +25,7 @@ from engine.reference.decoder import Angles, run_layer
 from engine.scratch import allocate, write_text
 
 DEFAULT_LIMIT_BYTES = 1 << 30
+_NOTE = "progress.json"  # how far a run in a directory is
 
 Visit = Callable[[int, int, torch.Tensor], None]  # (boundary, batch, hidden states (B, T, D))
 
@@ -55,7 +56,7 @@ def marked(
     of what is whole in them: none where one of the files was not there, or of another size."""
     done, found = path.with_suffix(".done"), []
     if not all(
-        _whole(path.with_suffix(f".{name}"), math.prod(shape), dtype)
+        is_whole(path.with_suffix(f".{name}"), math.prod(shape), dtype)
         for name, (dtype, shape) in parts.items()
     ):
         done.unlink(missing_ok=True)
@@ -64,8 +65,14 @@ def marked(
     return *found, storage(count, torch.uint8, 0, done)
 
 
-def _whole(path: Path, size: int, dtype: torch.dtype) -> bool:
+def is_whole(path: Path, size: int, dtype: torch.dtype) -> bool:
+    """Whether `storage` has made this file, and nothing has cut it short since."""
     return path.is_file() and path.stat().st_size == size * dtype.itemsize
+
+
+def begin_anew(directory: Path) -> None:
+    """What `stream` has done in a directory is not taken up."""
+    (directory / _NOTE).unlink(missing_ok=True)
 
 
 class HiddenStates:
@@ -83,13 +90,13 @@ class HiddenStates:
         directory: Path | None = None,
         key: str = "",
     ) -> None:
-        self._note = None if directory is None else directory / "progress.json"
+        self._note = None if directory is None else directory / _NOTE
         self._key = key
         self.slot = self._noted()
         sizes = [math.prod(shape) for shape in shapes]
         paths = [None] if directory is None else [directory / f"hidden.{i}" for i in range(2)]
-        if self._note and not all(path and _whole(path, sum(sizes), dtype) for path in paths):
-            self._note.unlink(missing_ok=True)
+        if directory and not all(path and is_whole(path, sum(sizes), dtype) for path in paths):
+            begin_anew(directory)
             self.slot = -1
         self._buffers = [
             [piece.view(shape) for piece, shape in zip(flat.split(sizes), shapes, strict=True)]

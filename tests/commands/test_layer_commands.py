@@ -73,7 +73,7 @@ def test_profile_is_shown_as_it_was_measured(tree):
         assert size == count and cells == pytest.approx(rescaled, abs=0.51)
 
 
-def test_a_killed_profile_goes_on_with_the_same_weights_alone(tree, tmp_path, monkeypatch):
+def test_a_killed_profile_goes_on_with_the_same_model_alone(tree, tmp_path, monkeypatch):
     noted = []
 
     def killed(*_, resume, **__):
@@ -82,12 +82,12 @@ def test_a_killed_profile_goes_on_with_the_same_weights_alone(tree, tmp_path, mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr("engine.pruning.profile.measure", killed)
-    for changes in (False, False, True):
-        if changes:
-            os.utime(tree / "model" / "model.safetensors")
+    for changed in (None, None, "model.safetensors", None, "config.json"):
+        if changed:
+            os.utime(tree / "model" / changed)
         asked = "profile", tree / "model", *sampling(tree), "--out", tmp_path / "p.json"
         assert call(*asked)[0] == 130
-    assert noted == [False, True, False]
+    assert noted == [False, True, False, True, False]
 
 
 def test_similarity_spares_the_protected_layers_and_says_so(tree, planned):
@@ -272,12 +272,17 @@ REFUSALS = [
             ("windows", 8, "greedy or search, found --rule", ("influence", "manual")),
             ("metric", "kl", "greedy or search, found --rule", ("similarity",)),
             ("backend", "cpu", "greedy or search, found --rule", ("similarity",)),
+            ("threads", 2, "greedy or search, found --rule", ("simple",)),
             ("seed", 0, "search, found --rule", ("similarity", "greedy")),
             ("evaluations", 200, "search, found --rule", ("influence", "greedy")),
             ("seconds", 9, "search, found --rule", ("simple", "greedy")),
         )
         for rule in rules
     ),
+    (["--count", 1, "--model", "{wide}"], "model: goes with --target-memory or --rule greedy"),
+    (["--count", 1, "--bits", 4], "bits: goes with --target-memory, found none"),
+    (["--count", 1, "--group", 64], "group: goes with --target-memory, found none"),
+    (["--target-memory", "1MB", "--bits", 16, "--group", 64], "group: says nothing with --bits 16"),
     (["--rule", "search", "--count", 1, "--evaluations", 0], "'--evaluations'"),
     (["--rule", "search", "--count", 1, "--seconds", "-1"], "'--seconds'"),
 ]

@@ -89,8 +89,9 @@ def test_a_record_beside_its_model_is_replaced(tree, tmp_path):
         code, out, err = call(*asked)
         assert code == 0, err
         assert json.loads(record.read_text()) == json.loads(out.splitlines()[-1])
-    record.write_text('{"kind": "plan", "version": 1}')
-    refused(f"{record}: is read too", *asked)
+    for other in ('{"kind": "plan", "version": 1}', "[" * 99999):
+        record.write_text(other)
+        refused(f"{record}: is read too", *asked)
 
 
 def test_two_outputs_are_two_files(inputs, monkeypatch):

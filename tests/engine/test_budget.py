@@ -138,6 +138,15 @@ def test_the_paper_is_of_one_model(given):
     assert call("budget", "--paper", "llama-2-70b")[0] == 0
 
 
+@pytest.mark.parametrize("given", [["--group", 64], ["--minimum"], ["--v", 16, "--group", 0]])
+def test_weights_of_16_bits_have_no_groups(given):
+    name = next(option for option in given if option in ("--group", "--minimum")).strip("-")
+    refused(f"{name}: says nothing of 16 bits", "budget", "phi-2", "--bits", 16, *given)
+    assert call("budget", "phi-2", "--bits", 16, "--head", 4, *given)[0] == 0
+    assert call("budget", "phi-2", "--bits", 16, *given, "--v", 4)[0] == 0
+    assert call("budget", "phi-2", "--bits", 16)[0] == 0
+
+
 @pytest.mark.parametrize("size", ["8", "GB", "-1GB", "8 parsecs", "1e9GB", ""])
 def test_sizes_that_are_none(size):
     with pytest.raises(InputError, match="target-memory: expected a size"):

@@ -100,8 +100,9 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     assert calls[first] > calls[first - 1], "samples were run again"
 
 
-@pytest.mark.parametrize("lost", [None, "hidden.0", "hidden.1"])
-def test_a_killed_stream_goes_on(lost, tmp_path):
+@pytest.mark.parametrize("lost", [None, "hidden.0", "hidden.1", "vectors"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_killed_stream_goes_on(lost, cut, tmp_path):
     case = Case("gemma3", tmp_path, 1)
     work = tmp_path / "work"
     work.mkdir()
@@ -120,7 +121,10 @@ def test_a_killed_stream_goes_on(lost, tmp_path):
     with pytest.raises(Killed):
         run(progress=kill)
     if lost:  # then it begins anew, and does so again after a kill
-        work.joinpath(lost).unlink()
+        if cut:
+            os.truncate(work / lost, work.joinpath(lost).stat().st_size // 2)
+        else:
+            work.joinpath(lost).unlink()
         with pytest.raises(Killed):
             run(progress=lambda *_: kill(3, 0))
     seen = []
