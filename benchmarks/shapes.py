@@ -27,7 +27,7 @@ from engine.checkpoint.locate import locate
 from engine.commands.output import refuse
 from engine.errors import InputError
 from engine.export.gguf_fields import architecture, model_fields
-from engine.export.gguf_file import Place, typed, write_gguf
+from engine.export.gguf_file import Place, typed_fields, write_gguf
 from engine.quantize.packing import pack
 from engine.quantize.recipe import Recipe
 from engine.text import load_text
@@ -116,8 +116,7 @@ def write(file: str, directory: Path, layers: int | None = None) -> Path:
 
     directory.mkdir(parents=True, exist_ok=True)
     out = directory / f"{file}{cut}.gguf"
-    described = {key: typed(value) for key, value in fields.items()}
-    write_gguf(out, source, config, described, found, data)
+    write_gguf(out, source, config, typed_fields(fields), found, data)
     return out
 
 

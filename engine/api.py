@@ -92,7 +92,7 @@ class Model:
         return self.text.to_transformers()
 
     def close(self) -> None:
-        """Drops the weights. Closing twice is no error; anything else afterwards is."""
+        """Drops the weights: what needs them is an error afterwards; closing twice is none."""
         self._runtime = None
 
     def __enter__(self) -> Self:

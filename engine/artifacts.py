@@ -300,6 +300,7 @@ class HealRecord(Artifact):
     perplexity_after: float
     text_hash: str  # of the token ids that were learnt from
     seed: int
+    check_steps: tuple[int, ...] = ()  # of `checks`; records of earlier versions lack them
 
     def __post_init__(self) -> None:
         _check_layers("keep", self.keep, self.total_layers)

@@ -79,7 +79,8 @@ def generate(
     options: Options = DEFAULTS,
     on_step: Callable[[Step], None] | None = None,
 ) -> list[Generation]:
-    """Completes every prompt of a batch; a prompt's result does not depend on its neighbours.
+    """Completes every prompt of a batch; a prompt's result does not depend on its neighbours, but
+    where a model's rotations follow the longest sequence that runs (LongRoPE, dynamic NTK).
 
     `on_step` sees the text while it comes. Raises `InputError` for an empty prompt, an id outside
     the vocabulary, or a prompt that with `max_new_tokens` exceeds the context.
@@ -137,6 +138,7 @@ def stream_steps(
     draws = options.temperature > 0 and options.repetition_penalty == 1 and options.slots is None
     draw = runtime.draw if draws and isinstance(runtime, Drawing) else None
     switch = runtime.config.rope_switch
+    long = switch is not None and max(len(s.ids) for s in sequences) > switch
     drafting = Drafting(len(sequences)) if options.speculate else None
     clock = time.perf_counter_ns()
     tokens = left_padded([s.ids for s in sequences])
@@ -163,7 +165,9 @@ def stream_steps(
                 found = _verify(runtime, cache, sequences, running, drafts, options, generators)
                 counts = drafting.learn(running, drafts, found)
                 continue
-        anew = switch is not None and max(len(sequences[row].ids) for row in running) == switch + 1
+        was_long = long
+        long = switch is not None and max(len(sequences[row].ids) for row in running) > switch
+        anew = long != was_long
         if greedy is not None and not anew:
             found = [[token] for token in greedy(fed, cache)]
             continue
@@ -173,7 +177,7 @@ def stream_steps(
                 uniforms[row] = generators[row].random()
             found = [[token] for token in draw(fed, cache, options, uniforms)]
             continue
-        if anew:  # LongRoPE turns to its long divisors
+        if anew:  # LongRoPE turns to its other divisors, back where the longest has finished
             cache.truncate(0)
         rows = [[] if s.finish_reason else s.ids[0 if anew else -1 :] for s in sequences]
         ids = _run(runtime, left_padded(rows), cache, sequences, options, generators)

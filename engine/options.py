@@ -99,5 +99,13 @@ def _check(
 ) -> None:
     """Raises `InputError` unless `value` is a finite number of the kind and within the range."""
     numeric = isinstance(value, int if kind is int else (int, float)) and type(value) is not bool
-    if not (numeric and math.isfinite(value) and holds(value)):
+    if not (numeric and _is_finite(value, kind) and holds(value)):
         raise InputError(f"{name} must be {expected}, not {value!r}")
+
+
+def _is_finite(value: int | float, kind: type) -> bool:
+    """Also of whole numbers beyond what a float holds, which are no floats."""
+    try:
+        return kind is int or math.isfinite(value)
+    except OverflowError:
+        return False

@@ -117,6 +117,8 @@ class _Reader:
     def max_context(self) -> int:
         """max_position_embeddings, stretched where the scaling exists to go beyond it."""
         context = self.need("max_position_embeddings", 2048)
+        if self.key == "gemma3":  # names what its scaling has come to
+            return context
         rope = self.rope_parameters(None)
         kind, factor = self.rope_kind(rope), rope.get("factor")
         if kind in ("linear", "dynamic"):

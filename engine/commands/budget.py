@@ -56,7 +56,7 @@ def budget(
         output.leave_out(called, ("group", "minimum"), "says nothing of 16 bits, which have none")
     config, sizes = read_model(model)
     storage = Storage.of(bits, group, "minimum" if minimum else "symmetric", head, v)
-    kept = kept_config(config, plan, drop, keep)
+    kept = kept_config(config, plan, drop, keep, model)
     file = None if sizes is None else file_bytes(config, sizes)
     found = compute(model, config, kept, storage, context, file)
     show(found, bandwidth)
@@ -66,7 +66,7 @@ def budget(
 
 
 def kept_config(
-    config: "ModelConfig", plan: Path | None, drop: str | None, keep: str | None
+    config: "ModelConfig", plan: Path | None, drop: str | None, keep: str | None, model: str
 ) -> "ModelConfig":
     """The layers that a plan, --drop or --keep leave; a plan of another shape is refused."""
     from engine.architecture.layers import kept_layers
@@ -74,7 +74,7 @@ def kept_config(
     if plan is None:
         return config.keep(kept_layers(config.total_layers, drop, keep))
     made = common.planned(plan, drop, keep)
-    made.check(config.architecture_hash, config.total_layers, str(plan))
+    made.check(config.architecture_hash, config.total_layers, model)
     return config.keep(made.keep)
 
 

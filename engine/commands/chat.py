@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -134,7 +135,8 @@ def lines() -> Iterator[str]:
         if history is not None:
             import readline
 
-            readline.write_history_file(history)
+            with suppress(OSError):  # it may be there to be read alone
+                readline.write_history_file(history)
 
 
 def _open_history() -> Path | None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _TRAINING = "Training of qlora and distil"
 _RATES = ", ".join(f"{rate:g} for {train}" for train, rate in RATES.items())
+USUAL = "check_every", "train", "precision", "seed"  # which have a value where nothing is asked for
 PROBE = 2000  # characters that teacher and pupil must tokenise alike
 
 
@@ -177,6 +178,7 @@ def heal(
     from engine.healing.recipe import STEPS, recipe_of
     from engine.runtime import check_backend
     from engine.text import load_text
+    from engine.text.samples import check_column
 
     methods = tuple(part.strip() for part in method.split(",") if part.strip())
     settings = Settings(
@@ -201,17 +203,25 @@ def heal(
         asked: dict[str, object] = {
             "steps": steps, "minutes": minutes, "lr": lr, "rank": rank, "cache": cache,
             "batch_tokens": batch_tokens, "check_every": check_every, "train": train,
-            "precision": precision,
+            "precision": precision, "seed": seed,
         }  # fmt: skip
-        usual = {name: getattr(Settings, name) for name in ("check_every", "train", "precision")}
+        usual = {name: getattr(Settings, name) for name in USUAL}
         for name, value in asked.items():
             if value != usual.get(name):
                 raise InputError(f"{name}: says nothing with --method {method}")
+    elif "distil" not in methods:
+        if train != Settings.train:
+            raise InputError(f"train: says nothing with --method {method}")
+        if cache is not None and not written:
+            raise InputError(f"cache: says nothing with --method {method} but with --self")
+    elif rank is not None and train != "lora" and "qlora" not in methods:
+        raise InputError(f"rank: says nothing with --method {method} but with --train lora")
     check_backend(None, dtype)
     if dtype is not None and (adapter or train == "scales"):
         kept = "--adapter" if adapter else "--train scales"
         raise InputError(f"dtype: a packed model keeps its own, so it excludes {kept}")
     check_files(out, text or [], held_out)
+    check_column([*(text or []), *([held_out] if held_out else [])], column)
     if cache is not None:
         check_cache(cache)
     chosen = drop if plan is None else common.planned(plan, drop, None)

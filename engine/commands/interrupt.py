@@ -7,7 +7,9 @@ all: libraries swallow it there, and their C++ may abort. What a killed run leav
 takes up.
 """
 
+import math
 import os
+import select
 import signal
 import sys
 import threading
@@ -15,9 +17,12 @@ import time
 from types import FrameType
 
 GRACE_SECONDS = 2.0
+SETTLED_SECONDS = 0.5  # the thread that waits may hear of a signal so long after it was forgotten
 CODE = 128 + signal.SIGINT
 
-_asked = threading.Event()
+_asked_at: float | None = None  # since when an interrupt waits to be obeyed
+_forgotten_at = -math.inf
+_deciding = threading.Lock()
 _running = False  # a command, which has something to clear away
 
 
@@ -43,13 +48,15 @@ def begin() -> None:
 
 
 def asked() -> bool:
-    """Whether an interrupt has come and was not `forgotten`."""
-    return _asked.is_set()
+    """Whether an interrupt has come and was not forgotten."""
+    return _asked_at is not None
 
 
 def forget() -> None:
     """It ended an answer and not the program."""
-    _asked.clear()
+    global _asked_at, _forgotten_at
+    with _deciding:
+        _asked_at, _forgotten_at = None, time.monotonic()
 
 
 def leave() -> None:
@@ -67,8 +74,14 @@ def _stop(number: int, frame: FrameType | None) -> None:
         os._exit(CODE)
     if _imports(frame):
         leave()
-    _asked.set()
+    _ask()
     raise KeyboardInterrupt
+
+
+def _ask() -> None:
+    global _asked_at
+    if _asked_at is None:
+        _asked_at = time.monotonic()
 
 
 def _imports(frame: FrameType | None) -> bool:
@@ -80,15 +93,18 @@ def _imports(frame: FrameType | None) -> bool:
 
 
 def _wait(reading: int) -> None:
-    while numbers := os.read(reading, 1):
-        if numbers[0] != signal.SIGINT:
-            continue
-        if not _running:
-            os._exit(CODE)
-        _asked.set()
-        time.sleep(GRACE_SECONDS)
-        if _asked.is_set():
-            os._exit(CODE)
+    while True:
+        since = _asked_at
+        left = None if since is None else max(since + GRACE_SECONDS - time.monotonic(), 0)
+        if not select.select([reading], [], [], left)[0]:
+            if since == _asked_at:
+                os._exit(CODE)
+        elif signal.SIGINT in os.read(reading, 1):
+            if not _running:
+                os._exit(CODE)
+            with _deciding:  # the main thread may have obeyed it and gone on
+                if time.monotonic() - _forgotten_at > SETTLED_SECONDS:
+                    _ask()
 
 
 def _unraisable(found: "sys.UnraisableHookArgs") -> None:

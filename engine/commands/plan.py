@@ -86,7 +86,7 @@ def plan(
     check_backend(backend, None)
     if patch and rule != "greedy":
         raise InputError(f"patch: goes with --rule greedy, found --rule {rule}")
-    found, work = Profile.load(profile_path), out.with_name(out.name + ".partial")
+    found, place = Profile.load(profile_path), None
     total, text_hash, ref = len(found.layers), found.text_hash, model or found.model
     reads = profile_path, ref if scored or fits else None, *source_files(text)
     common.check_writable(out, reads=reads)
@@ -104,15 +104,16 @@ def plan(
             choice = getattr(rules, rule)(found, wanted, protected)
         else:
             options = Asked(ref, text, column, windows, metric, backend, patch, threads)
-            scores = Scores(found, options, protected, work)
-            text_hash, choice = scores.text_hash, scores.greedy(wanted)
+            scores = Scores(found, options, protected, out.with_name(out.name + ".partial"))
+            place, text_hash, choice = scores.place, scores.text_hash, scores.greedy(wanted)
             if rule == "search":
                 choice = scores.search(choice, seed, evaluations, seconds)
     if caught := [found.layers[slot] for slot in choice.drop if slot in protected]:
         raise InputError(f"rule {rule}: drops {format_layers(caught)}, which --protect keeps")
     made = rules.plan_from(found, choice, rule, protected, text_hash)
     made.save(out)
-    work.unlink(missing_ok=True)
+    if place is not None:
+        place.remove()
     score = "" if choice.score is None else f", score {choice.score:.6f}"
     output.say(f"drop {format_layers(made.drop)} of {made.total_layers}{score}")
     if choice.note:

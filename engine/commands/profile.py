@@ -65,7 +65,7 @@ def profile(
 ) -> None:
     """Measure how far every block of layers turns the residual stream (Gromov et al.)."""
     from engine.artifacts import Profile
-    from engine.text.samples import source_files
+    from engine.text.samples import check_column, source_files
 
     reads: list[str | Path] = [*paths, *source_files(text)]
     common.check_writable(out, reads=reads)
@@ -87,6 +87,7 @@ def profile(
     else:
         if len(paths) != 1:
             raise InputError(f"profile: expected one model, found {len(paths)}")
+        check_column([text], column, split)
         part_of = parse_shard(shard)
         if shard is None and part_of[1] > 1:  # a launcher gives all its processes the same --out
             out = out.with_name(f"{out.stem}.{part_of[0]}-of-{part_of[1]}{out.suffix}")

@@ -96,7 +96,7 @@ def quantize(
 
     from engine.checkpoint import choose_layers
     from engine.text import load_text, mixed_text
-    from engine.text.samples import read_samples
+    from engine.text.samples import COLUMN, check_column, read_samples
 
     given = None if plan is None else common.planned(plan, drop, keep)
     recipe = as_recipe(asked)  # refused before anything is downloaded
@@ -109,9 +109,11 @@ def quantize(
     if not asked and is_quantized(checkpoint):
         recipe = as_recipe({"method": "keep"})
     recipe = recipe.of(config)
-    calibration = {"text": text, "samples": samples, "length": length}
+    named = None if column == COLUMN else column
+    calibration = {"text": text, "column": named, "samples": samples, "length": length}
     tokens: list[list[int]] = []
     if recipe.method == "gptq":
+        check_column([text], column)
         tokens, _ = read_samples(
             text,
             load_text(path),

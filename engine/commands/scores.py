@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from engine.text import Text
 
 WINDOW = 512  # tokens scored at once, fewer where the context is shorter
+SCORES = "scores.jsonl"  # in the place beside the plan
 PATCHED = 16  # windows that a patch is fitted on, beside those that are scored
 
 
@@ -43,7 +44,7 @@ class Asked:
 
 
 class Scores:
-    """Of sets of the profiled layers, as many as are asked for: `work` keeps them until the end."""
+    """Of sets of the profiled layers, as many as are asked for: a `place`, `work`, keeps them."""
 
     def __init__(self, found: "Profile", asked: Asked, protect: frozenset[int], work: Path) -> None:
         from engine.healing.settings import Settings, check_model
@@ -70,6 +71,7 @@ class Scores:
         from engine.checkpoint.weights import lineage_hash
         from engine.pruning.remembered import Remembered
         from engine.pruning.score import PrefixScorer
+        from engine.scratch import Scratch
 
         asked = self.asked
         common.set_threads(asked.threads)
@@ -83,25 +85,28 @@ class Scores:
         weights = stamps(self.checkpoint.path)
         known = [lineage, weights, self.found.architecture, self.found.layers, self.text_hash]
         key = json.dumps([*known, asked.metric, asked.patch, where])
-        self.scores = Remembered(self._score, self._prepare, work, key)
+        self.place = Scratch(work, key)
+        self.scores = Remembered(self.scorer, self._prepare, self.place.path / SCORES)
 
     def greedy(self, count: int) -> "Choice":
+        from engine.api import naming
         from engine.pruning.plan import greedy, greedy_scores
 
         def dropped(kept: tuple[int, ...], score: float) -> None:
             self.scores.anchor, self.scorer.most = kept, math.inf
 
         total, influence = len(self.found.layers), self.found.influence
-        with output.progress("scores") as report:
+        with output.progress("scores") as report, naming(self.checkpoint.path):
             heard = self._heard(report, greedy_scores(total, count, self.protect))
             return greedy(self.scores, total, count, self.protect, dropped, heard, influence)
 
     def search(
         self, start: "Choice", seed: int, evaluations: int | None, seconds: float | None
     ) -> "Choice":
+        from engine.api import naming
         from engine.pruning.plan import search
 
-        with output.progress("scores of the search") as report:
+        with output.progress("scores of the search") as report, naming(self.checkpoint.path):
             heard = self._heard(report, evaluations or 0)
             return search(
                 self.scores, len(self.found.layers), start, self.protect,
@@ -121,12 +126,6 @@ class Scores:
             report(number, max(total, number), f"best {best:.4f} without {format_layers(drop)}")
 
         return heard
-
-    def _score(self, kept: tuple[int, ...]) -> float:
-        from engine.api import naming
-
-        with naming(self.checkpoint.path):
-            return self.scorer(kept)
 
     def _prepare(self, kept: tuple[int, ...]) -> None:
         """Scores start from what is kept; with --patch in a model whose cuts are mended."""
@@ -153,8 +152,9 @@ def read_windows(
     asked: Asked, config: "ModelConfig", text: "Text"
 ) -> "tuple[list[list[int]], list[torch.Tensor]]":
     """(windows to score, others (1, T) to fit patches on: the same where the text has no more)."""
-    from engine.text.samples import read_samples
+    from engine.text.samples import check_column, read_samples
 
+    check_column([asked.text], asked.column)
     size = min(WINDOW, config.max_context)
     read = partial(read_samples, asked.text, text, size, column=asked.column, bos=False)
     samples, _ = read(count=asked.windows)

@@ -16,6 +16,8 @@ from engine.errors import InputError
 from engine.scratch import Scratch, write_text
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from engine.benchmark.speed import RunRecord
     from engine.evaluate import Asked as Judging
     from engine.progress import Joint
@@ -114,8 +116,10 @@ def shrink(
     run = Run(asked, out)
     if out.exists():
         record = out / RECORD
-        if not record.is_file() or read_raw(record).get("key") != run.key:
+        said = read_raw(record) if record.is_file() else None
+        if not isinstance(said, dict) or said.get("key") != run.key:
             raise InputError(f"{out}: exists already; name a new directory")
+        shown = _table(out)
         output.say(f"{out} is there already")
     else:
         run.check()
@@ -131,8 +135,10 @@ def shrink(
             if not any(stage.artefact.exists() for stage in run.stages):
                 run.clear()
             raise
+        shown = _table(out)
     run.clear()
-    show(out)
+    output.show(shown)
+    output.say(f"{out}: shrunk; {out / REPORT} has it all")
 
 
 @dataclass(frozen=True)
@@ -459,17 +465,23 @@ def speed_rows(was: "RunRecord", now: "RunRecord") -> list[tuple[str, str, str]]
     ]
 
 
-def show(out: Path) -> None:
-    """The table of what it was and is, and where the page lies."""
+def _table(out: Path) -> "Table":
+    """What it was and is."""
     from rich.table import Table
 
     from engine.artifacts import read_raw
 
+    rows = read_raw(out / RECORD).get("rows")
+    if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
+        raise InputError(f"{out / RECORD}: expected rows of three texts, found {rows!r:.40}")
     table = Table("", "it was", "it is", pad_edge=False)
-    for row in read_raw(out / RECORD)["rows"]:
+    for row in rows:
         table.add_row(*row)
-    output.show(table)
-    output.say(f"{out}: shrunk; {out / REPORT} has it all")
+    return table
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, list) and len(row) == 3 and all(isinstance(each, str) for each in row)
 
 
 def _kept(total: int, drop: str) -> list[int]:

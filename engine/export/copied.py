@@ -5,6 +5,7 @@ opened the directory opens the shallower one.
 """
 
 import re
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 from engine.architecture.config import ModelConfig
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.safetensors import SafetensorsCheckpoint
+from engine.errors import InputError
 from engine.export import directory
 from engine.export.packed import PLAN, cut_plan
+from engine.scratch import replacing
 
 BESIDE = ("quantize_config.json", "quant_config.json")
 _LAYER = re.compile(r"(model\.layers\.)(\d+)(\..*|$)", re.ASCII | re.DOTALL)
@@ -58,8 +61,8 @@ def prune(
     directory.index_shards(partial, files)
     for name in BESIDE:
         if (checkpoint.path / name).is_file():
-            text = (checkpoint.path / name).read_text(encoding="utf-8")
-            directory.write_text(partial / name, text)
+            with replacing(partial / name) as copy:
+                shutil.copyfile(checkpoint.path / name, copy)
     if (checkpoint.path / PLAN).is_file():
         cut_plan(checkpoint.path / PLAN, config).save(partial / PLAN)
     directory.finish(partial, out)
@@ -90,11 +93,20 @@ def cut(said: Any, slots: Mapping[int, int], names: Mapping[str, str]) -> Any:
         elif value.startswith("re:") and _NUMBERED.search(value):
             pairs = names.items()
             modules = {name.rpartition(".")[0]: new.rpartition(".")[0] for name, new in pairs}
-            meant = re.compile(value.removeprefix("re:"))
+            meant = _pattern(value)
             found += [new for module, new in modules.items() if meant.match(module)]
         elif (new := renumbered(value, slots)) is not None:
             found.append(new)
     return found
+
+
+def _pattern(value: str) -> re.Pattern[str]:
+    try:
+        return re.compile(value.removeprefix("re:"))
+    except (re.error, RecursionError, OverflowError) as error:
+        raise InputError(
+            f"quantization_config: expected a pattern behind 're:', found {value!r:.200} ({error})"
+        ) from error
 
 
 def _of(key: str, tensors: Collection[str]) -> bool:

@@ -24,7 +24,7 @@ from engine.export import gguf_copy
 from engine.export.directory import plain
 from engine.export.gguf_blocks import to_blocks
 from engine.export.gguf_fields import architecture, model_fields, require_said, rope_tensors
-from engine.export.gguf_file import Place, Progress, Value, require_name, typed, write_gguf
+from engine.export.gguf_file import Place, Progress, Value, require_name, typed_fields, write_gguf
 from engine.export.tensors import Item, Unsayable, stored_tensors
 from engine.kernels.w4.format import Packed
 from engine.text import load_text
@@ -76,7 +76,7 @@ class Gguf:
         if self.config.family == "gemma3":  # as llama.cpp's converter trims its padding
             self.rows = len(tokenizer["tokenizer.ggml.tokens"].value)
             said[f"{name}.vocab_size"] = self.rows
-        self.fields = {key: typed(value) for key, value in (general | said).items()} | tokenizer
+        self.fields = typed_fields(general | said) | tokenizer
         metadata = {key: field.value for key, field in self.fields.items()}
         require_said(self.config, metadata, {place.name: place.tensor for place in places})
 
@@ -156,6 +156,6 @@ class Gguf:
             trimmed = max(text.tokenizer.get_vocab().values()) + 1
             rows = self.config.vocab_size
             size = min(trimmed, rows) if self.config.family == "gemma3" else rows
-            return {key: typed(value) for key, value in to_gguf(text, size).items()}
+            return typed_fields(to_gguf(text, size))
         except InputError as error:
             raise Unsayable(str(error)) from None

@@ -62,6 +62,11 @@ def typed(value: Any) -> Value:
     return Value(value, kinds[type(value)])
 
 
+def typed_fields(said: Mapping[str, Any]) -> dict[str, Value]:
+    """Without empty lists, which have no type: the package does not write them."""
+    return {key: typed(value) for key, value in said.items() if value != []}
+
+
 def write_gguf(
     out: Path,
     source: Path,

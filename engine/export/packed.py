@@ -16,6 +16,7 @@ import torch
 
 from engine.architecture.config import ModelConfig
 from engine.artifacts import Plan
+from engine.checkpoint.adapter import stamps
 from engine.checkpoint.files import read_json
 from engine.checkpoint.safetensors import SafetensorsFile, save_tensors
 from engine.checkpoint.weights import describe
@@ -85,7 +86,7 @@ def rewrite(
     """The packed directory `source` as `out`, with `changed` in the place of matrices of the same
     names and specs, and the text files `beside` by name; written beside and renamed."""
     check_new(out)
-    partial = Scratch(out.with_name(out.name + ".partial"), str(source.resolve()))
+    partial = Scratch(out.with_name(out.name + ".partial"), json.dumps(stamps(source)))
     for file in sorted(source.iterdir()):
         if file.suffix == ".safetensors":
             tensors, said = read_shard(file), SafetensorsFile(file).metadata

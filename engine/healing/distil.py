@@ -167,7 +167,7 @@ class Training:
         """Held-out perplexity; keeps the weights where it is the best so far, and saves all."""
         standing, learning = self.standing, self.student.learning
         found = perplexity(self.student.logits, self.data.held_out)
-        standing.checks.append(found)
+        standing.checked(found)
         standing.missed += 1
         if found < standing.best or not self.best.is_file():
             standing.best, standing.best_step, standing.missed = found, standing.step, 0

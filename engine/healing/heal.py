@@ -234,6 +234,7 @@ class Healing:
                 directory,
                 name=self.known,
                 seed=self.settings.seed,
+                most=self.source.config.max_context,
                 report=report,
             )
         return self.data.extended(rows)
@@ -290,7 +291,7 @@ class Healing:
         with self.reporting("tokens of its own") as report:
             own = own_windows(
                 self.data, self.settings.own, self.voice(writer), place,
-                name=name, seed=self.settings.seed, report=report,
+                name=name, seed=self.settings.seed, most=self.config.max_context, report=report,
             )  # fmt: skip
         texts, width = len(self.data.windows), own.shape[1]
         order = mixed(texts, len(own))
@@ -337,6 +338,7 @@ class Healing:
             stopped=standing.stopped,
             losses=tuple(standing.losses),
             checks=tuple(standing.checks),
+            check_steps=standing.check_steps,
             perplexity_before=perplexities[0],
             perplexity_after=perplexities[1],
             text_hash=self.data.hash,

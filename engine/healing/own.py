@@ -55,14 +55,22 @@ def avoiding(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def own_windows(
-    data: Data, tokens: int, write: Write, directory: Path, *, name: str, seed: int, report: Report
+    data: Data,
+    tokens: int,
+    write: Write,
+    directory: Path,
+    *,
+    name: str,
+    seed: int,
+    most: int,
+    report: Report,
 ) -> torch.Tensor:
     """What the student writes, greedily, from beginnings of the text: (M, W) int64, W even, two of
     its texts a window."""
     half = data.windows.shape[1] // 2
     rows = written(
         data.windows[:, :half], -(-tokens // (2 * half)) * 2 * half, None, write, directory,
-        name=f"own {name}", seed=seed, report=report, options=Options(ignore_eos=True),
+        name=f"own {name}", seed=seed, most=most, report=report, options=Options(ignore_eos=True),
     )  # fmt: skip
     return rows.view(-1, 2 * half)
 

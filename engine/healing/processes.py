@@ -13,11 +13,18 @@ PATIENCE = timedelta(days=7)  # of the others, while the first one packs the bas
 
 def count() -> int:
     """By the variables that launchers of torch agree on."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _number("WORLD_SIZE", 1)
 
 
 def is_first() -> bool:
-    return count() == 1 or int(os.environ.get("RANK", 0)) == 0
+    return count() == 1 or _number("RANK", 0) == 0
+
+
+def _number(name: str, default: int) -> int:
+    found = os.environ.get(name, str(default))
+    if not (found.isascii() and found.isdecimal() and len(found) < 7):
+        raise InputError(f"{name}: expected a number, as launchers set it, found {found!r:.40}")
+    return int(found)
 
 
 def wait(device: torch.device | str) -> None:

@@ -59,8 +59,8 @@ class Settings:
             raise InputError(
                 f"precision: expected one of {', '.join(PRECISIONS)}, found {self.precision!r}"
             )
-        if not 0 <= self.seed < 1 << 63:
-            raise InputError(f"seed: expected 0 to {(1 << 63) - 1}, found {self.seed}")
+        if not 0 <= self.seed < 1 << 32:  # what transformers takes
+            raise InputError(f"seed: expected 0 to {(1 << 32) - 1}, found {self.seed}")
         if self.written < 0:
             raise InputError(f"self: expected at least 0 tokens, found {self.written}")
         if self.own < 0:

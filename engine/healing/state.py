@@ -30,6 +30,11 @@ class Standing:
     best: float = float("inf")
     missed: int = 0  # checks since the best
     stopped: str = ""  # why, once it has
+    check_steps: tuple[int, ...] = ()  # of `checks`; files of earlier versions lack them
+
+    def checked(self, found: float) -> None:
+        self.checks.append(found)
+        self.check_steps += (self.step,)
 
 
 def joined(one: Standing, two: Standing) -> Standing:
@@ -44,6 +49,7 @@ def joined(one: Standing, two: Standing) -> Standing:
         best_step=one.step + two.best_step if two.best_step else one.best_step,
         best=two.best,
         stopped=f"{one.stopped}, then {two.stopped}",
+        check_steps=one.check_steps + tuple(one.step + step for step in two.check_steps),
     )
 
 

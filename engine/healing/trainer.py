@@ -186,7 +186,7 @@ class Learner(Trainer):
         standing, first = self.standing, self.args.process_index == 0
         self.pupil.eval()
         found = perplexity(self._logits, self.data.held_out)
-        standing.checks.append(found)
+        standing.checked(found)
         standing.missed += 1
         if found < standing.best or len(standing.checks) == 1:
             standing.best, standing.best_step, standing.missed = found, standing.step, 0

@@ -42,10 +42,12 @@ def written(
     *,
     name: str,
     seed: int,
+    most: int,
     report: Report,
     options: Options = SAMPLED,
 ) -> torch.Tensor:
-    """(M, W) int64: at least `tokens` tokens, in rows as long as those of `windows` (N, W).
+    """(M, W) int64: at least `tokens` tokens, in rows as long as those of `windows` (N, W), which
+    the model's context of `most` tokens holds.
 
     They lie in `directory` under a name of their own, so that a killed run goes on with the batch
     it was at; `name` tells texts and teachers apart. A row that ends goes on, as packed texts do.
@@ -60,11 +62,25 @@ def written(
     for start in range(0, count, ROWS):
         taken = slice(start, min(start + ROWS, count))
         if not done[taken].all():
-            length = width - min(map(len, given[taken]))
-            drawn = replace(options, seed=seed * 1_000_003 + start, max_new_tokens=length)
-            more = write(given[taken], drawn)
-            whole = [[*one, *two][:width] for one, two in zip(given[taken], more, strict=True)]
-            rows[taken] = torch.tensor(whole, dtype=torch.int32)
+            drawn = replace(options, seed=seed * 1_000_003 + start)
+            for at in _together(given, taken, width, most):
+                begun = [given[i] for i in at]
+                asked = replace(drawn, max_new_tokens=width - min(map(len, begun)))
+                more = write(begun, asked)
+                whole = [[*one, *two][:width] for one, two in zip(begun, more, strict=True)]
+                rows[at] = torch.tensor(whole, dtype=torch.int32)
             done[taken] = 1
         report(taken.stop * width, count * width)
     return rows.long()
+
+
+def _together(
+    given: Sequence[Sequence[int]], taken: slice, width: int, most: int
+) -> list[list[int]]:
+    """The rows of a batch that are written at once: all, unless the longest beginning does not fit
+    beside what the shortest needs; then those of a length."""
+    rows = range(taken.start, taken.stop)
+    lengths = sorted({len(given[i]) for i in rows})
+    if lengths[-1] + width - lengths[0] <= most:
+        return [list(rows)]
+    return [[i for i in rows if len(given[i]) == length] for length in lengths]

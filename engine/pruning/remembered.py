@@ -5,71 +5,73 @@ import math
 from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from engine.errors import InputError
 from engine.scratch import write_text
 
-KIND = "shallow-scores"  # what the first line of a file of ours says
 Kept = tuple[int, ...]
+Line = tuple[Kept, Kept, float, bool]  # anchor, kept, score, whole
+
+
+class Scorer(Protocol):
+    """As `PrefixScorer`: what exceeds `most` may be given up, and then is not `whole`."""
+
+    most: float
+    whole: bool
+
+    def __call__(self, kept: Kept) -> float: ...
 
 
 class Remembered:
-    """A score of kept slots and what it has said, a line of JSON each behind one with a `key`.
+    """A scorer and what it has said, a line of JSON each in a file of this run's own.
 
-    A file with another key is begun anew, one that is not ours refused (InputError). `anchor`
+    A score that was given up says no more than that it exceeds what it came to: it is asked for
+    again where that is not above `most` any more, as in a run with other layers protected. `anchor`
     stands for whatever else a score depends on or starts from: `prepare` is called with it before
     the next score that is not in the file.
     """
 
-    def __init__(
-        self, score: Callable[[Kept], float], prepare: Callable[[Kept], None], path: Path, key: str
-    ) -> None:
+    def __init__(self, score: Scorer, prepare: Callable[[Kept], None], path: Path) -> None:
         self.score, self.prepare, self.path = score, prepare, path
         self.anchor: Kept = ()
         self._prepared: Kept = ()
-        self._known: dict[tuple[Kept, Kept], float] = {}
-        lines = _read(path, key)
-        for anchor, kept, value in lines:
-            self._known[anchor, kept] = value
-        first = {"kind": KIND, "key": key}  # and without the half line that a kill may leave
-        write_text(path, "".join(json.dumps(line) + "\n" for line in [first, *lines]))
+        self._known: dict[tuple[Kept, Kept], tuple[float, bool]] = {}
+        if not path.exists():
+            return
+        lines = _read(path)
+        for anchor, kept, value, whole in lines:
+            self._known[anchor, kept] = value, whole
+        # without the half line that a kill may leave
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def __call__(self, kept: Kept) -> float:
-        found = self._known.get((self.anchor, kept))
-        if found is None:
+        found, whole = self._known.get((self.anchor, kept), (-math.inf, False))
+        if not whole and found <= self.score.most:
             if self._prepared != self.anchor:
                 self.prepare(self.anchor)
                 self._prepared = self.anchor
-            found = self._known[self.anchor, kept] = self.score(kept)
+            found = self.score(kept)
+            line = self.anchor, kept, found, self.score.whole
+            self._known[self.anchor, kept] = found, self.score.whole
             with self.path.open("a") as file:
-                file.write(json.dumps([self.anchor, kept, found]) + "\n")
+                file.write(json.dumps(line) + "\n")
         return found
 
 
-def _read(path: Path, key: str) -> list[tuple[Kept, Kept, float]]:
-    """(anchor, kept, score) of the lines up to one that is damaged; none of another run's."""
-    if not path.exists():
-        return []
-    first, *lines = path.read_bytes().splitlines() or [b""]
-    head = _parsed(first)
-    if not isinstance(head, dict) or head.get("kind") != KIND:
-        raise InputError(f"{path}: is in the way and holds no scores of ours; move it away")
-    scored = takewhile(bool, map(_scored, lines)) if head.get("key") == key else ()
+def _read(path: Path) -> list[Line]:
+    """The lines up to one that is damaged."""
+    scored = takewhile(bool, map(_scored, path.read_bytes().splitlines()))
     return [each for each in scored if each is not None]
 
 
-def _scored(line: bytes) -> tuple[Kept, Kept, float] | None:
+def _scored(line: bytes) -> Line | None:
     """None of a line that is damaged."""
-    match _parsed(line):
-        case [[*anchor], [*kept], float(score)] if math.isfinite(score):
-            if all(type(slot) is int for slot in (*anchor, *kept)):
-                return tuple(anchor), tuple(kept), score
-    return None
-
-
-def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        said = json.loads(line)
     except (ValueError, RecursionError):
         return None
+    match said:
+        case [[*anchor], [*kept], float(score), bool(whole)] if math.isfinite(score):
+            if all(type(slot) is int for slot in (*anchor, *kept)):
+                return tuple(anchor), tuple(kept), score, whole
+    return None

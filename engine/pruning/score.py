@@ -72,9 +72,11 @@ class PrefixScorer:
     in a file when they exceed 1 GiB.
 
     Both are sums of what is never negative: a score that is certain to exceed `most` is given up,
-    and what it had come to is returned. One that is not finite raises `NotFiniteError`.
+    and what it had come to is returned; `whole` tells whether the last one was not. One that is not
+    finite raises `NotFiniteError`.
     """
 
+    whole = True
     _kept: tuple[int, ...] = ()
     _held: list[list[torch.Tensor]]  # of a batch, at every slot of `_kept` and behind
 
@@ -111,12 +113,14 @@ class PrefixScorer:
     @torch.no_grad()
     def __call__(self, kept: tuple[int, ...]) -> float:
         self.evaluations += 1
-        shared, total = self._shared(kept), 0.0
+        shared, total, self.whole = self._shared(kept), 0.0, False
         for batch, tokens in enumerate(self.batches):
             x = self.streams.run(kept[shared:], self._held[batch][shared], tokens)
             total += self._sum(x, tokens, batch)
             if total / self.positions > self.most:
                 break
+        else:
+            self.whole = True
         if not math.isfinite(total):
             raise NotFiniteError(NOT_FINITE)
         return total / self.positions

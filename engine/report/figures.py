@@ -195,7 +195,8 @@ def healing(record: HealRecord) -> "Figure":
     loss.plot(steps, record.losses, color=BLUE, linewidth=0.8)
     loss.set(ylabel="divergence, nats")
     every = record.settings.get("check_every") or 1
-    at = [min(number * every, record.steps) for number in range(len(record.checks))]
+    regular = [min(number * every, record.steps) for number in range(len(record.checks))]
+    at = record.check_steps if len(record.check_steps) == len(record.checks) else regular
     checks.plot(at, record.checks, color=ORANGE, marker="o", markeredgecolor="white")
     checks.set(xlabel="step", ylabel="held-out perplexity")
     for axes in (loss, checks):

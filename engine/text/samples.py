@@ -1,7 +1,7 @@
 """Calibration samples: token ids from a text, a directory, a JSONL or parquet column, a hub set."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from engine.errors import InputError
@@ -10,6 +10,7 @@ from engine.text.corpus import read_jsonl
 
 TEXT_SUFFIXES = (".txt", ".md")
 BUILT_IN = "the built-in text"
+COLUMN, SPLIT = "text", "train"  # of rows, where nothing else is asked for
 
 
 def read_samples(
@@ -19,8 +20,8 @@ def read_samples(
     *,
     count: int | None = None,
     most: int | None = None,
-    column: str = "text",
-    split: str = "train",
+    column: str = COLUMN,
+    split: str = SPLIT,
     bos: bool | None = None,
     built_in: Callable[[], str] = default_text,
 ) -> tuple[list[list[int]], bool]:
@@ -84,6 +85,15 @@ def is_running_text(source: str | None) -> bool:
     return source is None or not source.endswith((".jsonl", ".parquet")) and source[:4] != "hub:"
 
 
+def check_column(sources: Iterable[str | None], column: str, split: str = SPLIT) -> None:
+    """InputError for the name of a column or a split where no source has any."""
+    told = [source or BUILT_IN for source in sources]
+    if column != COLUMN and all(is_running_text(source) for source in told):
+        raise InputError(f"column: goes with a .jsonl, .parquet or hub source, found {told[0]}")
+    if split != SPLIT and not any(source.startswith("hub:") for source in told):
+        raise InputError(f"split: goes with a hub source, found {told[0]}")
+
+
 def source_files(source: str | None) -> list[Path]:
     """What a source is read from; nothing of the hub and of the built-in text."""
     if source is None or source.startswith("hub:"):
@@ -118,19 +128,19 @@ def _jsonl_rows(path: Path, column: str) -> Iterator[str]:
 
 def _parquet_rows(path: Path, column: str) -> Iterator[str]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, parquet
     except ImportError:
         raise InputError(f"{path}: parquet needs pyarrow: pip install 'shallow[heal]'") from None
     try:
         file = parquet.ParquetFile(path)
-    except (OSError, ArrowInvalid) as error:
+        names = file.schema_arrow.names
+        if column not in names:
+            _value(None, column, names, str(path))
+        for batch in file.iter_batches(columns=[column]):
+            for row in batch.column(0).to_pylist():
+                yield _value(row, column, names, str(path))
+    except (OSError, ArrowException) as error:
         raise InputError(f"{path}: not readable as parquet ({error})") from error
-    names = file.schema_arrow.names
-    if column not in names:
-        _value(None, column, names, str(path))
-    for batch in file.iter_batches(columns=[column]):
-        for row in batch.column(0).to_pylist():
-            yield _value(row, column, names, str(path))
 
 
 def _hub_rows(source: str, column: str, split: str) -> Iterator[str]:

@@ -204,12 +204,41 @@ def test_refusals(sentence, options, tree, tmp_path, monkeypatch):
         ("check-every", 3),
         ("train", "norms"),
         ("precision", "float32"),
+        ("seed", 3),
     ],
 )
 def test_what_says_nothing_without_training_is_refused(option, value, tree, tmp_path):
     fitted = asked(tree, tmp_path / "out", "--drop", 2, "--window", 16, "--method", "linear")
     said = f"{option.replace('-', '_')}: says nothing with --method linear"
     refused(said, *fitted, f"--{option}", value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "method, option, value, sentence",
+    [
+        ("qlora", "train", "norms", "train: says nothing with --method qlora"),
+        ("qlora", "cache", "cache", "cache: says nothing with --method qlora but with --self"),
+        ("distil", "rank", 4, "rank: says nothing with --method distil but with --train lora"),
+        ("linear,distil", "rank", 4, "rank: says nothing with --method linear,distil"),
+        ("distil", "column", "body", "column: goes with a .jsonl, .parquet or hub source, found"),
+        ("linear", "column", "body", "column: goes with a .jsonl, .parquet or hub source, found"),
+        ("distil", "seed", 1 << 32, "seed: expected 0 to 4294967295, found 4294967296"),
+    ],
+)
+def test_what_a_method_does_not_read(method, option, value, sentence, tree, tmp_path):
+    trained = () if method == "linear" else ("--steps", 3)
+    given = "--drop", 2, "--window", 16, "--method", method, *trained, f"--{option}", value
+    refused(sentence, *asked(tree, tmp_path / "out", *given))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, given", [("WORLD_SIZE", "abc"), ("RANK", "-1")])
+def test_what_a_launcher_does_not_say(name, given, tree, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, given)
+    sentence = f"{name}: expected a number, as launchers set it, found '{given}'"
+    refused(sentence, *asked(tree, tmp_path / "out", "--drop", 2, *QLORA))
     assert not list(tmp_path.iterdir())
 
 

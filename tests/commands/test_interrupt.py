@@ -78,6 +78,41 @@ def test_an_import_does_not_swallow_it(tmp_path):
     assert (started.returncode, *said) == (130, b"", b"")
 
 
+FORGETS = """
+import time
+from engine.commands import interrupt
+
+interrupt.watch()
+interrupt.begin()
+print("ready", flush=True)
+until = time.monotonic() + interrupt.GRACE_SECONDS + 2
+while time.monotonic() < until:
+    try:
+        while time.monotonic() < until:
+            WAIT
+    except KeyboardInterrupt:
+        interrupt.forget()
+        print("forgotten", flush=True)
+"""
+
+
+@pytest.mark.parametrize("wait", ["pass", "time.sleep(0.01)"])
+def test_an_interrupt_that_is_forgotten_does_not_end_the_program(wait, rng):
+    """As in a chat, whose answer it ends: by which thread hears of it first."""
+    programs = []
+    for _ in range(6):
+        program = [sys.executable, "-c", FORGETS.replace("WAIT", wait)]
+        programs.append(subprocess.Popen(program, stdout=subprocess.PIPE))
+    for each in programs:
+        assert each.stdout.readline() == b"ready\n"
+    for each in programs:
+        time.sleep(0.05 * float(torch.rand(1, generator=rng)))
+        each.send_signal(signal.SIGINT)
+    for each in programs:
+        assert each.communicate(timeout=60)[0] == b"forgotten\n"
+        assert each.returncode == 0
+
+
 def test_nobody_reads(model):
     reading, writing = os.pipe()
     os.close(reading)

@@ -264,6 +264,7 @@ REFUSALS = [
     (["--rule", "greedy", "--count", 1, "--model", "{wide}"], "its layers have other shapes"),
     (["--rule", "greedy", "--count", 1, "--windows", 0], "samples: expected at least 1, found 0"),
     (["--rule", "greedy", "--count", 1, "--windows", 99], "expected 99 samples of 64"),
+    (["--rule", "greedy", "--count", 1, "--column", "body"], "column: goes with a .jsonl, .parq"),
     *(
         (["--rule", rule, "--count", 1, f"--{name}", value], f"{name}: goes with --rule {others}")
         for name, value, others, rules in (
@@ -349,6 +350,8 @@ def test_a_plan_of_another_model(tree, planned, tmp_path):
     plan = tmp_path / "plan.json"
     refused("layers have other shapes", "eval", tree / "wide", "--plan", plan)
     refused("layers have other shapes", "prune", tree / "wide", tmp_path / "x", "--plan", plan)
+    of_the_model = f"other shapes than those of {tree / 'wide'}"
+    refused(of_the_model, "budget", tree / "wide", "--plan", plan)
     refused("--plan excludes", "eval", tree / "model", "--plan", plan, "--drop", "3")
     raw = json.loads(plan.read_text())
     plan.write_text(json.dumps(raw | {"version": 9}))
@@ -371,6 +374,8 @@ def test_a_plan_of_another_model(tree, planned, tmp_path):
             "length: 65 tokens exceed the context of 64",
         ),
         (["{model}", "--out", "{out}", "--shard", "2/2"], "shard: expected I/N"),
+        (["{model}", "--out", "{out}", "--column", "body"], "column: goes with a .jsonl, .parq"),
+        (["{model}", "--out", "{out}", "--split", "test"], "split: goes with a hub source"),
         (["{model}", "--out", "{out}", "--drop", "8"], "drop: layer 8 is out of range"),
         (["{model}", "--out", "{out}", "--report", "r.pdf"], "expected a name that ends in .html"),
         (

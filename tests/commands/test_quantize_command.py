@@ -233,6 +233,10 @@ def test_places_and_texts_that_are_refused(model, tmp_path):
         quantize(model, tmp_path / "out", "--length", "300", "--samples", "2")
     with pytest.raises(InputError, match="samples: calibrates gptq, not rtn"):
         quantize(model, tmp_path / "out", "--method", "rtn", "--samples", "2")
+    with pytest.raises(InputError, match="column: calibrates gptq, not rtn"):
+        quantize(model, tmp_path / "out", "--method", "rtn", "--column", "body")
+    with pytest.raises(InputError, match=r"column: goes with .*, found the built-in text"):
+        quantize(model, tmp_path / "out", "--column", "body")
 
 
 def test_one_line_and_exit_code_2(model, tmp_path):

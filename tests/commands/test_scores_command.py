@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from support.commands import call, refused
 
 from engine.artifacts import Plan
 from engine.checkpoint import open_checkpoint
+from engine.commands.scores import SCORES
 from engine.healing.patch import patch
 from engine.healing.replaced import Replaced
 from engine.kernels import native
@@ -75,8 +77,9 @@ def test_the_runtime_and_the_reference_choose_the_same(tree, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-DAMAGED = ("5", "[1]", '{"a": 1}', "[" * 9999, '[[], ["0"], 0.5]', "[[], 0, 0.5]")
-DAMAGED += ('[[], KEPT, "x"]', "[[], KEPT, null]", "[[], KEPT, NaN]")
+DAMAGED = ("5", "[1]", '{"a": 1}', "[" * 9999, '[[], ["0"], 0.5, true]', "[[], 0, 0.5, true]")
+DAMAGED += ('[[], KEPT, "x", true]', "[[], KEPT, null, true]", "[[], KEPT, NaN, true]")
+DAMAGED += ("[[], KEPT, 0.0]", "[[], KEPT, 0.0, 1]", "[[], KEPT, 0.0, null]")
 
 
 @pytest.mark.parametrize("line", DAMAGED)
@@ -84,7 +87,7 @@ def test_damaged_lines_are_left_out(tree, tmp_path, monkeypatch, line):
     first = killed_after(monkeypatch, 2)
     with pytest.raises(Killed):
         call(*arguments(tree, tmp_path / "plan.json"))
-    with (tmp_path / "plan.json.partial").open("a") as file:
+    with (tmp_path / "plan.json.partial" / SCORES).open("a") as file:
         for layer in range(2, LAYERS - 1):
             kept = [other for other in range(LAYERS) if other != layer]
             file.write(line.replace("KEPT", str(kept)) + "\n")
@@ -100,16 +103,36 @@ def test_a_killed_run_scores_only_what_is_left(tree, tmp_path, monkeypatch, opti
     first = killed_after(monkeypatch, 7)
     with pytest.raises(Killed):
         call(*arguments(tree, tmp_path / "plan.json", *options))
-    work = tmp_path / "plan.json.partial"
-    assert len(first) == 7 and len(work.read_text().splitlines()) == 8
+    work = tmp_path / "plan.json.partial" / SCORES
+    assert len(first) == 7 and len(work.read_text().splitlines()) == 7
     with work.open("a") as file:
         file.write("[[1, 2")  # the half line of a kill
     monkeypatch.undo()
     second = killed_after(monkeypatch, 1000)
     code, _, _ = call(*arguments(tree, tmp_path / "plan.json", *options))
-    assert code == 0 and not set(first) & set(second[: 9 - 7]) and not work.exists()
+    assert code == 0 and not set(first) & set(second[: 9 - 7]) and not work.parent.exists()
     found, whole = (Plan.load(tmp_path / name) for name in ("plan.json", "whole.json"))
     assert found == whole
+
+
+def test_a_score_that_was_given_up_is_not_taken_for_a_whole_one(tree, tmp_path, monkeypatch):
+    best = Plan.load(planned(tree, tmp_path / "one.json", count=1)).drop
+    killed_after(monkeypatch, 5)  # all of the first layer to go, but the best given up on the way
+    with pytest.raises(Killed):
+        call(*arguments(tree, tmp_path / "plan.json"))
+    monkeypatch.undo()
+    options = "--protect", ",".join(map(str, (0, 1, *best, LAYERS - 1)))
+    found, fresh = (
+        Plan.load(planned(tree, tmp_path / name, *options, count=1))
+        for name in ("plan.json", "fresh.json")
+    )
+    assert found == fresh and not set(best) & set(found.drop)
+
+
+def planned(tree, out: Path, *options, count: int) -> Path:
+    code, _, err = call(*arguments(tree, out, *options, count=count))
+    assert code == 0, err
+    return out
 
 
 @pytest.mark.parametrize("other", ["metric", "weights"])

@@ -1,5 +1,6 @@
 """`engine shrink`: all stages in one go, one page at the end, taken up again wherever it died."""
 
+import json
 import secrets
 
 import pytest
@@ -76,6 +77,14 @@ def test_a_finished_run_is_found_and_settings_tell_runs_apart(tree, tmp_path, mo
     code, again, _ = call(*arguments(tree, out))
     assert code == 0 and again.startswith(f"{out} is there already") and first in again
     refused("exists already", *arguments(tree, out, "--bits", 8))
+    record = json.loads((out / "shrink.json").read_text())
+    for damaged, sentence in (
+        ([], "exists already"),
+        (record | {"rows": [["a", 1, "b"]]}, "shrink.json: expected rows of three texts, found [["),
+        ({"key": record["key"]}, "shrink.json: expected rows of three texts, found None"),
+    ):
+        (out / "shrink.json").write_text(json.dumps(damaged))
+        refused(sentence, *arguments(tree, out))
 
 
 def test_refusals(tree, tmp_path):

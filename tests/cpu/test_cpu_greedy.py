@@ -12,7 +12,7 @@ from support.fake import FakeText
 
 from engine.checkpoint import open_checkpoint
 from engine.errors import InputError
-from engine.generation import Options, generate
+from engine.generation import Generation, Options, generate
 from engine.kernels import native
 from engine.sample import likeliest
 
@@ -198,3 +198,25 @@ def test_generate_with_and_without_it(tmp_path, case):
             expected.token_ids,
             expected.finish_reason,
         )
+
+
+def test_what_is_left_turns_as_if_alone_once_the_longest_has_finished(tmp_path):
+    """LongRoPE: keys behind its switch and before it are not mixed in one cache."""
+    runtime = Edited("phi3-longrope", tmp_path).load()
+    switch = runtime.config.rope_switch
+    assert switch is not None
+    text, options = FakeText([f"{token} " for token in range(VOCAB)]), Options(max_new_tokens=16)
+
+    def run(*prompts: list[int], **more) -> list[Generation]:
+        return generate(runtime, text, prompts, replace(options, ignore_eos=True, **more))
+
+    for _ in range(99):
+        long, short = (torch.randint(3, VOCAB, (length,)).tolist() for length in (switch + 3, 4))
+        stop = run(long, short)[0].token_ids[3]
+        first, second = run(long, short, stop=stop)
+        ran = len(first.token_ids)
+        if first.finish_reason == "stop" and second.finish_reason == "length":
+            break
+    assert len(second.token_ids) == 16 > ran
+    before, after = list(second.token_ids[:ran]), second.token_ids[ran:]
+    assert after == run(short + before, max_new_tokens=16 - ran)[0].token_ids

@@ -68,3 +68,14 @@ def test_no_config_holds_them(change, raw):
 def test_no_rope_holds_them(change):
     with pytest.raises(InputError, match="expected"):
         Rope(**({"theta": 1e4, "dim": 8} | change))
+
+
+@pytest.mark.parametrize(("case", "factor"), [("llama", 8), ("gemma3", 1)])
+def test_linear_scaling_goes_beyond_the_context_but_where_it_is_named(case, factor, tmp_path):
+    """Gemma 3 of 4B and more: max_position_embeddings 131,072 and a linear factor of 8."""
+    tiny.write(case, tmp_path, 1)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    scaling = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_parameters": None}
+    config = from_hf(raw | scaling | {"max_position_embeddings": 131072}, "FILE")
+    assert config.max_context == factor * 131072
+    assert "linear" in {rope.kind for rope in config.ropes}

@@ -278,11 +278,22 @@ def test_stop_ids_outside_the_vocabulary(token, rng):
         ({"stop": {"a": 1}}, "stop takes strings"),
         ({"stop": True}, "stop takes strings"),
         ({"temperature": -1}, "temperature"),
+        ({"temperature": 10**400}, "temperature must be 0"),
+        ({"top_p": 10**400}, "top_p must be a number from 0 to 1"),
+        ({"repetition_penalty": 10**400}, "repetition_penalty must be a number"),
+        ({"seed": 1.0}, "seed must be a whole number, not 1.0"),
     ],
 )
 def test_options_out_of_range(options, says):
     with pytest.raises(InputError, match=says):
         Options(**options)
+
+
+def test_whole_numbers_may_be_longer_than_a_float(rng):
+    options = Options(temperature=1.0, seed=10**400, top_k=10**400, max_new_tokens=4)
+    runtime = fakes(rng)
+    first, again = (generate(*runtime, ["a"], options)[0].token_ids for _ in range(2))
+    assert first == again and len(first) == 4
 
 
 def test_stops_of_any_kind():

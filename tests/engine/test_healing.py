@@ -141,8 +141,8 @@ def test_text_that_the_teacher_writes(rng, tmp_path):
         shape = len(prompts), options.max_new_tokens
         return torch.randint(0, 9, shape, generator=draw).tolist()
 
-    def run(directory, writing=write):
-        given = {"name": "n", "seed": 3, "report": lambda *_: None}
+    def run(directory, writing=write, most=WINDOW + 11):
+        given = {"name": "n", "seed": 3, "most": most, "report": lambda *_: None}
         return written(windows, 40 * WINDOW - 5, 1, writing, tmp_path / directory, **given)
 
     whole = run("a")
@@ -153,6 +153,10 @@ def test_text_that_the_teacher_writes(rng, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run("b", partial(write, broken=True))
     assert torch.equal(run("b"), whole) and asked == [32, 8]
+    asked.clear()
+    apart = run("c", most=WINDOW + 10)  # those from the text do not fit beside what BOS needs
+    assert asked == [16, 16, 4, 4] and torch.equal(apart[0::2, :12], whole[0::2, :12])
+    assert apart[1::2, 0].eq(1).all() and not apart[:, 12:].gt(8).any()
     data = Data(windows, windows[:2]).extended(whole)
     assert torch.equal(data.windows, torch.cat((windows, whole[:19], whole[20:39])))
     assert torch.equal(data.held_out[2:], whole[[19, 39]])

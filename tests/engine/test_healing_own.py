@@ -15,6 +15,7 @@ from engine.healing.heal import heal
 from engine.healing.own import LEAST, LONGEST, PENALTY, avoiding, circling, mixed, second
 from engine.healing.settings import Settings
 from engine.options import Options
+from engine.report.figures import healing
 from engine.runtime.reference import ReferenceRuntime
 
 SETTINGS = Settings(
@@ -131,6 +132,11 @@ def test_a_killed_second_round_comes_to_the_same_bits(source, rng, tmp_path):
     straight = heal(checkpoint, config, data, tmp_path / "a", settings, **given)
     assert straight.steps == plain.steps + 2 and straight.losses[:8] == plain.losses
     assert straight.perplexity_after == straight.checks[-1]
+    first = len(plain.checks)
+    assert straight.check_steps[:first] == plain.check_steps and plain.check_steps[-1] == 8
+    assert straight.check_steps[first:] == (8, 10) and len(straight.checks) == first + 2
+    axes = healing(straight).axes[1]
+    assert tuple(axes.lines[0].get_xdata()) == straight.check_steps
 
     @contextmanager
     def second_killed(label):
@@ -145,5 +151,6 @@ def test_a_killed_second_round_comes_to_the_same_bits(source, rng, tmp_path):
     assert not (tmp_path / "b").exists()
     resumed = heal(checkpoint, config, data, tmp_path / "b", settings, **given)
     assert resumed.losses == straight.losses and resumed.checks == straight.checks
+    assert resumed.check_steps == straight.check_steps
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert all(torch.equal(first[name], second[name]) for name in first)

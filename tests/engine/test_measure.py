@@ -227,6 +227,20 @@ def test_bad_sources(name, content, options, sentence, tmp_path, default_model):
         read_samples(str(path), load_text(default_model), **options)
 
 
+def test_rows_that_are_damaged_behind_what_a_file_says_of_itself(tmp_path, default_model):
+    from engine.text import load_text
+
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow comes with the extra heal")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path, table = tmp_path / "rows.parquet", pyarrow.table({"text": ["word " * 9] * 2000})
+    parquet.write_table(table, path, compression="gzip")
+    data = bytearray(path.read_bytes())
+    data[20:80] = b"\xff" * 60
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"rows\.parquet: not readable as parquet"):
+        read_samples(str(path), load_text(default_model), 16)
+
+
 _STREAM = """
 import threading
 from pathlib import Path

@@ -1,5 +1,6 @@
 """Scores of sets of layers equal a plain run of those layers, wherever they start from."""
 
+import math
 import secrets
 
 import pytest
@@ -8,6 +9,7 @@ from support import tiny
 
 from engine.checkpoint import open_checkpoint
 from engine.errors import InputError
+from engine.pruning.remembered import Remembered
 from engine.pruning.score import PrefixScorer
 from engine.runtime.reference import ReferenceRuntime
 
@@ -81,6 +83,40 @@ def test_a_score_is_given_up_once_it_is_too_large(setting, metric):
         assert score.most < score((0, 3)) <= whole
     score.most = whole
     assert score((0, 3)) == whole
+
+
+class GivingUp:
+    """Scores of kept slots, each given up halfway beyond `most`; the sets asked for."""
+
+    def __init__(self) -> None:
+        self.most, self.whole = math.inf, True
+        self.asked: list[tuple[int, ...]] = []
+
+    def __call__(self, kept: tuple[int, ...]) -> float:
+        self.asked.append(kept)
+        score = float(sum(kept))
+        self.whole = score <= self.most
+        return score if self.whole else (self.most + score) / 2
+
+
+def test_what_was_given_up_is_scored_again_where_it_may_be_the_best(tmp_path):
+    def remembered() -> tuple[Remembered, GivingUp]:
+        scorer = GivingUp()
+        return Remembered(scorer, lambda kept: None, tmp_path / "scores"), scorer
+
+    score, scorer = remembered()
+    assert score((1,)) == 1
+    scorer.most = 1
+    assert score((3,)) == score((3,)) == 2 and scorer.asked == [(1,), (3,)]
+    score, scorer = remembered()
+    scorer.most = 1  # as in the run before
+    assert score((1,)) == 1 and score((3,)) == 2 and not scorer.asked
+    scorer.most = 2  # in a run in which (1,) is protected, say
+    assert score((3,)) == 2.5 and scorer.asked == [(3,)]
+    scorer.most = math.inf
+    assert score((3,)) == 3 and scorer.asked == [(3,), (3,)]
+    score, scorer = remembered()
+    assert score((3,)) == 3 and not scorer.asked
 
 
 def test_an_unknown_metric_is_refused(setting):

@@ -16,6 +16,7 @@ from engine.checkpoint.gguf_file import GgufFile
 from engine.errors import InputError
 from engine.export.formats import export
 from engine.export.gguf_blocks import to_blocks
+from engine.export.gguf_file import typed_fields
 from engine.kernels.w4.format import Spec, unpack
 from engine.kernels.w4.from_gguf import BLOCKS, from_blocks
 from engine.quantize.packing import pack
@@ -32,6 +33,12 @@ HALVES = [
     and (spec.scheme in ("symmetric", "kquant") or (spec.scheme, spec.bits) == ("minimum", 4))
     and spec.group != 16
 ]
+
+
+def test_empty_lists_are_left_out():
+    """A tokenizer without merges: an empty list has no type that the format could name."""
+    said = typed_fields({"tokenizer.ggml.merges": [], "a": [1], "b": "", "c": 0})
+    assert {key: field.value for key, field in said.items()} == {"a": [1], "b": "", "c": 0}
 
 
 @pytest.mark.parametrize("spec", HALVES, ids=spec_id)

@@ -111,6 +111,20 @@ def test_modules_that_a_config_names_are_renumbered():
     }
 
 
+@pytest.mark.parametrize("pattern", ["re:layers.0.(*", "re:layers.0" + "(" * 9999])
+def test_a_pattern_that_is_none_is_named(pattern):
+    with pytest.raises(InputError, match=r"quantization_config: expected a pattern behind 're:'"):
+        copied.cut({"ignore": [pattern]}, {0: 0}, {})
+
+
+def test_what_lies_beside_keeps_its_bytes(source, rng, tmp_path):
+    checkpoint = quantized("awq", source("llama", **WIDE), rng, tmp_path)
+    said = b'{"version": "gemm\xff"}'
+    (checkpoint.path / "quant_config.json").write_bytes(said)
+    copied.prune(checkpoint, checkpoint.config.keep(KEEP), tmp_path / "out")
+    assert (tmp_path / "out" / "quant_config.json").read_bytes() == said
+
+
 def lists(fields, tensors):
     """A second and a third layer, and metadata with an entry a layer."""
     for name, tensor in list(tensors.items()):
