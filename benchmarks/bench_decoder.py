@@ -115,15 +115,18 @@ def report(name: str, found: float, asked: float) -> None:
 @pytest.fixture(scope="module", params=[DEFAULT, *FILES])
 def timed_model(request) -> str:
     """What `load` takes: the default model, or a file of --shapes."""
-    if request.param == DEFAULT:
-        return DEFAULT
+    return DEFAULT if request.param == DEFAULT else str(written(request))
+
+
+def written(request) -> Path:
+    """The file of --shapes of the shape that is asked for."""
     directory = request.config.getoption("--shapes")
     if directory is None:
         pytest.skip("--shapes does not say where models of this shape lie")
     file = Path(directory, f"{request.param}.gguf")
     if not file.exists():
         pytest.skip(f"python benchmarks/shapes.py {request.param} {directory} writes this shape")
-    return str(file)
+    return file
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -147,14 +150,16 @@ def test_steps(benchmark, timed_model, isa):
 
 def test_share_of_the_bandwidth(model):
     weights = model.runtime.weight_bytes
-    read = Read(weights, torch.get_num_threads())
+    read = Read(weights, model.runtime.threads)
     ns = medians_ns(Decode(model), read)[0] / TOKENS
     print(f"\n{1e9 / ns:.0f} tok/s beside {read}", end="")
     report("decoding, of the bandwidth", weights / ns / read.gb_s, 0.65)
 
 
-@pytest.fixture(scope="module", params=["Llama-3.2-1B", "Llama-3.2-1B-Q4_K_M"])
+@pytest.fixture(scope="module", params=["Llama-3.2-1B", "Llama-3.2-1B-Q4_K_M", "Llama-3-8B"])
 def shape(request, tmp_path_factory) -> Path:
+    if request.param == "Llama-3-8B":  # 4.5 GB
+        return written(request)
     return write(request.param, tmp_path_factory.mktemp("shape"))
 
 

@@ -1,6 +1,6 @@
 """Ours beside llama.cpp, ik_llama.cpp, OpenVINO and transformers on this CPU.
 
-    python benchmarks/peers.py [--shape NAME] [--isa NAME] [--python PEER=PATH ...]
+    python benchmarks/peers.py [--shape NAME] [--isa NAME] [--peer-python PEER=PATH ...]
 
 All take turns on the same file, prompts and number of threads, in every setting that may be a
 peer's fastest: the default model, the same as Q4_0, which llama.cpp writes, and every `--shape` of
@@ -34,7 +34,7 @@ from pathlib import Path
 
 import shapes
 import torch
-from peers_table import write
+from peers_table import sections, write
 
 from engine.api import Model, load
 from engine.benchmark import machine
@@ -43,6 +43,7 @@ from engine.benchmark.peers.process import Peer, PeerMissing, work_of
 from engine.benchmark.speed import LEAST_AGREEMENT, agreement
 from engine.benchmark.tables import setting_name
 from engine.checkpoint.locate import locate
+from engine.commands.common import check_writable
 from engine.commands.output import refuse
 from engine.errors import InputError
 from engine.evaluate import evaluate
@@ -94,15 +95,18 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="a .gguf file, as Q4_1")
     parser.add_argument("--shape", action="append", default=[], choices=shapes.FILES)
     parser.add_argument("--isa", choices=isas(), default=isas()[0])
-    parser.add_argument("--peers", default=",".join(KNOWN))
-    parser.add_argument("--python", action="append", default=[], metavar="PEER=PATH")
+    parser.add_argument("--compare", default=",".join(KNOWN))
+    parser.add_argument("--peer-python", action="append", default=[], metavar="PEER=PATH")
     parser.add_argument("--threads", type=shapes.positive, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=shapes.positive, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     try:
-        study = Study(options.isa, chosen(options.peers, options.python), options.repeats)
+        check_writable(options.out)
+        sections(options.out)  # refused before the work
+        asked = chosen(options.compare, options.peer_python)
+        study = Study(options.isa, asked, options.repeats)
         with tempfile.TemporaryDirectory() as work:
             study.run(options.model, options.shape, Path(work))
             write(options.out, study)
@@ -139,9 +143,16 @@ class Study:
     """All files by one instruction set; `missing`: peer -> how to install it."""
 
     def __init__(self, isa: str, asked: dict[str, str | None], repeats: int) -> None:
+        if isa != isas()[0] and isa not in LIMITS:
+            raise InputError(f"--isa {isa}: nothing holds the peers to it")
         self.isa, self.asked, self.repeats = isa, asked, repeats
         self.missing: dict[str, str] = {}
         self.subjects: list[Subject] = []
+
+    @property
+    def threads(self) -> int:
+        """That run, where more than there are CPUs were asked for."""
+        return self.subjects[0].model.runtime.threads
 
     def run(self, ref: str, names: Sequence[str], work: Path) -> None:
         path = locate(ref)
@@ -198,7 +209,7 @@ class Study:
         return path.exists()
 
     def _opened(self, name: str, model: Model, stack: contextlib.ExitStack) -> Iterator[Contender]:
-        limits = LIMITS.get(self.isa, {}) if self.isa != isas()[0] else {}
+        limits = {} if self.isa == isas()[0] else LIMITS[self.isa]
         if limits and name == "openvino":
             self.missing[name] = (
                 f"{name}: it takes all that the processor has (openvinotoolkit/openvino#38257)"
@@ -222,7 +233,7 @@ def turns(subject: Subject, repeats: int) -> None:
     for contender in subject.contenders:
         found, _ = contender.run(ids[:prompt], new_tokens)
         contender.agreement = agreement(model.runtime, ids[:prompt], found)
-    reader = native.load("cpu").Reader(subject.nbytes, torch.get_num_threads())
+    reader = native.load("cpu").Reader(subject.nbytes, model.runtime.threads)
 
     def turn(contender: Contender, workload: str) -> None:
         prompt, new_tokens = subject.workloads[workload]

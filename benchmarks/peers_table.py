@@ -8,6 +8,7 @@ import torch
 
 from engine.benchmark import machine
 from engine.benchmark.speed import LEAST_AGREEMENT
+from engine.errors import InputError
 from engine.scratch import write_text
 
 if TYPE_CHECKING:
@@ -47,19 +48,29 @@ HEADINGS = {
 def write(path: Path, study: "Study") -> None:
     """Puts the section of the study in its place in the page."""
     title = TITLES[study.isa]
-    text = path.read_text(encoding="utf-8") if path.is_file() else HEAD
-    _, *parts = text.split("\n## ")
-    sections = {part.partition("\n")[0]: part for part in parts}
-    sections[title] = f"{title}\n\n" + section(study)
+    page = sections(path) | {title: f"{title}\n\n" + section(study)}
+    print(page[title])
     order = list(TITLES.values())
-    found = sorted(sections, key=order.index)
-    write_text(path, "\n## ".join([HEAD, *(sections[name].rstrip() + "\n" for name in found)]))
-    print(sections[title])
+    found = sorted(page, key=order.index)
+    write_text(path, "\n## ".join([HEAD, *(page[name].rstrip() + "\n" for name in found)]))
+
+
+def sections(path: Path) -> dict[str, str]:
+    """Of a page that is there, by title; InputError for what `write` would lose."""
+    if not path.exists():
+        return {}
+    head, *parts = path.read_text(encoding="utf-8", errors="replace").split("\n## ")
+    found = {part.partition("\n")[0]: part for part in parts}
+    strange = [name for name in found if name not in TITLES.values()]
+    if strange or head.partition("\n")[0] != HEAD.partition("\n")[0]:
+        what = f"the section {strange[0]!r:.60}" if strange else "another page"
+        raise InputError(f"{path}: expected a page of ours, found {what}; name another file")
+    return found
 
 
 def section(study: "Study") -> str:
     lines = [
-        f"{machine.device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, "
+        f"{machine.device_name(torch.device('cpu'))}, {study.threads} threads, "
         f"{machine.huge_pages() or 'no word of'} huge pages; medians of {study.repeats} runs.",
         "",
         *lead(study),

@@ -52,6 +52,12 @@ class GgufCheckpoint:
         self.path = path
         self.file = GgufFile(path)
         self.config = from_hf(config_from_gguf(self.file, family_of(self.file)), str(path))
+        rows, tokens = self.config.vocab_size, self.file.metadata.count("tokenizer.ggml.tokens")
+        if tokens > rows:
+            raise InputError(
+                f"{path}: tensor '{stored.EMBEDDING}.weight': expected a row for each of {tokens} "
+                f"tokens, found {rows}"
+            )
         self._sources: dict[str, _Source] = {}
         for name, source in _sources(self.file, self.config):
             if name in self._sources:

@@ -82,6 +82,11 @@ class Metadata(Mapping[str, Any]):
         value = self._values[key]
         return (value.kind, None) if value.count is None else (_ARRAY, value.kind)
 
+    def count(self, key: str) -> int:
+        """Items of an array, of which none is read; 0 where there is none."""
+        found = self._values.get(key)
+        return 0 if found is None else found.count or 0
+
     def _decode(self, value: _Value) -> Any:
         count = 1 if value.count is None else value.count
         if value.kind == _STRING:

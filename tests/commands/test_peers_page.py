@@ -2,11 +2,14 @@
 
 from types import SimpleNamespace
 
+import peers
 import pytest
 from peers import LARGE, SMALL, Contender, Study, Subject
-from peers_table import write
+from peers_table import HEAD, write
 
+from engine.errors import InputError
 from engine.generation import Timings
+from engine.kernels.w4.cpu import isas
 
 
 def contender(name: str, setting: str, prefill: float, decode: float, agreement: float = 1.0):
@@ -25,7 +28,7 @@ def study():
     """Two files by AVX2: ours, llama.cpp in two settings, and ik, whose text is another."""
     made = Study("avx2", {"llama.cpp": None, "ik": None}, repeats=1)
     for name, workloads in (("small", SMALL), ("large", LARGE)):
-        model = SimpleNamespace()
+        model = SimpleNamespace(runtime=SimpleNamespace(threads=3))
         subject = Subject(name, "Q4_0", model, workloads, nbytes=10**9)
         subject.contenders = [
             contender("ours", "", 900, 30),
@@ -43,6 +46,7 @@ def test_a_section_has_the_best_of_every_engine(study, tmp_path):
     write(page, study)
     lines = page.read_text().splitlines()
     assert lines[0].startswith("# ") and "## AVX2" in lines
+    assert any(", 3 threads, " in line for line in lines)  # which ran, whatever was asked
     ours = next(line for line in lines if line.startswith("| ours | 900"))
     assert ours.split(" | ")[1:] == ["900", "30.0", "30.0", "900", "30.0 |"]
     theirs = next(line for line in lines if line.startswith("| llama.cpp | 300"))
@@ -68,12 +72,37 @@ def test_sections_of_other_instruction_sets_stay(study, tmp_path):
     assert "### large, Q4_0 by AMX" in amx and "### large" not in avx2
 
 
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("# Notes\n\nmine\n", "another page"),
+        ("", "another page"),
+        ("{head}\n\n## Own heading\n\nmine\n", "the section 'Own heading'"),
+    ],
+)
+def test_a_page_of_another_kind_is_kept(text, found, study, tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(text.replace("{head}", HEAD.partition("\n")[0]))
+    before = page.read_text()
+    with pytest.raises(InputError, match=f"page.md: expected a page of ours, found {found}"):
+        write(page, study)
+    for out, sentence in ((page, found), (tmp_path / "no" / "o.md", "there is no directory")):
+        monkeypatch.setattr("sys.argv", ["peers.py", "--out", str(out)])
+        monkeypatch.setattr(Study, "run", lambda *_: pytest.fail("it was measured"))
+        with pytest.raises(SystemExit) as ended:
+            peers.main()
+        assert ended.value.code == 2 and sentence in capsys.readouterr().err
+    assert page.read_text() == before
+
+
+@pytest.mark.skipif(isas()[0] == "generic", reason="there is nothing above portable C++ here")
+def test_peers_are_held_to_what_can_hold_them():
+    with pytest.raises(InputError, match="--isa generic: nothing holds the peers to it"):
+        Study("generic", {"transformers": None}, repeats=1)
+
+
 def test_a_peer_with_avx512_is_no_peer_of_avx2(monkeypatch):
     from contextlib import ExitStack, nullcontext
-
-    import peers
-
-    from engine.errors import InputError
 
     monkeypatch.setattr(peers, "work_of", lambda *_: {})
     monkeypatch.setattr(peers, "Peer", lambda *_: nullcontext(SimpleNamespace(wide=True)))

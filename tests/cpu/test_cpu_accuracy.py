@@ -5,12 +5,15 @@ import math
 
 import pytest
 import torch
+from speculation import PROMPTS as DRAFTED
+from speculation import others, told
 from support.close import assert_close, rms_ratio
 
 from engine.api import load
 from engine.benchmark.peers.process import Peer, PeerMissing, work_of
 from engine.evaluate import cut_windows, evaluate
 from engine.kernels import native
+from engine.kernels.w4.cpu import isas
 from engine.text import heldout_text
 
 if native.error("cpu") is not None:
@@ -117,3 +120,16 @@ def test_greedy_text_of_the_reference(models, greedy, mode):
         first, second = expected.topk(2).values.unbind(-1)
         error = bound * expected.square().mean(-1).sqrt()
         assert not (differs & (first - second > error)).any()
+
+
+@pytest.mark.parametrize("isa", [isa for isa in isas() if isa != "generic"])
+@pytest.mark.parametrize("name", ["repeats", "edit", "plain"])
+def test_drafts_change_a_token_only_at_a_near_tie(default_model, isa, name):
+    """Steps of several tokens round otherwise than one of its own: within the stated error."""
+    with load(default_model, backend="cpu", isa=isa) as model:
+        prompt = model.text.encode(DRAFTED.joinpath(f"{name}.txt").read_text().rstrip("\n"))
+        made = model.generate(prompt, max_new_tokens=96, ignore_eos=True, speculate="ngram")
+        found = others(model, prompt, made.token_ids)
+        print(f"{isa}: {made.timings.accepted} drafts were right, other tokens {told(found)}")
+        assert made.timings.accepted > 0 or name == "plain"
+        assert max(found, default=0) <= 1

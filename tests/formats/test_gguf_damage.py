@@ -70,6 +70,18 @@ def test_damage_is_one_sentence(damage, tmp_path):
         assert len(str(caught.value)) < 400
 
 
+def test_an_embedding_without_a_row_for_every_token(tmp_path):
+    def halved(fields, tensors):
+        tensors["token_embd.weight"] = tensors["token_embd.weight"][:4]
+
+    path = tmp_path / "model.gguf"
+    llama_files.write_tiny(path, halved)
+    words = r"model.gguf: tensor 'token_embd.weight': expected a row for each of 8 tokens, found 4"
+    for opened in OPENED:
+        with pytest.raises(InputError, match=words):
+            opened(path)
+
+
 def test_a_file_cut_anywhere_in_its_header(tmp_path):
     path = tmp_path / "model.gguf"
     llama_files.write_tiny(path)
