@@ -19,10 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from work import begin
 
 from engine.architecture.layers import format_layers
 from engine.artifacts import Plan
 from engine.benchmark.machine import device_name
+from engine.commands.output import refuse
+from engine.errors import InputError
 from engine.report.drawing import DASHES, LINES, new_figure, style
 from engine.scratch import write_text
 
@@ -35,6 +38,7 @@ METHODS = "no healing", "linear", "qlora", "distil", "distil, 4 bits, scales"
 class Cell:
     """One model of the study."""
 
+    model: str
     dropped: int
     layers: str  # dropped
     method: str
@@ -53,9 +57,13 @@ class Cell:
 class Study:
     def __init__(self, asked: argparse.Namespace) -> None:
         self.asked, self.work = asked, Path(asked.work)
-        self.work.mkdir(parents=True, exist_ok=True)
+        options = {name: value for name, value in vars(asked).items() if name != "only"}
+        begin(self.work, asked.model, options | {"work": ""})
         self.file = RESULTS / "heal.json"
         found = json.loads(self.file.read_text()) if self.file.is_file() else []
+        ours = asked.model, [Path(text).name for text in asked.text]
+        if any((cell["model"], list(cell["perplexities"])) != ours for cell in found):
+            raise InputError(f"{self.file}: holds cells of another model or texts; move it away")
         self.cells = {(cell["dropped"], cell["method"]): Cell(**cell) for cell in found}
 
     def run(self) -> None:
@@ -83,6 +91,7 @@ class Study:
         )
         choices = judged["choices"]
         return Cell(
+            model=self.asked.model,
             dropped=count,
             layers=format_layers(Plan.load(self.plan(count)).drop) if count else "",
             method=method,
@@ -240,7 +249,10 @@ def main() -> None:
     parser.add_argument("--self", type=int, default=200_000, help="tokens the teacher writes")
     parser.add_argument("--windows", type=int, default=16, help="of 512 tokens, of each text")
     parser.add_argument("--only", action="append", help="a cell as 5:distil; repeatable")
-    Study(parser.parse_args()).run()
+    try:
+        Study(parser.parse_args()).run()
+    except InputError as error:
+        refuse(error)
 
 
 if __name__ == "__main__":

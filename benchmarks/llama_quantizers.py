@@ -24,12 +24,15 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from quality import RESULT, Replayed, bits_of_layers
 from safetensors.torch import load_file, save_file
+from work import begin
 
 from engine.benchmark.machine import device_name
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoint.gguf_blocks import GgufBlocks, dequantize
 from engine.checkpoint.locate import locate
 from engine.checkpoint.weights import layer_weights, values
+from engine.commands.output import refuse
+from engine.errors import InputError
 from engine.evaluate import evaluate
 from engine.export.formats import export
 from engine.quantize.packing import hessians, pack
@@ -69,7 +72,9 @@ class Ggml:
     """libggml-base, where llama.cpp's quantizers are."""
 
     def __init__(self, directory: Path) -> None:
-        (library,) = directory.glob("libggml-base.so")
+        library = directory / "libggml-base.so"
+        if not library.is_file():
+            raise InputError(f"{library}: there is no such file; --llama says where it lies")
         quantize = ctypes.CDLL(str(library)).ggml_quantize_chunk
         quantize.restype = ctypes.c_size_t
         whole = ctypes.c_int64
@@ -104,12 +109,16 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=10, help="of 512 tokens, of each text")
     parser.add_argument("--samples", type=int, default=16, help="of 512 tokens, to calibrate on")
     given = parser.parse_args()
-    compare(given)
+    try:
+        compare(given)
+    except InputError as error:
+        refuse(error)
 
 
 def compare(given: argparse.Namespace) -> None:
     """Rows that are done are kept in `given.work`; the section of quality.md is written anew."""
-    given.work.mkdir(parents=True, exist_ok=True)
+    options = {"text": given.text, "windows": given.windows, "samples": given.samples}
+    begin(given.work, given.model, options)
     checkpoint = open_checkpoint(locate(given.model))
     text = load_text(checkpoint.path)
     if given.source == "off-grid":
@@ -165,9 +174,8 @@ def theirs(
     directory = given.llama
     if directory is None:
         spec = find_spec("llama_cpp")
-        assert spec is not None and spec.origin is not None, (
-            "--llama, or pip install llama-cpp-python"
-        )
+        if spec is None or spec.origin is None:
+            raise InputError("llama.cpp: expected --llama, or pip install llama-cpp-python")
         directory = Path(spec.origin).parent / "lib"
     ggml, known = Ggml(directory), importance(checkpoint, samples)
     for kind in THEIRS:

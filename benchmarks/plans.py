@@ -15,8 +15,11 @@ import torch
 
 from engine.api import choose_device
 from engine.architecture.layers import format_layers
+from engine.benchmark.machine import device_name
 from engine.checkpoint import open_checkpoint
 from engine.checkpoint.locate import locate
+from engine.commands.output import refuse
+from engine.errors import InputError
 from engine.evaluate import evaluate
 from engine.pruning import plan as rules
 from engine.pruning.profile import describe, measure, merge
@@ -40,7 +43,10 @@ def main() -> None:
     parser.add_argument("--judged", type=int, default=None, help="windows of held-out text")
     parser.add_argument("--evaluations", type=int, default=150, help="of search")
     options = parser.parse_args()
-    Study(options).run()
+    try:
+        Study(options).run()
+    except InputError as error:
+        refuse(error)
 
 
 class Study:
@@ -128,8 +134,10 @@ class Study:
             f"BOS; greedy and search by KL to the unpruned model over {options.windows} windows "
             f"of 512 (bfloat16), search with {options.evaluations} evaluations from greedy, seed "
             f"0. Layers 0, 1 and the last are protected but for the paper's own rules. Judged by "
-            f"perplexity over {options.judged or 'all'} windows of 512 of the held-out handbook "
-            f"in float32. Seconds are of this machine, two cores.",
+            f"perplexity over {options.judged or 'all'} windows of 512 of "
+            f"{Path(options.heldout).name if options.heldout else 'the held-out handbook'} in "
+            f"float32. Seconds are of {device_name(self.judge.device)}, "
+            f"{torch.get_num_threads()} threads.",
             "",
             "| rule | dropped | layers | perplexity | of the whole | seconds |",
             "|---|---|---|---|---|---|",

@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from work import begin
 
 from engine.api import choose_device, parse_dtype
 from engine.artifacts import Evaluation
 from engine.benchmark.machine import device_name
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoint.locate import locate
+from engine.commands.output import refuse
 from engine.commands.quantize import LENGTH, SAMPLES
+from engine.errors import InputError
 from engine.evaluate import evaluate
 from engine.quantize.packing import pack
 from engine.quantize.recipe import Recipe
@@ -99,7 +102,15 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="that the models are evaluated in")
     parser.add_argument("--llama", type=Path, help="where libggml-base.so lies: compare with it")
     given = parser.parse_args()
-    given.work.mkdir(parents=True, exist_ok=True)
+    try:
+        study(given)
+    except InputError as error:
+        refuse(error)
+
+
+def study(given: argparse.Namespace) -> None:
+    options = {"text": given.text, "samples": given.samples, "dtype": given.dtype}
+    begin(given.work, given.model, options)
     path = locate(given.model)
     text = load_text(path)
     samples, _ = read_samples(given.text, text, LENGTH, most=given.samples, built_in=mixed_text)
@@ -125,7 +136,7 @@ def main() -> None:
     if given.llama is not None:
         script = Path(__file__).with_name("llama_quantizers.py")
         for source in ("on-grid", "off-grid"):
-            command = [sys.executable, script, given.work, "--llama", given.llama]
+            command = [sys.executable, script, given.work / "llama", "--llama", given.llama]
             subprocess.run([*command, "--model", given.model, "--source", source], check=True)
 
 

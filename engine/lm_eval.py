@@ -35,7 +35,8 @@ except ImportError:
 
 Tokens = list[int]
 logger = logging.getLogger("engine.lm_eval")
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+NEUTRAL = {"num_beams": 1, "num_return_sequences": 1}  # said by some tasks
 
 
 @register_model("shallow")
@@ -88,12 +89,18 @@ class ShallowLM(TemplateLM):
             cache_dtype=cache_dtype,
         )
         self.name, self.batch_size, self.max_gen_toks = pretrained, int(batch_size), max_gen_toks
-        self.max_length = min(max_length or 1 << 62, self.opened.config.max_context)
+        self.max_length = longest = self.opened.config.max_context
+        if max_length is not None and max_length > longest:
+            logger.warning("max_length: %d becomes %d, the model's context", max_length, longest)
+        elif max_length is not None:
+            self.max_length = max_length
         self.add_bos_token = add_bos_token
 
     @property
     def eot_token_id(self) -> int:
-        ends = self.opened.text.eos_ids or self.opened.config.eos_ids
+        text = self.opened.text
+        named = text.tokenizer.token_to_id(text.special.get("eos_token", ""))
+        ends = (named,) if named is not None else text.eos_ids or self.opened.config.eos_ids
         if not ends:
             raise InputError(f"{self.name}: the model has no token that ends a text")
         return min(ends)
@@ -200,13 +207,17 @@ class ShallowLM(TemplateLM):
                 yield places[start : start + size]
 
     def _options(self, asked: dict[str, Any]) -> Options:
-        given = normalize_gen_kwargs(asked, self.max_gen_toks)
-        sampled = given.get("do_sample", False)
-        return Options(
-            max_new_tokens=given["max_gen_toks"],
-            stop=tuple(stop for stop in given["until"] if stop),
-            **{name: given[name] for name in SAMPLING if sampled and name in given},
-        )
+        given = {name: value for name, value in asked.items() if NEUTRAL.get(name) != value}
+        given = dict(normalize_gen_kwargs(given, self.max_gen_toks))
+        length, until = given.pop("max_gen_toks"), given.pop("until")
+        if unknown := sorted(given.keys() - {"do_sample", "repetition_penalty", *SAMPLING}):
+            raise InputError(f"gen_kwargs: {unknown[0]!r} is not known")
+        options: dict[str, Any] = {"repetition_penalty": given.get("repetition_penalty", 1.0)}
+        if given.pop("do_sample", False):  # from torch's numbers, which lm-eval's --seed begins
+            options |= {"temperature": 1.0, "seed": int(torch.randint(1 << 31, ()))}
+            options |= {name: given[name] for name in SAMPLING if name in given}
+        stop = tuple(stop for stop in until if stop)
+        return Options(max_new_tokens=length, stop=stop, **options)
 
 
 def _layers(given: Any) -> Any:

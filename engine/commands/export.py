@@ -27,7 +27,7 @@ def export(
         typer.Option(help="Of what is not quantized: as stored if not given; hf: 16 bits."),
     ] = None,
 ) -> None:
-    """Write a model in the format of another engine, without a bit lost."""
+    """Write a model in the format of another engine: its bits, or 16 (hf)."""
     from engine.checkpoint import choose_layers
     from engine.runtime import check_backend
 

@@ -212,6 +212,8 @@ def heal(
     elif "distil" not in methods:
         if train != Settings.train:
             raise InputError(f"train: says nothing with --method {method}")
+        if teacher is not None and not written:
+            raise InputError(f"teacher: says nothing with --method {method} but with --self")
         if cache is not None and not written:
             raise InputError(f"cache: says nothing with --method {method} but with --self")
     elif rank is not None and train != "lora" and "qlora" not in methods:

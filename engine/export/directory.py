@@ -43,15 +43,18 @@ _WINDOWED = ("qwen2", "qwen3", "gemma2", "gemma3", "smollm3")
 _T = TypeVar("_T")
 
 
-def begin(out: Path, source: Path, config: ModelConfig, described: Mapping[str, Any]) -> Path:
+def begin(
+    out: Path, source: Path, config: ModelConfig, described: Mapping[str, Any], also: str = ""
+) -> Path:
     """`out`.partial with `described` as its config.json and the tokenizer of `source`.
 
-    It is taken up again where an earlier run had the same source, layers and description.
+    It is taken up again where an earlier run had the same source, layers and description, and
+    whatever `also` tells.
     InputError where `out` exists, where what lies beside it is not of such a run, where another
     run writes there and where nothing can be written.
     """
     text = json.dumps(described, indent=2, sort_keys=True)
-    partial = begin_empty(out, source, config, text)
+    partial = begin_empty(out, source, config, text + also)
     write_text(partial / "config.json", text)
     copy_tokenizer(source, partial)
     return partial

@@ -72,7 +72,9 @@ def export(
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Writes the layers that `config` keeps to `out`, in one of FORMATS, without a bit lost.
+    """Writes the layers that `config` keeps to `out`, in one of FORMATS.
+
+    The others hold quantized matrices to the bit; "hf" rounds their values to 16 bits.
 
     A directory, or a file for "gguf". It is written beside, a layer in memory at a time, goes on
     where a killed run was, and is renamed at the end. `dtype` is of what is not quantized: the
@@ -90,7 +92,7 @@ def export(
     else:
         return chosen.write(out, progress)
     for other in FORMATS:
-        with suppress(Unsayable):
+        with suppress(InputError):  # also one whose library is not here
             if other != to and _looked(other, checkpoint, config, dtype):
                 reason = f"{reason}; the nearest format that can is {other}"
                 break

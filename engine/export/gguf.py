@@ -68,7 +68,7 @@ class Gguf:
         general = {
             "general.architecture": name,
             "general.type": "model",
-            "general.name": self.checkpoint.path.stem,
+            "general.name": self.checkpoint.path.name.removesuffix(".gguf"),
             "general.file_type": _FILE_TYPES[kinds.most_common(1)[0][0]],
             "general.quantization_version": 2,
         }

@@ -81,7 +81,9 @@ class QuantizedDirectory(ABC):
         """A file a layer, then one of the other tensors; a killed run goes on behind the last."""
         described = directory.sliced_config(self.config, self.dtype or self.half or torch.float16)
         described |= {"quantization_config": self.quantization()}
-        partial = directory.begin(out, self.checkpoint.path, self.config, described)
+        partial = directory.begin(
+            out, self.checkpoint.path, self.config, described, str(self.dtype)
+        )
         slots = [*range(len(self.config.layers)), None]
         names = [directory.shard_name(index, len(slots)) for index in range(len(slots))]
         for index, (slot, name) in enumerate(zip(slots, names, strict=True)):

@@ -1,7 +1,6 @@
 """Text to learn from: packed windows, what is held out of them, and their seeded order."""
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,8 +8,9 @@ import torch
 from torch.nn import functional
 
 from engine.errors import InputError
+from engine.judgement import BUILT_IN, geometric_mean
 from engine.text import Text
-from engine.text.samples import BUILT_IN, is_running_text, read_samples
+from engine.text.samples import is_running_text, read_samples
 
 MOST = 20_000  # windows or rows of a source; a dataset of the hub may have no end
 LONGEST_ROW = 1 << 20  # tokens
@@ -102,9 +102,8 @@ def pack(source: str | None, text: Text, window: int, column: str) -> torch.Tens
 @torch.no_grad()
 def perplexity(logits: Callable[[torch.Tensor], torch.Tensor], windows: torch.Tensor) -> float:
     """Of windows (n, W), one at a time: `logits` gives (1, W, V) for tokens (1, W)."""
-    total = 0.0
+    nlls = []
     for window in windows:
         found = logits(window[None])[0, :-1].float()
-        total += float(functional.cross_entropy(found, window[1:].to(found.device)))
-    mean = total / len(windows)
-    return math.exp(mean) if mean < 700 else math.inf
+        nlls.append(float(functional.cross_entropy(found, window[1:].to(found.device))))
+    return geometric_mean(nlls)

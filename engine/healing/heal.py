@@ -311,7 +311,9 @@ class Healing:
 
         with self.reporting(unit(settings)) as report:
             found = distil(student, ask, data, settings, place, report, keep_last=True)
-        return replace(found, best=found.checks[-1], best_step=found.step)
+        # As before the first round: the checks of this one are of windows of an even length.
+        last = perplexity(student.logits, self.data.held_out)
+        return replace(found, best=last, best_step=found.step)
 
     def _decoder(self) -> Logits:
         return partial(_logits, load_decoder(self.source, self.source.config, self.device))

@@ -65,6 +65,8 @@ class Settings:
             raise InputError(f"self: expected at least 0 tokens, found {self.written}")
         if self.own < 0:
             raise InputError(f"own: expected at least 0 tokens, found {self.own}")
+        if self.own and self.window < 4:  # half of one holds a beginning and what follows
+            raise InputError(f"own: expected windows of at least 4 tokens, found {self.window}")
         if self.own and (self.methods[-1] != "distil" or self.train == "scales"):
             raise InputError("own: text that the healed model writes is for distil of weights")
         if self.written and not self.trained:

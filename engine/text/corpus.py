@@ -43,7 +43,7 @@ def default_text() -> str:
 
 
 def mixed_text() -> str:
-    """Prose, handbook and code, 48 kB of each: what quantizers are calibrated on by default.
+    """Prose, handbook and code, 45 to 48 kB of each: what quantizers are calibrated on by default.
 
     Calibrated on one kind of text alone, GPTQ loses more on the others.
     """

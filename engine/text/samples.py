@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from engine.errors import InputError
+from engine.judgement import BUILT_IN
 from engine.text import Text, default_text, read_text_file
 from engine.text.corpus import read_jsonl
 
 TEXT_SUFFIXES = (".txt", ".md")
-BUILT_IN = "the built-in text"
 COLUMN, SPLIT = "text", "train"  # of rows, where nothing else is asked for
 
 

@@ -6,6 +6,8 @@ does: the one that cuts texts of many scripts where the tokenizer does.
 """
 
 import json
+import unicodedata
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,9 +38,12 @@ def to_gguf(text: Text, size: int) -> dict[str, Any]:
     """The `tokenizer.*` entries for a vocabulary of `size` ids; ids without a token are padding.
 
     Added tokens behind them, which no embedding is for, are left out, as by llama.cpp's converter.
-    InputError where GGUF has no name for what the tokenizer does.
+    InputError where GGUF has no name for what the tokenizer does. NFC, which it has no word for, is
+    left out with a warning, as by llama.cpp's converter (Qwen): composed text is read alike.
     """
     described = json.loads(text.tokenizer.to_str())
+    composes = (described["normalizer"] or {}).get("type") == "NFC"
+    probes = [unicodedata.normalize("NFC", probe) if composes else probe for probe in PROBES]
     for fields in _kinds(described, text):
         fields |= _vocabulary(described, text, size, fields) | _ends(text)
         if text.chat_template is not None:
@@ -47,7 +52,10 @@ def to_gguf(text: Text, size: int) -> dict[str, Any]:
             read = text_from_gguf(fields, text.where)
         except InputError:
             continue
-        if all(read.encode(probe) == text.encode(probe) for probe in PROBES):
+        if all(read.encode(probe) == text.encode(probe) for probe in probes):
+            if composes:
+                lost = "GGUF has no word for the tokenizer's NFC: decomposed text is read otherwise"
+                warnings.warn(f"{text.where}: {lost}", stacklevel=2)
             return fields
     raise InputError(
         f"{text.where}: expected a tokenizer that GGUF has a name for, found one that cuts texts "

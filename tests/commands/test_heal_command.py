@@ -219,6 +219,8 @@ def test_what_says_nothing_without_training_is_refused(option, value, tree, tmp_
     [
         ("qlora", "train", "norms", "train: says nothing with --method qlora"),
         ("qlora", "cache", "cache", "cache: says nothing with --method qlora but with --self"),
+        ("qlora", "teacher", "model", "teacher: says nothing with --method qlora but with --self"),
+        ("distil", "own", 30, "own: expected windows of at least 4 tokens, found 3"),
         ("distil", "rank", 4, "rank: says nothing with --method distil but with --train lora"),
         ("linear,distil", "rank", 4, "rank: says nothing with --method linear,distil"),
         ("distil", "column", "body", "column: goes with a .jsonl, .parquet or hub source, found"),
@@ -228,7 +230,8 @@ def test_what_says_nothing_without_training_is_refused(option, value, tree, tmp_
 )
 def test_what_a_method_does_not_read(method, option, value, sentence, tree, tmp_path):
     trained = () if method == "linear" else ("--steps", 3)
-    given = "--drop", 2, "--window", 16, "--method", method, *trained, f"--{option}", value
+    window = 3 if option == "own" else 16
+    given = "--drop", 2, "--window", window, "--method", method, *trained, f"--{option}", value
     refused(sentence, *asked(tree, tmp_path / "out", *given))
     assert not list(tmp_path.iterdir())
 
@@ -259,7 +262,7 @@ def test_refusals_of_what_is_named(tree, tmp_path):
         "linear: a norm follows the down projection in gemma3",
         *asked(tree, out, *dropped, model="gemma3"),
     )
-    teacher = "--method", "qlora", *TRAINED[2:], "--teacher", tree / "other"
+    teacher = "--method", "qlora", *TRAINED[2:], "--self", 9, "--teacher", tree / "other"
     refused("its vocabulary is another one", *asked(tree, out, *teacher))
     distil = "--method", "distil", *TRAINED[2:], "--teacher"
     refused("its vocabulary is another one", *asked(tree, out, *distil, tree / "other"))

@@ -1,6 +1,7 @@
 """The adapter to lm-evaluation-harness against its own `hf` model, on a task in a local file."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -147,6 +148,59 @@ def test_by_its_command_with_layers_dropped(model, tasks, tmp_path):
     command[command.index("--model_args") + 1] = f"pretrained={tmp_path / 'absent'}"
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "absent" in done.stderr
+
+
+def test_generation_is_what_a_task_asks_for(model):
+    from engine.lm_eval import ShallowLM
+
+    own = ShallowLM(pretrained=str(model))
+    made = own._options({"until": ["w7"], "max_gen_toks": 5, "repetition_penalty": 1.5})
+    assert (made.temperature, made.repetition_penalty, made.stop) == (0, 1.5, ("w7",))
+    torch.manual_seed(3)
+    first = own._options({"do_sample": True, "top_k": 4, "num_beams": 1})
+    torch.manual_seed(3)
+    assert own._options({"do_sample": True, "top_k": 4}) == first
+    assert (first.temperature, first.top_k) == (1.0, 4) and first.seed is not None
+    assert own._options({"do_sample": True}).seed != first.seed
+    assert own._options({"temperature": 0.5, "top_p": 0.9}).top_p == 0.9
+    assert own._options({"do_sample": False, "top_p": 0.9}).temperature == 0
+    for name, value in (("num_beams", 4), ("typo_p", 0.3)):
+        with pytest.raises(InputError, match=f"gen_kwargs: '{name}' is not known"):
+            own._options({"do_sample": True, name: value})
+
+
+def test_a_text_begins_as_with_its_hf_model(model, tasks, tmp_path):
+    """Where there is no BOS: with the tokenizer's own end, not the least of several."""
+    from lm_eval.models.huggingface import HFLM
+
+    from engine.lm_eval import ShallowLM
+
+    shutil.copytree(model, tmp_path / "model")
+    said = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    said = {key: value for key, value in said.items() if key != "bos_token"}
+    name = json.loads((tmp_path / "model" / "tokenizer.json").read_text())["model"]["vocab"]
+    end = next(token for token, index in name.items() if index == 9)
+    said |= {"eos_token": end, "add_bos_token": False}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(said))
+    for file in ("generation_config.json", "config.json"):
+        path = tmp_path / "model" / file
+        given = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps(given | {"eos_token_id": [9, 5], "bos_token_id": None}))
+    own = ShallowLM(pretrained=str(tmp_path / "model"), dtype="float32")
+    peer = HFLM(pretrained=str(tmp_path / "model"), dtype="float32", device="cpu")
+    assert own.prefix_token_id == peer.prefix_token_id == 9
+    ours, theirs = (run(each, tasks, ["local_rolling"]) for each in (own, peer))
+    for a, b in zip(*(responses(r, "local_rolling") for r in (ours, theirs)), strict=True):
+        assert a[0][0] == pytest.approx(b[0][0], abs=1e-2)
+
+
+def test_a_length_beyond_the_context_is_cut_with_a_warning(model, caplog):
+    from engine.lm_eval import ShallowLM
+
+    own = ShallowLM(pretrained=str(model), max_length=1 << 30)
+    assert own.max_length == own.opened.config.max_context
+    assert "max_length: 1073741824 becomes" in caplog.text
+    assert ShallowLM(pretrained=str(model), max_length=16).max_length == 16
 
 
 def test_refusals(model, tmp_path):

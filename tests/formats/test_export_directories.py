@@ -2,6 +2,7 @@
 formula; what the formats cannot hold is refused; a killed run goes on."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -189,6 +190,37 @@ def test_a_killed_export_goes_on(source, rng, tmp_path, monkeypatch):
     export(ours, ours.config, tmp_path / "out", "compressed-tensors")
     assert len(encoded) == 2 * 7  # two of four layers were there
     assert_same_matrices(ours, open_checkpoint(tmp_path / "out"))
+
+
+def test_a_run_with_another_dtype_begins_anew(source, rng, tmp_path):
+    """Without one norms stay as they are stored, of which config.json says nothing."""
+    ours = packed_model(source("llama"), tmp_path / "ours", rng, group=16)
+
+    def kill(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(ours, ours.config, tmp_path / "out", "compressed-tensors", progress=kill)
+    export(ours, ours.config, tmp_path / "out", "compressed-tensors", dtype=torch.float16)
+    files = (tmp_path / "out").glob("*.safetensors")
+    dtypes = {
+        tensor.dtype
+        for file in files
+        for name, tensor in load_file(file).items()
+        if name.endswith("norm.weight")
+    }
+    assert dtypes == {torch.float16}
+
+
+def test_a_library_that_is_not_here_hides_no_reason(source, rng, tmp_path, monkeypatch):
+    ours = packed_model(source("llama", **WIDE), tmp_path / "ours", rng, scale_dtype="float32")
+    monkeypatch.setitem(sys.modules, "compressed_tensors.quantization", None)
+    with pytest.raises(InputError, match="scales are no float16") as refused:
+        export(ours, ours.config, tmp_path / "out", "gptq")
+    assert "pip install" not in str(refused.value)
+    with pytest.raises(InputError, match="pip install"):
+        export(ours, ours.config, tmp_path / "out", "compressed-tensors")
 
 
 def test_a_full_disk_is_one_sentence(source, rng, tmp_path):

@@ -1,6 +1,8 @@
 """Exported GGUFs: blocks by the gguf package, models tensor by tensor as llama.cpp's converter has
 them, tokenizers by their ids; what GGUF has no word for is refused."""
 
+import unicodedata
+
 import gguf
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from support import llama_files, tiny, vocabularies
 from support.exported import assert_same_matrices, logits, packed_model
 from support.packed import every_spec, random_packed, spec_id
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, normalizers, pre_tokenizers
 
 from engine.checkpoint import open_checkpoint
 from engine.checkpoint.gguf_blocks import GgufBlocks
@@ -253,6 +255,34 @@ def test_the_split_into_words_gets_its_name(split, pre, tmp_path):
     again = text_from_gguf(fields, "again")
     for sample in vocabularies.SAMPLES:
         assert again.encode(sample) == text.encode(sample)
+
+
+def test_a_tokenizer_that_composes_is_told_without(tmp_path):
+    """As Qwen's: GGUF tokenizers normalise nothing, and composed text is read alike."""
+    tokenizer = vocabularies.byte_level(vocabularies.SMOLLM)
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = load_text(tmp_path)
+    with pytest.warns(UserWarning, match="GGUF has no word for the tokenizer's NFC"):
+        fields = to_gguf(text, text.vocab_size)
+    assert fields["tokenizer.ggml.pre"] == "smollm"
+    again = text_from_gguf(fields, "again")
+    for sample in (unicodedata.normalize("NFC", sample) for sample in vocabularies.SAMPLES):
+        assert again.encode(sample) == text.encode(sample)
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match="expected a tokenizer that GGUF has a name for"):
+        to_gguf(load_text(tmp_path), text.vocab_size)
+
+
+@pytest.mark.parametrize("name", ["SmolLM2-1.7B-packed", "Llama-3.2-1B"])
+def test_a_name_keeps_what_follows_its_dots(name, source, rng, tmp_path):
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
+    whole = source("llama", **sizes, vocab_size=VOCAB)
+    save_tokenizer(whole.path)
+    ours = packed_model(whole, tmp_path / name, rng, group=32)
+    export(ours, ours.config, tmp_path / "out.gguf", "gguf")
+    assert GgufFile(tmp_path / "out.gguf").metadata["general.name"] == name
 
 
 @pytest.mark.parametrize("prefix", [True, False])
