@@ -85,6 +85,13 @@ inline std::uint16_t float_to_half(float v) {  // to the nearest, ties to even
                                       ((bits - 0x38000000u + 0xfffu + (bits >> 13 & 1)) >> 13));
 }
 
+// Whether each of k columns is one of the matrix's: what is read and written by a perm is not checked.
+inline bool are_columns(const std::int32_t* perm, std::int64_t k) {
+    for (std::int64_t j = 0; j < k; ++j)
+        if (perm[j] < 0 || perm[j] >= k) return false;
+    return true;
+}
+
 // One matrix W, (n, k). Borrows its memory. All arrays are contiguous; absent ones are null.
 struct Matrix {
     const std::uint8_t* codes;    // (n, row_bytes)

@@ -1,5 +1,5 @@
 // Grouped-query attention over pages of keys and values, with a running softmax.
-// defines: Queries Attended AttentionKernels attention_kernels attention_scratch
+// defines: Span Queries Attended AttentionKernels attention_kernels attention_scratch
 #pragma once
 
 #include <cstdint>

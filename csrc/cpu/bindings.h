@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include "cpu/borrowed.h"
 #include "w4.h"
 
 void bind_bandwidth(pybind11::module_& m);
@@ -22,3 +23,6 @@ w4::ScaleType float_from_name(const std::string& name);
 // std::invalid_argument.
 w4::Matrix describe_matrix(std::int64_t n, std::int64_t k, std::int32_t bits, std::int32_t group,
                            const std::string& scheme, const std::string& scale_dtype);
+
+// Its perm, or null, each of whose columns is one of k. Throws std::invalid_argument.
+const std::int32_t* columns_from(const shallow::Tensor& perm, std::int64_t k);

@@ -72,6 +72,15 @@ Decoder::Decoder(const Rules& rules, Isa isa, int threads)
     if (threads < 1) throw std::invalid_argument("threads" + found(1, threads));
     if (rules.head_dim > kMaxHeadDim)
         throw std::invalid_argument("head_dim" + found(kMaxHeadDim, rules.head_dim));
+    const std::pair<const char*, std::int64_t> sizes[] = {
+        {"hidden", rules.hidden},     {"vocab", rules.vocab},       {"heads", rules.heads},
+        {"kv_heads", rules.kv_heads}, {"head_dim", rules.head_dim}, {"ffn", rules.ffn}};
+    for (const auto& [name, size] : sizes)
+        if (size < 1) throw std::invalid_argument(name + found(1, size));
+    if (rules.heads % rules.kv_heads)
+        throw std::invalid_argument("heads: expected a multiple of " +
+                                    std::to_string(rules.kv_heads) + ", found " +
+                                    std::to_string(rules.heads));
 }
 
 void Decoder::set_outer(Weights weights, const void* embedding, std::int64_t rows,

@@ -184,6 +184,9 @@ void bind_decoder(py::module_& m) {
         .def(
             "reserve",
             [](KvCache& cache, std::int64_t length) {
+                if (length < 0 || length > std::int64_t{1} << 40)
+                    throw std::invalid_argument("length: expected a number of positions, found " +
+                                                std::to_string(length));
                 for (std::int64_t b = 0; b < cache.batch(); ++b)
                     for (std::int64_t s = 0; s < cache.slots(); ++s) cache.reserve(b, s, length);
             },

@@ -39,9 +39,10 @@ public:
 
     // `size` bytes behind those cut before.
     std::pair<std::shared_ptr<Slab>, std::uint8_t*> cut(std::size_t size) {
-        std::shared_ptr<Slab> full;  // takes the lock if its last buffer has gone meanwhile
+        std::shared_ptr<Slab> full,
+            slab;  // take the lock if their last buffers have gone meanwhile
         std::lock_guard lock(mutex_);
-        std::shared_ptr<Slab> slab = current_.lock();
+        slab = current_.lock();
         if (!slab || used_ + size > kSlab) {
             full = std::exchange(slab, next());
             current_ = slab;

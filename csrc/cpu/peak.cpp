@@ -35,6 +35,9 @@ Probe probe(Isa isa) {
 double int8_peak(const std::string& isa, int threads, int passes) {
     using Clock = std::chrono::steady_clock;
     const Probe found = probe(isa_from_name(isa));
+    if (passes < 1)
+        throw std::invalid_argument("int8_peak needs a pass, found passes=" +
+                                    std::to_string(passes));
     const std::int64_t rounds = 4'000'000'000 / found.ops;
     double best = 0;
     for (int pass = 0; pass < passes; ++pass) {

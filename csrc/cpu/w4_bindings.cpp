@@ -58,7 +58,7 @@ TiledMatrix borrow(std::int64_t n, std::int64_t k, std::int32_t bits, std::int32
         needed(codebook, "codebook", matrix.scheme == w4::Scheme::codebook, "float32", 16));
     matrix.supers = static_cast<const std::uint16_t*>(
         needed(supers, "supers", w4::has_supers(matrix.scheme), "float16", count * width * halves));
-    matrix.perm = static_cast<const std::int32_t*>(needed(perm, "perm", false, "int32", k));
+    matrix.perm = columns_from(perm, k);
     const std::int64_t size = count * TiledMatrix(matrix, nullptr).view().tile_bytes;
     return TiledMatrix(matrix,
                        static_cast<std::uint8_t*>(Borrowed(tiles, "tiles").need("uint8", size)));
@@ -97,6 +97,17 @@ void bind_w4_matmul(py::module_& m) {
              "Writes the tiles of these arrays.")
         .def("restore", &TiledMatrix::restore, release(), py::arg("packed"), py::arg("threads"),
              "Writes the arrays that it was made from.")
+        .def(
+            "holds",
+            [](const TiledMatrix& w, std::int32_t bits, std::int32_t group,
+               const std::string& scheme, const std::string& scale_dtype) {
+                w4::Matrix like =
+                    describe_matrix(w.view().n, w.view().k, bits, group, scheme, scale_dtype);
+                like.perm = w.perm();
+                return w.holds(like);
+            },
+            py::arg("bits"), py::arg("group"), py::arg("scheme"), py::arg("scale_dtype"),
+            "Whether `restore` gives a matrix of that spec.")
         .def("rows", &rows, release(), py::arg("start"), py::arg("stop"), py::arg("out"),
              py::arg("threads"), "Writes rows start..stop-1 to out, float32.")
         .def_property_readonly(

@@ -49,7 +49,7 @@ w4::Matrix matrix(const TensorTuple& codes, const TensorTuple& scales, const Ten
         needed(supers, "supers", kquant, "float16", 2 * n * w4::ceil_div(k, w4::kSuper)));
     matrix.codebook = static_cast<const float*>(
         needed(codebook, "codebook", matrix.scheme == w4::Scheme::codebook, "float32", 16));
-    matrix.perm = static_cast<const std::int32_t*>(Borrowed(perm, "perm").of("int32", k));
+    matrix.perm = columns_from(perm, k);
     return matrix;
 }
 
@@ -65,6 +65,14 @@ w4::ScaleType float_from_name(const std::string& name) {
     if (name == "bfloat16") return w4::ScaleType::bfloat16;
     if (name == "float32") return w4::ScaleType::float32;
     throw std::invalid_argument("no kernel for dtype '" + name + "'");
+}
+
+const std::int32_t* columns_from(const shallow::Tensor& perm, std::int64_t k) {
+    const auto* const columns =
+        static_cast<const std::int32_t*>(Borrowed(perm, "perm").of("int32", k));
+    if (columns && !w4::are_columns(columns, k))
+        throw std::invalid_argument("perm has a column that is none of the matrix's");
+    return columns;
 }
 
 w4::Matrix describe_matrix(std::int64_t n, std::int64_t k, std::int32_t bits, std::int32_t group,
@@ -85,7 +93,9 @@ w4::Matrix describe_matrix(std::int64_t n, std::int64_t k, std::int32_t bits, st
                                     scheme);
     const bool of_gguf = w4::has_supers(matrix.scheme) || matrix.scheme == w4::Scheme::symmetric ||
                          matrix.scheme == w4::Scheme::minimum;
-    if (bits == 6 ? !of_gguf : matrix.scheme == w4::Scheme::stepped)
+    const bool of_nibbles =
+        matrix.scheme == w4::Scheme::codebook || matrix.scheme == w4::Scheme::kquant;
+    if (bits == 6 ? !of_gguf : matrix.scheme == w4::Scheme::stepped || (bits == 8 && of_nibbles))
         throw std::invalid_argument("no matrix of " + std::to_string(bits) + " bits is " + scheme);
     return matrix;
 }

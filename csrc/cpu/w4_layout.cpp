@@ -309,14 +309,19 @@ TiledMatrix::TiledMatrix(std::uint8_t* bytes, std::size_t size) : bytes_(bytes),
         throw std::invalid_argument("these bytes are no tiles");
     std::uint8_t permuted;
     std::memcpy(&permuted, &header->permuted, sizeof permuted);
-    if (permuted > 1 || !describe_as(header->view, size))
+    if (permuted > 1 || !describe_as(header->view, size) || !fits(size))
         throw std::invalid_argument("these bytes are no tiles of a matrix");
     if (const std::size_t whole = place(permuted); whole != size)
         throw std::invalid_argument("tiles must have " + std::to_string(whole) + " bytes, found " +
                                     std::to_string(size));
-    for (int64_t j = 0; permuted && j < view_.k; ++j)
-        if (perm_[j] < 0 || perm_[j] >= view_.k)
-            throw std::invalid_argument("tiles have a column that is none of the matrix's");
+    if (permuted && !w4::are_columns(perm_, view_.k))
+        throw std::invalid_argument("tiles have a column that is none of the matrix's");
+}
+
+// The tiles of the view, whose sizes came with `size` bytes, are counted before they are multiplied.
+bool TiledMatrix::fits(std::size_t size) {
+    view_.set_runs();
+    return view_.tiles <= static_cast<int64_t>(size) / view_.tile_bytes;
 }
 
 // Sets the view to that of `found`'s shape and spec, which came with `size` bytes; false where there is
@@ -419,6 +424,10 @@ bool TiledMatrix::of_kind(const w4::Matrix& m) const {
            (m.group ? m.group / kBlock : v.blocks) == v.group_blocks;
 }
 
+bool TiledMatrix::holds(const w4::Matrix& m) const {
+    return view_.kind == Codes::six ? takes_sixes(view_, m) : of_kind(m) && m.n == view_.n;
+}
+
 void TiledMatrix::fill(const w4::Matrix& from, int threads) {
     if (!of_kind(from) || from.n != view_.n)
         throw std::invalid_argument("tiles of another shape or spec");
@@ -427,10 +436,8 @@ void TiledMatrix::fill(const w4::Matrix& from, int threads) {
 
 void TiledMatrix::restore(const w4::Matrix& to, int threads) const {
     const TileView& v = view_;
-    const bool six = v.kind == Codes::six;
-    if (six ? !takes_sixes(v, to) : !of_kind(to) || to.n != v.n)
-        throw std::invalid_argument("tiles of another shape or spec");
-    if (six)
+    if (!holds(to)) throw std::invalid_argument("tiles of another shape or spec");
+    if (v.kind == Codes::six)
         return parallel_for(threads, v.n, kTileRows, [&](int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end; ++row) restore_six(v, row, to);
         });

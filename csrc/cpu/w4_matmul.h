@@ -1,5 +1,6 @@
 // y = x @ W.T on packed weights, and the layout that the CPU kernels read.
-// defines: TiledMatrix Rows Output matmul | for kernels: TileView IntInput FloatInput Kernels
+// defines: Mode mode_from_name TiledMatrix read_row Rows Output matmul
+//          for kernels: Codes TileView IntInput FloatInput BfloatInput Kernels kernels tiles_together
 #pragma once
 
 #include <cstdint>
@@ -101,6 +102,7 @@ public:
     void restore(const w4::Matrix& to, int threads) const;
 
     bool of_kind(const w4::Matrix& matrix) const;  // in all but the rows
+    bool holds(const w4::Matrix& matrix) const;    // what restore() takes
 
     const TileView& view() const { return view_; }
     const std::int32_t* perm() const { return perm_; }
@@ -114,6 +116,7 @@ private:
     void describe(const w4::Matrix& matrix);  // sets the view but for its pointers
     void describe_dense(std::int64_t n, std::int64_t k, ScaleType type);
     bool describe_as(const TileView& found, std::size_t size);
+    bool fits(std::size_t size);
     void allocate(bool permuted);
     std::size_t place(bool permuted);  // sets the pointers behind the header; the bytes of it all
 

@@ -19,7 +19,7 @@ __device__ inline float activated(Activation kind, float v) {
         case Activation::gelu: return 0.5f * v * (1 + erff(v * 0.70710678f));
         case Activation::gelu_tanh:  // 1 + tanh(u) = 2 / (1 + exp(-2 u))
             return v / (1 + __expf(-1.5957691f * (v + 0.044715f * v * v * v)));
-        case Activation::relu: return fmaxf(v, 0);
+        case Activation::relu: return v < 0 ? 0 : v;  // NaN stays
         default: return v;
     }
 }

@@ -158,7 +158,8 @@ class CpuRuntime:
         chosen = None if slots is None else mask_slots(self.config, cache.batch, slots)
         batch, steps = tokens.shape
         everything = logits == "all"
-        out = torch.empty(batch, steps if everything else 1, self.config.vocab_size)
+        shape = batch, steps if everything else 1, self.config.vocab_size
+        out = torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever the defaults are
         angles = self._tables(tokens, cache)
         try:
             written = self.decoder.forward(
@@ -205,7 +206,7 @@ class CpuRuntime:
             entering = entering.to(torch.float32).contiguous()
             assert entering.shape == (*tokens.shape, self.config.hidden_size)
         width = self.config.vocab_size if logits else self.config.hidden_size
-        out = torch.empty(*tokens.shape, width)
+        out = torch.empty(*tokens.shape, width, dtype=torch.float32, device="cpu")
         angles = self._tables(tokens, cache)  # held until the call has ended
         try:
             self.decoder.stream(

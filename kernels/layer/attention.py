@@ -138,8 +138,8 @@ def attention_kernel(
         tl.store(at + one[:, None] * E + e[None, :], key, mask=(e < E)[None, :])
         tl.store(at + KV_HEADS * PLANE + e, value, mask=e < E)
         top = capped(tl.sum(q.to(tl.float32) * key.to(tl.float32), 1) * scale, CAP)
-        total += 1
-        acc += value.to(tl.float32)[None, :]
+        total += tl.exp(top - top)  # NaN where the score is none, which no page may correct
+        acc += total[:, None] * value.to(tl.float32)[None, :]
     p = tl.arange(0, PAGE)
     for number in tl.range(begin, end):
         page = tl.load(table_ptr + b * table_width + number).to(tl.int64)

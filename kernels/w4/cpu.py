@@ -17,12 +17,11 @@ BLOCK_WEIGHTS = 1 << 22  # unpacked at a time: 16 MiB
 
 @dataclass(frozen=True, eq=False)
 class CpuWeight:
-    """One (N, K) matrix laid out for the kernels, in memory of its own."""
+    """One (N, K) matrix laid out for the kernels, in memory that `tiles` keeps alive."""
 
     shape: tuple[int, int]
     isa: str  # instruction set the matmul uses: one of `isas()`
     tiles: Any = field(repr=False)  # engine._cpu.TiledMatrix
-    memory: torch.Tensor | None = field(default=None, repr=False)  # that the tiles borrow
 
     @classmethod
     def from_packed(cls, packed: Packed, isa: str | None = None) -> "CpuWeight":
@@ -84,7 +83,8 @@ class CpuWeight:
                 f"found {tuple(data.shape)} {data.dtype} on {data.device}"
             )
         tiles = native.load("cpu").TiledMatrix(bytes=native.span(data))
-        return cls(tiles.shape, _isa(isa), tiles, data)
+        tiles.stored = data  # as long as the tiles or a view of their bytes are there
+        return cls(tiles.shape, _isa(isa), tiles)
 
     def to_bytes(self) -> torch.Tensor:
         """(bytes,) uint8: the matrix whole, in the memory that it has. Any copy serves as well."""
@@ -184,8 +184,9 @@ def matmul_transposed(y: torch.Tensor, weight: CpuWeight) -> torch.Tensor:
     if y.dim() == 0 or y.shape[-1] != n:
         raise ValueError(f"y must be (..., {n}), found {tuple(y.shape)}")
     rows = y.reshape(-1, n)
-    total = torch.zeros(len(rows), k)
-    block = torch.empty(min(max(1, BLOCK_WEIGHTS // k), n), k)
+    plain = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+    total = torch.zeros(len(rows), k, **plain)
+    block = torch.empty(min(max(1, BLOCK_WEIGHTS // k), n), k, **plain)
     for start in range(0, n, len(block)):
         part = weight.rows(start, block[: n - start])
         total.addmm_(rows[:, start : start + len(part)].float(), part)

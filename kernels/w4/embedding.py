@@ -16,6 +16,10 @@ class W4Embedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         used, places = ids.unique(return_inverse=True)
+        if used.numel() and used[0] < 0:
+            raise IndexError(
+                f"ids must be from 0 to {self.num_embeddings - 1}, found {int(used[0])}"
+            )
         self.packed = packed = self.packed.to(ids.device)
         parts = packed.tensors().items()
         rows = {name: tensor if name in SHARED else tensor[used] for name, tensor in parts}

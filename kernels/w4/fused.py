@@ -46,6 +46,7 @@ def matmul(
         if sizes is None:
             kind = format_of(weight, k, 1)
             sizes = launch.choose(len(rows), n, k, kind, *limits(x.device))
+        bias = None if bias is None else bias.contiguous()  # kernels read one value after another
         with torch.cuda.device_of(x):
             RUN[sizes.kernel](aligned(rows), weight, bias, y, gated, sizes)
     return y.view(*x.shape[:-1], outputs)

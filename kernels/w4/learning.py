@@ -57,6 +57,8 @@ class LearningLinear(nn.Module):
     def rows(self, ids: Tensor) -> Tensor:
         """ids (...) int64 -> rows of W (..., K) float32: an embedding."""
         wide, chosen = self._wide(), ids.flatten()
+        if chosen.numel() and (least := int(chosen.min())) < 0:
+            raise IndexError(f"ids must be from 0 to {wide.shape[0] - 1}, found {least}")
         tensors = {
             name: tensor if name in SHARED else tensor[chosen]
             for name, tensor in wide.tensors().items()

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from engine.kernels import dispatch
+from engine.kernels.dtypes import name_of
 from engine.kernels.w4 import cpu, cuda, reference
 from engine.kernels.w4.cpu import CpuWeight
 from engine.kernels.w4.format import Packed, Spec, expected_tensors, unpack, validate
@@ -101,6 +102,7 @@ def w4_matmul(x, weight, n, k, bits, group, scheme, scale_dtype, backend, bias, 
     """`matmul` of a matrix in parts."""
     matrix = _matrix(weight, n, k, bits, group, scheme, scale_dtype, backend)
     before = _fitting("x", x, k)
+    _check_floats(x, bias, n, backend == "dense")
     if backend == "cpu":
         return cpu.matmul(x, _tiles(matrix), bias, "exact" if exact else "int8")
     if backend == "reference":
@@ -152,6 +154,21 @@ def _fitting(name: str, x: Tensor, width: int) -> torch.Size:
     if x.dim() == 0 or x.shape[-1] != width:
         raise ValueError(f"{name} must be (..., {width}), found {tuple(x.shape)}")
     return x.shape[:-1]
+
+
+def _check_floats(x: Tensor, bias: Tensor | None, n: int, alike: bool) -> None:
+    """TypeError for such an x, ValueError for such a bias; `alike`: both are of one dtype."""
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floats, found {x.dtype}")
+    if bias is None:
+        return
+    kind = str(x.dtype) if alike else "floats"
+    fits = bias.dtype == x.dtype if alike else bias.is_floating_point()
+    if bias.shape != (n,) or not fits or bias.device != x.device:
+        raise ValueError(
+            f"bias must be ({n},) {kind} on {x.device}, "
+            f"found {tuple(bias.shape)} {bias.dtype} on {bias.device}"
+        )
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -230,6 +247,10 @@ def _tiles(matrix: Prepared) -> CpuWeight:
     tiles = CpuWeight.from_bytes(matrix.tensors["tiles"])
     if tiles.shape != matrix.shape:
         raise ValueError(f"weight must be {matrix.shape}, found {tiles.shape}")
+    spec = matrix.spec
+    scale_dtype = name_of(spec.scale_dtype)
+    if not tiles.tiles.holds(spec.bits, spec.group, spec.scheme, scale_dtype):
+        raise ValueError(f"weight must be tiles of {spec}, found those of another spec")
     return tiles
 
 

@@ -87,7 +87,7 @@ class Tiled(Packed):
         for part, (shape, dtype) in expected_parts(spec, packed.shape).items():
             stored[part] = torch.zeros(shape, dtype=dtype)
         parts = packed.tensors()
-        stored |= {part: parts[part] for part in SHARED if part in parts}
+        stored |= {part: parts[part].clone() for part in SHARED if part in parts}
         tiled, cpu = cls(spec, packed.shape, stored), native.load("cpu")
         tiled.borrowed().fill(cpu.Packed(**packed.native_fields()), cpu.pool_threads())
         return tiled

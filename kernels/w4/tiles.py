@@ -137,7 +137,7 @@ def activated(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
     else:
-        y = tl.maximum(x, 0)
+        y = tl.where(x < 0, 0.0, x)  # NaN stays
     return y
 
 

@@ -37,6 +37,15 @@ def test_read_bandwidth_names_what_is_wrong(wrong):
         native.load("cpu").read_bandwidth(**given)
 
 
+def test_a_peak_needs_a_pass():
+    cpu = native.load("cpu")
+    isa = next((isa for isa in cpu.isas() if isa in ("amx", "avx512", "avxvnni", "avx2")), None)
+    if isa is None:
+        pytest.skip("this processor has none of the instruction sets whose peak is measured")
+    with pytest.raises(ValueError, match="passes=0"):
+        cpu.int8_peak(isa, 1, passes=0)
+
+
 def test_an_absent_extension_gives_its_reason():
     assert native.error("cpu") is None
     reason = native.error("absent")

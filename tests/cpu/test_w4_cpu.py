@@ -1,7 +1,10 @@
 """The CPU matmul on packed weights against float64, for every instruction set of this machine."""
 
+import gc
 import os
 import threading
+import weakref
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -10,8 +13,9 @@ from support.close import assert_close, rms_ratio
 from support.packed import every_spec, random_packed, spec_id
 
 from engine.kernels import native
-from engine.kernels.w4.cpu import MODES, CpuWeight, isas, matmul
+from engine.kernels.w4.cpu import MODES, CpuWeight, isas, matmul, matmul_transposed
 from engine.kernels.w4.format import IQ4_NL, Spec, unpack
+from engine.kernels.w4.tiled import Tiled
 
 ISAS = native.load("cpu").isas() if native.error("cpu") is None else []
 BOUND = {"exact": 1e-5, "int8": 1e-2}
@@ -247,6 +251,80 @@ def test_a_forked_child_has_a_pool_of_its_own(rng):
 def test_the_layout_costs_no_more_than_its_padding(rng):
     packed = random_packed(rng, 512, 1024, Q4_1)
     assert CpuWeight.from_packed(packed).nbytes == packed.nbytes
+
+
+def test_bytes_outlive_the_weight_that_borrowed_them(rng):
+    data = CpuWeight.from_tensor(torch.randn(64, 64, generator=rng)).to_bytes().clone()
+    kept, borrowed = weakref.ref(data), CpuWeight.from_bytes(data).to_bytes()
+    del data
+    gc.collect()
+    assert kept() is not None and torch.equal(borrowed, kept())
+    del borrowed
+    gc.collect()
+    assert kept() is None
+
+
+def test_tiles_are_a_copy_of_the_permutation_too(rng):
+    packed = random_packed(rng, 16, 32, Q4_1)
+    perm = torch.randperm(32, generator=rng).int()
+    packed, x = replace(packed, perm=perm), torch.randn(2, 32, generator=rng)
+    tiled = Tiled.from_packed(packed)
+    expected = matmul(x, CpuWeight.from_tiled(tiled))
+    perm.fill_(1 << 30)
+    assert torch.equal(matmul(x, CpuWeight.from_tiled(tiled)), expected)
+
+
+@pytest.mark.parametrize("column", [-1, 32, 1 << 30])
+def test_a_column_that_is_none_of_the_matrix_is_refused(rng, column):
+    cpu, packed = native.load("cpu"), random_packed(rng, 16, 32, Q4_1)
+    perm = torch.arange(32).int()
+    fields = packed.native_fields() | {"perm": native.span(perm)}
+    kind = {"n": 16, "k": 32, "bits": 4, "group": 32, "scheme": "minimum"}
+    tiles = Tiled.from_packed(packed).stored["tiles"]
+    given = kind | {"scale_dtype": "float16", "tiles": native.span(tiles)}
+    cpu.Packed(**fields)
+    cpu.TiledMatrix(**given, perm=native.span(perm))
+    perm[5] = column
+    for make in (lambda: cpu.Packed(**fields),
+                 lambda: cpu.TiledMatrix(**given, perm=native.span(perm))):  # fmt: skip
+        with pytest.raises(ValueError, match="perm has a column that is none of the matrix's"):
+            make()
+
+
+@pytest.mark.parametrize("scheme", ["codebook", "kquant", "stepped"])
+def test_no_matrix_of_bytes_has_a_scheme_of_nibbles(scheme):
+    group = {"kquant": 32, "stepped": 16}.get(scheme, 64)
+    kind = {"k": 64, "bits": 8, "group": group, "scheme": scheme, "scale_dtype": "float32"}
+    with pytest.raises(ValueError, match=f"no matrix of 8 bits is {scheme}"):
+        native.load("cpu").tile_bytes(**kind)
+
+
+def test_sizes_of_a_header_whose_product_is_more_than_64_bits(rng):
+    """Rows and columns that 1 GiB could have each, and whose tiles wrap around to it together."""
+    small = CpuWeight.from_tensor(torch.randn(16, 32, generator=rng)).to_bytes().clone()
+    head, at = small.numel() - 2048, small[:256].view(torch.int64).tolist()
+    tiles, blocks = 2**28 + 8 * 2032 + 1, 2**25 - 2032
+    size = tiles * blocks * 2048 - 2**64 + head
+    room = torch.zeros(size + 64, dtype=torch.uint8)
+    data = room[-room.data_ptr() % 64 :][:size]
+    data[:head] = small[:head]
+    words = data[:256].view(torch.int64)
+    n, k = at.index(16), at.index(32)
+    assert n + 1 == k and at[k + 1 : k + 3] == [1, 1]  # n, k, tiles, blocks
+    words[n], words[k] = tiles * 16, blocks * 32
+    with pytest.raises(ValueError, match="these bytes are no tiles of a matrix"):
+        CpuWeight.from_bytes(data)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torchs_default_dtype_is_none_of_ours(rng, dtype):
+    packed, y = random_packed(rng, 40, 32, Q4_1), torch.randn(3, 40, generator=rng)
+    expected = matmul_transposed(y, CpuWeight.from_packed(packed))
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(matmul_transposed(y, CpuWeight.from_packed(packed)), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_what_is_wrong_is_named(rng):

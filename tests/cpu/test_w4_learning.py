@@ -6,6 +6,7 @@ from support.close import assert_close
 from support.ops_checks import SPECS, case
 from support.packed import every_spec, random_packed, spec_id
 
+from engine.kernels.w4.embedding import W4Embedding
 from engine.kernels.w4.format import SUPER, Packed, steps, unpack, validate
 from engine.kernels.w4.learning import LearningEmbedding, LearningLinear
 
@@ -64,6 +65,11 @@ def test_it_computes_what_it_stores(rng, spec):
     assert_close("y", x @ unpack(stored).T + linear.bias, linear(x), 1e-6)
     ids = torch.randint(34, (2, 9), generator=rng)
     assert torch.equal(linear.rows(ids), unpack(stored)[ids])
+    embedding = W4Embedding(stored, 1.0, torch.float32)
+    assert torch.equal(embedding(ids), unpack(stored)[ids])
+    for rows in (linear.rows, embedding):
+        with pytest.raises(IndexError, match="ids must be from 0 to 33, found -1"):
+            rows(torch.tensor([[3, -1]]))
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x).dtype == torch.bfloat16
 

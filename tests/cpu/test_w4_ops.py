@@ -186,6 +186,14 @@ def test_what_is_wrong_is_named(rng):
          lambda: w4_matmul(x, parts[:2], *arguments[:-1], "reference", None, False)),
         (ValueError, r"scales must be a contiguous \(8, 1\) torch.float16, found \(8, 1\) torch.fl",
          lambda: w4_matmul(x, wide, *arguments[:-1], "gpu", None, False)),
+        (TypeError, "x must be floats, found torch.int64",
+         lambda: matmul(x.long(), prepare(packed, "dense"))),
+        (ValueError, r"bias must be \(8,\) torch.float32 on cpu, found \(8,\) torch.float16",
+         lambda: matmul(x, prepare(packed, "dense"), x[0, :8].half())),
+        (ValueError, r"bias must be \(8,\) floats on cpu, found \(7,\)",
+         lambda: matmul(x, prepare(packed, "reference"), x[0, :7])),
+        (ValueError, "weight must be tiles of Spec.bits=8, .*, found those of another spec",
+         lambda: w4_matmul(x, [tiles], 8, 32, 8, 32, "minimum", torch.float16, "cpu", None, False)),
         (BackendUnavailable, 'there is no backend "fast"', lambda: prepare(packed, "fast")),
     ):  # fmt: skip
         with pytest.raises(error, match=match) as raised:

@@ -163,6 +163,16 @@ def test_what_stands_around(kernels, rng, tmp_path):
         assert ((got - y).abs() <= bound).all(), case.around
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_no_activation_hides_what_is_no_number(kernels, rng, tmp_path, activation):
+    case = make(rng, G128, torch.float16, 2, 16, 128, out_dtype=torch.float32)
+    x = case.x.clone()
+    x[1, 5] = torch.nan
+    around = Around(activation=activation)
+    (y,) = run(kernels, [dataclasses.replace(case, x=x, around=around)], tmp_path)
+    assert y[0].isfinite().all() and y[1].isnan().all()
+
+
 def test_no_rows(kernels, rng, tmp_path):
     check_all(kernels, [make(rng, G128, torch.float16, 0, 17, 128)], tmp_path)
 

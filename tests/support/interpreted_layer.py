@@ -19,6 +19,7 @@ from engine.kernels.w4.dequantize import Format
 from engine.kernels.w4.format import Packed, unpack
 from engine.kernels.w4.gemv import gemv_kernel
 from engine.kernels.w4.layout_gpu import to_gpu
+from engine.kernels.w4.tiles import activated
 
 PAGE, SLOTS, WIDTH, EPSILON, SCALE = 16, 3, 5, 1e-5, 0.3
 BOUND = 2e-3  # float16 in and out
@@ -27,6 +28,42 @@ BOUND = 2e-3  # float16 in and out
 def below(rng, limit: int, *shape: int):
     found = torch.randint(0, limit, shape, generator=rng)
     return found if shape else int(found)
+
+
+@triton.jit
+def activate_kernel(x_ptr, y_ptr, ACTIVATION: tl.constexpr):
+    at = tl.arange(0, 16)
+    tl.store(y_ptr + at, activated(tl.load(x_ptr + at), ACTIVATION))
+
+
+@pytest.mark.parametrize("name", reference.ACTIVATIONS)
+def test_activations(rng, name):
+    """NaN stays one."""
+    x, y = torch.randn(16, generator=rng) * 3, torch.zeros(16)
+    x[:3] = torch.tensor([torch.nan, 0.0, -0.0])
+    activate_kernel[(1,)](x, y, name)
+    torch.testing.assert_close(y, reference.ACTIVATIONS[name](x), equal_nan=True)
+
+
+@pytest.mark.parametrize("wrong", ["query", "key"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(("position", "window"), [(0, 0), (PAGE, 1), (5, 0)])
+def test_attention_hides_no_score_that_is_none(rng, wrong, value, position, window):
+    """Also where no page is read, and a token attends to itself alone."""
+    heads, groups, e = 2, 1, 16
+    qkv = torch.randn(1, (heads + 2 * groups) * e, generator=rng).half()
+    qkv[0, 0 if wrong == "query" else heads * e] = value
+    qkv[0, heads * e if wrong == "query" else 0] = 1  # infinity times zero is none either
+    store = torch.randn(WIDTH, SLOTS, 2, groups, PAGE, e, generator=rng).half()
+    table = torch.arange(WIDTH).view(1, WIDTH).int()
+    y = torch.zeros(1, heads * e).half()
+    attention_kernel[(1, groups, 1)](
+        qkv, store, table, torch.tensor([position]).int(), torch.ones(1).int(), None, None, None,
+        None, None, torch.zeros(16 * 18), torch.zeros(groups).int(), y, 0, WIDTH, EPSILON, SCALE,
+        SLOTS=SLOTS, HEADS=heads, KV_HEADS=groups, E=e, BLOCK_E=16, BLOCK_R=16, PAGE=PAGE,
+        ROPE=0, NORM="rms", SCOPE="", WINDOW=window, CAP=0.0, SPLITS=1, WIDE=True,
+    )  # fmt: skip
+    assert y[0, :e].isnan().all()
 
 
 @pytest.mark.parametrize("scope", ["", "head", "all"])

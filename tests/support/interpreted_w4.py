@@ -120,6 +120,16 @@ def test_dense_in_parts(rng, monkeypatch):
     check(case, run(case, DENSE), exact=False)
 
 
+def test_any_stride_of_a_bias(rng):
+    for m in (3, 40):
+        case = make(rng, Spec(4, 32, "zero"), torch.float16, m, 34, 130, bias=True)
+        x, weight, bias = operands(case)
+        assert bias is not None
+        wide = bias.new_full((2 * len(bias),), torch.nan)
+        wide[::2] = bias
+        check(case, fused.matmul(x, weight, wide[::2]).cpu(), exact=False)
+
+
 def test_any_shape_of_x(rng):
     case = make(rng, Spec(4, 32, "zero"), torch.float16, 12, 34, 130)
     x, weight, _ = operands(case)
