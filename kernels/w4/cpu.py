@@ -184,9 +184,10 @@ def matmul_transposed(y: torch.Tensor, weight: CpuWeight) -> torch.Tensor:
     if y.dim() == 0 or y.shape[-1] != n:
         raise ValueError(f"y must be (..., {n}), found {tuple(y.shape)}")
     rows = y.reshape(-1, n)
-    plain = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
-    total = torch.zeros(len(rows), k, **plain)
-    block = torch.empty(min(max(1, BLOCK_WEIGHTS // k), n), k, **plain)
+    # As they are said here, whatever torch's defaults are.
+    total = torch.zeros(len(rows), k, dtype=torch.float32, device="cpu")
+    most = min(max(1, BLOCK_WEIGHTS // k), n)
+    block = torch.empty(most, k, dtype=torch.float32, device="cpu")
     for start in range(0, n, len(block)):
         part = weight.rows(start, block[: n - start])
         total.addmm_(rows[:, start : start + len(part)].float(), part)
