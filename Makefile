@@ -36,7 +36,7 @@ sanitize-thread: export TSAN_OPTIONS := \
 sanitize-thread: RUNTIME := libtsan.so
 PRELOADED = $(shell $(CXX) -print-file-name=$(RUNTIME)) $(shell $(CXX) -print-file-name=libstdc++.so)
 SANITIZED = LD_PRELOAD="$(PRELOADED)" $(BIN)/python -P -m pytest --capture=sys \
-    -o pythonpath="build/$@/lib tests"
+    -o pythonpath="build/$@/lib tests benchmarks"
 sanitize-address sanitize-thread: .venv/test
 	SHALLOW_SANITIZE=$(@:sanitize-%=%) $(BIN)/python setup.py -q build \
 	    --build-base build/$@ --build-lib build/$@/lib
