@@ -39,8 +39,8 @@ public:
 
     // `size` bytes behind those cut before.
     std::pair<std::shared_ptr<Slab>, std::uint8_t*> cut(std::size_t size) {
-        std::shared_ptr<Slab> full,
-            slab;  // take the lock if their last buffers have gone meanwhile
+        // Let go behind the lock, which they take if their last buffers have gone meanwhile.
+        std::shared_ptr<Slab> full, slab;
         std::lock_guard lock(mutex_);
         slab = current_.lock();
         if (!slab || used_ + size > kSlab) {
