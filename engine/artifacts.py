@@ -275,6 +275,7 @@ class Evaluation(Artifact):
 
 
 HEAL = "heal.json"  # the record of a healing, beside the weights
+RECORDS = "records"  # of `engine shrink`, in what it made: what every stage gave
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,11 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError:
-    raise InputError("lm-eval is not installed: pip install 'shallow[eval]'") from None
+    absent = "lm-eval is not installed: pip install 'shallow[eval]'"
+    if __name__ == "__main__":
+        print(f"engine.lm_eval: {absent}", file=sys.stderr)
+        sys.exit(2)
+    raise InputError(absent) from None
 
 Tokens = list[int]
 logger = logging.getLogger("engine.lm_eval")

@@ -216,6 +216,9 @@ def _made(path: Path) -> bool:
     try:
         path.mkdir()
         return True
+    except FileNotFoundError:
+        named = path.with_name(path.name.removesuffix(".partial"))
+        raise InputError(f"{named}: there is no directory {path.parent}") from None
     except FileExistsError:
         if path.is_symlink() or not path.is_dir():
             raise InputError(

@@ -45,7 +45,7 @@ def plan(
     text: common.TextSource = None,
     column: common.Column = "text",
     windows: Annotated[
-        int, typer.Option(help=f"Of {WINDOW} tokens, scored by greedy and search.")
+        int, typer.Option(min=1, help=f"Of {WINDOW} tokens, scored by greedy and search.")
     ] = 8,
     metric: Annotated[str, typer.Option(help="'kl' to the unpruned model, or 'loss'.")] = "kl",
     seed: Annotated[int, typer.Option(help="Of search.")] = 0,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engine.artifacts import HEAL
+from engine.artifacts import HEAL, RECORDS
 from engine.commands import common, output
 from engine.errors import InputError
 from engine.scratch import Scratch, write_text
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from engine.report.shrunk import Shrunk
 
 REPORT, RECORD = "report.html", "shrink.json"
-RECORDS = "records"  # in OUT: what every stage gave
 TEXT, TAUGHT = "text.txt", "taught"  # in the work directory; what the teacher said
 MINUTES = 40.0  # some 170 steps on two cores, the second round and the scales
 SHARES = {"weights": 0.6, "scales": 0.25}  # of them; the second round takes what is left
@@ -363,8 +362,10 @@ class Run:
         for name, file in copies.items():
             shutil.copyfile(file, records / f"{name}.json")
         found = collect(self.asked.model, self.path, self.scaled)
+        from engine.export.packed import PLAN
         from engine.report.shrunk import quality_rows, save
 
+        shutil.copyfile(self.plan, self.scaled / PLAN)  # as beside any other packed model
         save(found, self.scaled / REPORT)
         rows = [*found.sizes, *quality_rows(found), *found.speeds]
         write_text(self.scaled / RECORD, json.dumps({"key": self.key, "rows": rows}, indent=1))

@@ -115,6 +115,8 @@ def log_likelihoods(
     runtime: Runtime[Any], questions: Sequence[Encoded], most: int = BATCH
 ) -> Iterator[Likelihoods]:
     """Yields one for every question, of which at most `most` run at once."""
+    if not questions:
+        return
     whole = runtime.config.whole_prefill
     longest = max(len(ids) + whole * len(q.context) for q in questions for ids in q.choices)
     room = LOGITS_BYTES // (4 * runtime.config.vocab_size * longest)

@@ -1,17 +1,20 @@
 """The model card of a shallower model, from the records that its making left."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.architecture.layers import format_layers
-from engine.artifacts import HEAL, HealRecord, Plan
+from engine.artifacts import HEAL, RECORDS, HealRecord, Plan
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoint.gguf import GgufCheckpoint
 from engine.checkpoint.weights import describe, layer_weights
 from engine.errors import InputError
 from engine.export.packed import PLAN
 from engine.judgement import Judgement
+
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*", re.ASCII)  # a licence, as metadata name it
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Made:
     nbytes: int  # of the weights on disk
     plan: Plan | None
     heal: HealRecord | None
+    scales: HealRecord | None  # learnt behind it, once the model was packed
     records: tuple[Judgement, ...]  # from the whole model to this one
     source: str | None
     licence: str
@@ -49,10 +53,12 @@ def gather(
     checkpoint = open_checkpoint(path)
     planned = plan or (path / PLAN if (path / PLAN).is_file() else None)
     found = Plan.load(planned) if planned is not None else None
-    healed = path / HEAL
-    heal = HealRecord.load(healed) if healed.is_file() else None
+    healed, learnt = path / RECORDS / HEAL, path / HEAL  # of `engine shrink` both
+    if not healed.is_file():
+        healed, learnt = learnt, healed
+    heal, scales = (HealRecord.load(file) if file.is_file() else None for file in (healed, learnt))
     layers = checkpoint.config.total_layers
-    for where, record in ((planned, found), (healed, heal)):
+    for where, record in ((planned, found), (healed, heal), (learnt, scales)):
         if record is not None and len(record.keep) != layers:
             raise InputError(f"{where}: keeps {len(record.keep)} layers, and {path} has {layers}")
     if records and records[-1].layers_kept != layers:
@@ -61,6 +67,8 @@ def gather(
             f"{path} has {layers}"
         )
     named = source or next((record.model for record in (found, heal) if record is not None), None)
+    if licence is not None and not _WORD.fullmatch(licence):
+        raise InputError(f"license: expected one word, like apache-2.0, found {licence!r:.80}")
     known = licence or _licence(checkpoint) or _licence_of(named)
     if known is None:
         raise InputError(
@@ -69,7 +77,9 @@ def gather(
     first = layer_weights(checkpoint, checkpoint.config, checkpoint.config.layers[0].layer)
     kinds = dict.fromkeys(describe(stored) for _, stored in first if len(stored.shape) == 2)
     nbytes = sum(checkpoint.nbytes(name) for name in checkpoint.names())
-    return Made(path, layers, tuple(kinds), nbytes, found, heal, tuple(records), named, known)
+    return Made(
+        path, layers, tuple(kinds), nbytes, found, heal, scales, tuple(records), named, known
+    )
 
 
 def card(made: Made, repo: str) -> str:
@@ -83,6 +93,8 @@ def card(made: Made, repo: str) -> str:
         lines += [f"The layers were chosen by the rule `{made.plan.rule}`.", ""]
     if made.heal is not None:
         lines += [_healed(made.heal), ""]
+    if made.scales is not None:
+        lines += ["Its scales have learnt once more after it was quantized.", ""]
     if made.records:
         lines += _judged(made.records)
     lines.append("Made with Shallow: `engine run --model` opens it.")
@@ -94,7 +106,10 @@ def _summary(made: Made) -> str:
     size = f"matrices as {stored}; {made.nbytes / 1e6:,.1f} MB of weights"
     source = "The source model" if made.source is None else f"`{made.source}`"
     record = made.plan or made.heal
-    if record is None or made.keep is None or len(made.keep) == record.total_layers:
+    if record is None or made.keep is None:  # how many the source has is not known
+        of = "" if made.source is None else f" of `{made.source}`"
+        return f"{made.layers} layers{of}, {size}."
+    if len(made.keep) == record.total_layers:
         return f"{source} with all of its {made.layers} layers, {size}."
     dropped = [layer for layer in range(record.total_layers) if layer not in made.keep]
     return (
@@ -126,12 +141,13 @@ def _licence(checkpoint: Checkpoint) -> str | None:
     """What a GGUF or the README of a directory says."""
     if isinstance(checkpoint, GgufCheckpoint):
         said = checkpoint.file.metadata.get("general.license")
-        return said if isinstance(said, str) else None
+        return said if isinstance(said, str) and _WORD.fullmatch(said) else None
     readme = checkpoint.path / "README.md"
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     for line in text.splitlines():
         if line.startswith("license:"):
-            return line.removeprefix("license:").strip()
+            said = line.removeprefix("license:").strip().strip("'\"")
+            return said if _WORD.fullmatch(said) else None
     return None
 
 

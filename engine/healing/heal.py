@@ -29,7 +29,7 @@ from engine.healing.scales import ScaleStudent, check_packed
 from engine.healing.settings import TRAINED, Settings, check_model, find_cuts
 from engine.healing.state import Standing, joined
 from engine.healing.streams import Streams
-from engine.healing.student import Student
+from engine.healing.student import Student, check_peft
 from engine.healing.teacher import Logits, Teacher
 from engine.healing.written import Write, written
 from engine.kernels.dtypes import dtype_of
@@ -91,6 +91,8 @@ def heal(
     processes.check(settings.methods)
     if "qlora" in settings.methods:
         check_installed()
+    if "distil" in settings.methods and settings.train == "lora":
+        check_peft()
     check_model(settings, config, teacher is not None)
     check_place(source, config, out)
     if cache is not None:

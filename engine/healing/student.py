@@ -138,11 +138,17 @@ def _load(directory: Path, dtype: torch.dtype) -> Any:
     return model.eval()  # no dropout: the teacher has none either
 
 
-def _adapt(model: Any, config: ModelConfig, settings: Settings) -> Any:
+def check_peft() -> None:
+    """InputError where there is none, before anything is written."""
     try:
-        import peft
+        import peft  # noqa: F401
     except ImportError:
         raise InputError("train: lora needs peft: pip install 'shallow[heal]'") from None
+
+
+def _adapt(model: Any, config: ModelConfig, settings: Settings) -> Any:
+    import peft
+
     adapters = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.rank,

@@ -39,7 +39,7 @@ def check_count(total: int, count: int, protect: frozenset[int]) -> None:
     if count > free:
         raise InputError(
             f"count: {count} of {total} layers cannot go while {len(protect)} are protected "
-            f"({free} are free); protect fewer"
+            f"({free} are free); protect or drop fewer"
         )
 
 

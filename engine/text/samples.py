@@ -148,6 +148,10 @@ def _hub_rows(source: str, column: str, split: str) -> Iterator[str]:
         from datasets import load_dataset
     except ImportError:
         raise InputError(f"{source}: needs datasets: pip install 'shallow[heal]'") from None
+    from huggingface_hub.utils import logging
+
+    told = logging.get_verbosity()
+    logging.set_verbosity_error()  # it tells of every try; one sentence says how they ended
     try:
         rows = load_dataset(source.removeprefix("hub:"), split=split, streaming=True)
         for row in rows:
@@ -156,6 +160,8 @@ def _hub_rows(source: str, column: str, split: str) -> Iterator[str]:
         raise
     except Exception as error:  # whatever the hub, the network or the dataset's files bring up
         raise InputError(f"{source}: {type(error).__name__}: {error}") from error
+    finally:
+        logging.set_verbosity(told)
 
 
 def _value(value: object, column: str, columns: Sequence[str], where: str) -> str:

@@ -55,7 +55,9 @@ def test_refusals_are_one_sentence_and_write_nothing(packed, tmp_path):
     refused("expected blocks of 32; the nearest format that can is compressed-tensors",
             "export", packed, out, "--to", "gguf")  # fmt: skip
     refused("exists already", "export", packed, packed, "--to", "gptq")
-    refused("No such file or directory", "export", packed, tmp_path / "no" / "out", "--to", "gptq")
+    refused(
+        "no/out: there is no directory", "export", packed, tmp_path / "no" / "out", "--to", "gptq"
+    )
     refused("keeps the bits that it has", "prune", packed, tmp_path / "o", "--dtype", "float16")
     refused("Missing option '--to'", "export", packed, out)
     assert sorted(tmp_path.iterdir()) == before

@@ -262,7 +262,7 @@ REFUSALS = [
     (["--rule", "simple", "--count", 3, "--protect", "5"], "drops 5, which --protect keeps"),
     (["--rule", "greedy", "--count", 1, "--metric", "bleu"], "metric: expected kl or loss"),
     (["--rule", "greedy", "--count", 1, "--model", "{wide}"], "its layers have other shapes"),
-    (["--rule", "greedy", "--count", 1, "--windows", 0], "samples: expected at least 1, found 0"),
+    (["--rule", "greedy", "--count", 1, "--windows", 0], "'--windows'"),
     (["--rule", "greedy", "--count", 1, "--windows", 99], "expected 99 samples of 64"),
     (["--rule", "greedy", "--count", 1, "--column", "body"], "column: goes with a .jsonl, .parq"),
     *(

@@ -122,4 +122,10 @@ def test_the_card_alone(source, tmp_path):
     (whole.path / "README.md").write_text("---\nlicense: mit\n---\n")
     code, out, _ = call("push", whole.path, REPO, "--card")
     assert code == 0 and "license: mit" in out
-    assert f"with all of its {len(whole.config.layers)} layers, matrices as float32" in out
+    assert f"\n{len(whole.config.layers)} layers, matrices as float32" in out
+
+
+@pytest.mark.parametrize("licence", ["mit\nfoo: bar", "a: b #c", "", "-"])
+def test_a_licence_is_one_word(licence, model):
+    refused("license: expected one word, like apache-2.0, found", "push", model, REPO, "--card",
+            "--license", licence)  # fmt: skip

@@ -224,7 +224,7 @@ def test_places_and_texts_that_are_refused(model, tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(InputError, match="there: exists already"):
         quantize(model, tmp_path / "there", "--method", "rtn")
-    with pytest.raises(InputError, match=r"out\.partial: No such file or directory"):
+    with pytest.raises(InputError, match=r"no/out: there is no directory .*no$"):
         quantize(model, tmp_path / "no" / "out", "--method", "rtn")
     (tmp_path / "text.txt").write_text("too short")
     with pytest.raises(InputError, match="too short for one sample"):

@@ -8,6 +8,7 @@ import torch
 from support import tiny
 from support.commands import call, refused
 
+from engine.architecture.layers import format_layers
 from engine.artifacts import HealRecord, Plan, Profile
 from engine.benchmark.speed import RunRecord
 from engine.checkpoint import open_checkpoint
@@ -68,6 +69,12 @@ def test_all_stages_and_the_page(tree, tmp_path):
     assert page.count("<svg") == 3 and f"{speed.decode_tok_s:,.1f} tok/s" in page
     assert f"{before.perplexity:,.4f}" in page and f"{speed.weight_bytes / 1e6:,.1f} MB" in said
     assert call("eval", out, "--text", tree / "text.txt", "--window", 16)[0] == 0
+    code, card, err = call("push", out, "org/name", "--license", "mit", "--card")
+    assert code == 0, err
+    dropped = format_layers(Plan.load(out / "plan.json").drop)
+    assert f"without layers {dropped} (numbered from 0" in card
+    assert f"{LAYERS - 2} of {LAYERS} stay" in card and "Healed by linear, distil" in card
+    assert "Its scales have learnt once more" in card and ".shrink/" not in card
 
 
 def test_a_finished_run_is_found_and_settings_tell_runs_apart(tree, tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """The adapter to lm-evaluation-harness against its own `hf` model, on a task in a local file."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -192,6 +194,28 @@ def test_a_text_begins_as_with_its_hf_model(model, tasks, tmp_path):
     ours, theirs = (run(each, tasks, ["local_rolling"]) for each in (own, peer))
     for a, b in zip(*(responses(r, "local_rolling") for r in (ours, theirs)), strict=True):
         assert a[0][0] == pytest.approx(b[0][0], abs=1e-2)
+
+
+def test_an_empty_text_has_no_likelihood(model):
+    from engine.lm_eval import ShallowLM
+
+    own = ShallowLM(pretrained=str(model), dtype="float32")
+    one, none = own.loglikelihood_rolling([SimpleNamespace(args=(text,)) for text in ("w5 w6", "")])
+    assert one < 0 and none == 0
+
+
+def test_without_lm_eval_its_command_says_what_to_install(tmp_path):
+    (tmp_path / "lm_eval.py").write_text("raise ImportError")
+    places = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "engine.lm_eval", "run"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": places},
+        check=False,
+    )
+    said = "engine.lm_eval: lm-eval is not installed: pip install 'shallow[eval]'\n"
+    assert (done.returncode, done.stderr) == (2, said)
 
 
 def test_a_length_beyond_the_context_is_cut_with_a_warning(model, caplog):

@@ -178,7 +178,7 @@ def test_counts_out_of_range(draw):
             rules.similarity(profile, count)
         with pytest.raises(InputError):
             rules.simple(6, count)
-    with pytest.raises(InputError, match="protect fewer"):
+    with pytest.raises(InputError, match="protect or drop fewer"):
         rules.influence(profile, 4, rules.default_protection(6))
     with pytest.raises(InputError, match="block: expected"):
         profile.distance(3, 4)
