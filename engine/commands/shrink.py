@@ -12,18 +12,15 @@ import typer
 
 from engine.artifacts import HEAL, RECORDS
 from engine.commands import common, output
+from engine.commands.shrunk import RECORD, collect, table
 from engine.errors import InputError
 from engine.scratch import Scratch, write_text
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from engine.benchmark.speed import RunRecord
     from engine.evaluate import Asked as Judging
     from engine.progress import Joint
-    from engine.report.shrunk import Shrunk
 
-REPORT, RECORD = "report.html", "shrink.json"
+REPORT = "report.html"
 TEXT, TAUGHT = "text.txt", "taught"  # in the work directory; what the teacher said
 MINUTES = 40.0  # some 170 steps on two cores, the second round and the scales
 SHARES = {"weights": 0.6, "scales": 0.25}  # of them; the second round takes what is left
@@ -118,7 +115,7 @@ def shrink(
         said = read_raw(record) if record.is_file() else None
         if not isinstance(said, dict) or said.get("key") != run.key:
             raise InputError(f"{out}: exists already; name a new directory")
-        shown = _table(out)
+        shown = table(out)
         output.say(f"{out} is there already")
     else:
         run.check()
@@ -134,7 +131,7 @@ def shrink(
             if not any(stage.artefact.exists() for stage in run.stages):
                 run.clear()
             raise
-        shown = _table(out)
+        shown = table(out)
     run.clear()
     output.show(shown)
     output.say(f"{out}: shrunk; {out / REPORT} has it all")
@@ -413,78 +410,6 @@ def judge_one(asked: Asked, name: str, label: str, ref: str, directory: Path) ->
     record.save(directory / f"{name}-speed.json")
 
 
-def collect(model: str, path: Path, packed: Path) -> "Shrunk":
-    """What a page needs, from the records in `packed`."""
-    from engine.artifacts import HealRecord, Plan, Profile
-    from engine.benchmark.speed import RunRecord
-    from engine.checkpoint.files import read_json
-    from engine.commands.budget import read_model
-    from engine.judgement import Judgement
-    from engine.pruning.budget import Storage, budget, file_bytes
-    from engine.report.shrunk import Shrunk
-
-    records = packed / RECORDS
-    plan = Plan.load(records / "plan.json")
-    config, sizes = read_model(model)
-    how = read_json(packed / "config.json")["quantization_config"]
-    storage = Storage.of(*(how.get(name) for name in ("bits", "group", "scheme", "head", "v")))
-    file = None if sizes is None else file_bytes(config, sizes)
-    context = min(4096, config.max_context)
-    cost = budget(model, config, config.keep(plan.keep), storage, context, file)
-    was, now = (RunRecord.load(records / f"{name}-speed.json") for name in ("before", "after"))
-    counts = [f"{side['total_parameters']:,}" for side in (cost.before, cost.after)]
-    return Shrunk(
-        model=model,
-        profile=Profile.load(records / "profile.json"),
-        plan=plan,
-        healing=HealRecord.load(records / "heal.json"),
-        budget=cost,
-        before=Judgement.load(records / "before.json"),
-        after=Judgement.load(records / "after.json"),
-        sizes=[
-            ("layers", str(plan.total_layers), str(len(plan.keep))),
-            ("parameters", counts[0], counts[1]),
-            ("weights on disk", _mb(_weights(path)), _mb(_weights(packed))),
-            ("weights in memory", _mb(was.weight_bytes), _mb(now.weight_bytes)),
-        ],
-        speeds=speed_rows(was, now),
-        conditions=f"{now.device_name}, {now.threads} threads, {now.backend}, {now.dtype}: "
-        f"{now.prompt_tokens} tokens in, {now.new_tokens} out, batch 1",
-    )
-
-
-def speed_rows(was: "RunRecord", now: "RunRecord") -> list[tuple[str, str, str]]:
-    def row(name: str, field: str, unit: str) -> tuple[str, str, str]:
-        cells = [getattr(record, field) for record in (was, now)]
-        before, after = ("-" if cell is None else f"{cell:,.1f} {unit}" for cell in cells)
-        return name, before, after
-
-    return [
-        row("prefill", "prefill_tok_s", "tok/s"),
-        row("decode", "decode_tok_s", "tok/s"),
-        row("time to first token", "ttft_ms", "ms"),
-    ]
-
-
-def _table(out: Path) -> "Table":
-    """What it was and is."""
-    from rich.table import Table
-
-    from engine.artifacts import read_raw
-
-    rows = read_raw(out / RECORD).get("rows")
-    if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
-        raise InputError(f"{out / RECORD}: expected rows of three texts, found {rows!r:.40}")
-    table = Table("", "it was", "it is", pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _is_row(row: Any) -> bool:
-    return isinstance(row, list) and len(row) == 3 and all(isinstance(each, str) for each in row)
-
-
 def _kept(total: int, drop: str) -> list[int]:
     from engine.architecture.layers import kept_layers
 
@@ -496,13 +421,3 @@ def _stamp(source: str) -> object:
     path = Path(source)
     files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
     return source, [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()]
-
-
-def _weights(path: Path) -> int:
-    from engine.checkpoint.adapter import weight_files
-
-    return sum(file.stat().st_size for file in weight_files(path))
-
-
-def _mb(size: float) -> str:
-    return f"{size / 1e6:,.1f} MB"

@@ -28,7 +28,7 @@ from engine.kernels.w4.cpu import CpuWeight, isas
 from engine.kernels.w4.format import Spec
 from engine.kernels.w4.from_gguf import BLOCKS
 from engine.quantize.methods import rtn
-from engine.runtime.cpu import CpuRuntime, rules
+from engine.runtime.cpu import CpuRuntime
 
 LENGTH = 70  # past every window (9-17) and the original contexts (32-64)
 EXACT = {"mode": "exact", "cache_dtype": "float32"}
@@ -394,32 +394,6 @@ def test_torchs_default_dtype_is_none_of_ours(llama):
         assert torch.equal(runtime.forward(tokens, runtime.new_cache(1)), expected)
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "sentence"),
-    [
-        ("hidden_size", -4, "hidden: expected 1, found -4"),
-        ("vocab_size", 0, "vocab: expected 1, found 0"),
-        ("ffn_size", 0, "ffn: expected 1, found 0"),
-        ("heads", 0, "heads: expected 1, found 0"),
-        ("kv_heads", 0, "kv_heads: expected 1, found 0"),
-        ("kv_heads", 4, "heads: expected a multiple of 4, found 6"),
-        ("head_dim", 0, "head_dim: expected 1, found 0"),
-        ("head_dim", 4096, "head_dim: expected 1024, found 4096"),
-    ],
-)
-def test_no_decoder_has_such_rules(llama, name, value, sentence):
-    given = rules(llama[0].config, "int8")
-    with pytest.raises(ValueError, match=sentence):
-        native.load("cpu").Decoder(given | {name: value}, isas()[0], 1)
-
-
-@pytest.mark.parametrize("length", [-1, 2**63 - 1])
-def test_no_cache_has_such_a_length(llama, length):
-    cache = load(llama[0]).new_cache(1)
-    with pytest.raises(ValueError, match=f"length: expected a number of positions, found {length}"):
-        cache.pages.reserve(length)
 
 
 def test_models_and_threads_side_by_side(llama):

@@ -1,0 +1,47 @@
+"""What the native decoder refuses of those who tell it of a model or a cache, Python's checks aside."""
+
+import secrets
+
+import pytest
+from support import tiny
+
+from engine.checkpoint import open_checkpoint
+from engine.kernels import native
+
+if native.error("cpu") is not None:
+    pytest.skip(f"engine._cpu does not load: {native.error('cpu')}", allow_module_level=True)
+
+from engine.kernels.w4.cpu import isas
+from engine.runtime.cpu import CpuRuntime, rules
+
+
+@pytest.fixture
+def llama(tmp_path):
+    tiny.write("llama", tmp_path, secrets.randbits(32))
+    return open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("hidden_size", -4, "hidden: expected 1, found -4"),
+        ("vocab_size", 0, "vocab: expected 1, found 0"),
+        ("ffn_size", 0, "ffn: expected 1, found 0"),
+        ("heads", 0, "heads: expected 1, found 0"),
+        ("kv_heads", 0, "kv_heads: expected 1, found 0"),
+        ("kv_heads", 4, "heads: expected a multiple of 4, found 6"),
+        ("head_dim", 0, "head_dim: expected 1, found 0"),
+        ("head_dim", 4096, "head_dim: expected 1024, found 4096"),
+    ],
+)
+def test_no_decoder_has_such_rules(llama, name, value, sentence):
+    given = rules(llama.config, "int8")
+    with pytest.raises(ValueError, match=sentence):
+        native.load("cpu").Decoder(given | {name: value}, isas()[0], 1)
+
+
+@pytest.mark.parametrize("length", [-1, 2**63 - 1])
+def test_no_cache_has_such_a_length(llama, length):
+    cache = CpuRuntime.load(llama, llama.config).new_cache(1)
+    with pytest.raises(ValueError, match=f"length: expected a number of positions, found {length}"):
+        cache.pages.reserve(length)
