@@ -1,8 +1,9 @@
-"""What the native decoder refuses of those who tell it of a model or a cache, Python's checks aside."""
+"""The CPU runtime in odd surroundings: rules and lengths that are none, other default dtypes."""
 
 import secrets
 
 import pytest
+import torch
 from support import tiny
 
 from engine.checkpoint import open_checkpoint
@@ -45,3 +46,13 @@ def test_no_cache_has_such_a_length(llama, length):
     cache = CpuRuntime.load(llama, llama.config).new_cache(1)
     with pytest.raises(ValueError, match=f"length: expected a number of positions, found {length}"):
         cache.pages.reserve(length)
+
+
+def test_torchs_default_dtype_is_none_of_ours(llama):
+    runtime, tokens = CpuRuntime.load(llama, llama.config), torch.tensor([[3, 5, 7]])
+    expected = runtime.forward(tokens, runtime.new_cache(1))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(runtime.forward(tokens, runtime.new_cache(1)), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

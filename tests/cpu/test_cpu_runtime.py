@@ -386,16 +386,6 @@ def test_bad_options(llama):
             assert load(checkpoint, many).threads == native.load("cpu").pool_threads()
 
 
-def test_torchs_default_dtype_is_none_of_ours(llama):
-    runtime, tokens = load(llama[0]), torch.tensor([[3, 5, 7]])
-    expected = runtime.forward(tokens, runtime.new_cache(1))
-    torch.set_default_dtype(torch.float64)
-    try:
-        assert torch.equal(runtime.forward(tokens, runtime.new_cache(1)), expected)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def test_models_and_threads_side_by_side(llama):
     """Two models, each used from two Python threads with caches of their own."""
     checkpoint, _, ids = llama
