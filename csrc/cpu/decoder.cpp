@@ -302,11 +302,8 @@ void Decoder::run_chunk(const Call& call, Working& w, std::size_t begin, std::si
     w.chunk.bounds = bounded ? w.chunk.logits + logits : nullptr;
     w.best.assign(call.best ? static_cast<std::size_t>(threads_ * wanted) : 0, Best());
     w.chunk.best = call.best ? w.best.data() : nullptr;
-    if (w.queue_count < queues_needed(model_)) {
-        w.queue_count = queues_needed(model_);
-        w.queues.reset(new Queue[w.queue_count]);
-    }
-    run_step(model_, w.chunk, threads_, w.sizes, w.workspace.data(), w.queues.get(),
+    while (w.queues.size() < queues_needed(model_)) w.queues.emplace_back(threads_);
+    run_step(model_, w.chunk, threads_, w.sizes, w.workspace.data(), w.queues.data(),
              measured_ ? &times_ : nullptr);
     if (call.best) choose(w, wanted, call.best + written);
 }

@@ -74,8 +74,7 @@ private:
         Sizes sizes;
         std::vector<Best> best;
         Memory workspace;
-        std::unique_ptr<Queue[]> queues;
-        std::size_t queue_count = 0;
+        std::vector<Queue> queues;
     };
     Working& working();
 

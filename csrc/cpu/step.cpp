@@ -67,9 +67,9 @@ void run_step(const Model& model, const Chunk& chunk, int threads, Sizes& sizes,
     Team team(model, chunk, threads, sizes, workspace);
     team.queues = queues;
     team.times = times;
-    for (std::size_t i = 0; i < queues_needed(model); ++i) queues[i].reset();
     Pool::instance().run(threads, [&](int thread, int count) {
         Worker worker(team, thread, count);
+        worker.reset_queues(queues_needed(model));
         run(worker);
     });
 }

@@ -42,11 +42,9 @@ Best largest(const Worker& worker, std::int64_t m, std::int64_t row, const float
 void choose_likeliest(Worker& worker, std::int64_t m) {
     const Product& head = worker.model.head;
     const FloatRows bounds{worker.chunk.bounds, head.tiles()};
-    const std::int64_t first = first_share(head.tiles(), m, head.nbytes(), worker.planned);
-    worker.next_queue().take_shares(head.tiles(), worker.planned, first,
-                                    [&](std::int64_t begin, std::int64_t end) {
-                                        head.bound(worker.hidden_forms, m, bounds, begin, end);
-                                    });
+    worker.take_shares(head.tiles(), m, head, [&](std::int64_t begin, std::int64_t end) {
+        head.bound(worker.hidden_forms, m, bounds, begin, end);
+    });
     worker.mark(Part::head);
     worker.barrier();
     worker.next_queue().take(m, 1, [&](std::int64_t row, std::int64_t) {

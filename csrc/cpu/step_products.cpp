@@ -25,12 +25,10 @@ void multiply_then(Worker& worker, const Product& product, std::uint8_t* forms, 
         }
     };
     const std::int64_t units = w4::ceil_div(tiles, unit);
-    const int threads = worker.planned;
     if (claim)
         worker.next_queue().take(units, w4::ceil_div(claim, unit), run);
     else
-        worker.next_queue().take_shares(units, threads,
-                                        first_share(units, m, product.nbytes(), threads), run);
+        worker.take_shares(units, m, product, run);
     worker.mark(part);
 }
 

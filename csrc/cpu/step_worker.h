@@ -48,6 +48,18 @@ public:
 
     // The next of the step's queues: all threads ask for them in the same order.
     Queue& next_queue() { return *queue_++; }
+    // By the next queue, call(begin, end) for all of the product's units, as first_share() divides them.
+    template <class Call>
+    void take_shares(std::int64_t units, std::int64_t m, const Product& product, const Call& call) {
+        const std::int64_t first = first_share(units, m, product.nbytes(), threads);
+        next_queue().take_shares(units, thread, threads, first, call);
+    }
+    // Its part of what a step's queues have from the step before; all threads call it first.
+    void reset_queues(std::size_t count) {
+        for (std::size_t i = 0; i < count; ++i)
+            for (int share = thread; share < planned; share += threads) queue_[i].reset(share);
+        barrier();
+    }
 
     void barrier() {
         team_.barrier.wait(threads);

@@ -7,6 +7,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <type_traits>
 
@@ -85,26 +86,58 @@ private:
 // Hands out work to the threads of a region, claim by claim.
 class Queue {
 public:
-    void reset() { next_.store(0, std::memory_order_relaxed); }
+    explicit Queue(int threads = 1)
+        : shares_(std::make_unique<Share[]>(static_cast<std::size_t>(threads))) {}
+
+    // All shares, by any thread each, before it hands out anew.
+    void reset(int share) { shares_[share].taken.store(0, std::memory_order_relaxed); }
+
     // call(begin, end) until all of `count` are taken, `step` at a time.
     template <class Call>
     void take(int64_t count, int64_t step, const Call& call) {
-        for (int64_t i; (i = next_.fetch_add(step, std::memory_order_relaxed)) < count;)
+        std::atomic<int64_t>& next = shares_[0].taken;
+        for (int64_t i; (i = next.fetch_add(step, std::memory_order_relaxed)) < count;)
             call(i, std::min(i + step, count));
     }
-    // The same, `first` for each thread, then half of a fair share of what is left at a time: threads
-    // end together.
+    // The same of fewer than 2^31, in shares: each thread takes `first` of its own at once, then half of
+    // what is left of it at a time, and then of others' from behind: threads end together, and hardly
+    // leave their streams. A counter of all was a line from another core for each claim
+    // (benchmarks/results/decoder.md).
     template <class Call>
-    void take_shares(int64_t count, int threads, int64_t first, const Call& call) {
-        for (int64_t i = next_; i < count; i = next_) {
-            const int64_t share = (count - i) / (2 * threads);
-            const int64_t end = i + (i < first * threads ? first : std::max<int64_t>(1, share));
-            if (next_.compare_exchange_strong(i, end)) call(i, std::min(end, count));
+    void take_shares(int64_t count, int thread, int threads, int64_t first, const Call& call) {
+        const bool whole = first * threads >= count;  // nothing is left for others
+        for (int i = 0; i < (whole ? 1 : threads); ++i) {
+            const int of = (thread + i) % threads;
+            const int64_t begin = count * of / threads;
+            const int64_t size = count * (of + 1) / threads - begin;
+            if (whole && size > 0) return call(begin, begin + size);
+            for (Claim some; (some = shares_[of].claim(size, first, i > 0)).size > 0;)
+                call(begin + some.begin, begin + some.begin + some.size);
         }
     }
 
 private:
-    alignas(64) std::atomic<int64_t> next_{0};
+    struct Claim {
+        int64_t begin, size;
+    };
+    struct alignas(64) Share {
+        std::atomic<int64_t> taken{0};  // from behind, times 2^32, and from the front
+
+        Claim claim(int64_t size, int64_t first, bool behind) {
+            for (int64_t seen = taken.load(std::memory_order_relaxed);;) {
+                const int64_t back = seen >> 32, front = seen - (back << 32);
+                const int64_t left = size - front - back;
+                if (left <= 0) return {0, 0};
+                const bool begins = !behind && front == 0 && first > 0;
+                const int64_t some =
+                    begins ? std::min(first, left) : std::max<int64_t>(1, left / 2);
+                const int64_t then = seen + (behind ? some << 32 : some);
+                if (taken.compare_exchange_weak(seen, then, std::memory_order_relaxed))
+                    return {behind ? size - back - some : front, some};
+            }
+        }
+    };
+    std::unique_ptr<Share[]> shares_;
 };
 
 // body(begin, end) over [0, count), in chunks that idle threads claim. The split depends on

@@ -38,7 +38,7 @@ void multiply(const Rows& x, const TiledMatrix& matrix, const Output& y, Path pa
         matrix.perm() ? line_up(form.panel * x.k * element_bytes(x.type)) : 0;
     const int64_t own_bytes = gathered_bytes + form.scratch_bytes(w, claim);
     uint8_t* const rows = workspace(form.nbytes() + own_bytes * threads);
-    Queue queue;
+    Queue queue(threads);
     Barrier ready;
     Pool::instance().run(threads, [&](int thread, int count) {
         uint8_t* const own = rows + form.nbytes() + thread * own_bytes;
@@ -54,7 +54,7 @@ void multiply(const Rows& x, const TiledMatrix& matrix, const Output& y, Path pa
         if (claim)
             queue.take(w.tiles, claim, take);
         else
-            queue.take_shares(w.tiles, count, 0, take);
+            queue.take_shares(w.tiles, thread, count, 0, take);
     });
 }
 

@@ -22,6 +22,7 @@ if crossed.missing():
 from engine.runtime.cpu import CpuRuntime
 
 LENGTH = 70
+ROWS = 6  # of two the RMS ratio had a tail: 0.039 once in 260 draws where 0.021 is the median
 BOUNDS = {("exact", "float32"): 1e-4, ("int8", "float16"): 3e-2, ("int8", "int8"): 4e-2}
 
 
@@ -32,15 +33,14 @@ def program():
 
 @pytest.fixture(scope="module", params=[*tiny.CASES, "blocks"])
 def pair(request, tmp_path_factory):
-    """(checkpoint of mixed weights, its reference runtime, the seed of random blocks); "blocks": of
+    """(checkpoint of mixed weights, its reference runtime, their seed); "blocks": of
     every GGUF type."""
     path, seed = tmp_path_factory.mktemp("model"), secrets.randbits(32)
-    torch.manual_seed(seed)
     if request.param == "blocks":
-        tiny.write("llama", path, 0, **tiny.WIDE)
+        tiny.write("llama", path, seed, **tiny.WIDE)
         checkpoint = MixedCheckpoint(open_checkpoint(path), kinds=tuple(BLOCKS))
     else:
-        tiny.write(request.param, path, 0, spread=0.1)
+        tiny.write(request.param, path, seed, spread=0.1)
         checkpoint = MixedCheckpoint(open_checkpoint(path))
     return checkpoint, ReferenceRuntime.load(checkpoint, checkpoint.config), seed
 
@@ -54,15 +54,15 @@ def test_the_best_is_chosen(program, isa):
 @pytest.mark.parametrize(("mode", "cache_dtype"), BOUNDS)
 @pytest.mark.parametrize("isa", crossed.CPUS)
 def test_logits_of_every_family(pair, program, monkeypatch, rng, isa, mode, cache_dtype):
-    """A prompt of two rows, one of them padded and with slots of its own, then steps."""
+    """A prompt of some rows, one of them padded, one with slots of its own, then steps."""
     checkpoint, reference, seed = pair
     print(f"seed of the weights {seed}")
-    ids = torch.randint(3, tiny.VOCAB, (2, LENGTH), generator=rng)
+    ids = torch.randint(3, tiny.VOCAB, (ROWS, LENGTH), generator=rng)
     ids[1, :9] = -1
     monkeypatch.setattr(native.load("cpu"), "Decoder", crossed.decoders(program, isa))
     runtime = CpuRuntime.load(checkpoint, checkpoint.config, 2, mode=mode, cache_dtype=cache_dtype)
     try:
-        caches = reference.new_cache(2), runtime.new_cache(2)
+        caches = reference.new_cache(ROWS), runtime.new_cache(ROWS)
         pieces = [ids[:, :40], *ids[:, 40:44].split(1, dim=1), ids[:, 44:]]
         expected, got = (
             torch.cat([each.forward(piece, cache, logits="all") for piece in pieces], dim=1)
@@ -70,8 +70,8 @@ def test_logits_of_every_family(pair, program, monkeypatch, rng, isa, mode, cach
         )
         assert_close(isa, expected[ids >= 0], got[ids >= 0], BOUNDS[mode, cache_dtype])
         assert torch.equal(caches[0].lengths, caches[1].lengths)
-        slots = [[0, 2], list(range(len(checkpoint.config.layers)))]
-        caches = reference.new_cache(2), runtime.new_cache(2)
+        slots = [[0, 2]] + [list(range(len(checkpoint.config.layers)))] * (ROWS - 1)
+        caches = reference.new_cache(ROWS), runtime.new_cache(ROWS)
         expected, got = (
             each.forward(ids, cache, slots, "all")
             for each, cache in zip((reference, runtime), caches, strict=True)

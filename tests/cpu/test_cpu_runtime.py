@@ -242,7 +242,7 @@ def test_matrices_of_every_gguf_type(tmp_path, isa):
     print(f"seed {seed}")
     tiny.write("llama", tmp_path, seed, **tiny.WIDE)
     checkpoint = MixedCheckpoint(open_checkpoint(tmp_path), kinds=tuple(BLOCKS))
-    ids = torch.randint(3, tiny.VOCAB, (2, LENGTH))
+    ids = torch.randint(3, tiny.VOCAB, (6, LENGTH))  # of two the ratio had a tail: 0.039
     reference = ReferenceRuntime.load(checkpoint, checkpoint.config)
     for mode, cache_dtype in BOUNDS:
         runtime = load(checkpoint, mode=mode, cache_dtype=cache_dtype, isa=isa)

@@ -14,7 +14,7 @@ def test_paths_forms_and_claims(tmp_path):
     if not shutil.which("c++"):
         pytest.skip("no C++ compiler")
     program = tmp_path / "check"
-    command = ["c++", "-std=c++17", "-O1", "-Icsrc", *SOURCES, "-o", program]
+    command = ["c++", "-std=c++17", "-O1", "-pthread", "-Icsrc", *SOURCES, "-o", program]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     ran = subprocess.run([program], capture_output=True, text=True)

@@ -4,7 +4,9 @@
 #include "cpu/threads.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cassert>
+#include <thread>
 #include <vector>
 
 using namespace shallow;
@@ -123,26 +125,66 @@ void claims() {
     assert(rows_within(100 * 4096, 4096) == 96);
 }
 
-// Every unit is claimed once, in order: `first` for each thread, then at most half of what is a
-// thread's fair share, or one.
-void shares() {
+// A thread that comes alone claims every unit once: of its own share `first` at once, the rest of it from
+// the front, then the others' from behind, by halves of what is left.
+void shares_of_one() {
     for (const std::int64_t count : {1, 2, 5, 36, 3072})
         for (const int threads : {1, 2, 7})
-            for (const std::int64_t sixteenths : {0, 14, 15, 16}) {
-                const std::int64_t first = w4::ceil_div(count * sixteenths / 16, threads);
-                Queue queue;
-                std::int64_t claimed = 0;
-                int claims = 0;
-                queue.take_shares(count, threads, first, [&](std::int64_t begin, std::int64_t end) {
-                    assert(begin == claimed && end > begin && end <= count);
-                    const std::int64_t fair = (count - begin) / (2 * threads);
-                    const std::int64_t most =
-                        first && claims < threads ? first : std::max<std::int64_t>(1, fair);
-                    assert(end - begin == std::min(most, count - begin));
-                    claimed = end;
-                    ++claims;
-                });
-                assert(claimed == count);
+            for (const std::int64_t sixteenths : {0, 14, 15, 16})
+                for (int thread = 0; thread < threads; ++thread) {
+                    const std::int64_t first = w4::ceil_div(count * sixteenths / 16, threads);
+                    const std::int64_t begin = count * thread / threads;
+                    const std::int64_t end = count * (thread + 1) / threads;
+                    Queue queue(threads);
+                    std::vector<int> claimed(static_cast<std::size_t>(count));
+                    std::int64_t front = begin, left = end - begin;
+                    const auto claim = [&](std::int64_t from, std::int64_t to) {
+                        assert(from < to && to <= count);
+                        for (std::int64_t i = from; i < to; ++i) ++claimed[i];
+                        if (front == end) return;  // it takes from others
+                        const bool begins = front == begin && first > 0;
+                        assert(from == front);
+                        assert(to - from == (begins ? std::min(first, left)
+                                                    : std::max<std::int64_t>(1, left / 2)));
+                        front = to;
+                        left -= to - from;
+                    };
+                    queue.take_shares(count, thread, threads, first, claim);
+                    assert(front == end);
+                    const bool whole = first * threads >= count;
+                    for (std::int64_t i = 0; i < count; ++i)
+                        assert(claimed[i] == (!whole || (i >= begin && i < end)));
+                }
+    Queue queue(2);  // of 12 each
+    std::vector<std::int64_t> ends;
+    queue.take_shares(24, 0, 2, 12 * 14 / 16, [&](std::int64_t from, std::int64_t to) {
+        if (from >= 12) ends.push_back(to);
+    });
+    assert((ends == std::vector<std::int64_t>{24, 18, 15, 14, 13}));
+}
+
+// Threads that come together claim every unit once, whoever is held up, and again after a reset.
+void shares_of_all() {
+    for (const int threads : {2, 3, 8})
+        for (const std::int64_t count : {1, 7, 257})
+            for (const std::int64_t sixteenths : {0, 14, 16}) {
+                Queue queue(threads);
+                for (int held = 0; held < threads; ++held) {
+                    std::vector<std::atomic<int>> claimed(static_cast<std::size_t>(count));
+                    std::vector<std::thread> all;
+                    for (int thread = 0; thread < threads; ++thread)
+                        all.emplace_back([&, thread] {
+                            queue.take_shares(count, thread, threads,
+                                              w4::ceil_div(count * sixteenths / 16, threads),
+                                              [&](std::int64_t from, std::int64_t to) {
+                                                  if (thread == held) std::this_thread::yield();
+                                                  for (; from < to; ++from) ++claimed[from];
+                                              });
+                        });
+                    for (auto& thread : all) thread.join();
+                    for (const auto& times : claimed) assert(times == 1);
+                    for (int thread = 0; thread < threads; ++thread) queue.reset(thread);
+                }
             }
 }
 
@@ -152,5 +194,6 @@ int main() {
     paths();
     forms();
     claims();
-    shares();
+    shares_of_one();
+    shares_of_all();
 }
