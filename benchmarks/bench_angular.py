@@ -169,7 +169,7 @@ def test_profile_bounds(default_model, tokens):
     source = describe("smollm2-135m", checkpoint, decoder.config, samples, tokens)
 
     def forward() -> None:
-        for batch in pad_batches(samples, 2048):
+        for batch in pad_batches(samples, 2048, decoder.config):
             cache = KVCache(decoder.config, len(batch), decoder.device, decoder.dtype, 256)
             decoder.forward(batch, cache)
 

@@ -218,7 +218,7 @@ def ours(
 @torch.no_grad()
 def importance(checkpoint: Checkpoint, samples: list[list[int]]) -> Importance:
     """The mean square of every input of every matrix, of the source as it is."""
-    config, batches = checkpoint.config, list(pad_batches(samples, 2048))
+    config, batches = checkpoint.config, list(pad_batches(samples, 2048, checkpoint.config))
     states = open_states(checkpoint, config, batches)
     count = sum(map(len, samples))
     found = []

@@ -37,6 +37,8 @@ def naming(path: Path) -> Iterator[None]:
     """Adds to what a model computes that is not finite where in its files that comes from."""
     try:
         yield
+    except GeneratorExit:  # also at the interpreter's exit, when the names below are gone
+        raise
     except NotFiniteError as error:
         name = not_finite(open_checkpoint(path))
         if name is None:
@@ -58,6 +60,19 @@ class Asked(TypedDict, total=False):
     ignore_eos: bool
     slots: Slots | None
     speculate: str | None
+
+
+class AskedOnce(Asked, total=False):
+    """Those of `generate`: of `load` too."""
+
+    drop: str | Iterable[int] | Plan | None
+    keep: str | Iterable[int] | None
+    backend: str | None
+    dtype: torch.dtype | str | None
+    device: torch.device | str | None
+    threads: int | None
+    cache_dtype: str | None
+    isa: str | None
 
 
 class Model:
@@ -153,7 +168,8 @@ class Model:
             min_p: from tokens of at least this share of the likeliest one's probability; 0: off.
             repetition_penalty: divides what favours tokens that were there already; 1: off.
             stop: text, or ids of tokens, that end it beside the model's own stop tokens.
-            seed: for the same draws again; None: from the operating system.
+            seed: for the same draws again, by a prompt's place in the batch; None: from the
+                operating system.
             ignore_eos: the model's own stop tokens do not end it.
             slots: the layers to run, as positions in the loaded model, ascending: one list for
                 all prompts, or one each; None: all.
@@ -261,7 +277,8 @@ def load(
     `drop` and `keep` are layers of the checkpoint ("20-24", "3,7,21-25", or numbers), `drop` also
     a Plan; those not kept are never read. `backend` is one of RUNTIMES: by default "cpu" on a CPU
     and "triton" on a GPU, "reference" where that has not the dtype or cannot run. `dtype` is a
-    torch dtype or its name: by default the checkpoint's 16-bit one on a GPU, float32 on a CPU.
+    torch dtype or its name: by default the checkpoint's 16-bit one on a GPU, and on a CPU float32
+    but for what the backend "cpu" rounds, see below.
 
     The backends "triton" and "cuda" (our CUDA kernels where there are any, Triton's for the rest)
     take weights as they are stored, and so does "cpu". What it multiplies by quantized ones it
@@ -270,7 +287,8 @@ def load(
     instructions here, or another of `engine doctor`'s: of "amx", "avx512", "avxvnni", "avx2",
     "i8mm", "dotprod", "neon" and "generic") are for it alone.
 
-    Raises `InputError` with one sentence for whatever the caller can mend.
+    Raises `InputError` with one sentence for whatever the caller can mend, `BackendUnavailable`
+    (also one) for a backend that cannot run here.
     """
     device = choose_device(device)
     backend = choose_backend(backend, device, dtype)
@@ -309,6 +327,18 @@ def load(
     return Model(path, oracle)
 
 
+@overload
+def generate(prompt: Prompt, ref: str | Path = ..., **options: Unpack[AskedOnce]) -> Generation: ...
+@overload
+def generate(
+    prompt: list[str] | list[list[int]] | list[list[dict]],
+    ref: str | Path = ...,
+    **options: Unpack[AskedOnce],
+) -> list[Generation]: ...
+@overload
+def generate(
+    prompt: Any, ref: str | Path = ..., **options: Unpack[AskedOnce]
+) -> Generation | list[Generation]: ...
 def generate(
     prompt: Any,
     ref: str | Path = "smollm2-135m",

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from operator import index
 from typing import Any, SupportsIndex
 
@@ -29,23 +30,27 @@ class Sampling:
 
     def __post_init__(self) -> None:
         # Both ranges keep float32 logits finite and are wider than any use.
-        _check(
-            "repetition_penalty",
-            self.repetition_penalty,
-            "a number from 0.001 to 1000",
-            lambda v: 1e-3 <= v <= 1e3,
-        )
-        _check(
-            "temperature",
-            self.temperature,
-            "0 (greedy) or a number from 1e-6 to 1e6",
-            lambda v: v == 0 or 1e-6 <= v <= 1e6,
-        )
-        _check("top_k", self.top_k, "a whole number of at least 0", lambda v: v >= 0, int)
-        _check("top_p", self.top_p, "a number from 0 to 1", lambda v: 0 <= v <= 1)
-        _check("min_p", self.min_p, "a number from 0 to 1", lambda v: 0 <= v <= 1)
+        expected = "a number from 0.001 to 1000"
+        self._check("repetition_penalty", expected, lambda v: 1e-3 <= v <= 1e3)
+        expected = "0 (greedy) or a number from 1e-6 to 1e6"
+        self._check("temperature", expected, lambda v: v == 0 or 1e-6 <= v <= 1e6)
+        self._check("top_k", "a whole number of at least 0", lambda v: v >= 0, int)
+        self._check("top_p", "a number from 0 to 1", lambda v: 0 <= v <= 1)
+        self._check("min_p", "a number from 0 to 1", lambda v: 0 <= v <= 1)
         if self.seed is not None:
-            _check("seed", self.seed, "a whole number", lambda v: True, int)
+            self._check("seed", "a whole number", lambda v: True, int)
+
+    def _check(
+        self, name: str, expected: str, holds: Callable[[Any], bool], kind: type = float
+    ) -> None:
+        """Raises `InputError` unless the value is a finite number of the kind and within the range;
+        an array library's becomes Python's own."""
+        value = getattr(self, name)
+        numeric = isinstance(value, Integral if kind is int else Real) and type(value) is not bool
+        if not (numeric and _is_finite(value, kind) and holds(value)):
+            raise InputError(f"{name} must be {expected}, not {value!r}")
+        if type(value) not in (int, float):
+            object.__setattr__(self, name, kind(value))
 
     @property
     def is_greedy(self) -> bool:
@@ -66,8 +71,7 @@ class Options(Sampling):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "stop", self.stops)
-        if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int):
-            raise InputError(f"max_new_tokens must be a whole number, not {self.max_new_tokens!r}")
+        self._check("max_new_tokens", "a whole number", lambda v: True, int)
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if self.speculate not in (None, *DRAFTS):
@@ -94,16 +98,7 @@ def _stop(item: Any) -> str | int:
     return index(item)
 
 
-def _check(
-    name: str, value: Any, expected: str, holds: Callable[[Any], bool], kind: type = float
-) -> None:
-    """Raises `InputError` unless `value` is a finite number of the kind and within the range."""
-    numeric = isinstance(value, int if kind is int else (int, float)) and type(value) is not bool
-    if not (numeric and _is_finite(value, kind) and holds(value)):
-        raise InputError(f"{name} must be {expected}, not {value!r}")
-
-
-def _is_finite(value: int | float, kind: type) -> bool:
+def _is_finite(value: Any, kind: type) -> bool:
     """Also of whole numbers beyond what a float holds, which are no floats."""
     try:
         return kind is int or math.isfinite(value)

@@ -2,6 +2,7 @@
 
 import math
 import random
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -10,6 +11,8 @@ import torch
 from engine.errors import NotFiniteError
 from engine.options import Sampling
 
+_lock = threading.Lock()
+_inside, _threads = 0, 1  # calls in one_thread(), and what torch has outside of them
 NOT_FINITE = "the model produced logits that are not finite numbers"
 
 
@@ -48,12 +51,19 @@ def sample(
 def one_thread() -> Iterator[None]:
     """Keeps torch's threads asleep: once they shared an operation they spin for milliseconds, on
     the cores that the next step needs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    global _inside, _threads
+    # A caller's thread that is new while another is inside finds 1, and would give that back.
+    with _lock:
+        if _inside == 0:
+            _threads = torch.get_num_threads()
+        _inside += 1
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        with _lock:
+            _inside -= 1
+            torch.set_num_threads(_threads)
 
 
 def likeliest(logits: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from engine.errors import InputError
 from engine.kernels import native
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ OPS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-class BackendUnavailable(RuntimeError):
+class BackendUnavailable(InputError, RuntimeError):
     """A backend that was asked for by name cannot run here; the message says why."""
 
 

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from engine.pruning.budget import Budget
 
 LLAMA = "llama-2-70b"
-_UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+CONTEXT = 4096
+_UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 # Section 1 of arXiv 2403.17887: 140 GB and 3e10 FLOPs a token become 17.5 GB and 1.5e10.
 _PAPER = {"before_gb": 140.0, "after_gb": 17.5, "before_flops": 3e10, "after_flops": 1.5e10}
 
@@ -33,7 +35,9 @@ def budget(
     minimum: Annotated[
         bool, typer.Option("--minimum", help="Groups carry a minimum beside the scale.")
     ] = False,
-    context: Annotated[int, typer.Option(help="Positions in the KV cache.")] = 4096,
+    context: Annotated[
+        int | None, typer.Option(help="Positions in the KV cache; if not given, up to 4096.")
+    ] = None,
     bandwidth: Annotated[
         float | None, typer.Option(metavar="GB/S", help="Of memory: the tok/s that it allows.")
     ] = None,
@@ -58,7 +62,8 @@ def budget(
     storage = Storage.of(bits, group, "minimum" if minimum else "symmetric", head, v)
     kept = kept_config(config, plan, drop, keep, model)
     file = None if sizes is None else file_bytes(config, sizes)
-    found = compute(model, config, kept, storage, context, file)
+    positions = min(CONTEXT, config.max_context) if context is None else context
+    found = compute(model, config, kept, storage, positions, file)
     show(found, bandwidth)
     if paper:
         show_paper(found)

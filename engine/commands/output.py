@@ -115,10 +115,6 @@ def execute(app: Callable[..., Any]) -> None:
     except MemoryError:
         refuse("there is not enough memory for this: a smaller batch or context needs less")
     except RuntimeError as error:
-        from engine.kernels.dispatch import BackendUnavailable
-
-        if isinstance(error, BackendUnavailable):
-            refuse(error)
         from engine.runtime.gpu_cache import lacks_memory, out_of_memory
 
         if not lacks_memory(error):

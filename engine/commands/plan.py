@@ -49,7 +49,9 @@ def plan(
     ] = 8,
     metric: Annotated[str, typer.Option(help="'kl' to the unpruned model, or 'loss'.")] = "kl",
     seed: Annotated[int, typer.Option(help="Of search.")] = 0,
-    evaluations: Annotated[int | None, typer.Option(min=1, help="Of search.")] = 200,
+    evaluations: Annotated[
+        int | None, typer.Option(min=1, help="Of search; 200 where no --seconds is given.")
+    ] = None,
     seconds: Annotated[float | None, typer.Option(min=0, help="Of search.")] = None,
     backend: Annotated[
         str | None, typer.Option(help="That greedy and search run on; the best if not given.")
@@ -107,7 +109,8 @@ def plan(
             scores = Scores(found, options, protected, out.with_name(out.name + ".partial"))
             place, text_hash, choice = scores.place, scores.text_hash, scores.greedy(wanted)
             if rule == "search":
-                choice = scores.search(choice, seed, evaluations, seconds)
+                most = 200 if evaluations is None and seconds is None else evaluations
+                choice = scores.search(choice, seed, most, seconds)
     if caught := [found.layers[slot] for slot in choice.drop if slot in protected]:
         raise InputError(f"rule {rule}: drops {format_layers(caught)}, which --protect keeps")
     made = rules.plan_from(found, choice, rule, protected, text_hash)

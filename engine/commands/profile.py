@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engine.commands import common, output
-from engine.errors import InputError
+from engine.errors import InputError, NotFiniteError
 
 if TYPE_CHECKING:
     from engine.artifacts import Profile
@@ -96,8 +96,16 @@ def profile(
             raise InputError("profile: a part has no --report; give it to --merge")
         sampling = {"count": samples, "column": column, "split": split, "bos": bos}
         chosen = {"drop": drop, "keep": keep}
-        part = run(paths[0], out, part_of, text, length, tokens, stream, threads, sampling, chosen)
-        found = finish(part, out)
+        try:
+            part = run(
+                paths[0], out, part_of, text, length, tokens, stream, threads, sampling, chosen
+            )
+            found = finish(part, out)
+        except NotFiniteError:  # as it would be again
+            from engine.scratch import Scratch
+
+            Scratch.held(_work(out)).remove()
+            raise
     for artefact in found:
         if isinstance(artefact, Profile):
             show_profile(artefact)

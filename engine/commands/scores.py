@@ -156,15 +156,12 @@ def read_windows(
 
     check_column([asked.text], asked.column)
     size = min(WINDOW, config.max_context)
-    read = partial(read_samples, asked.text, text, size, column=asked.column, bos=False)
-    samples, _ = read(count=asked.windows)
-    whole = [sample for sample in samples if len(sample) == size]
-    if not whole:
-        raise InputError(f"{asked.text}: expected samples of {size} tokens, found shorter ones")
+    read = partial(read_samples, asked.text, text, size, column=asked.column, full=True)
+    whole, _ = read(count=asked.windows)
     if not asked.patch:
         return whole, []
     samples, _ = read(most=asked.windows + PATCHED)
-    others = [sample for sample in samples if sample not in whole and len(sample) == size] or whole
+    others = [sample for sample in samples if sample not in whole] or whole
     import torch
 
     return whole, [torch.tensor([sample]) for sample in others]

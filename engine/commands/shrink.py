@@ -99,12 +99,16 @@ def shrink(
     prompts: Annotated[int, typer.Option(min=0, help="To generate from when it is judged.")] = 200,
     seed: Annotated[int, typer.Option(help="Of the order of the text.")] = 0,
     threads: common.Threads = None,
+    context: typer.Context = None,  # type: ignore[assignment]  # none from another command
 ) -> None:
     """Fewer layers, healed, in few bits, and judged; a killed run goes on where it was."""
     from engine.artifacts import read_raw
 
     if written is None:
         written = 0 if text else WRITTEN
+    drop = drop.strip()
+    if not drop.isdecimal():
+        output.leave_out(context, ("rule",), f"chooses no layers, --drop {drop} names them")
     asked = Asked(
         model, drop, bits, tuple(text or ()), minutes, steps, written, own, rule, windows, window,
         tuple(judge_text or ()), choices, prompts, seed, threads,

@@ -120,7 +120,8 @@ def log_likelihoods(
     whole = runtime.config.whole_prefill
     longest = max(len(ids) + whole * len(q.context) for q in questions for ids in q.choices)
     room = LOGITS_BYTES // (4 * runtime.config.vocab_size * longest)
-    size = at_once(min(most, max(1, room)), runtime)
+    # One alone where rotations depend on the longest of a batch.
+    size = 1 if whole else at_once(min(most, max(1, room)), runtime)
     for start in range(0, len(questions), size):
         yield from _batch(runtime, questions[start : start + size])
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from engine.architecture.layers import format_layers
 from engine.artifacts import HEAL, RECORDS, HealRecord, Plan
 from engine.checkpoint import Checkpoint, open_checkpoint
+from engine.checkpoint.adapter import CONFIG as ADAPTER
 from engine.checkpoint.gguf import GgufCheckpoint
 from engine.checkpoint.weights import describe, layer_weights
 from engine.errors import InputError
@@ -48,9 +49,21 @@ def gather(
 ) -> Made:
     """Reads what lies in the directory, or the GGUF, and what is given besides.
 
-    InputError for a record of another model, and where the licence of the source is not known.
+    InputError for records of other texts than each other's, for a last one of another number of
+    layers, and where the licence of the source is not known.
     """
+    if (path / ADAPTER).is_file():
+        raise InputError(
+            f"{path}: an adapter, whose base the hub would not hold beside it; push the model that "
+            "`engine heal` writes without --adapter"
+        )
     checkpoint = open_checkpoint(path)
+    for judged in records:
+        if _windows(judged) != _windows(records[0]):
+            raise InputError(
+                f"{judged.model}: its record is of other texts or windows than "
+                f"{records[0].model}'s; they do not compare"
+            )
     planned = plan or (path / PLAN if (path / PLAN).is_file() else None)
     found = Plan.load(planned) if planned is not None else None
     healed, learnt = path / RECORDS / HEAL, path / HEAL  # of `engine shrink` both
@@ -133,8 +146,13 @@ def _judged(records: Sequence[Judgement]) -> list[str]:
         f"{record.perplexity:.2f} |"
         for record in records
     ]
-    texts = ", ".join(records[-1].texts)
-    return [*rows, "", f"Perplexity on {texts}; the geometric mean of several texts.", ""]
+    texts = list(records[-1].texts)
+    mean = "; the geometric mean of these texts" if len(texts) > 1 else ""
+    return [*rows, "", f"Perplexity on {', '.join(texts)}{mean}.", ""]
+
+
+def _windows(record: Judgement) -> list[str]:
+    return [each.text_hash for each in record.texts.values()]
 
 
 def _licence(checkpoint: Checkpoint) -> str | None:

@@ -1,10 +1,11 @@
 """What a model costs: parameters, bytes and FLOPs, from its config alone, before and after.
 
-Counts are exact for the shapes. FLOPs count a multiply and an add as two. GB is 1e9 bytes.
+Counts are exact for the shapes, bytes those of a packed directory but for a codebook's 64 a matrix.
+FLOPs count a multiply and an add as two. GB is 1e9 bytes.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
@@ -82,10 +83,10 @@ class Storage:
         return cls(bits, group, 16 if head is None else head, scale_bits, v or 0)
 
     def __post_init__(self) -> None:
-        for name in ("bits", "head_bits", "v_bits"):
+        for name, said in (("bits", "bits"), ("head_bits", "head"), ("v_bits", "v")):
             found = getattr(self, name)
             if found not in (4, 8, 16) and (name, found) != ("v_bits", 0):
-                raise InputError(f"{name}: expected 4, 8 or 16, found {found}")
+                raise InputError(f"{said}: expected 4, 8 or 16, found {found}")
         if self.group < 0:
             raise InputError(f"group: expected 0 (a row) or more, found {self.group}")
 
@@ -165,10 +166,9 @@ def cost(config: ModelConfig, storage: Storage = Storage(), context: int = 4096)
         nonlocal flops, read
         size = math.prod(shape)
         matrix = len(shape) == 2
-        grouped = matrix and bits < 16
-        groups = shape[0] * -(-shape[1] // (storage.group or shape[1])) if grouped else 0
-        stored = -(-size * (bits if matrix else 16) // 8)
-        scales = groups * storage.scale_bits // 8
+        stored, scales = 2 * size, 0
+        if matrix and bits < 16:
+            stored, scales = packed_bytes(shape, bits, storage.group, storage.scale_bits)
         parameters[part] += size
         codes[part] += stored
         codes["scales"] += scales
@@ -256,6 +256,15 @@ def budget(
     )
 
 
+def packed_bytes(shape: Sequence[int], bits: int, group: int, scale_bits: int) -> tuple[int, int]:
+    """Those of (codes, scales) of a matrix (N, K) in a packed directory: tiles of 16 rows and whole
+    blocks of 32 columns, and of each tile whole lines of scales (csrc/cpu/w4_layout.cpp)."""
+    tiles, columns = -(-shape[0] // 16), -(-shape[1] // 32) * 32
+    groups = -(-columns // group) if group else 1
+    lines = -(-16 * groups * scale_bits // (8 * 64))
+    return tiles * 16 * columns * bits // 8, tiles * lines * 64
+
+
 def smallest_drop(config: ModelConfig, storage: Storage, target_bytes: int) -> int:
     """The fewest layers to drop so that the weights fit; InputError when one layer does not."""
     layers = [entry.layer for entry in config.layers]
@@ -265,8 +274,8 @@ def smallest_drop(config: ModelConfig, storage: Storage, target_bytes: int) -> i
             return count
     least = cost(config.keep(layers[:1]), storage, 1).total_weight_bytes
     raise InputError(
-        f"target-memory: one layer alone takes {least / 1e9:.3f} GB, more than "
-        f"{target_bytes / 1e9:.3f} GB; store fewer bits"
+        f"target-memory: one layer alone takes {least:,} bytes, more than {target_bytes:,}; "
+        "store fewer bits"
     )
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from engine.architecture.layers import format_layers
 from engine.artifacts import Plan, Profile
 from engine.errors import InputError
 
@@ -57,9 +58,11 @@ def similarity(profile: Profile, count: int, protect: frozenset[int] = frozenset
     best = profile.best(count)
     note = ""
     if profile.distance(best, count) < profile.distance(start, count):
+        layers = profile.layers[best : best + count]
+        together = layers[-1] - layers[0] == count - 1
+        block = f"{layers[0]}-{layers[-1]}" if together else format_layers(layers)
         note = (
-            f"protection overrode the block {profile.layers[best]}-"
-            f"{profile.layers[best + count - 1]} of smallest distance "
+            f"protection overrode the block {block} of smallest distance "
             f"{profile.distance(best, count):.6f}"
         )
     return Choice(tuple(range(start, start + count)), profile.distance(start, count), note)
@@ -75,9 +78,13 @@ def influence(profile: Profile, count: int, protect: frozenset[int] = frozenset(
     """The layers of smallest block influence, contiguous or not (ShortGPT, 2403.03853)."""
     total = len(profile.layers)
     check_count(total, count, protect)
-    free = sorted(set(range(total)) - protect, key=lambda layer: (profile.influence[layer], layer))
-    chosen = sorted(free[:count])
-    return Choice(tuple(chosen), sum(profile.influence[layer] for layer in chosen))
+    order = sorted(range(total), key=lambda layer: (profile.influence[layer], layer))
+    chosen = sorted([layer for layer in order if layer not in protect][:count])
+    note = ""
+    if chosen != (least := sorted(order[:count])):
+        layers = format_layers([profile.layers[slot] for slot in least])
+        note = f"protection overrode the layers {layers} of smallest influence"
+    return Choice(tuple(chosen), sum(profile.influence[layer] for layer in chosen), note)
 
 
 def manual(slots: Sequence[int], total: int) -> Choice:

@@ -143,7 +143,7 @@ def measure(
     sums = AngularAccumulator.from_state(part.state, backend)
     saved = time.monotonic()
     every = source.tokens == "all"
-    for tokens in pad_batches(mine[part.done :], batch_tokens):
+    for tokens in pad_batches(mine[part.done :], batch_tokens, decoder.config):
         chosen = wanted(tokens, source)
         taken: list[torch.Tensor] = []
 
@@ -191,7 +191,7 @@ def measure_streamed(
         widest = max(config.ffn_size, config.heads * config.head_dim)
         batch_tokens = max(1, ACTIVATION_BYTES // (4 * widest * dtype.itemsize))
     mine = own_samples(samples, source.shard)
-    batches = list(pad_batches(mine, batch_tokens))
+    batches = list(pad_batches(mine, batch_tokens, config))
     chosen = [wanted(tokens, source) for tokens in batches]
     counts = [int(mask.sum()) for mask in chosen]
     boundaries, total = len(config.layers) + 1, sum(counts)
@@ -240,7 +240,9 @@ def merge(parts: Sequence[ProfilePart]) -> Profile:
     source = parts[0].source
     sums = AngularAccumulator()
     for part in parts:
-        if replace(part.source, shard=source.shard) != source:
+        # A model lies elsewhere on other machines; its copies in other bits have other names.
+        named = source.model if Path(part.source.model).name == Path(source.model).name else ""
+        if replace(part.source, shard=source.shard, model=named or part.source.model) != source:
             raise InputError("merge: the parts come from different models, texts or settings")
         sums.merge(AngularAccumulator.from_state(part.state))
     count = source.shard[1]

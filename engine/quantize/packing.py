@@ -60,7 +60,7 @@ def pack(
         plan.save(partial / PLAN)
     count = len(config.layers) + 1
     files = [partial / directory.shard_name(index, count) for index in range(count)]
-    states, batches = None, list(pad_batches(samples, batch_tokens))
+    states, batches = None, list(pad_batches(samples, batch_tokens, config))
     work = partial / "work"
     if recipe.method == "gptq" and not all(file.exists() for file in files[:-1]):
         work.mkdir(exist_ok=True)

@@ -195,12 +195,18 @@ def step(
     return run_layer(config, entry, weights, x, Angles(alone, positions), cache, 0, rows)
 
 
-def pad_batches(samples: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[torch.Tensor]:
-    """Consecutive samples as (B, T) int64, left-padded with -1, at most `batch_tokens` each."""
+def pad_batches(
+    samples: Sequence[Sequence[int]], batch_tokens: int, config: ModelConfig
+) -> Iterator[torch.Tensor]:
+    """Consecutive samples as (B, T) int64, left-padded with -1, at most `batch_tokens` each.
+
+    Of one length where rotations depend on the longest of a batch: a sample's states are its own.
+    """
     batch: list[Sequence[int]] = []
     for sample in samples:
         longest = max(len(sample), *(len(other) for other in batch), 1)
-        if batch and longest * (len(batch) + 1) > batch_tokens:
+        unlike = config.whole_prefill and bool(batch) and len(sample) != len(batch[0])
+        if batch and (unlike or longest * (len(batch) + 1) > batch_tokens):
             yield _pad(batch)
             batch = []
         batch.append(sample)

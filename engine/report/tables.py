@@ -20,7 +20,7 @@ def best_blocks(profile: Profile) -> Iterator[tuple[str, str, str, str]]:
             str(count),
             format_layers(profile.layers[start : start + count]),
             f"{profile.distance(start, count):.6f}",
-            f"{profile.standard_errors[count - 1][start]:.6f}",
+            f"{profile.standard_errors[count - 1][start]:.6f}" if profile.vectors > 1 else "-",
         )
 
 

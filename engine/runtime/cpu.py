@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import islice
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -85,13 +86,14 @@ class CpuRuntime:
         by default, else one of `isas()`.
         """
         threads = torch.get_num_threads() if threads is None else threads
-        if type(threads) is not int or threads < 1:
+        if isinstance(threads, bool) or not isinstance(threads, Integral) or threads < 1:
             raise InputError(f"threads: expected a whole number, at least 1, found {threads!r}")
         if threads > (most := native.load("cpu").pool_threads()):
             warnings.warn(
                 f"threads: {threads} asked for, but the process may use {most} CPUs", stacklevel=2
             )
             threads = most
+        threads = int(threads)
         _check_choice("mode", mode, MODES)
         _check_choice("cache dtype", cache_dtype, CACHE_DTYPES)
         if isa is None:

@@ -23,6 +23,7 @@ def read_samples(
     column: str = COLUMN,
     split: str = SPLIT,
     bos: bool | None = None,
+    full: bool = False,
     built_in: Callable[[], str] = default_text,
 ) -> tuple[list[list[int]], bool]:
     """(samples of at most `length` tokens, do they begin with BOS?).
@@ -32,8 +33,11 @@ def read_samples(
     "hub:NAME", a dataset of the Hugging Face hub (the extra `heal` brings `datasets`), likewise;
     None, the `built_in` text. `bos` puts BOS first; by default where the tokenizer has the habit.
     `count` takes so many, `most` no more: of rows the first, of running text ones spread evenly
-    over it. InputError when there is nothing, or less than `count`.
+    over it; `full` passes over rows that are shorter. InputError when there is nothing, or less
+    than `count`.
     """
+    if source == "":
+        raise InputError("text: expected a file, a directory or hub:NAME, found an empty name")
     if length < 1:
         raise InputError(f"length: expected at least 1 token, found {length}")
     if count is not None and count < 1:
@@ -48,10 +52,13 @@ def read_samples(
     pieces = [built_in()] if source is None else _pieces(source, column, split)
     for piece in pieces:
         ids = text.encode(piece, add_special=False)
-        starts = range(0, len(ids) - room + 1, room) if whole else range(min(len(ids), 1))
+        least = room if full else 1
+        starts = range(0, len(ids) - room + 1, room) if whole else range(len(ids) >= least)
         samples += [prefix + ids[start : start + room] for start in starts]
         if wanted is not None and len(samples) >= wanted and not whole:
             break
+    if not samples and not whole and not full:
+        raise InputError(f"{where}: holds no text")
     if not samples:
         raise InputError(f"{where}: too short for one sample of {length} tokens")
     if count is not None and len(samples) < count:
@@ -96,7 +103,7 @@ def check_column(sources: Iterable[str | None], column: str, split: str = SPLIT)
 
 def source_files(source: str | None) -> list[Path]:
     """What a source is read from; nothing of the hub and of the built-in text."""
-    if source is None or source.startswith("hub:"):
+    if not source or source.startswith("hub:"):
         return []
     path = Path(source)
     if not path.is_dir():

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from engine.kernels import native
+from engine.kernels.dispatch import BackendUnavailable
 from engine.kernels.w4.format import (
     IQ4_NL,
     SHARED,
@@ -202,4 +203,6 @@ def expected_parts(
 
 def tile_bytes(spec: Spec, k: int, gguf: str | None = None) -> int:
     """Of 16 rows of K weights: a multiple of 64."""
+    if (reason := native.error("cpu")) is not None:
+        raise BackendUnavailable(f"packed weights need engine._cpu, which does not load: {reason}")
     return native.load("cpu").tile_bytes(k=k, **tiled_fields(spec, gguf))

@@ -129,3 +129,18 @@ def test_the_card_alone(source, tmp_path):
 def test_a_licence_is_one_word(licence, model):
     refused("license: expected one word, like apache-2.0, found", "push", model, REPO, "--card",
             "--license", licence)  # fmt: skip
+
+
+def test_an_adapter_whose_base_would_not_be_beside_it(model):
+    (model / "adapter_config.json").write_text("{}")
+    refused("packed: an adapter, whose base the hub would not hold", "push", model, REPO, "--card",
+            "--license", "mit")  # fmt: skip
+
+
+def test_records_of_other_texts_do_not_share_a_table(model, tmp_path):
+    whole, other = (
+        judged(tmp_path / f"{name}.json", kept, 3.0) for name, kept in (("a", 4), ("b", 3))
+    )
+    other.write_text(other.read_text().replace('"text_hash": "x"', '"text_hash": "y"'))
+    refused("b: its record is of other texts or windows than a's", "push", model, REPO, "--card",
+            "--license", "mit", "--record", whole, "--record", other)  # fmt: skip

@@ -3,6 +3,8 @@
 import json
 import os
 import secrets
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from support.commands import call, refused
 
 from engine.artifacts import Plan
 from engine.checkpoint import open_checkpoint
-from engine.commands.scores import SCORES
+from engine.commands.scores import SCORES, Asked, read_windows
+from engine.errors import InputError
 from engine.healing.patch import patch
 from engine.healing.replaced import Replaced
 from engine.kernels import native
@@ -205,3 +208,36 @@ def test_what_cannot_be_patched_is_refused(tree, tmp_path):
     )
     refused("backend: expected one of", *arguments(tree, tmp_path / "x", "--backend", "gpu"))
     assert not list(tmp_path.iterdir())
+
+
+def test_windows_are_the_first_rows_that_are_long_enough_and_begin_as_the_tokenizer_does(tree, rng):
+    text, size = load_text(tree / "llama"), 64
+    numbers = torch.randint(3, tiny.VOCAB, (9, size), generator=rng).tolist()
+    rows = [
+        " ".join(map(str, row[: size if at in (0, 6, 8) else 5])) for at, row in enumerate(numbers)
+    ]
+    path = tree / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    config = open_checkpoint(tree / "llama").config
+    asked = Asked("llama", str(path), windows=3)
+    assert read_windows(asked, config, text) == ([numbers[0], numbers[6], numbers[8]], [])
+    with pytest.raises(InputError, match="expected 4 samples of 64, found 3"):
+        read_windows(replace(asked, windows=4), config, text)
+
+    habit = tree / "habit"
+    shutil.copytree(tree / "llama", habit)
+    raw = json.loads((habit / "tokenizer.json").read_text())
+    raw["model"]["vocab"]["<s>"] = raw["model"]["vocab"].pop("1")
+    first, piece = (
+        {"SpecialToken": {"id": "<s>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    )
+    named = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
+    raw["post_processor"] = {
+        "type": "TemplateProcessing", "single": [first, piece], "pair": [first, piece],
+        "special_tokens": named,
+    }  # fmt: skip
+    (habit / "tokenizer.json").write_text(json.dumps(raw))
+    (habit / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    windows, _ = read_windows(replace(asked, windows=3), config, load_text(habit))
+    assert windows == [[1, *numbers[at][: size - 1]] for at in (0, 6, 8)]

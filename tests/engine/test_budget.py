@@ -12,6 +12,8 @@ from engine.checkpoint import open_checkpoint
 from engine.commands.budget import parse_bytes, read_model
 from engine.errors import InputError
 from engine.export.hf import prune
+from engine.kernels import native
+from engine.kernels.w4.format import GROUPS, Spec
 from engine.pruning.budget import (
     MODELS,
     Budget,
@@ -20,6 +22,7 @@ from engine.pruning.budget import (
     built_in,
     cost,
     file_bytes,
+    packed_bytes,
     smallest_drop,
 )
 from engine.quantize.packing import pack
@@ -188,3 +191,15 @@ def test_a_packed_file_is_smaller_than_16_bits(tmp_path):
     older = found.to_json()
     del older["file"]
     assert Budget.from_json(older, "here").file is None
+
+
+@pytest.mark.skipif(native.error("cpu") is not None, reason="engine._cpu does not load")
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_matrices_take_the_bytes_of_their_tiles(bits, group):
+    from engine.kernels.w4.tiled import tile_bytes
+
+    for scheme, scale_bits in (("symmetric", 16), ("minimum", 32)):
+        for n, k in ((1, 1), (16, 32), (17, 33), (48, 80), (576, 576), (1536, 576), (100, 8960)):
+            taken = sum(packed_bytes((n, k), bits, group, scale_bits))
+            assert taken == -(-n // 16) * tile_bytes(Spec(bits, group, scheme), k), (n, k, scheme)

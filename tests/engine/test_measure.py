@@ -17,7 +17,8 @@ from engine.pruning.profile import ProfilePart, measure, measure_streamed, merge
 from engine.text.samples import read_samples
 
 
-@pytest.fixture(params=["llama", "gemma3", "phi2", "olmo2"])
+# LongRoPE: the last sample is past its switch, and the others are not.
+@pytest.fixture(params=["llama", "gemma3", "phi2", "olmo2", "phi3-longrope"])
 def case(request, tmp_path):
     seed = secrets.randbits(32)
     print(f"seed {seed}")
@@ -211,6 +212,8 @@ def test_sources_of_text(tmp_path, default_model):
         ("rows.jsonl", '{"text": 3}', {}, "found a column that is not text"),
         ("rows.jsonl", "{", {}, "line 1: not valid JSON"),
         ("absent.txt", None, {}, "expected a text file"),
+        ("rows.jsonl", '{"text": ""}', {}, "rows.jsonl: holds no text"),
+        ("rows.jsonl", '{"text": "few"}', {"full": True}, "too short for one sample of 16"),
         ("text.txt", "word " * 50, {"length": 0}, "length: expected at least 1"),
         ("text.txt", "word " * 50, {"count": 0}, "samples: expected at least 1"),
         ("text.txt", "word " * 50, {"count": 9}, "expected 9 samples of 16, found 3"),

@@ -1,16 +1,26 @@
 """The sampler against transformers' processors, and what must hold for any logits."""
 
 import math
+import threading
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import InputError
-from engine.options import Sampling
-from engine.sample import beyond_top_p, draw, filter_logits, make_generators, penalise, sample
+from engine.options import Options, Sampling
+from engine.sample import (
+    beyond_top_p,
+    draw,
+    filter_logits,
+    make_generators,
+    one_thread,
+    penalise,
+    sample,
+)
 
 finite = st.floats(-20, 20, width=32)
 
@@ -212,3 +222,48 @@ def test_values_out_of_range(option, values):
         with pytest.raises(InputError, match=option) as error:
             Sampling(**{option: value})
         assert repr(value) in str(error.value)
+
+
+def test_threads_of_a_caller_leave_torch_as_it_was():
+    """One that is new while another is inside finds one thread, and must not give that back."""
+    before, found = torch.get_num_threads(), []
+    inside, leave = threading.Event(), threading.Event()
+
+    def stays():
+        with one_thread():
+            inside.set()
+            leave.wait(30)
+        found.append(torch.get_num_threads())
+
+    def comes_and_goes():
+        with one_thread():
+            assert torch.get_num_threads() == 1
+        found.append(torch.get_num_threads())
+
+    torch.set_num_threads(3)
+    try:
+        first, second = threading.Thread(target=stays), threading.Thread(target=comes_and_goes)
+        first.start()
+        assert inside.wait(30)
+        second.start()
+        second.join()
+        leave.set()
+        first.join()
+        assert found == [3, 3] and torch.get_num_threads() == 3
+        later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert found[2] == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_numbers_of_an_array_library_are_numbers():
+    options = Options(
+        temperature=np.float32(0.5), top_k=np.int64(3), seed=np.uint8(7), max_new_tokens=np.int32(2)
+    )
+    assert options == Options(temperature=0.5, top_k=3, seed=7, max_new_tokens=2)
+    assert {type(value) for value in (options.top_k, options.seed, options.max_new_tokens)} == {int}
+    for wrong in (True, 2.0, np.float64(2), "2", None):
+        with pytest.raises(InputError, match="max_new_tokens must be a whole number"):
+            Options(max_new_tokens=wrong)
