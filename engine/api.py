@@ -287,8 +287,8 @@ def load(
     instructions here, or another of `engine doctor`'s: of "amx", "avx512", "avxvnni", "avx2",
     "i8mm", "dotprod", "neon" and "generic") are for it alone.
 
-    Raises `InputError` with one sentence for whatever the caller can mend, `BackendUnavailable`
-    (also one) for a backend that cannot run here.
+    Raises `InputError` with one sentence for whatever the caller can mend, and a RuntimeError,
+    `engine.kernels.dispatch.BackendUnavailable`, for a backend that cannot run here.
     """
     device = choose_device(device)
     backend = choose_backend(backend, device, dtype)

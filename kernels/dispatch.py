@@ -3,7 +3,6 @@
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from engine.errors import InputError
 from engine.kernels import native
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ OPS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-class BackendUnavailable(InputError, RuntimeError):
+class BackendUnavailable(RuntimeError):
     """A backend that was asked for by name cannot run here; the message says why."""
 
 

@@ -1,13 +1,16 @@
 """Files as memory: whole-file mappings, views of them as tensors, and JSON with clear errors."""
 
+import errno
 import json
 import math
 import mmap
+import os
+import stat
 import sys
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from engine.errors import InputError
 
@@ -15,6 +18,16 @@ if TYPE_CHECKING:
     import torch
 
 _MAP_NORESERVE = 0x4000  # Linux; the mmap module names it only since Python 3.13
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A file for reading; OSError for a pipe or a device, which may have no end."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    file = open(path, "rb", opener=lambda name, _: os.open(name, flags))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "expected a file, found a pipe or a device", str(path))
+    return file
 
 
 def map_file(path: Path) -> mmap.mmap:
@@ -28,7 +41,7 @@ def map_file(path: Path) -> mmap.mmap:
         InputError: the file is missing, unreadable, empty or not a file.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             if sys.platform == "linux":
                 flags, prot = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
                 return mmap.mmap(file.fileno(), 0, flags=flags, prot=prot)

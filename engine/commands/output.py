@@ -96,6 +96,9 @@ def execute(app: Callable[..., Any]) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     warnings.showwarning = lambda message, *_: print(f"engine: {message}", file=sys.stderr)
     interrupt.begin()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):  # a path may hold bytes that are no UTF-8
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         code = app(standalone_mode=False)
         if sys.stdout is not None:
@@ -115,6 +118,10 @@ def execute(app: Callable[..., Any]) -> None:
     except MemoryError:
         refuse("there is not enough memory for this: a smaller batch or context needs less")
     except RuntimeError as error:
+        from engine.kernels.dispatch import BackendUnavailable
+
+        if isinstance(error, BackendUnavailable):
+            refuse(error)
         from engine.runtime.gpu_cache import lacks_memory, out_of_memory
 
         if not lacks_memory(error):

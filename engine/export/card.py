@@ -15,6 +15,7 @@ from engine.errors import InputError
 from engine.export.packed import PLAN
 from engine.judgement import Judgement
 
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*", re.ASCII)  # a licence, as metadata name it
 
 
@@ -98,12 +99,12 @@ def gather(
 def card(made: Made, repo: str) -> str:
     """README.md, with the metadata that the Hub reads in front."""
     head = ["---", f"license: {made.licence}", "pipeline_tag: text-generation"]
-    if made.source is not None and made.source.count("/") == 1 and not Path(made.source).exists():
+    if made.source is not None and _REPO.fullmatch(made.source) and not Path(made.source).exists():
         head.append(f"base_model: {made.source}")
     head += ["tags:", "- shallow", "- layer-pruning", "---", ""]
     lines = [f"# {repo.rpartition('/')[2]}", "", _summary(made), ""]
     if made.plan is not None:
-        lines += [f"The layers were chosen by the rule `{made.plan.rule}`.", ""]
+        lines += [f"The layers were chosen by the rule `{_plain(made.plan.rule)}`.", ""]
     if made.heal is not None:
         lines += [_healed(made.heal), ""]
     if made.scales is not None:
@@ -117,10 +118,10 @@ def card(made: Made, repo: str) -> str:
 def _summary(made: Made) -> str:
     stored = ", ".join(made.matrices)
     size = f"matrices as {stored}; {made.nbytes / 1e6:,.1f} MB of weights"
-    source = "The source model" if made.source is None else f"`{made.source}`"
+    source = "The source model" if made.source is None else f"`{_plain(made.source)}`"
     record = made.plan or made.heal
     if record is None or made.keep is None:  # how many the source has is not known
-        of = "" if made.source is None else f" of `{made.source}`"
+        of = "" if made.source is None else f" of {source}"
         return f"{made.layers} layers{of}, {size}."
     if len(made.keep) == record.total_layers:
         return f"{source} with all of its {made.layers} layers, {size}."
@@ -149,6 +150,11 @@ def _judged(records: Sequence[Judgement]) -> list[str]:
     texts = list(records[-1].texts)
     mean = "; the geometric mean of these texts" if len(texts) > 1 else ""
     return [*rows, "", f"Perplexity on {', '.join(texts)}{mean}.", ""]
+
+
+def _plain(text: str) -> str:
+    """Without what would end a line or a code span of Markdown."""
+    return " ".join(text.replace("`", "'").split())
 
 
 def _windows(record: Judgement) -> list[str]:

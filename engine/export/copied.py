@@ -19,7 +19,8 @@ from engine.export.packed import PLAN, cut_plan
 from engine.scratch import replacing
 
 BESIDE = ("quantize_config.json", "quant_config.json")
-_LAYER = re.compile(r"(model\.layers\.)(\d+)(\..*|$)", re.ASCII | re.DOTALL)
+_LAYER = re.compile(r"(model\.layers\.)(\d{1,6})(\..*|$)", re.ASCII | re.DOTALL)
+_REPEATS_REPEATS = re.compile(r"[*+?}|][^()]*\)[*+{]")  # (a+)+, (a|b)*
 _NUMBERED = re.compile(r"layers\\?\.\D{0,3}\d")  # a pattern that speaks of certain layers
 
 
@@ -101,6 +102,11 @@ def cut(said: Any, slots: Mapping[int, int], names: Mapping[str, str]) -> Any:
 
 
 def _pattern(value: str) -> re.Pattern[str]:
+    if len(value) > 1000 or _REPEATS_REPEATS.search(value):
+        raise InputError(
+            "quantization_config: expected a pattern behind 're:' that does not repeat a choice or "
+            f"what repeats, which may take for ever, found {value!r:.200}"
+        )
     try:
         return re.compile(value.removeprefix("re:"))
     except (re.error, RecursionError, OverflowError) as error:

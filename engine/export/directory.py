@@ -134,6 +134,10 @@ def plain(stored: Stored, dtype: torch.dtype | None, where: str) -> torch.Tensor
     return tensor.contiguous()
 
 
+# Names code of the directory, or kernels of the hub, for transformers to load.
+_CODE = ("auto_map", "attn_implementation", "_attn_implementation", "experts_implementation")
+
+
 def sliced_config(config: ModelConfig, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """The Hugging Face config of the kept layers: every per-layer list sliced, no counting rule.
 
@@ -146,7 +150,7 @@ def sliced_config(config: ModelConfig, dtype: torch.dtype | None = None) -> dict
         raise InputError(
             "num_kv_shared_layers: layers that share their keys and values cannot be cut"
         )
-    left_out = (*_RULES, "quantization_config")
+    left_out = (*_RULES, *_CODE, "quantization_config")
     raw = {key: value for key, value in config.source.items() if key not in left_out}
     for key, value in raw.items():
         if key not in ("architectures", "eos_token_id") and isinstance(value, list):

@@ -14,6 +14,7 @@ from engine.architecture.config import ModelConfig
 from engine.checkpoint.gguf import GgufCheckpoint
 from engine.checkpoint.gguf_file import GgufTensor
 from engine.checkpoint.gguf_names import ROPE_TENSORS
+from engine.errors import InputError
 from engine.export.gguf_fields import read_back, require_layers
 from engine.export.gguf_file import Place, Progress, Value, require_name, write_gguf
 
@@ -46,6 +47,13 @@ def require_cut(checkpoint: GgufCheckpoint, config: ModelConfig) -> None:
     file = checkpoint.file
     metadata = {key: field.value for key, field in _fields(checkpoint, config).items()}
     tensors = dict(_kept(checkpoint, config))
+    for name in sorted(ROPE_TENSORS & tensors.keys()):
+        kind, shape = tensors[name].type.name, tuple(tensors[name].shape)
+        if kind != "F32" or len(shape) != 1:
+            raise InputError(
+                f"{checkpoint.path}: tensor {name!r}: expected F32 of one dimension, found {kind} "
+                f"{shape}"
+            )
     vectors = {
         name: file.floats(tensors[name].offset, tensors[name].shape[0])
         for name in ROPE_TENSORS & tensors.keys()
@@ -73,7 +81,8 @@ def _fields(checkpoint: GgufCheckpoint, config: ModelConfig) -> dict[str, Value]
     found = {key: Value(metadata[key], *metadata.kind(key)) for key in metadata}
     for key, field in found.items():
         if key == f"{prefix}block_count":
-            found[key] = replace(field, value=len(kept))
+            many = isinstance(field.value, list)  # one number, repeated
+            found[key] = replace(field, value=[len(kept)] * len(field.value) if many else len(kept))
         elif key.startswith(prefix) and isinstance(field.value, list):
             if len(field.value) == config.total_layers:
                 found[key] = replace(field, value=[field.value[layer] for layer in kept])

@@ -90,7 +90,7 @@ def rewrite(
     for file in sorted(source.iterdir()):
         if file.suffix == ".safetensors":
             tensors, said = read_shard(file), SafetensorsFile(file).metadata
-            sources = {name: said[name + _SOURCE] for name in tensors}
+            sources = {name: said.get(name + _SOURCE, "") for name in tensors}
             new = {name: changed.get(name, tensor) for name, tensor in tensors.items()}
             write_shard(partial.path / file.name, new, sources)
         elif file.is_file():
@@ -119,7 +119,7 @@ def summary(shards: Sequence[Path]) -> list[Entry]:
     found: dict[tuple[str, str, bool], Entry] = {}
     for file in map(SafetensorsFile, shards):
         for name in _names(file):
-            stored, source = _stored(file, name), file.metadata[name + _SOURCE]
+            stored, source = _stored(file, name), file.metadata.get(name + _SOURCE, "")
             kind = match[1] if (match := _KIND.search(name)) else name
             in_layers = isinstance(stored, Packed) and name.startswith("model.layers.")
             key = source, describe(stored), in_layers
@@ -135,7 +135,13 @@ def summary(shards: Sequence[Path]) -> list[Entry]:
 
 
 def _names(file: SafetensorsFile) -> list[str]:
-    return sorted(key.removesuffix(_SOURCE) for key in file.metadata if key.endswith(_SOURCE))
+    """Those that `read_shard` gives: whatever the file holds, said where it comes from or not."""
+    packed = {
+        name
+        for name in file.metadata
+        if f"{name}.codes" in file.entries or f"{name}.tiles" in file.entries
+    }
+    return sorted(packed | {name for name in file.entries if name.rpartition(".")[0] not in packed})
 
 
 def _stored(file: SafetensorsFile, name: str) -> Packed | torch.Tensor:

@@ -131,7 +131,16 @@ def _load(directory: Path, dtype: torch.dtype) -> Any:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a stage prints nothing
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # a config may say what only transformers reads
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{directory / 'config.json'}: transformers does not open it: {reason:.300}"
+        ) from error
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -168,6 +168,9 @@ def open_states(
     directory: Path | None = None,
 ) -> HiddenStates:
     """Boundary 0 of every batch, or the boundary that an earlier run in `directory` had reached."""
+    for tokens in batches:
+        if (most := int(tokens.max())) >= config.vocab_size:
+            raise InputError(f"tokens: expected ids below {config.vocab_size}, found {most}")
     digest = hashlib.sha256(repr((config.layers, dtype)).encode())
     for tokens in batches:
         digest.update(tokens.numpy().tobytes())

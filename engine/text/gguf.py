@@ -221,11 +221,12 @@ def text_from_gguf(metadata: Mapping[str, Any], where: str) -> Text:
     add_bos = data.get("ggml.add_bos_token", bool, bos and "bos_token" in special)
     add_eos = data.get("ggml.add_eos_token", bool, False)
     add_ends(tokenizer, special, add_bos, add_eos, where)
+    length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     return Text(
         tokenizer,
         where,
         special,
         eos_ids=tuple(sorted(map(data.tokens.index, stops))),
         chat_template=data.get("chat_template", str),
-        max_length=metadata.get(f"{metadata.get('general.architecture')}.context_length"),
+        max_length=length if type(length) is int else None,
     )

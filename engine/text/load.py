@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from engine.checkpoint.files import open_regular
 from engine.errors import InputError
 from engine.text import spm
 from engine.text.corpus import read_text_file
@@ -53,7 +54,8 @@ def tokenizer_path(path: Path) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; empty where there is no such file."""
     try:
-        value = json.loads(path.read_bytes())
+        with open_regular(path) as file:
+            value = json.loads(file.read())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
@@ -65,6 +67,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_tokenizer(path: Path) -> Tokenizer:
     with naming(path):
+        open_regular(path).close()
         tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -126,7 +129,7 @@ def _eos_ids(path: Path, model: Mapping[str, Any]) -> set[int]:
 
 def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
     """chat_template.jinja, or the one in the config, where several have names the default."""
-    if (path / "chat_template.jinja").exists():
+    if (path / "chat_template.jinja").is_file():
         return read_text_file(path / "chat_template.jinja")
     template = _entry(config, "chat_template", (str, list), path)
     if not isinstance(template, list):

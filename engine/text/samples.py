@@ -108,7 +108,9 @@ def source_files(source: str | None) -> list[Path]:
     path = Path(source)
     if not path.is_dir():
         return [path]
-    return sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES)
+    return sorted(
+        file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file()
+    )
 
 
 def _pieces(source: str, column: str, split: str) -> Iterator[str]:

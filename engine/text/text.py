@@ -89,9 +89,10 @@ class Text:
         if self.directory is not None:
             from transformers import AutoTokenizer
 
-            made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                self.directory, local_files_only=True
-            )
+            with naming(self.where):  # else transformers asks whether to run a directory's code
+                made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                    self.directory, local_files_only=True, trust_remote_code=False
+                )
         else:
             from transformers import PreTrainedTokenizerFast
 

@@ -31,7 +31,7 @@ class Engine:
             place = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
         dtype = getattr(torch, setting.get("dtype", dtype))
         load = transformers.AutoModelForCausalLM.from_pretrained
-        loaded: Any = load(**place, dtype=dtype, local_files_only=True)
+        loaded: Any = load(**place, dtype=dtype, local_files_only=True, trust_remote_code=False)
         self._model = loaded.to(device).eval()
         keep_layers(self._model, layers)
         self._model.generation_config = transformers.GenerationConfig(
