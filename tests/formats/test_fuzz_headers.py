@@ -60,6 +60,7 @@ def gguf_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
     llama_files.write_tiny(path)
     use(path)  # imports what it needs, which is not to be counted
+    assert open_unchecked(path).names()
     data = path.read_bytes()
     return path, data, data.index(b"blk.0.ffn_down.weight") + 60
 
@@ -73,6 +74,7 @@ def safetensors_file(tmp_path_factory):
     config |= {"num_hidden_layers": 1, "intermediate_size": 16, "vocab_size": 10}
     (path.parent / "config.json").write_text(json.dumps(config))
     use(path.parent)
+    assert open_unchecked(path.parent).names()
     data = path.read_bytes()
     return path, data, 8 + int.from_bytes(data[:8], "little")
 
