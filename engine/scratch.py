@@ -96,7 +96,7 @@ def replacing(path: Path, nbytes: int | None = None) -> Iterator[Path]:
     path = Path(path)
     check_target(path)
     ours = any(path.absolute().is_relative_to(held) for held in _held)
-    scratch = None if ours else Scratch(path.with_name(f".{path.name}.partial"))
+    scratch = None if ours else Scratch(_beside(path))
     beside = path.with_name(f".{path.name}") if scratch is None else scratch.path / path.name
     try:
         with naming(path, nbytes):
@@ -157,8 +157,26 @@ def check_target(path: Path, reads: Iterable[str | Path | None] = ()) -> None:
         for place in (path, path.parent):
             if place.exists() and not os.access(place, os.W_OK):
                 raise InputError(f"{path}: expected to write {place}, found it read-only")
+        _check_beside(_beside(path))
         if path.exists() and any(_holds(os.path.expanduser(each), path) for each in reads if each):
             raise InputError(f"{path}: is read too; name another file")
+
+
+def _beside(path: Path) -> Path:
+    """Where a file is written before it is whole."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def _check_beside(place: Path) -> None:
+    """InputError where it could not be made, before the work whose result it is to hold."""
+    try:
+        os.lstat(place)  # an OSError for a name that is too long
+    except FileNotFoundError:
+        return
+    if place.is_symlink() or not place.is_dir():
+        raise InputError(_in_the_way(place))
+    if not {entry.name for entry in place.iterdir()} <= {f".{MARKER}"}:
+        _marker(place)
 
 
 def _holds(read: str, path: Path) -> bool:
@@ -211,6 +229,13 @@ def _short(path: Path) -> str:
     return text if len(text) < 300 else f"{text[:140]}...{text[-140:]}"
 
 
+def _in_the_way(path: Path) -> str:
+    return (
+        f"{path}: is in the way: expected a directory of an earlier run, found {_what(path)}; move "
+        "it away"
+    )
+
+
 def _made(path: Path) -> bool:
     """Whether it was made just now; InputError where what is there is not ours."""
     try:
@@ -221,10 +246,7 @@ def _made(path: Path) -> bool:
         raise InputError(f"{named}: there is no directory {path.parent}") from None
     except FileExistsError:
         if path.is_symlink() or not path.is_dir():
-            raise InputError(
-                f"{path}: is in the way: expected a directory of an earlier run, found "
-                f"{_what(path)}; move it away"
-            ) from None
+            raise InputError(_in_the_way(path)) from None
         names = {entry.name for entry in path.iterdir()}
         if not names <= {f".{MARKER}"}:  # else a run that was killed as it began
             _marker(path)

@@ -177,4 +177,6 @@ def _value(value: object, column: str, columns: Sequence[str], where: str) -> st
     if not isinstance(value, str):
         found = "a column that is not text" if column in columns else ", ".join(columns) or "none"
         raise InputError(f"{where}: expected a text column {column!r}, found {found}")
+    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise InputError(f"{where}: expected Unicode text, found half of a surrogate pair")
     return value

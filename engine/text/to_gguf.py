@@ -41,6 +41,10 @@ def to_gguf(text: Text, size: int) -> dict[str, Any]:
     InputError where GGUF has no name for what the tokenizer does. NFC, which it has no word for, is
     left out with a warning, as by llama.cpp's converter (Qwen): composed text is read alike.
     """
+    # First: as JSON a tokenizer is as long as its largest id.
+    most = max(text.tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
+    if most >= size:
+        raise InputError(f"{text.where}: token {most} has no row among {size} embeddings")
     described = json.loads(text.tokenizer.to_str())
     composes = (described["normalizer"] or {}).get("type") == "NFC"
     probes = [unicodedata.normalize("NFC", probe) if composes else probe for probe in PROBES]
@@ -109,8 +113,6 @@ def _vocabulary(
     unknown = text.tokenizer.token_to_id(model.get("unk_token") or "")
     if unknown is not None and not byte_level:
         types[unknown] = spm.UNKNOWN
-    if max(tokens) >= size:
-        raise InputError(f"{text.where}: token {max(tokens)} has no row among {size} embeddings")
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     fields: dict[str, Any] = {
         "tokenizer.ggml.tokens": [tokens.get(index, f"[PAD{index}]") for index in range(size)],

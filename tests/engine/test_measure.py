@@ -213,6 +213,12 @@ def test_sources_of_text(tmp_path, default_model):
         ("rows.jsonl", "{", {}, "line 1: not valid JSON"),
         ("absent.txt", None, {}, "expected a text file"),
         ("rows.jsonl", '{"text": ""}', {}, "rows.jsonl: holds no text"),
+        (
+            "rows.jsonl",
+            '{"text": "a \\ud800"}',
+            {},
+            "rows.jsonl:1: expected Unicode text, found half",
+        ),
         ("rows.jsonl", '{"text": "few"}', {"full": True}, "too short for one sample of 16"),
         ("text.txt", "word " * 50, {"length": 0}, "length: expected at least 1"),
         ("text.txt", "word " * 50, {"count": 0}, "samples: expected at least 1"),

@@ -129,3 +129,22 @@ def test_a_healed_model_whose_config_transformers_refuses(model, text, tmp_path)
     sizes = ("--window", 16, "--batch-tokens", 32)
     refused("config.json: transformers does not open it", *asked, "--text", text, *sizes)
     shutil.rmtree(tmp_path / "out.healing", ignore_errors=True)
+
+
+def test_what_lies_in_the_way_is_found_before_the_work(model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.pruning.profile.measure", None)  # is not come to
+    out = tmp_path / "profile.json"
+    asked = ("profile", model, "--text", text, "--length", 16, "--out")
+    (tmp_path / ".profile.json.partial").mkdir()
+    (tmp_path / ".profile.json.partial" / "mine").touch()
+    refused(".profile.json.partial", *asked, out)
+    assert (tmp_path / ".profile.json.partial" / "mine").exists() and not out.exists()
+    refused("too long", *asked, tmp_path / ("a" * 245 + ".json"))
+
+
+def test_a_token_far_beyond_the_embedding_is_not_written_out(model, tmp_path):
+    path = model / "tokenizer.json"
+    path.write_text(path.read_text().replace('"7": 7,', '"7": 4000000000,'))
+    refused(
+        "token 4000000000 has no row among", "export", model, tmp_path / "o.gguf", "--to", "gguf"
+    )
