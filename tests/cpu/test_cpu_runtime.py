@@ -32,11 +32,8 @@ from engine.runtime.cpu import CpuRuntime
 
 LENGTH = 70  # past every window (9-17) and the original contexts (32-64)
 EXACT = {"mode": "exact", "cache_dtype": "float32"}
-BOUNDS = {  # of the RMS ratio to the reference in float32
-    ("exact", "float32"): 1e-4,
-    ("int8", "float16"): 3e-2,
-    ("int8", "int8"): 4e-2,
-}
+# Of the RMS ratio to the reference in float32.
+BOUNDS = {("exact", "float32"): 1e-4, ("int8", "float16"): 3e-2, ("int8", "int8"): 4e-2}
 
 
 def write(case: str, path, **overrides):
@@ -204,8 +201,7 @@ def test_many_queries(tmp_path, case, settings, cache_dtype, isa):
     ids = torch.randint(3, tiny.VOCAB, (2, 450))
     ids[1, :90] = -1
     caches = [each.new_cache(2) for each in (reference, runtime)]
-    # By width: one position of two rows is too small a sample of what rounding costs.
-    pieces: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    pieces: dict[int, list] = {}  # by width: one position of two rows is too small a sample
     for piece in ids.split([101, 33, *[1] * 12, 245, 59], dim=1):
         expected, got = (
             each.forward(piece, cache, logits="all")[piece >= 0]
@@ -214,8 +210,7 @@ def test_many_queries(tmp_path, case, settings, cache_dtype, isa):
         pieces.setdefault(piece.shape[1], []).append((expected, got))
     for width, pairs in pieces.items():
         expected, got = map(torch.cat, zip(*pairs, strict=True))
-        bound = {"float16": 2e-2, "int8": 3e-2}[cache_dtype]
-        assert_close(f"{width} tokens", expected, got, bound)
+        assert_close(f"{width} tokens", expected, got, 2e-2 if cache_dtype == "float16" else 3e-2)
 
 
 def test_a_batch_of_32(llama):
