@@ -28,7 +28,6 @@ X86_FLAGS = {  # csrc/cpu/<op>_<isa>.cpp is compiled on x86 alone, with these
     "avx2": AVX2,
     "avxvnni": [*AVX2, "-mavxvnni"],
     "avx512": AVX512,
-    "avx512bf16": [*AVX512, "-mavx512bf16"],
     "amx": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mavx512bf16"],
 }
 ARM_FLAGS = {  # and these on 64-bit ARM

@@ -12,6 +12,7 @@ from engine import generation
 from engine.architecture.config import ModelConfig
 from engine.artifacts import Plan
 from engine.checkpoint import Checkpoint, choose_layers, open_checkpoint
+from engine.checkpoint.fetch import DEFAULT
 from engine.checkpoint.locate import locate
 from engine.checkpoint.weights import is_quantized, not_finite
 from engine.errors import InputError, NotFiniteError
@@ -260,7 +261,7 @@ class Model:
 
 
 def load(
-    ref: str | Path = "smollm2-135m",
+    ref: str | Path = DEFAULT.name,
     *,
     drop: str | Iterable[int] | Plan | None = None,
     keep: str | Iterable[int] | None = None,
@@ -341,7 +342,7 @@ def generate(
 ) -> Generation | list[Generation]: ...
 def generate(
     prompt: Any,
-    ref: str | Path = "smollm2-135m",
+    ref: str | Path = DEFAULT.name,
     *,
     drop: str | Iterable[int] | Plan | None = None,
     keep: str | Iterable[int] | None = None,

@@ -8,6 +8,7 @@ adapters learn on top: `adapt` tells peft of `W4Linear`.
 
 from collections.abc import Iterator
 from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from engine.architecture.families import FAMILIES, layer_parts
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoint.safetensors import SafetensorsCheckpoint
 from engine.checkpoint.weights import packed_form
+from engine.errors import InputError
 from engine.export.tensors import Item, stored_tensors
 from engine.kernels.w4 import store
 from engine.kernels.w4.embedding import W4Embedding
@@ -59,14 +61,29 @@ class ShallowQuantizer(HfQuantizer):
     """Reads the packed matrices itself; transformers loads what is left."""
 
     requires_calibration = True
+    directory: Path
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return open_checkpoint(self.directory)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the files that a copy opens again."""
+        return {name: value for name, value in self.__dict__.items() if name != "checkpoint"}
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        (directory,) = {Path(file).parent for file in kwargs["checkpoint_files"]}
-        self.checkpoint = open_checkpoint(directory)
+        (self.directory,) = {Path(file).parent for file in kwargs["checkpoint_files"]}
         for item, _ in _packed(self.checkpoint):
-            model.set_submodule(item.module, _Awaited(model.get_submodule(item.module)))
-            if item.role in ("embedding", "head"):
-                model.all_tied_weights_keys = {}
+            try:
+                module = model.get_submodule(item.module)
+            except AttributeError:
+                raise InputError(
+                    f"{self.directory}: opens as a causal language model (AutoModelForCausalLM), "
+                    f"found {type(model).__name__}, which has no {item.module}"
+                ) from None
+            model.set_submodule(item.module, _Awaited(module))
+            if item.role in ("embedding", "head"):  # two modules around one matrix
+                model.all_tied_weights_keys = model._tied_weights_keys = {}
         if self.checkpoint.config.tied and not model.all_tied_weights_keys:
             model.set_submodule("lm_head", _Awaited(nn.Identity()))
         ignored = model._keys_to_ignore_on_load_unexpected or set()

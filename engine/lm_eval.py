@@ -18,6 +18,7 @@ import torch
 
 from engine.api import load
 from engine.artifacts import Plan
+from engine.checkpoint.fetch import DEFAULT
 from engine.errors import InputError
 from engine.evaluate.choices import Encoded, log_likelihoods
 from engine.generation import generate
@@ -52,7 +53,7 @@ class ShallowLM(TemplateLM):
 
     def __init__(
         self,
-        pretrained: str = "smollm2-135m",
+        pretrained: str = DEFAULT.name,
         *,
         drop: Any = None,
         keep: Any = None,

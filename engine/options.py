@@ -11,6 +11,7 @@ from engine.errors import InputError
 
 Stop = str | int | Sequence[str | int] | None
 DRAFTS = ("ngram",)
+_HUGE = 10**4000  # Python refuses to print 4,300 digits and more
 Slots = Sequence[int] | Sequence[Sequence[int]]  # ascending: one list for all, or one a sequence
 
 
@@ -38,7 +39,7 @@ class Sampling:
         self._check("top_p", "a number from 0 to 1", lambda v: 0 <= v <= 1)
         self._check("min_p", "a number from 0 to 1", lambda v: 0 <= v <= 1)
         if self.seed is not None:
-            self._check("seed", "a whole number", lambda v: True, int)
+            self._check("seed", "a whole number", lambda v: abs(v) < _HUGE, int)
 
     def _check(
         self, name: str, expected: str, holds: Callable[[Any], bool], kind: type = float
@@ -48,7 +49,10 @@ class Sampling:
         value = getattr(self, name)
         numeric = isinstance(value, Integral if kind is int else Real) and type(value) is not bool
         if not (numeric and _is_finite(value, kind) and holds(value)):
-            raise InputError(f"{name} must be {expected}, not {value!r}")
+            huge = isinstance(value, int) and abs(value) >= _HUGE  # that Python will not print
+            raise InputError(
+                f"{name} must be {expected}, not {'one of so many digits' if huge else repr(value)}"
+            )
         if type(value) not in (int, float):
             object.__setattr__(self, name, kind(value))
 
@@ -71,10 +75,12 @@ class Options(Sampling):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "stop", self.stops)
-        self._check("max_new_tokens", "a whole number", lambda v: True, int)
+        self._check("max_new_tokens", "a whole number", lambda v: v < 1 << 63, int)
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if self.speculate not in (None, *DRAFTS):
+        if self.speculate is not None and (
+            not isinstance(self.speculate, str) or self.speculate not in DRAFTS
+        ):
             raise InputError(
                 f"speculate: expected one of {', '.join(DRAFTS)}, found {self.speculate!r}"
             )
@@ -84,17 +90,23 @@ class Options(Sampling):
         """`stop`, one or several, as several; InputError for what is neither text nor an id."""
         if self.stop is None:
             return ()
-        several = isinstance(self.stop, Iterable) and not isinstance(self.stop, str | bytes | dict)
-        if not several or getattr(self.stop, "ndim", 1) == 0:  # a tensor of one number
-            return (_stop(self.stop),)
-        return tuple(_stop(item) for item in self.stop)  # type: ignore[union-attr]
+        given: Any = self.stop
+        if hasattr(given, "tolist"):  # an array's or a tensor's numbers become Python's own
+            given = given.tolist()
+        if not isinstance(given, Iterable) or isinstance(given, str | bytes | dict):
+            return (_stop(given),)
+        return tuple(map(_stop, given))
 
 
 def _stop(item: Any) -> str | int:
     if isinstance(item, str) and item:
         return item
+    if hasattr(item, "tolist"):
+        item = item.tolist()
     if isinstance(item, str | bool) or not isinstance(item, SupportsIndex):
-        raise InputError(f"stop takes strings that are not empty and ids, not {item!r}")
+        raise InputError(f"stop takes strings that are not empty and ids, not {item!r:.80}")
+    if not -(1 << 31) <= index(item) < 1 << 31:
+        raise InputError("stop takes ids of 32 bits, found a larger one")
     return index(item)
 
 

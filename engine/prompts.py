@@ -36,9 +36,7 @@ def as_tokens(input_ids: Any, attention_mask: Any = None) -> torch.Tensor:
     rows = _rows(listed(input_ids, "input_ids"))
     for row in rows:
         if not all(type(token) is int and 0 <= token < 1 << 31 for token in row):
-            raise InputError(
-                f"input_ids: expected no negative ids, and whole ones, found {row!r:.80}"
-            )
+            raise InputError(f"input_ids: expected whole numbers, none negative, found {row!r:.80}")
     if attention_mask is not None:
         masks = _rows(listed(attention_mask, "attention_mask"))
         rows = [
@@ -47,7 +45,7 @@ def as_tokens(input_ids: Any, attention_mask: Any = None) -> torch.Tensor:
         ]
     if len({len(row) for row in rows}) != 1:
         raise InputError("input_ids: expected rows of one length; pad on the left, with a mask")
-    return torch.tensor(rows, dtype=torch.int64)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 def listed(values: Any, what: str) -> list[Any]:

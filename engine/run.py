@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -40,6 +41,7 @@ from engine.errors import InputError
 if TYPE_CHECKING:
     from engine.api import Model
     from engine.benchmark.peers.process import Peer
+    from engine.benchmark.speed import RunRecord
     from engine.generation import Prompt
     from engine.options import Options
     from engine.text import Text
@@ -136,9 +138,9 @@ def run(
     if sum(given is not None for given in (prompt, prompt_file, prompt_tokens)) > 1:
         raise InputError("--prompt, --prompt-file and --prompt-tokens exclude each other")
     if prompt_tokens is not None and chat:
-        raise InputError("--chat: says nothing with --prompt-tokens, which are of plain text")
+        raise InputError("--chat: has no effect with --prompt-tokens, whose prompt is plain text")
     if peer_python and compare is None:
-        raise InputError("--peer-python: says nothing without --compare")
+        raise InputError("--peer-python: has no effect without --compare")
 
     from engine.text import read_text_file
 
@@ -164,7 +166,6 @@ def run(
     from engine.benchmark.breakdown import breakdown as by_part
     from engine.benchmark.breakdown import check as check_breakdown
     from engine.benchmark.speed import benchmark
-    from engine.benchmark.tables import remarks, tables
     from engine.generation import check_length
 
     given: Prompt
@@ -191,10 +192,15 @@ def run(
     output.say("\n")
     if breakdown:
         record = replace(record, breakdown=tuple(by_part(opened, given, options, batch)))
+    hand_out(record, json_file, partial(show, record))
+
+
+def show(record: "RunRecord") -> None:
+    from engine.benchmark.tables import remarks, tables
+
     output.show(*tables(record))
     for remark in remarks(record):
         output.say(remark)
-    hand_out(record, json_file)
 
 
 def as_prompt(text: "Text", prompt: str, chat: bool | None) -> str | list[dict[str, str]]:

@@ -1,6 +1,7 @@
 """Logits to token ids: repetition penalty, temperature, top-k, top-p, min-p, then one draw."""
 
 import math
+import os
 import random
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,15 @@ from engine.options import Sampling
 
 _lock = threading.Lock()
 _inside, _threads = 0, 1  # calls in one_thread(), and what torch has outside of them
+
+
+def _forget() -> None:
+    """In a forked child, which has none of the threads that were inside."""
+    global _lock, _inside
+    _lock, _inside = threading.Lock(), 0
+
+
+os.register_at_fork(after_in_child=_forget)
 NOT_FINITE = "the model produced logits that are not finite numbers"
 
 
@@ -42,7 +52,7 @@ def sample(
         if sampling.temperature == 0:
             return likeliest(logits)
         uniforms = torch.tensor(
-            [generator.random() for generator in generators], dtype=torch.float64
+            [generator.random() for generator in generators], dtype=torch.float64, device="cpu"
         )
         return draw(logits, sampling, uniforms)
 
@@ -62,7 +72,7 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         with _lock:
-            _inside -= 1
+            _inside = max(_inside - 1, 0)  # 0 behind a fork
             torch.set_num_threads(_threads)
 
 
@@ -90,8 +100,8 @@ def penalise(
         return logits
     logits = logits.clone()
     for row, ids in zip(logits, history, strict=True):
-        seen = torch.tensor([i for i in set(ids) if i < len(row)], dtype=torch.int64)
-        seen = seen.to(row.device)
+        known = [i for i in set(ids) if i < len(row)]
+        seen = torch.tensor(known, dtype=torch.int64, device=row.device)
         row[seen] = torch.where(row[seen] < 0, row[seen] * penalty, row[seen] / penalty)
     return logits
 

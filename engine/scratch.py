@@ -140,9 +140,16 @@ def allocate(path: Path, nbytes: int) -> None:
 
 
 def check_new(path: Path) -> None:
-    """InputError where something lies at `path`, before any work is done."""
+    """InputError where something lies at `path`, or nothing can, before any work is done."""
     if os.path.lexists(path):
         raise InputError(f"{path}: exists already; name a new one")
+    check_parent(path)
+
+
+def check_parent(path: Path) -> None:
+    """InputError unless the directory that `path` would lie in is there."""
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no directory {path.parent}")
 
 
 def check_target(path: Path, reads: Iterable[str | Path | None] = ()) -> None:
@@ -150,16 +157,15 @@ def check_target(path: Path, reads: Iterable[str | Path | None] = ()) -> None:
     may write, and what a command `reads`: files, or models, which may be directories."""
     path = Path(path)
     with naming(path):
-        if not path.parent.is_dir():
-            raise InputError(f"{path}: there is no directory {path.parent}")
+        check_parent(path)
         if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
             raise InputError(f"{path}: expected a regular file or none, found {_what(path)}")
         for place in (path, path.parent):
             if place.exists() and not os.access(place, os.W_OK):
                 raise InputError(f"{path}: expected to write {place}, found it read-only")
-        _check_beside(_beside(path))
+        check_beside(_beside(path))
         if path.exists() and any(_holds(os.path.expanduser(each), path) for each in reads if each):
-            raise InputError(f"{path}: is read too; name another file")
+            raise InputError(f"{path}: is an input of this command; name another file")
 
 
 def _beside(path: Path) -> Path:
@@ -167,7 +173,7 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def _check_beside(place: Path) -> None:
+def check_beside(place: Path) -> None:
     """InputError where it could not be made, before the work whose result it is to hold."""
     try:
         os.lstat(place)  # an OSError for a name that is too long
@@ -175,7 +181,11 @@ def _check_beside(place: Path) -> None:
         return
     if place.is_symlink() or not place.is_dir():
         raise InputError(_in_the_way(place))
-    if not {entry.name for entry in place.iterdir()} <= {f".{MARKER}"}:
+    try:
+        names = {entry.name for entry in place.iterdir()}
+    except FileNotFoundError:  # another run has ended meanwhile
+        return
+    if not names <= {f".{MARKER}"}:
         _marker(place)
 
 
@@ -247,21 +257,26 @@ def _made(path: Path) -> bool:
     except FileExistsError:
         if path.is_symlink() or not path.is_dir():
             raise InputError(_in_the_way(path)) from None
-        names = {entry.name for entry in path.iterdir()}
+        try:
+            names = {entry.name for entry in path.iterdir()}
+        except FileNotFoundError:  # another run has ended meanwhile
+            return _made(path)
         if not names <= {f".{MARKER}"}:  # else a run that was killed as it began
             _marker(path)
         return not names
 
 
 def _locked(path: Path) -> int:
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    handle = -1
     try:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(handle), os.stat(path)):
             return handle
     except (BlockingIOError, FileNotFoundError):
         pass
-    os.close(handle)
+    if handle >= 0:
+        os.close(handle)
     raise InputError(f"{path}: another run is writing there; wait for its end")
 
 

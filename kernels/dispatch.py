@@ -35,7 +35,7 @@ def why_not(backend: str, device: "torch.device | None" = None) -> str | None:
     if backend == "cuda":
         if (missing := native.error("cuda")) is not None:
             return missing
-        return native.load("cuda").device_error() or None
+        return native.load("cuda").device_error() or no_gpu(device)
     if backend != "triton":
         return f'there is no backend "{backend}"'
     if find_spec("triton") is None:
@@ -56,7 +56,8 @@ def no_gpu(device: "torch.device | None" = None) -> str | None:
         except (RuntimeError, AssertionError) as error:  # its words, where they help
             if "too old" in str(error):
                 return "the NVIDIA driver is too old for this torch: a newer driver is needed"
-        return "torch finds no GPU"
+        without = torch.version.cuda is None
+        return "torch finds no GPU" + (": it was built without CUDA" if without else "")
     found = torch.cuda.get_device_capability(device)
     if found < LEAST_CAPABILITY:
         least, here = (".".join(map(str, version)) for version in (LEAST_CAPABILITY, found))

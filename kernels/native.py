@@ -5,6 +5,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from engine.kernels.dtypes import name_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -34,8 +36,7 @@ def span(tensor: "torch.Tensor | None") -> tuple[int, int, str, str] | None:
     sizes, strides = tensor.shape, tensor.stride()  # the latter is an error for a sparse one
     steps = ((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
     count = 0 if 0 in sizes else 1 + sum(steps)
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return tensor.data_ptr() if count else 0, count, dtype, tensor.device.type
+    return tensor.data_ptr() if count else 0, count, name_of(tensor.dtype), tensor.device.type
 
 
 def error(name: str) -> str | None:

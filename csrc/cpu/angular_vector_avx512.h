@@ -3,8 +3,6 @@
 
 #include <immintrin.h>
 
-#include <cstdint>
-
 #include "cpu/angular.h"
 
 namespace shallow {

@@ -35,7 +35,8 @@ uint64_t sum_words_fastest(const void* data, size_t bytes, int streams) {
 // Memory in huge pages where there are any, and the threads that read it.
 class Reader {
 public:
-    Reader(int64_t bytes, int threads) : bytes_(bytes), threads_(threads), pages_(checked(*this)) {
+    Reader(int64_t bytes, int threads)
+        : bytes_(bytes), threads_(threads), pages_(checked(bytes, threads)) {
         Pool::instance().run(threads_, [&](int thread, int count) {
             const size_t size = static_cast<size_t>(bytes_), part = size / count / kUnit * kUnit;
             const size_t begin = part * static_cast<size_t>(thread);
@@ -80,12 +81,12 @@ private:
                std::chrono::duration<double>(end - start).count() / 1e9;
     }
 
-    static size_t checked(const Reader& reader) {
-        if (reader.threads_ < 1 || reader.bytes_ < reader.threads_ * kUnit)
+    static size_t checked(int64_t bytes, int threads) {
+        if (threads < 1 || bytes < threads * kUnit)
             throw std::invalid_argument(
                 "reading needs a thread and 4096 bytes a thread, found bytes=" +
-                std::to_string(reader.bytes_) + ", threads=" + std::to_string(reader.threads_));
-        return static_cast<size_t>(reader.bytes_);
+                std::to_string(bytes) + ", threads=" + std::to_string(threads));
+        return static_cast<size_t>(bytes);
     }
     char* data() const { return static_cast<char*>(pages_.data()); }
 

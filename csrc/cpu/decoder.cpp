@@ -18,8 +18,11 @@ std::size_t chunk_rows(const Rules& r) {
     return static_cast<std::size_t>(rows_within(kChunkBytes, 4 * floats));
 }
 
+std::string found(const std::string& expected, std::int64_t got) {
+    return ": expected " + expected + ", found " + std::to_string(got);
+}
 std::string found(std::int64_t expected, std::int64_t got) {
-    return ": expected " + std::to_string(expected) + ", found " + std::to_string(got);
+    return found(std::to_string(expected), got);
 }
 
 // Takes weights by role, checked against their sizes.
@@ -69,14 +72,15 @@ constexpr std::int64_t kMostSequences = std::int64_t{1} << 31;  // times the lay
 
 Decoder::Decoder(const Rules& rules, Isa isa, int threads)
     : model_(rules, isa), threads_(threads), identity_(++decoders), forks_(forks_so_far()) {
-    if (threads < 1) throw std::invalid_argument("threads" + found(1, threads));
+    if (threads < 1) throw std::invalid_argument("threads" + found("at least 1", threads));
     if (rules.head_dim > kMaxHeadDim)
-        throw std::invalid_argument("head_dim" + found(kMaxHeadDim, rules.head_dim));
+        throw std::invalid_argument(
+            "head_dim" + found("at most " + std::to_string(kMaxHeadDim), rules.head_dim));
     const std::pair<const char*, std::int64_t> sizes[] = {
         {"hidden", rules.hidden},     {"vocab", rules.vocab},       {"heads", rules.heads},
         {"kv_heads", rules.kv_heads}, {"head_dim", rules.head_dim}, {"ffn", rules.ffn}};
     for (const auto& [name, size] : sizes)
-        if (size < 1) throw std::invalid_argument(name + found(1, size));
+        if (size < 1) throw std::invalid_argument(name + found("at least 1", size));
     if (rules.heads % rules.kv_heads)
         throw std::invalid_argument("heads: expected a multiple of " +
                                     std::to_string(rules.kv_heads) + ", found " +
@@ -105,9 +109,11 @@ void Decoder::set_outer(Weights weights, const void* embedding, std::int64_t row
 }
 
 void Decoder::add_layer(Weights weights, std::int64_t window, int rope, std::int64_t rope_dim) {
-    if (window < 0) throw std::invalid_argument("window" + found(0, window));
+    if (window < 0) throw std::invalid_argument("window" + found("at least 0", window));
     if (rope_dim < 0 || rope_dim > model_.rules.head_dim || rope_dim % 2)
-        throw std::invalid_argument("rope_dim" + found(model_.rules.head_dim, rope_dim));
+        throw std::invalid_argument(
+            "rope_dim" +
+            found("an even number up to " + std::to_string(model_.rules.head_dim), rope_dim));
     weights_.push_back(std::make_unique<Weights>(std::move(weights)));
     const Rules& r = model_.rules;
     const Roles roles(*weights_.back(), r);

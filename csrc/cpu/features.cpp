@@ -51,7 +51,6 @@ Features detect() {
     f.avx512vl = zmm && bit(extended.ebx, 31);
     f.avx512_vnni = zmm && bit(extended.ecx, 11);
     f.avx512_bf16 = zmm && bit(more.eax, 5);
-    f.avx512_fp16 = zmm && bit(extended.edx, 23);
     f.amx_bf16 = tiles && bit(extended.edx, 22);
     f.amx_tile = tiles && bit(extended.edx, 24);
     f.amx_int8 = tiles && bit(extended.edx, 25);

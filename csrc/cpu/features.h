@@ -7,7 +7,7 @@
 // clang-format off
 #define SHALLOW_FEATURES(X)                                                                   \
     X(avx2) X(fma) X(f16c) X(avx_vnni)                                                        \
-    X(avx512f) X(avx512bw) X(avx512vl) X(avx512dq) X(avx512_vnni) X(avx512_bf16) X(avx512_fp16) \
+    X(avx512f) X(avx512bw) X(avx512vl) X(avx512dq) X(avx512_vnni) X(avx512_bf16)              \
     X(amx_tile) X(amx_int8) X(amx_bf16)                                                       \
     X(neon) X(neon_dotprod) X(neon_i8mm)
 // clang-format on

@@ -1,14 +1,12 @@
 #include "cpu/memory.h"
 
+#include <pthread.h>
+
 #include <cstring>
 #include <mutex>
 #include <tuple>
 #include <utility>
 #include <vector>
-
-#ifndef _WIN32
-#include <pthread.h>
-#endif
 
 #include "cpu/pages.h"
 
@@ -60,11 +58,9 @@ public:
 private:
     CommonSlabs() {
         spares_.reserve(kSpares);
-#ifndef _WIN32
         // A child has the lock as it was, of a thread that it has not: so nobody holds it then.
         const auto unlock = [] { get().mutex_.unlock(); };
         pthread_atfork([] { get().mutex_.lock(); }, unlock, unlock);
-#endif
     }
 
     std::shared_ptr<Slab> next() {

@@ -56,6 +56,7 @@ void run(Worker& worker) {
 
 }  // namespace
 
+// Of a layer q, k and v, attention, its output, gate and up, down; then the head, and its choice by bounds.
 std::size_t queues_needed(const Model& model) { return model.layers.size() * 5 + 2; }
 
 std::int64_t workspace_bytes(const Model& model, const Chunk& chunk, int threads, Sizes& sizes) {

@@ -1,5 +1,7 @@
 #include "cpu/threads.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <chrono>
 #include <csignal>
@@ -11,10 +13,7 @@
 #ifdef __linux__
 #include <sched.h>
 #endif
-#ifndef _WIN32
-#include <pthread.h>
-#endif
-#if defined(__x86_64__) || defined(_M_X64)
+#ifdef SHALLOW_X86
 #include <immintrin.h>
 #endif
 
@@ -26,7 +25,7 @@ constexpr auto kSpin = std::chrono::microseconds(100);
 constexpr int kPauses = 32;
 
 void pause() {
-#if defined(__x86_64__) || defined(_M_X64)
+#ifdef SHALLOW_X86
     _mm_pause();
 #elif defined(__aarch64__)
     asm volatile("yield");
@@ -123,11 +122,9 @@ struct Pool::Worker {
     // null when the system refuses another thread
     static Worker* spawn() {
         auto worker = std::make_unique<Worker>();
-#ifndef _WIN32
         sigset_t all, before;  // signals are for the threads that know what to do with them
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &before);
-#endif
         Worker* spawned = worker.get();
         try {
             std::thread(&Worker::loop, spawned).detach();
@@ -135,9 +132,7 @@ struct Pool::Worker {
         } catch (const std::system_error&) {
             spawned = nullptr;
         }
-#ifndef _WIN32
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
-#endif
         return spawned;
     }
 };
@@ -146,7 +141,6 @@ Pool::Pool() : size_(usable_cpus()) {}
 
 Pool& Pool::instance() {
     if (Pool* pool = the_pool.load(std::memory_order_acquire)) return *pool;
-#ifndef _WIN32
     // A forked child has none of the workers and perhaps a locked mutex: it abandons this pool.
     static const int registered = pthread_atfork(nullptr, nullptr, [] {
         the_pool = nullptr;
@@ -154,7 +148,6 @@ Pool& Pool::instance() {
         ++the_forks;
     });
     (void)registered;
-#endif
     auto made = std::unique_ptr<Pool>(new Pool);
     Pool* expected = nullptr;
     if (the_pool.compare_exchange_strong(expected, made.get())) return *made.release();

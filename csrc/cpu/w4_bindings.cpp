@@ -64,12 +64,9 @@ TiledMatrix borrow(std::int64_t n, std::int64_t k, std::int32_t bits, std::int32
                        static_cast<std::uint8_t*>(Borrowed(tiles, "tiles").need("uint8", size)));
 }
 
-}  // namespace
-}  // namespace shallow
+using release = py::call_guard<py::gil_scoped_release>;
 
-void bind_w4_matmul(py::module_& m) {
-    using namespace shallow;
-    using release = py::call_guard<py::gil_scoped_release>;
+void bind_tiled_matrix(py::module_& m) {
     py::class_<TiledMatrix>(m, "TiledMatrix", py::buffer_protocol(), py::dynamic_attr(),
                             "A matrix in the CPU kernels' layout; a buffer of its bytes.")
         .def(py::init<const w4::Matrix&, int>(), release(), py::arg("packed"), py::arg("threads"))
@@ -114,6 +111,14 @@ void bind_w4_matmul(py::module_& m) {
             "shape", [](const TiledMatrix& w) { return std::pair(w.view().n, w.view().k); })
         .def_property_readonly("permuted", [](const TiledMatrix& w) { return w.perm() != nullptr; })
         .def_property_readonly("nbytes", &TiledMatrix::nbytes);
+}
+
+}  // namespace
+}  // namespace shallow
+
+void bind_w4_matmul(py::module_& m) {
+    using namespace shallow;
+    bind_tiled_matrix(m);
     m.def(
         "tile_bytes",
         [](std::int64_t k, std::int32_t bits, std::int32_t group, const std::string& scheme,

@@ -8,8 +8,6 @@
 // (V::words), and the functions used below.
 #pragma once
 
-#include <type_traits>
-
 #include "cpu/features.h"
 #include "cpu/w4_bounds.h"
 #include "cpu/w4_float.h"

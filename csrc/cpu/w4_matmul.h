@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <string>
-#include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/memory.h"

@@ -10,7 +10,6 @@
 // Parts meet in a scratch buffer: who comes last, by a counter that it sets back, joins them.
 #include "cuda/attention.h"
 
-#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <string>

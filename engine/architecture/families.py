@@ -4,7 +4,7 @@ A *role* is what a tensor does in a layer ("q", "down", "attn_norm"); `Family.na
 Hugging Face name, and `Family.fused` says which roles a stored matrix holds one after another.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,6 +174,11 @@ def family_of(architecture: str, where: str) -> str:
     raise InputError(f"{where}: architecture {architecture!r} is not supported; known are {known}")
 
 
+def has_bias(config: ModelConfig, role: str) -> bool:
+    """Whether a layer's matrix or norm has one."""
+    return role in config.biases or (role.endswith("norm") and config.norm == "layer")
+
+
 def layer_tensors(config: ModelConfig, layer: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Stored role -> (name, shape) of a layer's tensors as Hugging Face directories have them."""
     family = FAMILIES[config.family]
@@ -186,7 +191,7 @@ def layer_tensors(config: ModelConfig, layer: int) -> dict[str, tuple[str, tuple
         prefix = f"model.layers.{layer}.{name}"
         outputs = sum(shape[0] for shape in shapes)
         tensors[role] = (f"{prefix}.weight", (outputs, *shapes[0][1:]))
-        if role in config.biases or (role.endswith("norm") and config.norm == "layer"):
+        if has_bias(config, role):
             tensors[f"{role}.bias"] = (f"{prefix}.bias", (outputs,))
     return tensors
 
@@ -227,6 +232,16 @@ def layer_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
         if role not in fused:
             parts[stored] = Part(name, shape)
     return parts
+
+
+def all_tensors(
+    config: ModelConfig, names: Collection[str]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of all tensors of the whole model, where `names` are those there are."""
+    yield from outer_tensors(config).values()
+    for layer in range(config.total_layers):
+        stored = (part.stored(names) for part in layer_parts(config, layer).values())
+        yield from dict.fromkeys(stored)
 
 
 def check_v_bits(config: ModelConfig, bits: int, found: int) -> None:

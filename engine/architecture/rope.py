@@ -1,4 +1,5 @@
-"""Rotary frequencies for every scaling that the families use, in float32 as in transformers."""
+"""Rotary frequencies for every scaling that the families use, in float32 as in transformers, on the
+CPU whatever torch's default device is."""
 
 import math
 
@@ -21,14 +22,15 @@ def rotary(rope: Rope, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 def inverse_frequencies(rope: Rope, length: int) -> torch.Tensor:
     """(dim / 2,) float32: radians a position, for a sequence of `length` tokens."""
-    exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
+    exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32, device="cpu") / rope.dim
     if rope.kind == "dynamic":
         stretch = rope.factor * max(length, rope.original_context) / rope.original_context
         theta = rope.theta * (stretch - (rope.factor - 1)) ** (rope.dim / (rope.dim - 2))
         return 1.0 / theta**exponents
     if rope.kind in ("longrope", "divisors"):
         long = rope.kind == "longrope" and length > rope.original_context
-        divisors = torch.tensor(rope.long_divisors if long else rope.divisors)
+        given = rope.long_divisors if long else rope.divisors
+        divisors = torch.tensor(given, dtype=torch.float32, device="cpu")
         return 1.0 / (divisors * rope.theta**exponents)
     base = 1.0 / rope.theta**exponents
     if rope.kind == "linear":
@@ -62,4 +64,5 @@ def _yarn_ramp(rope: Rope) -> torch.Tensor:
     low, high = max(low, 0), min(high, rope.dim - 1)
     if low == high:
         high += 0.001
-    return ((torch.arange(rope.dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    steps = torch.arange(rope.dim // 2, dtype=torch.float32, device="cpu")
+    return ((steps - low) / (high - low)).clamp(0, 1)

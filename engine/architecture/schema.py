@@ -40,7 +40,7 @@ def whole(low: int, high: int) -> Kind:
 
 
 def number(low: float, high: float) -> Kind:
-    """Neither bound may be missed by NaN."""
+    """Written so that NaN, which fails every comparison, is refused too."""
     return Kind(
         f"a number from {low:g} to {high:g}",
         lambda v: type(v) in (int, float) and low <= v <= high,

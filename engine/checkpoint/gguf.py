@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.architecture.config import ModelConfig
-from engine.architecture.families import FAMILIES, outer_tensors, role_shape
+from engine.architecture.families import FAMILIES, has_bias, outer_tensors, role_shape
 from engine.architecture.hf_config import from_hf
 from engine.checkpoint import gguf_names as stored
 from engine.checkpoint.gguf_blocks import GgufBlocks, dequantize
@@ -143,12 +143,12 @@ def _sources(file: GgufFile, config: ModelConfig) -> Iterator[tuple[str, _Source
             offset = config.norm_offset if stem == stored.FINAL_NORM and kind == "weight" else 0.0
             yield f"{outer[stem]}.{kind}", _Source(tensor, 0, tensor.shape[0], offset=offset)
         elif leaf in roles:
-            if kind == "bias" and not _has_bias(config, roles[leaf]):
+            if kind == "bias" and not has_bias(config, roles[leaf]):
                 raise _no_bias(config, where)
             source = _layer_source(file, config, roles[leaf], tensor, where)
             yield f"{prefix}{family.names[roles[leaf]]}.{kind}", source
         elif leaf == stored.LAYER_NAMES["qkv"] and "q" in family.names:
-            if kind == "bias" and not all(_has_bias(config, role) for role in "qkv"):
+            if kind == "bias" and not all(has_bias(config, role) for role in "qkv"):
                 raise _no_bias(config, where)
             if file.metadata["general.architecture"] in stored.PERMUTED:  # turned or not: unsaid
                 raise InputError(f"{where}: expected attn_q, attn_k and attn_v apart")
@@ -156,10 +156,6 @@ def _sources(file: GgufFile, config: ModelConfig) -> Iterator[tuple[str, _Source
                 yield f"{prefix}{family.names[role]}.{kind}", source
         else:
             raise InputError(f"{where}: a {config.family} model has no such tensor")
-
-
-def _has_bias(config: ModelConfig, role: str) -> bool:
-    return role in config.biases or (role.endswith("norm") and config.norm == "layer")
 
 
 def _no_bias(config: ModelConfig, where: str) -> InputError:

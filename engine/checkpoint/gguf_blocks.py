@@ -62,7 +62,7 @@ def dequantize(blocks: GgufBlocks) -> "torch.Tensor":
     from gguf import GGMLQuantizationType, quants
 
     kind = GGMLQuantizationType[blocks.type]
-    values = torch.empty(blocks.shape, dtype=torch.float32)
+    values = torch.empty(blocks.shape, dtype=torch.float32, device="cpu")
     step = max(1, _CHUNK_WEIGHTS // blocks.shape[1])
     with np.errstate(invalid="ignore", over="ignore"):  # NaN and Inf are for the caller to judge
         for start in range(0, len(values), step):

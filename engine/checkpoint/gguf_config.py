@@ -24,7 +24,6 @@ from engine.errors import InputError
 _CONTROL = 3  # tokenizer.ggml.token_type
 WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6}  # the last of so many layers sees everything
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}  # scores scaled by D / H, in the others by E
-_SMOLLM3_NOPE_PERIOD = 4
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3_CONTEXT = 8192
 
@@ -90,9 +89,6 @@ def _by_family(fields: "_Fields", family: str, config: dict[str, Any]) -> dict[s
         return _gemma(fields, family, config, window)
     if family in ("mistral", "phi3"):
         return {"sliding_window": window}
-    if family == "smollm3":
-        layers = range(1, config["num_hidden_layers"] + 1)
-        return {"no_rope_layers": [int(layer % _SMOLLM3_NOPE_PERIOD != 0) for layer in layers]}
     if window is not None and family == "olmo2":
         raise InputError(f"{fields.file.path}: OLMo with a sliding window (3) is not supported")
     return {}

@@ -199,12 +199,15 @@ def _config(path: Path) -> dict:
 
 
 def _open_files(path: Path) -> dict[str, SafetensorsFile]:
-    """Tensor name -> the file that holds it."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
+    """Tensor name -> the file that holds it.
+
+    One whole file goes before an index, as for transformers, which leaves an index of shards that
+    it has replaced.
+    """
+    named, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if index.is_file() and not named.is_file():
         return _open_shards(index)
     files = sorted(path.glob("*.safetensors"))
-    named = path / "model.safetensors"
     if len(files) > 1 and named not in files:
         raise InputError(
             f"{path}: several safetensors files and no {index.name} that says which tensor is where"

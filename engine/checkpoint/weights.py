@@ -7,7 +7,7 @@ from typing import overload
 import torch
 
 from engine.architecture.config import ModelConfig
-from engine.architecture.families import layer_parts, layer_tensors, outer_tensors
+from engine.architecture.families import all_tensors, layer_parts, layer_tensors, outer_tensors
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.gguf_blocks import GgufBlocks, dequantize
 from engine.errors import InputError
@@ -142,11 +142,7 @@ def is_quantized(checkpoint: Checkpoint) -> bool:
 
 def not_finite(checkpoint: Checkpoint) -> str | None:
     """The first tensor of its family that holds NaN or infinity, by name; reads them all."""
-    config, names = checkpoint.config, checkpoint.names()
-    found = [name for name, _ in outer_tensors(config).values()]
-    for layer in range(config.total_layers):
-        parts = layer_parts(config, layer).values()
-        found += dict.fromkeys(part.stored(names)[0] for part in parts)
+    found = (name for name, _ in all_tensors(checkpoint.config, checkpoint.names()))
     return next(
         (name for name in found if not checkpoint.read(name).float().isfinite().all()), None
     )

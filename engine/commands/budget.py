@@ -57,17 +57,20 @@ def budget(
             raise InputError(f"paper: is of {LLAMA} without 39-78; leave MODEL and layers out")
         drop = "39-78"  # half of 80 layers, all but the last of the end
     if {bits, head, v or bits} == {16}:
-        output.leave_out(called, ("group", "minimum"), "says nothing of 16 bits, which have none")
+        output.leave_out(called, ("group", "minimum"), "has no effect at 16 bits, which have none")
     config, sizes = read_model(model)
     storage = Storage.of(bits, group, "minimum" if minimum else "symmetric", head, v)
     kept = kept_config(config, plan, drop, keep, model)
     file = None if sizes is None else file_bytes(config, sizes)
     positions = min(CONTEXT, config.max_context) if context is None else context
     found = compute(model, config, kept, storage, positions, file)
-    show(found, bandwidth)
-    if paper:
-        show_paper(found)
-    common.hand_out(found, json_file)
+
+    def tables() -> None:
+        show(found, bandwidth)
+        if paper:
+            show_paper(found)
+
+    common.hand_out(found, json_file, tables)
 
 
 def kept_config(

@@ -151,6 +151,6 @@ def _open_history() -> Path | None:
         if file.exists():
             readline.read_history_file(file)
         readline.set_history_length(1000)
-    except (ImportError, OSError):
+    except (ImportError, InputError, OSError):
         return None
     return file

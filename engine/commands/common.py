@@ -2,12 +2,13 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engine.checkpoint.fetch import DEFAULT
 from engine.commands import output
 from engine.errors import InputError
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from engine.options import Options
     from engine.reference.decoder import Decoder
 
-DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_MODEL = DEFAULT.name
 
 ModelArgument = Annotated[str, typer.Argument(help="Directory, .gguf file or hub id.")]
 Drop = Annotated[
@@ -93,10 +94,11 @@ def check_once(texts: Iterable[str | Path]) -> None:
         seen.add(place)
 
 
-def hand_out(record: "Artifact", file: Path | None) -> None:
-    """The last line of a command as JSON, and `file` where --json names one: either is there even
-    where the other cannot be written."""
+def hand_out(record: "Artifact", file: Path | None, show: Callable[[], None]) -> None:
+    """Shows tables, then the record as the last line, JSON, and in `file` where --json names one,
+    which is there even where nothing can be printed."""
     try:
+        show()
         print(json.dumps(record.to_json()), flush=True)
     finally:
         if file is not None:
@@ -113,7 +115,7 @@ def planned(path: Path, drop: str | None, keep: str | None) -> "Plan":
 
 
 def as_options(**given: Any) -> "Options":
-    """`Options` with its own defaults for what is None; InputError for what would say nothing."""
+    """`Options` with its own defaults for what is None; InputError for what has no effect."""
     from engine.options import Options
 
     options = Options(**{name: value for name, value in given.items() if value is not None})
@@ -121,8 +123,8 @@ def as_options(**given: Any) -> "Options":
         for name in ("top_k", "top_p", "min_p", "seed"):
             if given.get(name) is not None:
                 raise InputError(
-                    f"--{name.replace('_', '-')}: says nothing at --temperature 0, which takes the "
-                    "likeliest token"
+                    f"--{name.replace('_', '-')}: has no effect at --temperature 0, which takes "
+                    "the likeliest token"
                 )
     return options
 

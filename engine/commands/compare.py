@@ -1,5 +1,6 @@
 """`engine compare`: what several models were judged by, side by side."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,8 +29,7 @@ def compare(
     from engine.judgement import Comparison
 
     found = Comparison.of(tuple(read(file) for file in files))
-    show(found, [file.name for file in files])
-    common.hand_out(found, json_file)
+    common.hand_out(found, json_file, partial(show, found, [file.name for file in files]))
 
 
 def read(path: Path) -> "Judgement":

@@ -14,11 +14,13 @@ def doctor(threads: common.Threads = None, json_file: common.JsonFile = None) ->
     """What this machine has and which backends run on it; the last line is the same as JSON."""
     common.check_writable(json_file)
     found = examine(threads)
-    show(found)
     line = json.dumps(found)
-    print(line, flush=True)
-    if json_file is not None:
-        write_text(json_file, line + "\n")
+    try:
+        show(found)
+        print(line, flush=True)
+    finally:
+        if json_file is not None:
+            write_text(json_file, line + "\n")
 
 
 def examine(threads: int | None = None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`engine eval`: how good a model is at texts, questions and generation."""
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -106,10 +107,9 @@ def evaluate(
             against=against,
             progress=output.progress,
         )
-    show(judged)
     alone = len(contents) == 1 and judged.choices is judged.health is None
     result = next(iter(judged.texts.values())) if alone else judged
-    common.hand_out(result, json_file)
+    common.hand_out(result, json_file, partial(show, judged))
 
 
 def read_texts(paths: list[Path]) -> dict[str | None, str]:

@@ -208,16 +208,16 @@ def heal(
         usual = {name: getattr(Settings, name) for name in USUAL}
         for name, value in asked.items():
             if value != usual.get(name):
-                raise InputError(f"{name}: says nothing with --method {method}")
+                raise InputError(f"{name}: has no effect with --method {method}")
     elif "distil" not in methods:
         if train != Settings.train:
-            raise InputError(f"train: says nothing with --method {method}")
+            raise InputError(f"train: has no effect with --method {method}")
         if teacher is not None and not written:
-            raise InputError(f"teacher: says nothing with --method {method} but with --self")
+            raise InputError(f"teacher: has no effect with --method {method} without --self")
         if cache is not None and not written:
-            raise InputError(f"cache: says nothing with --method {method} but with --self")
+            raise InputError(f"cache: has no effect with --method {method} without --self")
     elif rank is not None and train != "lora" and "qlora" not in methods:
-        raise InputError(f"rank: says nothing with --method {method} but with --train lora")
+        raise InputError(f"rank: has no effect with --method {method} without --train lora")
     check_backend(None, dtype)
     if dtype is not None and (adapter or train == "scales"):
         kept = "--adapter" if adapter else "--train scales"
@@ -308,8 +308,6 @@ def speak(ref: str, text: "Text", device: "torch.device") -> "Spoken":
 def check_files(out: Path, text: list[str], held_out: str | None) -> None:
     """InputError, before anything is downloaded, for what is absent or in the way."""
     check_new(out)
-    if not out.absolute().parent.is_dir():
-        raise InputError(f"{out}: there is no directory {out.parent}")
     if not text:
         raise InputError("text: expected a text to learn from, found none; give --text")
     sources = [*text, *([held_out] if held_out else [])]
@@ -327,5 +325,5 @@ def open_teacher(ref: str, pupil: "Checkpoint", text: "Text") -> "Checkpoint":
     probe = default_text()[:PROBE]
     same = load_text(path).encode(probe) == text.encode(probe)
     if not same or checkpoint.config.vocab_size != pupil.config.vocab_size:
-        raise InputError(f"{ref}: its vocabulary is another one than that of {pupil.path}")
+        raise InputError(f"{ref}: its vocabulary differs from that of {pupil.path}")
     return checkpoint

@@ -1,5 +1,6 @@
 """How the commands speak: tables and sentences, progress, refusals; quietly or at length."""
 
+import errno
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import typer
 
 progress, joint = how_far.progress, how_far.joint
+TOO_LITTLE = "there is not enough memory for this: a smaller batch or context needs less"
 _level = 0  # -1: quiet, 1: verbose
 
 
@@ -114,14 +116,16 @@ def execute(app: Callable[..., Any]) -> None:
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         _silence()
-        refuse(f"{error.filename or 'standard output'}: {error.strerror or error}")
+        refuse(f"{_place_of(error)}: {error.strerror or error}")
     except MemoryError:
-        refuse("there is not enough memory for this: a smaller batch or context needs less")
+        refuse(TOO_LITTLE)
     except RuntimeError as error:
         from engine.kernels.dispatch import BackendUnavailable
 
         if isinstance(error, BackendUnavailable):
             refuse(error)
+        if "can't allocate memory" in str(error):  # torch's word, which has no class on a CPU
+            refuse(TOO_LITTLE)
         from engine.runtime.gpu_cache import lacks_memory, out_of_memory
 
         if not lacks_memory(error):
@@ -130,6 +134,8 @@ def execute(app: Callable[..., Any]) -> None:
     except Exception as error:
         if type(error).__name__ == "Abort":
             sys.exit(interrupt.CODE)
+        if isinstance(error, ImportError) and "failed to map segment" in str(error):
+            refuse(TOO_LITTLE)
         if not hasattr(error, "format_message"):  # typer's word on an option it could not read
             raise
         if message := error.format_message():
@@ -139,6 +145,13 @@ def execute(app: Callable[..., Any]) -> None:
         if interrupt.asked():
             interrupt.leave()
         _level, how_far.silent = 0, False
+
+
+def _place_of(error: OSError) -> str:
+    """What an error of the system is about where it names no file."""
+    if error.filename is not None:
+        return str(error.filename)
+    return "the current directory" if error.errno == errno.ENOENT else "standard output"
 
 
 def refuse(error: Exception | str) -> NoReturn:

@@ -79,7 +79,7 @@ def plan(
     if not fits:
         output.leave_out(context, FITTED, "goes with --target-memory, found none")
     elif bits == 16:
-        output.leave_out(context, ("group",), "says nothing with --bits 16, which has no groups")
+        output.leave_out(context, ("group",), "has no effect with --bits 16, which has no groups")
     if not scored and not fits:
         why = f"goes with --target-memory or --rule greedy or search, found --rule {rule}"
         output.leave_out(context, ("model",), why)

@@ -71,7 +71,7 @@ def profile(
     common.check_writable(out, reads=reads)
     common.check_writable(report, ".html", reads=reads)
     if out is not None and report is not None and out.resolve() == report.resolve():
-        raise InputError(f"{out}: is --report too; name another file")
+        raise InputError(f"{out}: is also given as --report; name another file")
     if show or merge:
         why = "is of a model that is measured; leave it out with --show and --merge"
         output.leave_out(context, MEASURED, why)
@@ -101,6 +101,7 @@ def profile(
                 paths[0], out, part_of, text, length, tokens, stream, threads, sampling, chosen
             )
             found = finish(part, out)
+            say_peak(part)
         except NotFiniteError:  # as it would be again
             from engine.scratch import Scratch
 
@@ -154,7 +155,6 @@ def run(
     path, checkpoint = common.open_checkpoint(model)
     config = checkpoint.config.keep(kept_layers(checkpoint.config.total_layers, **layers))
     taken, has_bos = read_samples(text, load_text(path), length, **sampling)
-    from engine.benchmark.machine import peak_rss_bytes
     from engine.pruning.profile import describe, measure, measure_streamed
 
     common.set_threads(threads)
@@ -168,8 +168,13 @@ def run(
         else:
             decoder = common.open_decoder(checkpoint, config)
             part = measure(decoder, taken, source, resume=work / "part.json", progress=progress)
-    output.say(f"peak memory {peak_rss_bytes() / 1e6:,.0f} MB, {part.tokens_used:,} tokens")
     return part
+
+
+def say_peak(part: "ProfilePart") -> None:
+    from engine.benchmark.machine import peak_rss_bytes
+
+    output.say(f"peak memory {peak_rss_bytes() / 1e6:,.0f} MB, {part.tokens_used:,} tokens")
 
 
 def finish(part: "ProfilePart", out: Path) -> "list[Profile]":

@@ -147,7 +147,7 @@ def as_recipe(asked: dict[str, Any]) -> "Recipe":
     if asked.get("method") == "keep":
         extra = sorted(asked.keys() - {"method", "head"})
         if extra:
-            raise InputError(f"{extra[0].replace('_', '-')}: says nothing with --method keep")
+            raise InputError(f"{extra[0].replace('_', '-')}: has no effect with --method keep")
         asked.setdefault("head", "keep")
     if (head := asked.get("head")) is not None:
         if head not in ("4", "8", "16", "keep"):

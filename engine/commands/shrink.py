@@ -14,7 +14,7 @@ from engine.artifacts import HEAL, RECORDS
 from engine.commands import common, output
 from engine.commands.shrunk import RECORD, collect, table
 from engine.errors import InputError
-from engine.scratch import Scratch, write_text
+from engine.scratch import Scratch, check_parent, write_text
 
 if TYPE_CHECKING:
     from engine.evaluate import Asked as Judging
@@ -157,8 +157,7 @@ class Run:
     def __init__(self, asked: Asked, out: Path) -> None:
         self.asked, self.out = asked, out
         self.work = out.with_name(out.name + ".shrink")
-        if not out.absolute().parent.is_dir():
-            raise InputError(f"{out}: there is no directory {out.parent}")
+        check_parent(out)
         self.path, checkpoint = common.open_checkpoint(asked.model)
         self.config = checkpoint.config
         self.window = min(WINDOW, self.config.max_context) if asked.window is None else asked.window
@@ -174,6 +173,10 @@ class Run:
         """What is learnt from; refuses what is absent before anything runs."""
         from engine.commands.heal import check_files
 
+        for given in (*self.asked.text, *self.asked.judge_text, self.asked.choices or "."):
+            source = Path(given)
+            if source.exists() and not (source.is_file() or source.is_dir()):
+                raise InputError(f"{source}: is read several times: expected a file, no pipe")
         if not self.asked.text:
             return [str(self.work / TEXT)]
         sources = list(self.asked.text)

@@ -15,7 +15,7 @@ from engine.export.quantized import QuantizedDirectory, require_scheme
 from engine.export.tensors import Item, Unsayable
 from engine.kernels.w4.format import Packed, Spec, unpack_codes
 
-INSTALL = "compressed-tensors: takes its library: pip install 'shallow[export]'"
+INSTALL = "compressed-tensors: needs its library: pip install 'shallow[export]'"
 
 
 class CompressedTensors(QuantizedDirectory):

@@ -19,7 +19,7 @@ from engine.checkpoint.gguf_blocks import BLOCK_TYPES
 from engine.checkpoint.gguf_file import GgufTensor
 from engine.errors import InputError
 from engine.export import directory
-from engine.scratch import Scratch, naming
+from engine.scratch import Scratch, check_new, naming
 
 Progress = Callable[[int, int], None]
 _TYPES = {kind.name: kind for kind in BLOCK_TYPES.values()}
@@ -105,6 +105,7 @@ def write_gguf(
                 file.flush()  # what is there is whole, should the run be killed
                 if progress is not None:
                     progress(index + 1, len(places))
+        check_new(out)
         whole.replace(out)
         Scratch.held(partial).remove()
 

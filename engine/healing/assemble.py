@@ -59,7 +59,7 @@ def _skeleton(config: ModelConfig, dtype: torch.dtype) -> Any:
         from accelerate import init_empty_weights
     except ImportError:
         raise InputError(
-            "to train a 4-bit model takes accelerate: pip install 'shallow[heal]'"
+            "training a 4-bit model needs accelerate: pip install 'shallow[heal]'"
         ) from None
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -19,6 +19,7 @@ def check_new(out: Path) -> None:
     """InputError where `out` is there already; what a kill left behind it is removed."""
     scratch.clear_behind(out, place_of(out), HEAL)
     scratch.check_new(out)
+    scratch.check_beside(out.with_name(out.name + ".partial"))
 
 
 def check_cache(cache: Path) -> None:

@@ -63,7 +63,7 @@ def check_installed() -> None:
         import peft  # noqa: F401
     except ImportError:
         raise InputError(
-            "method: qlora takes peft and accelerate: pip install 'shallow[heal]'"
+            "method: qlora needs peft and accelerate: pip install 'shallow[heal]'"
         ) from None
 
 

@@ -163,9 +163,7 @@ def check_model(settings: Settings, config: ModelConfig, has_teacher: bool) -> N
         needs = needs or (["--residual"] if settings.residual else [])
         if cuts or needs:
             what = needs[0] if needs else "--drop"
-            raise InputError(
-                f"{what}: speaks of the whole model's layers, so it excludes --teacher"
-            )
+            raise InputError(f"{what}: numbers the whole model's layers, so it excludes --teacher")
         return
     if not cuts and settings.methods != ("qlora",):  # which needs no teacher
         raise InputError("nothing is dropped, so there is nothing to heal; give --plan or --drop")

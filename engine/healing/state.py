@@ -120,5 +120,5 @@ def _read(file: SafetensorsFile, name: str, like: torch.Tensor) -> torch.Tensor:
 
 def _damaged(path: Path, why: str) -> InputError:
     return InputError(
-        f"{path}: is not as this training left it ({why}); remove {path.parent} to begin anew"
+        f"{path}: is not as this training left it ({why}); remove {path.parent} to start over"
     )

@@ -146,7 +146,7 @@ def _pack_layers(
             sums = {}
             if states is not None:
                 if states.slot != slot:
-                    raise InputError(f"{file}: is gone; remove {file.parent} to begin anew")
+                    raise InputError(f"{file}: is missing; remove {file.parent} to start over")
                 weights = {role: values(matrix) for role, matrix in stored.items()}
                 sums = hessians(config, slot, weights, states, batches)
             write_shard(file, *pack_layer(checkpoint.path, config, slot, recipe, stored, sums))

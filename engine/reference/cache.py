@@ -28,7 +28,7 @@ class Lengths:
 
     def __init__(self, config: ModelConfig, batch: int) -> None:
         self.config = config
-        self._lengths = torch.zeros(batch, len(config.layers), dtype=torch.int64)
+        self._lengths = torch.zeros(batch, len(config.layers), dtype=torch.int64, device="cpu")
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -46,7 +46,7 @@ class Lengths:
     def truncate(self, lengths: int | Sequence[int] | torch.Tensor) -> None:
         """Takes every sequence back to `lengths` ((B,) or one for all); longer is an error."""
         try:
-            wanted = torch.as_tensor(lengths).cpu().expand(self.batch)
+            wanted = torch.as_tensor(lengths, device="cpu").expand(self.batch)
             fits = bool(((wanted >= 0) & (wanted <= self.positions)).all())
         except (RuntimeError, TypeError, ValueError):  # no numbers, or not so many
             fits = False

@@ -82,7 +82,7 @@ class Decoder:
         """tokens (B, T) -> the residual stream (B, T, D) before the first slot."""
         x = functional.embedding(tokens.clamp_min(0).to(self.device), self.outer["embedding"])
         if self.config.embedding_scale != 1.0:
-            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype, device="cpu")
         return x
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
@@ -136,7 +136,7 @@ def check_call(
     """Positions (B, T), -1 at padding, and who runs what (B, S) bool; InputError where a call of
     any runtime breaks a rule of the protocol."""
     check_cache(config, cache)
-    if tokens.is_meta or tokens.is_floating_point():
+    if tokens.is_meta or tokens.dtype not in (torch.int64, torch.int32):
         raise InputError(f"tokens: expected ids, found {tokens.dtype} on {tokens.device}")
     if tokens.ndim != 2 or tokens.shape[0] != cache.batch or tokens.shape[1] < 1:
         raise InputError(
@@ -193,7 +193,7 @@ def mask_slots(config: ModelConfig, batch: int, slots: Slots | None) -> torch.Te
     lists = apart or [shared] * batch
     if len(lists) != batch or (apart and shared):
         raise InputError(f"slots: expected {batch} lists, found {len(lists)}")
-    chosen = torch.zeros(batch, total, dtype=torch.bool)
+    chosen = torch.zeros(batch, total, dtype=torch.bool, device="cpu")
     for sequence, own in enumerate(lists):
         ascending = all(a < b for a, b in zip(own, own[1:], strict=False))
         if not own or not ascending or own[0] < 0 or own[-1] >= total:

@@ -126,7 +126,7 @@ class HiddenStates:
         if type(slot) is not int or slot < -1 or not isinstance(noted.get("key"), str):
             raise InputError(
                 f"{self._note}: expected how far a run is, found something else; remove "
-                f"{self._note.parent} to begin anew"
+                f"{self._note.parent} to start over"
             )
         return slot if noted["key"] == self._key else -1
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from engine.architecture.config import ModelConfig
 from engine.errors import InputError
-from engine.kernels.dispatch import require
+from engine.kernels.dispatch import BackendUnavailable, require, why_not
 from engine.kernels.dtypes import DTYPES
 from engine.options import Sampling, Slots
 
@@ -44,7 +44,8 @@ def check_backend(name: str | None, dtype: str | None) -> None:
         if dtype == "float32":
             raise InputError(f"dtype: the backend {name} has float16 and bfloat16, found {dtype}")
         require(name)
-        require("triton")  # "cuda" takes its kernels where it has none of its own
+        if reason := why_not("triton"):  # "cuda" takes its kernels where it has none of its own
+            raise BackendUnavailable(f"backend {name}: it needs triton's kernels: {reason}")
 
 
 class Cache(Protocol):

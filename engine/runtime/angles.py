@@ -8,6 +8,7 @@ import torch
 from engine.architecture.config import ModelConfig, Rope
 from engine.architecture.rope import inverse_frequencies
 from engine.kernels import native
+from engine.sample import one_thread
 
 
 class Tables(NamedTuple):
@@ -41,9 +42,13 @@ class Angles:
         held, table = self._tables.get(rope, (None, None))
         if table is not None and held == kind and len(table) >= length:
             return table
-        positions = torch.arange(min(max(2 * length, 256), max(self._limit, length)))
-        angles = positions[:, None].float() * inverse_frequencies(rope, length)
-        table = torch.cat((angles.cos(), angles.sin()), dim=1) * rope.attention_factor
+        count = min(max(2 * length, 256), max(self._limit, length))
+        with (
+            one_thread()
+        ):  # torch's others are not there in a forked child, which would wait for them
+            positions = torch.arange(count, dtype=torch.float32, device="cpu")
+            angles = positions[:, None] * inverse_frequencies(rope, length)
+            table = torch.cat((angles.cos(), angles.sin()), dim=1) * rope.attention_factor
         self._tables[rope] = kind, table
         return table
 

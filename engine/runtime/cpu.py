@@ -202,7 +202,7 @@ class CpuRuntime:
         if bool((tokens < 0).any()):
             raise InputError("tokens: a stream is of tokens without padding, found negative ids")
         tokens = tokens.to(torch.int64).contiguous()
-        chosen = torch.zeros(cache.lengths.shape, dtype=torch.bool)
+        chosen = torch.zeros_like(cache.lengths, dtype=torch.bool)
         chosen[:, list(slots)] = True
         if entering is not None:
             entering = entering.to(torch.float32).contiguous()
@@ -232,11 +232,11 @@ class CpuRuntime:
         cache.reach += 1
         angles = self._angles.held
         if self.config.whole_prefill or cache.reach > angles.reach:
-            angles = self._tables(torch.tensor(tokens)[:, None], cache)
+            angles = self._tables(torch.tensor(tokens, device="cpu")[:, None], cache)
         try:
             ids = self.decoder.greedy(cache.pages, tokens, cache.span, angles.spans)
         except ValueError as error:
-            check_call(self.config, torch.tensor(tokens)[:, None], cache, None)
+            check_call(self.config, torch.tensor(tokens, device="cpu")[:, None], cache, None)
             raise _refused(error) from None
         if -1 in ids:
             raise NotFiniteError(NOT_FINITE)

@@ -21,7 +21,7 @@ from engine.runtime.gpu_step import BUCKETS, Buffers, Clock, StepList
 from engine.runtime.gpu_weights import Layer, Outer, Part, Placement, check_memory
 from engine.sample import NOT_FINITE, draw
 
-HALVES = (torch.float16, torch.bfloat16)
+MOST_HEAD = 256  # values: a page of wider ones does not fit the shared memory of every GPU
 KEPT_STEPS = 16  # step lists, by bucket and slots: each has a CUDA graph of its own
 PARTS = {"gate_up": "up", "gate": "up"}  # of a step, by launch
 
@@ -70,10 +70,16 @@ class GpuRuntime:
 
         `backend` "cuda" takes our CUDA kernels where there are any and Triton's for the rest.
         """
-        if dtype not in HALVES:
-            known = " and ".join(map(name_of, HALVES))
+        if dtype not in fused.HALVES:
+            known = " and ".join(map(name_of, fused.HALVES))
             raise InputError(f"dtype: the backend {backend} has {known}, found {name_of(dtype)}")
-        placement = Placement(torch.device(device), dtype, backend)
+        if config.head_dim > MOST_HEAD:
+            raise InputError(
+                f"head_dim: the backend {backend} has heads of at most {MOST_HEAD} values, found "
+                f"{config.head_dim}; the backends reference and cpu have wider ones"
+            )
+        device = torch.empty(0, device=device).device  # "cuda" is the present one, by its number
+        placement = Placement(device, dtype, backend)
         if placement.device.type == "cuda":
             free = free_bytes(placement.device)
             check_memory(checkpoint, config, free, str(placement.device))
@@ -185,8 +191,9 @@ class GpuRuntime:
         if tokens.shape[1] == 1 and cache.batch > self.most_sequences:
             raise InputError(too_many(self, cache.batch))
         length = int(positions.max()) + 1
-        cache.reserve(length)
-        self.angles.reach(length)
+        with within_memory(f"a context of {length} positions", self.device):
+            cache.reserve(length)
+            self.angles.reach(length)
         versions = self.arena.version, self.angles.version
         if versions != self._built_on:  # what the lists point to has moved, and is freed with them
             self._steps.clear()
@@ -221,7 +228,8 @@ class GpuRuntime:
         if self._tabled is not cache.table:
             buffers.table[: cache.batch, : cache.table.shape[1]] = cache.table
             self._tabled = cache.table
-        launches.run(self._clock)
+        with within_memory(f"a step of {bucket} sequences", self.device):  # what it compiles too
+            launches.run(self._clock)
         self._latest = launches.read
         cache.advance(chosen, positions)
         return buffers

@@ -2,7 +2,7 @@
 
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -112,7 +112,8 @@ class GpuCache(Lengths):
         super().__init__(config, batch)
         self.arena = arena
         self._pages: list[int] = []
-        self.table = torch.zeros(batch, 0, dtype=torch.int32, device=arena.store.device)
+        self._numbers = torch.zeros(batch, 0, dtype=torch.int32)  # `table` on the CPU
+        self.table = self._numbers.to(arena.store.device)
         weakref.finalize(self, arena.give, self._pages)
 
     @property
@@ -127,7 +128,21 @@ class GpuCache(Lengths):
         taken = self.arena.take(more * self.batch)
         self._pages += taken
         columns = torch.tensor(taken, dtype=torch.int32).view(self.batch, more)
-        self.table = torch.cat((self.table, columns.to(self.table.device)), dim=1)
+        self._numbers = torch.cat((self._numbers, columns), dim=1)
+        self.table = self._numbers.to(self.table.device)
+
+    def truncate(self, lengths: int | Sequence[int] | torch.Tensor) -> None:
+        """Clears what it takes back: what attention masks must be finite all the same."""
+        before = self.positions.tolist()
+        super().truncate(lengths)
+        store, whole = self.arena.store, []
+        for row, (end, was) in enumerate(zip(self.positions.tolist(), before, strict=True)):
+            pages = self._numbers[row, end // PAGE : -(-was // PAGE)].tolist()
+            if pages and end % PAGE:
+                store[pages.pop(0), :, :, :, end % PAGE :] = 0
+            whole += pages
+        if whole:
+            store[whole] = 0
 
     def advance(self, chosen: torch.Tensor, positions: torch.Tensor) -> None:
         """Slots `chosen` (B, S) are filled up to `positions` (B, T), -1 where nothing is."""

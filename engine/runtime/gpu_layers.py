@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.architecture.config import LayerConfig, ModelConfig
-from engine.kernels.layer.reference import ACTIVATIONS
+from engine.kernels.layer.reference import ACTIVATIONS, normalised
 from engine.reference.decoder import attend, heads_first, rotate, visibility
 from engine.runtime.angles import DeviceAngles
 from engine.runtime.gpu_cache import GpuCache, Places
@@ -143,9 +143,6 @@ class ManyTokens:
 
     def _norm(self, x: torch.Tensor, layer: Layer, role: str) -> torch.Tensor:
         """Computed in float32, given in `dtype`."""
-        wide, weight, bias = x.float(), layer.norms[role], layer.norms.get(f"{role}.bias")
-        if self.config.norm == "layer":
-            shape, eps = weight.shape, self.config.norm_eps
-            return torch.nn.functional.layer_norm(wide, shape, weight, bias, eps).to(self.dtype)
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.norm_eps)
-        return (wide * weight).to(self.dtype)
+        weight, bias = layer.norms[role], layer.norms.get(f"{role}.bias")
+        found = normalised(x.float(), weight, bias, self.config.norm_eps, self.config.norm)
+        return found.to(self.dtype)

@@ -169,7 +169,8 @@ class StepList:
             each()
         torch.cuda.synchronize(self.store.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Torch's own stream for it is of the GPU that captured first.
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(self.store.device)):
             for each in self.launches:
                 each()
         self.buffers.inputs.copy_(kept)

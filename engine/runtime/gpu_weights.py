@@ -116,7 +116,9 @@ class Placement:
                 norms[role] = tensor.float().to(self.device) + offset
             else:
                 biases[owner] = tensor.to(self.device, self.dtype)
-        parts = {role: Part(matrix, biases.get(role)) for role, matrix in matrices.items()}
+        parts = {role: Part(matrix, biases.pop(role, None)) for role, matrix in matrices.items()}
+        for role, bias in biases.items():  # of a tied head
+            parts[role] = Part(matrices["embedding"], bias)
         return Layer(self._joined(parts), norms)
 
     def _joined(self, parts: dict[str, Part]) -> dict[str, Projection]:

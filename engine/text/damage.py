@@ -12,8 +12,8 @@ def naming(where: str | Path) -> Iterator[None]:
     """Turns whatever is raised on a damaged file into an InputError that names `where`."""
     try:
         yield
-    except (InputError, KeyboardInterrupt, SystemExit):
+    except (InputError, KeyboardInterrupt, MemoryError, SystemExit):
         raise
     except BaseException as error:  # a panic of the library is no Exception
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{where}: the tokenizer is damaged: {reason:.200}") from error

@@ -106,7 +106,7 @@ def read_model(path: Path) -> Vocabulary:
         from sentencepiece import sentencepiece_model_pb2 as protobuf
     except ImportError:
         raise InputError(
-            f"{path}: without a tokenizer.json it takes sentencepiece and protobuf: "
+            f"{path}: without a tokenizer.json it needs sentencepiece and protobuf: "
             "pip install 'shallow[sentencepiece]'"
         ) from None
     model = protobuf.ModelProto()

@@ -13,7 +13,7 @@ from engine.kernels.w4.tiles import capped
 
 @triton.jit
 def turned_head(
-    base_ptr, norm_ptr, bias_ptr, angles_ptr, heads, count, width, epsilon, whole_ptr, wholes,
+    base_ptr, norm_ptr, bias_ptr, angles_ptr, heads, count, epsilon, whole_ptr, wholes,
     NORM: tl.constexpr, SCOPE: tl.constexpr, ROPE: tl.constexpr, E: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +113,7 @@ def attention_kernel(
             q_biases += group * REPEATS * E
             k_biases += group * E
     q = turned_head(
-        token + group * REPEATS * E, q_weights, q_biases, angles_ptr, r, REPEATS, E, epsilon,
+        token + group * REPEATS * E, q_weights, q_biases, angles_ptr, r, REPEATS, epsilon,
         token, HEADS * E, NORM, SCOPE, ROPE, E, BLOCK_E,
     ).to(DTYPE)  # fmt: skip
     first_page = 0
@@ -128,7 +128,7 @@ def attention_kernel(
     PLANE: tl.constexpr = PAGE * E
     if split == 0:  # the token itself, which it alone appends
         key = turned_head(
-            key_at, k_weights, k_biases, angles_ptr, one, 1, E, epsilon,
+            key_at, k_weights, k_biases, angles_ptr, one, 1, epsilon,
             token + HEADS * E, KV_HEADS * E, NORM, SCOPE, ROPE, E, BLOCK_E,
         ).to(DTYPE)  # fmt: skip
         value = tl.load(key_at + KV_HEADS * E + e, mask=e < E, other=0)

@@ -51,7 +51,7 @@ class CpuWeight:
         between: Q5_0, Q5_1, Q5_K and Q6_K in six bits each, which `restore` gives back as bytes."""
         check_blocks(type_name, shape, data, name)
         cpu, data = native.load("cpu"), data.contiguous()
-        codebook = torch.tensor(IQ4_NL, dtype=torch.float32)
+        codebook = torch.tensor(IQ4_NL, dtype=torch.float32, device="cpu")
         spans = native.span(data), native.span(codebook)
         tiles = cpu.tile_gguf(type_name, *shape, *spans, cpu.pool_threads())
         if tiles is None:  # a scale is NaN or Inf
@@ -94,7 +94,9 @@ class CpuWeight:
         """What `from_packed` was given, bit for bit. ValueError where it was of another spec."""
         cpu, packed = native.load("cpu"), zeros(spec, self.shape, "cpu")
         if self.tiles.permuted:
-            packed = replace(packed, perm=torch.zeros(self.shape[1], dtype=torch.int32))
+            packed = replace(
+                packed, perm=torch.zeros(self.shape[1], dtype=torch.int32, device="cpu")
+            )
         self.tiles.restore(cpu.Packed(**packed.native_fields()), cpu.pool_threads())
         return packed
 

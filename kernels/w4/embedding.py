@@ -1,5 +1,7 @@
 """`W4Embedding`: rows of a packed matrix, as an embedding of transformers' models."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -13,6 +15,14 @@ class W4Embedding(nn.Module):
         super().__init__()
         self.packed, self.scale, self.dtype = packed, scale, dtype
         self.num_embeddings, self.embedding_dim = packed.shape
+
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> "W4Embedding":
+        """A cast is one of the rows that it gives; the packed matrix is moved, never cast."""
+        like = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device))
+        self.dtype, self.packed = like.dtype, self.packed.to(like.device)
+        return self
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         used, places = ids.unique(return_inverse=True)

@@ -211,5 +211,6 @@ def limits(device: torch.device) -> tuple[int, int]:
     """Multiprocessors, and the most shared memory of a block, in bytes."""
     if device.type != "cuda":
         return 1, launch.WIDE_BYTES  # interpreted
-    facts = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    facts = triton.runtime.driver.active.utils.get_device_properties(index)
     return facts["multiprocessor_count"], facts["max_shared_mem"]

@@ -22,9 +22,9 @@ def gemm_kernel(
     x_ptr, codes_ptr, scales_ptr, offsets_ptr, supers_ptr, codebook_ptr, bias_ptr, y_ptr,
     M, N, K, stride_xm,
     FORMAT: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr, WARPS: tl.constexpr,
-    SPLITS: tl.constexpr, ACTIVATION: tl.constexpr = "silu",
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """x (M, K) -> y (M, N), or with GATED activated(gate) * up (M, N / 2); bias (N,) or None.
+    """x (M, K) -> y (M, N), or with GATED silu(gate) * up (M, N / 2); bias (N,) or None.
 
     With SPLITS > 1 y is (SPLITS, M, N) float32, a part of K each, for `reduce_kernel`. A program
     takes 16 * WARPS rows of W and BLOCK_M of x; those that share rows of W run together.
@@ -58,7 +58,7 @@ def gemm_kernel(
         acc = add_product(acc, tl.reshape(w, (ROWS, CHUNK)), x, FORMAT)
     if SPLITS == 1:
         outputs = N // 2 if GATED else N
-        kind: tl.constexpr = ACTIVATION if GATED else ""
+        kind: tl.constexpr = "silu" if GATED else ""
         store_tile(
             acc / LIFT, bias_ptr, y_ptr, tile, m, M, N, outputs, None, None, None, GATED, kind, 0.0
         )  # fmt: skip
@@ -71,16 +71,16 @@ def gemm_kernel(
 @triton.jit(do_not_specialize=["M"])
 def reduce_kernel(
     parts_ptr, bias_ptr, y_ptr, M, N, GATED: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr = "silu",
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """parts (SPLITS, M, N), bias (N,) -> y (M, N), with GATED activated(gate) * up (M, N / 2)."""
+    """parts (SPLITS, M, N), bias (N,) -> y (M, N), with GATED silu(gate) * up (M, N / 2)."""
     outputs = N // 2 if GATED else N
     m = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     y = sum_parts(parts_ptr, bias_ptr, m, n, n < outputs, M, N, SPLITS)
     if GATED:
         up = sum_parts(parts_ptr, bias_ptr, m, n + outputs, n < outputs, M, N, SPLITS)
-        y = activated(y, ACTIVATION) * up
+        y = activated(y, "silu") * up
     at = y_ptr + m.to(tl.int64) * outputs + n
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=n < outputs)
 

@@ -120,7 +120,10 @@ class W4Linear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "W4Linear":
         def moved(tensor: Tensor) -> Tensor:
-            return fn(tensor.view(torch.uint8)).view(tensor.dtype)  # bytes: moved, never cast
+            found = fn(held := tensor.view(torch.uint8))  # bytes, which .to() moves and never casts
+            if found.dtype != torch.uint8:  # .type() does
+                found = held.to(found.device)
+            return found.view(tensor.dtype)
 
         held = self.prepared.tensors
         for part in held:

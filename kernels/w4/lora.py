@@ -37,5 +37,10 @@ def adapt(lora: Any) -> Any:
                     result = result + (learnt * self.scaling[name]).to(result.dtype)
             return result
 
+        def merge(self, *_: Any, **__: Any) -> None:
+            raise NotImplementedError(
+                "packed weights take no adapter in: save it, and merge it into the 16-bit model"
+            )
+
     lora._register_custom_module({W4Linear: LoraW4})
     return lora

@@ -179,13 +179,13 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _matmul_backward(ctx, dy: Tensor) -> tuple:
-    x, *weight = ctx.saved_tensors
+    x, *weight = ctx.saved_tensors  # read once: a checkpointed layer gives them a single time
     dx = dbias = None
     if ctx.needs_input_grad[0]:
         dx = w4_matmul_transposed(dy, weight, *ctx.scalars)
     if ctx.needs_input_grad[9]:
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-    return dx, _weight_gradients(ctx, dy, x), *(None for _ in ctx.scalars), dbias, None
+    return dx, _weight_gradients(ctx, weight, dy, x), *(None for _ in ctx.scalars), dbias, None
 
 
 def _transposed_backward(ctx, dx: Tensor) -> tuple:
@@ -193,16 +193,18 @@ def _transposed_backward(ctx, dx: Tensor) -> tuple:
     dy = None
     if ctx.needs_input_grad[0]:
         dy = w4_matmul(dx, weight, *ctx.scalars, None, True)
-    return dy, _weight_gradients(ctx, y, dx), *(None for _ in ctx.scalars)
+    return dy, _weight_gradients(ctx, weight, y, dx), *(None for _ in ctx.scalars)
 
 
-def _weight_gradients(ctx, y: Tensor | None, x: Tensor) -> list[Tensor | None]:
+def _weight_gradients(
+    ctx, weight: list[Tensor], y: Tensor | None, x: Tensor
+) -> list[Tensor | None]:
     """Of each tensor of W, whose own gradient is y.T @ x: scales and minimums have one."""
-    weight, needs = ctx.saved_tensors[1:], ctx.needs_input_grad[1]
+    needs = ctx.needs_input_grad[1]
     found: list[Tensor | None] = [None] * len(weight)
     if y is None or not any(needs):
         return found
-    matrix = _matrix(list(weight), *ctx.scalars)
+    matrix = _matrix(weight, *ctx.scalars)
     if matrix.backend == "reference":
         y, x = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (y, x))
     dw = y.reshape(-1, y.shape[-1]).T @ x.reshape(-1, x.shape[-1])

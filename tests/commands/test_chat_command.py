@@ -96,7 +96,7 @@ def test_options_are_refused_before_the_model_opens(monkeypatch):
     code, _, err = talk(monkeypatch, "a", options=["--temperature", "-1"])
     assert code == 2 and "temperature must be" in err
     code, _, err = talk(monkeypatch, "a", options=["--top-p", "0.9"])
-    assert code == 2 and "--top-p: says nothing at --temperature 0" in err
+    assert code == 2 and "--top-p: has no effect at --temperature 0" in err
 
 
 def test_input_that_is_closed(model, monkeypatch):

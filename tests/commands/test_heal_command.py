@@ -1,5 +1,6 @@
 """engine heal: from options to a directory that every other command takes; what it refuses."""
 
+import shutil
 import sys
 
 import pytest
@@ -209,7 +210,7 @@ def test_refusals(sentence, options, tree, tmp_path, monkeypatch):
 )
 def test_what_says_nothing_without_training_is_refused(option, value, tree, tmp_path):
     fitted = asked(tree, tmp_path / "out", "--drop", 2, "--window", 16, "--method", "linear")
-    said = f"{option.replace('-', '_')}: says nothing with --method linear"
+    said = f"{option.replace('-', '_')}: has no effect with --method linear"
     refused(said, *fitted, f"--{option}", value)
     assert not list(tmp_path.iterdir())
 
@@ -217,12 +218,12 @@ def test_what_says_nothing_without_training_is_refused(option, value, tree, tmp_
 @pytest.mark.parametrize(
     "method, option, value, sentence",
     [
-        ("qlora", "train", "norms", "train: says nothing with --method qlora"),
-        ("qlora", "cache", "cache", "cache: says nothing with --method qlora but with --self"),
-        ("qlora", "teacher", "model", "teacher: says nothing with --method qlora but with --self"),
+        ("qlora", "train", "norms", "train: has no effect with --method qlora"),
+        ("qlora", "cache", "cache", "cache: has no effect with --method qlora without --self"),
+        ("qlora", "teacher", "model", "teacher: has no effect with --method qlora without --self"),
         ("distil", "own", 30, "own: expected windows of at least 4 tokens, found 3"),
-        ("distil", "rank", 4, "rank: says nothing with --method distil but with --train lora"),
-        ("linear,distil", "rank", 4, "rank: says nothing with --method linear,distil"),
+        ("distil", "rank", 4, "rank: has no effect with --method distil without --train lora"),
+        ("linear,distil", "rank", 4, "rank: has no effect with --method linear,distil"),
         ("distil", "column", "body", "column: goes with a .jsonl, .parquet or hub source, found"),
         ("linear", "column", "body", "column: goes with a .jsonl, .parquet or hub source, found"),
         ("distil", "seed", 1 << 32, "seed: expected 0 to 4294967295, found 4294967296"),
@@ -262,10 +263,14 @@ def test_refusals_of_what_is_named(tree, tmp_path):
         "linear: a norm follows the down projection in gemma3",
         *asked(tree, out, *dropped, model="gemma3"),
     )
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").write_text("mine")
+    refused("out.partial: is in the way", *asked(tree, out, *dropped))
+    shutil.rmtree(tmp_path / "out.partial")
     teacher = "--method", "qlora", *TRAINED[2:], "--self", 9, "--teacher", tree / "other"
-    refused("its vocabulary is another one", *asked(tree, out, *teacher))
+    refused("its vocabulary differs", *asked(tree, out, *teacher))
     distil = "--method", "distil", *TRAINED[2:], "--teacher"
-    refused("its vocabulary is another one", *asked(tree, out, *distil, tree / "other"))
+    refused("its vocabulary differs", *asked(tree, out, *distil, tree / "other"))
     refused("excludes --teacher", *asked(tree, out, *distil, tree / "wide", "--drop", 2))
     assert not list(tmp_path.iterdir())
 

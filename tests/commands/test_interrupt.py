@@ -1,5 +1,6 @@
 """Ctrl-C, and a standard output that nobody reads or that is full."""
 
+import json
 import os
 import signal
 import subprocess
@@ -123,10 +124,35 @@ def test_nobody_reads(model):
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
-def test_a_full_output(model):
-    with open("/dev/full", "wb") as full:
-        done = subprocess.run(
-            command("engine.run", model, 4), stdout=full, stderr=subprocess.PIPE, timeout=120
-        )
+def test_a_full_output(model, tmp_path):
+    """Of which the record in a file is independent, as of one that nobody reads."""
     said = b"engine: standard output: No space left on device\n"
-    assert (done.returncode, done.stderr) == (2, said)
+    (tmp_path / "text.txt").write_text(" ".join(map(str, range(3, 60))))
+    evaluate = ["eval", model, "--text", tmp_path / "text.txt", "--window", "16", "--json"]
+    for program in (
+        [*command("engine.run", model, 4), "--quiet", "--json"],
+        [sys.executable, "-m", "engine", *evaluate],
+        [sys.executable, "-m", "engine", "budget", model, "--drop", "1", "--json"],
+        [sys.executable, "-m", "engine", "doctor", "--json"],
+    ):
+        record = tmp_path / "record.json"
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(
+                [*program, record], stdout=full, stderr=subprocess.PIPE, timeout=120
+            )
+        assert (done.returncode, done.stderr[-len(said) :]) == (2, said)
+        assert json.loads(record.read_text())
+        record.unlink()
+
+
+def test_an_interrupt_that_the_shell_has_turned_off(model):
+    """As for its jobs in the background, which Ctrl-C is not for."""
+    program = subprocess.Popen(
+        ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command("engine.run", model, 300)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    for _ in range(20):
+        time.sleep(0.1)
+        program.send_signal(signal.SIGINT)
+    assert program.communicate(timeout=120)[1].count(b"Traceback") == 0
+    assert program.returncode == 0

@@ -283,7 +283,7 @@ REFUSALS = [
     (["--count", 1, "--model", "{wide}"], "model: goes with --target-memory or --rule greedy"),
     (["--count", 1, "--bits", 4], "bits: goes with --target-memory, found none"),
     (["--count", 1, "--group", 64], "group: goes with --target-memory, found none"),
-    (["--target-memory", "1MB", "--bits", 16, "--group", 64], "group: says nothing with --bits 16"),
+    (["--target-memory", "1MB", "--bits", 16, "--group", 64], "group: has no effect with --bits"),
     (["--rule", "search", "--count", 1, "--evaluations", 0], "'--evaluations'"),
     (["--rule", "search", "--count", 1, "--seconds", "-1"], "'--seconds'"),
 ]

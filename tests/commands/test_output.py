@@ -57,6 +57,21 @@ def test_verbose_says_what_is_chosen(model):
     assert f"engine: model: {model}" in err and "4 of 4 layers" in err
 
 
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"),
+    ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+], ids=lambda error: type(error).__name__)  # fmt: skip
+def test_too_little_memory(error, monkeypatch):
+    """Whoever says so: Python, torch, the system's loader."""
+
+    def examine(threads):
+        raise error
+
+    monkeypatch.setattr("engine.commands.doctor.examine", examine)
+    said = "engine: there is not enough memory for this: a smaller batch or context needs less\n"
+    assert call("doctor") == (2, "", said)
+
+
 def test_quiet_and_verbose_exclude_each_other(model):
     code, _, err = call("--quiet", "--verbose", "budget")
     assert code == 2 and "exclude each other" in err

@@ -77,7 +77,7 @@ def inputs(tree, tmp_path):
 def test_what_is_read_is_not_written(asked, inputs, monkeypatch):
     monkeypatch.chdir(inputs)
     before = {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()}
-    refused(f"{asked.split()[-1]}: is read too; name another file", *asked.split())
+    refused(f"{asked.split()[-1]}: is an input of this command; name another file", *asked.split())
     assert {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()} == before
 
 
@@ -91,12 +91,13 @@ def test_a_record_beside_its_model_is_replaced(tree, tmp_path):
         assert json.loads(record.read_text()) == json.loads(out.splitlines()[-1])
     for other in ('{"kind": "plan", "version": 1}', "[" * 99999):
         record.write_text(other)
-        refused(f"{record}: is read too", *asked)
+        refused(f"{record}: is an input of this command", *asked)
 
 
 def test_two_outputs_are_two_files(inputs, monkeypatch):
     monkeypatch.chdir(inputs)
-    refused("x.html: is --report too", "profile", "m", "--out", "x.html", "--report", "./x.html")
+    two = ("--out", "x.html", "--report", "./x.html")
+    refused("x.html: is also given as --report", "profile", "m", *two)
     # No text is what only lies beside one.
     refused("m: no such file", "profile", "m", "--text", "texts", "--out", "texts/record.json")
 

@@ -189,8 +189,8 @@ def test_what_is_chosen_where_nothing_is_said(options, scheme, clip):
         ({"head": "2"}, "head: expected 4, 8, 16 or keep, found '2'"),
         ({"v": 16}, "v: expected one of .*, None, found 16"),
         ({"v": 4, "bits": 8}, "v: expected one of 8, None, found 4"),
-        ({"method": "keep", "v": 8}, "v: says nothing with --method keep"),
-        ({"method": "keep", "group": 32}, "group: says nothing with --method keep"),
+        ({"method": "keep", "v": 8}, "v: has no effect with --method keep"),
+        ({"method": "keep", "group": 32}, "group: has no effect with --method keep"),
     ],
 )
 def test_options_that_are_refused(options, words):

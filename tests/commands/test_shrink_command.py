@@ -1,6 +1,7 @@
 """`engine shrink`: all stages in one go, one page at the end, taken up again wherever it died."""
 
 import json
+import os
 import secrets
 
 import pytest
@@ -121,5 +122,10 @@ def test_refusals(tree, tmp_path):
         ("absent.jsonl", ("--choices", "absent.jsonl")),
     ]:
         refused(sentence, *arguments(tree, tmp_path / "small", *options))
+    os.mkfifo(tmp_path / "pipe")
+    for option in ("--text", "--judge-text", "--choices"):
+        piped = arguments(tree, tmp_path / "small", option, tmp_path / "pipe")
+        refused("pipe: is read several times: expected a file, no pipe", *piped)
+    (tmp_path / "pipe").unlink()
     refused("there is no directory", *arguments(tree, tmp_path / "no" / "small"))
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import tiny
 
+import engine
 from engine.checkpoint import open_checkpoint
 from engine.kernels import native
 
@@ -25,14 +26,14 @@ def llama(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [
-        ("hidden_size", -4, "hidden: expected 1, found -4"),
-        ("vocab_size", 0, "vocab: expected 1, found 0"),
-        ("ffn_size", 0, "ffn: expected 1, found 0"),
-        ("heads", 0, "heads: expected 1, found 0"),
-        ("kv_heads", 0, "kv_heads: expected 1, found 0"),
+        ("hidden_size", -4, "hidden: expected at least 1, found -4"),
+        ("vocab_size", 0, "vocab: expected at least 1, found 0"),
+        ("ffn_size", 0, "ffn: expected at least 1, found 0"),
+        ("heads", 0, "heads: expected at least 1, found 0"),
+        ("kv_heads", 0, "kv_heads: expected at least 1, found 0"),
         ("kv_heads", 4, "heads: expected a multiple of 4, found 6"),
-        ("head_dim", 0, "head_dim: expected 1, found 0"),
-        ("head_dim", 4096, "head_dim: expected 1024, found 4096"),
+        ("head_dim", 0, "head_dim: expected at least 1, found 0"),
+        ("head_dim", 4096, "head_dim: expected at most 1024, found 4096"),
     ],
 )
 def test_no_decoder_has_such_rules(llama, name, value, sentence):
@@ -46,6 +47,28 @@ def test_no_cache_has_such_a_length(llama, length):
     cache = CpuRuntime.load(llama, llama.config).new_cache(1)
     with pytest.raises(ValueError, match=f"length: expected a number of positions, found {length}"):
         cache.pages.reserve(length)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_torchs_default_device_is_none_of_ours(llama, backend):
+    """As of a program that has set its GPU, beside a model on the CPU."""
+    tiny.save_tokenizer(llama.path)
+    asked = {"max_new_tokens": 5, "ignore_eos": True}
+    prompts, drawn = [[3, 5], [7, 8, 9]], {"temperature": 0.7, "repetition_penalty": 1.2, "seed": 3}
+
+    def run() -> tuple:
+        model = engine.load(llama.path, backend=backend, device="cpu")
+        found = [model.generate(prompts, **asked, **more) for more in ({}, drawn)]
+        guessed = model.generate([3, 5, 3, 5, 3], speculate="ngram", **asked).token_ids
+        texts = [[each.token_ids for each in batch] for batch in found]
+        return texts, guessed, model([[3, 5, 7]]).tolist()
+
+    expected = run()
+    torch.set_default_device("meta")
+    try:
+        assert run() == expected
+    finally:
+        torch.set_default_device(None)
 
 
 def test_torchs_default_dtype_is_none_of_ours(llama):

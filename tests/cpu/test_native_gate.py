@@ -284,3 +284,29 @@ def test_a_fork_while_another_thread_generates(runtime):
     finally:
         ended.set()
         thread.join()
+
+
+FORKED = """
+import os, signal, sys, torch
+import engine
+
+torch.set_num_threads(2)
+model = engine.load(sys.argv[1], backend="cpu", threads=2)
+ids = torch.randint(3, model.config.vocab_size, (700,)).tolist()
+torch.randn(1 << 20).cos()  # wakes torch's threads, which a child has not
+expected = model.generate(ids[:4], max_new_tokens=2).token_ids
+if (child := os.fork()) == 0:
+    signal.alarm(60)  # of the angles of more positions than before torch would make parts
+    model.generate(ids, max_new_tokens=1)
+    same = model.generate(ids[:4], max_new_tokens=2).token_ids == expected
+    os._exit(0 if same else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_child_takes_longer_prompts_than_its_parent(source):
+    checkpoint = source("llama", max_position_embeddings=16384, head_dim=64)
+    tiny.save_tokenizer(checkpoint.path)
+    command = [sys.executable, "-W", "ignore", "-c", FORKED, str(checkpoint.path)]
+    assert subprocess.run(command, timeout=120).returncode == 0

@@ -10,6 +10,7 @@ from support.close import assert_close, rms_ratio
 from support.ops_checks import SPECS, case
 from support.packed import random_packed, spec_id
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from engine.errors import InputError
 from engine.kernels.dispatch import BackendUnavailable
@@ -207,6 +208,8 @@ def test_deepcopy_and_casts(rng):
         if dtype != torch.float64:
             y = other(x.to(dtype))
             assert y.dtype == dtype and rms_ratio(expected, y) < 1e-2
+    assert other.type(torch.bfloat16).bias.dtype == torch.bfloat16
+    assert rms_ratio(expected, other(x)) < 1e-2
     before = other(x.float())  # the bias was rounded by the casts
     assert torch.equal(other.share_memory().cpu().requires_grad_(False)(x.float()), before)
     assert "bits=4, group=32, scheme=minimum, layout=cpu" in repr(other)
@@ -269,6 +272,20 @@ def test_adapters_learn_through_it(rng):
     assert losses[-1] < 0.8 * losses[0], losses
     state = model.state_dict()
     assert all(torch.equal(state[key], value) for key, value in weights.items())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_have_the_same_gradients(rng, reentrant):
+    """The way of transformers and of torch's default gives saved tensors a single time."""
+    module = linear(rng)
+    found = []
+    x = torch.randn(5, 201, generator=rng)
+    for run in (module, lambda x: checkpoint(module, x, use_reentrant=reentrant)):
+        leaf = x.clone().requires_grad_()
+        module.bias.grad = None
+        run(leaf).square().sum().backward()
+        found.append((leaf.grad, module.bias.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_an_explicit_backend_runs_or_raises(rng):

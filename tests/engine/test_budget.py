@@ -144,7 +144,7 @@ def test_the_paper_is_of_one_model(given):
 @pytest.mark.parametrize("given", [["--group", 64], ["--minimum"], ["--v", 16, "--group", 0]])
 def test_weights_of_16_bits_have_no_groups(given):
     name = next(option for option in given if option in ("--group", "--minimum")).strip("-")
-    refused(f"{name}: says nothing of 16 bits", "budget", "phi-2", "--bits", 16, *given)
+    refused(f"{name}: has no effect at 16 bits", "budget", "phi-2", "--bits", 16, *given)
     assert call("budget", "phi-2", "--bits", 16, "--head", 4, *given)[0] == 0
     assert call("budget", "phi-2", "--bits", 16, *given, "--v", 4)[0] == 0
     assert call("budget", "phi-2", "--bits", 16)[0] == 0

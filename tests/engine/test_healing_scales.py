@@ -128,7 +128,7 @@ def test_refusals(source, rng, tmp_path):
     cut = pupil.config.keep([0, 1, 2, 4, 5])
     for sentence, model, config, options in (
         ("expected --teacher, the model before", pupil, pupil.config, {}),
-        ("--drop: speaks of the whole model's", pupil, cut, {"teacher": teacher}),
+        ("--drop: numbers the whole model's", pupil, cut, {"teacher": teacher}),
         ("expected a packed directory", teacher, teacher.config, {"teacher": pupil}),
     ):
         with pytest.raises(InputError, match=sentence):

@@ -1,6 +1,8 @@
 """Packed directories in transformers: its logits, its generation, gradients, adapters, saving."""
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from support.close import assert_close
 from support.exported import assert_same_matrices, logits, packed_model
 
 from engine.checkpoint import open_checkpoint
+from engine.errors import InputError
 from engine.kernels.w4.linear import W4Linear
 
 transformers = pytest.importorskip("transformers")
@@ -58,6 +61,44 @@ def test_saving_gives_the_directory_back(case, source, rng, tmp_path):
     )
 
 
+@pytest.mark.parametrize("case", ["qwen3", "llama"])
+def test_saving_in_place(case, source, rng, tmp_path):
+    """transformers then leaves the index of the shards that it has replaced by one file."""
+    ours = packed_model(source(case), tmp_path / "ours", rng, group=16, head=8)
+    model = opened(tmp_path / "ours")
+    ids = torch.randint(3, tiny.VOCAB, (1, 20), generator=rng)
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path / "ours")
+    assert (tmp_path / "ours" / "model.safetensors").is_file()
+    assert_same_matrices(ours, open_checkpoint(tmp_path / "ours"))
+    assert torch.equal(opened(tmp_path / "ours")(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_copies_and_casts(source, rng, tmp_path):
+    packed_model(source("qwen3"), tmp_path / "ours", rng, group=16, head=8)
+    model = opened(tmp_path / "ours")
+    ids = torch.randint(3, tiny.VOCAB, (1, 20), generator=rng)
+    expected = model(ids).logits
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(ids).logits, expected)
+        copied.save_pretrained(tmp_path / "copied")
+        assert torch.equal(opened(tmp_path / "copied")(ids).logits, expected)
+    model.tie_weights()
+    assert torch.equal(model(ids).logits, expected)
+    half = model.to(torch.bfloat16)(ids).logits
+    assert half.dtype == torch.bfloat16
+    assert_close("bfloat16", expected, half.float(), 5e-2)
+
+
+def test_what_has_no_head_is_refused(source, rng, tmp_path):
+    packed_model(source("llama"), tmp_path / "ours", rng, group=16)
+    with pytest.raises(
+        InputError, match=r"causal language model .* found LlamaModel, which has no"
+    ):
+        transformers.AutoModel.from_pretrained(tmp_path / "ours")
+
+
 def test_adapters_learn_on_top(source, rng, tmp_path):
     import peft
 
@@ -86,6 +127,8 @@ def test_adapters_learn_on_top(source, rng, tmp_path):
         tmp_path / "adapter",
         config=engine.hf.adapt(peft.LoraConfig.from_pretrained(tmp_path / "adapter")),
     )
+    with pytest.raises(NotImplementedError, match="packed weights take no adapter in"):
+        again.merge_and_unload()
     with torch.no_grad():
         assert_close("adapter", model.eval()(ids).logits, again.eval()(ids).logits, 1e-5)
 

@@ -1,6 +1,7 @@
 """The sampler against transformers' processors, and what must hold for any logits."""
 
 import math
+import os
 import threading
 from collections import Counter
 
@@ -267,3 +268,16 @@ def test_numbers_of_an_array_library_are_numbers():
     for wrong in (True, 2.0, np.float64(2), "2", None):
         with pytest.raises(InputError, match="max_new_tokens must be a whole number"):
             Options(max_new_tokens=wrong)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_child_is_inside_of_nothing():
+    """It has none of the threads that were in there."""
+    with one_thread():
+        if (child := os.fork()) == 0:
+            torch.set_num_threads(3)
+            with one_thread():
+                pass
+            os._exit(0 if torch.get_num_threads() == 3 else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

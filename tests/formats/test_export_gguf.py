@@ -119,7 +119,7 @@ REFUSED = {
     "llama-dynamic": "no dynamic scaling",
     "qwen2-window": "windows must follow one period",
     "smollm3-window": "windows must follow one period",
-    "phi2-qk-norm": "GGUF says qk_norm None, and the model has 'head'",
+    "phi2-qk-norm-tied": "GGUF says qk_norm None, and the model has 'head'",
 }
 
 
@@ -211,6 +211,18 @@ def test_packed_models_keep_their_bits(recipe, source, rng, tmp_path):
             for file, t in ((first, tensor), (second, other))
         ]
         assert tensor.type == other.type and torch.equal(*data), name
+
+
+def test_what_appears_meanwhile_is_not_replaced(source, tmp_path):
+    checkpoint, out = source("llama", vocab_size=VOCAB), tmp_path / "out.gguf"
+    save_tokenizer(checkpoint.path)
+
+    def another_program(*_: int) -> None:
+        out.write_text("mine")
+
+    with pytest.raises(InputError, match=r"out.gguf: exists already"):
+        export(checkpoint, checkpoint.config, out, "gguf", progress=another_program)
+    assert out.read_text() == "mine"
 
 
 def test_blocks_of_a_gguf_pass_through(tmp_path, rng):

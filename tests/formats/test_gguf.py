@@ -55,7 +55,7 @@ SAYABLE = {
     "gemma2": {"query_pre_attn_scalar": 16},
     "gemma3": {"query_pre_attn_scalar": 16, "layer_types": None},
 }
-UNSAYABLE = {"llama-dynamic", "llama-llama3", "qwen2-window", "smollm3-window", "phi2-qk-norm"}
+UNSAYABLE = {"llama-dynamic", "llama-llama3", "qwen2-window", "smollm3-window", "phi2-qk-norm-tied"}
 
 
 @pytest.mark.parametrize("case", sorted(set(tiny.CASES) - UNSAYABLE))

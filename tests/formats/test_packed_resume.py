@@ -96,5 +96,5 @@ def test_a_finished_layer_that_is_gone(source, tmp_path, rng):
     with pytest.raises(KeyboardInterrupt):
         pack(checkpoint, checkpoint.config, out, recipe, samples, progress=stop)
     next((tmp_path / "out.partial").glob("model-00001-*")).unlink()
-    with pytest.raises(InputError, match=r"model-00001-of-00005\.safetensors: is gone; remove"):
+    with pytest.raises(InputError, match=r"model-00001-of-00005\.safetensors: is missing; remove"):
         pack(checkpoint, checkpoint.config, out, recipe, samples)

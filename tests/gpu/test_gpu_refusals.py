@@ -1,11 +1,16 @@
 """What a GPU runtime refuses, and what is chosen instead: one sentence each, without a GPU."""
 
+from dataclasses import replace
+from operator import index
+
 import pytest
 import torch
+import triton
 
 from engine import api
 from engine.errors import InputError
 from engine.kernels import dispatch
+from engine.kernels.w4 import fused
 from engine.runtime import check_backend, gpu_cache
 from engine.runtime.gpu import KEPT_STEPS, GpuRuntime
 from engine.runtime.gpu_cache import PAGE, Arena, GpuCache, within_memory
@@ -116,6 +121,46 @@ def test_too_little_memory_anywhere_is_a_sentence():
     with pytest.raises(RuntimeError, match="illegal"):
         with within_memory("a step of 8 sequences", CUDA):
             raise RuntimeError("Triton Error [CUDA]: an illegal memory access")
+
+
+def test_what_is_taken_back_is_cleared(source):
+    """NaN of a token that was taken back is masked, but multiplied all the same."""
+    config = source("llama").config
+    arena = Arena(config, CPU, torch.bfloat16)
+    cache = GpuCache(config, 2, arena)
+    cache.reserve(4 * PAGE)
+    arena.store.fill_(torch.nan)
+    cache.lengths[:] = torch.tensor([[3 * PAGE + 5], [2 * PAGE]])
+    lengths = [PAGE + 3, 2 * PAGE]
+    cache.truncate(lengths)
+    for row, (length, was) in enumerate(zip(lengths, (4 * PAGE, 2 * PAGE), strict=True)):
+        held = arena.store[cache.table[row].long()].transpose(0, 3).flatten(3, 4)
+        assert held[:, :, :, :length].isnan().all()
+        assert not held[:, :, :, length:was].any()
+    cache.truncate(0)
+    assert not arena.store[cache.table[:, 0].long()].any()
+
+
+def test_a_gpu_without_a_number_is_the_present_one(monkeypatch):
+    class Utils:
+        @staticmethod
+        def get_device_properties(number):
+            return {"multiprocessor_count": 100 + index(number), "max_shared_mem": 1 << 17}
+
+    driver = type("Driver", (), {"utils": Utils})
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for device, cores in ((CUDA, 103), (torch.device("cuda:1"), 101)):
+        fused.limits.cache_clear()
+        assert fused.limits(device) == (cores, 1 << 17)
+    fused.limits.cache_clear()
+
+
+def test_wide_heads_are_refused(source):
+    checkpoint = source("llama")
+    wide = replace(checkpoint.config, head_dim=320)
+    with pytest.raises(InputError, match="head_dim: the backend triton has heads of at most 256"):
+        GpuRuntime.load(checkpoint, wide, CPU, torch.bfloat16)
 
 
 def test_pages_come_back(source):

@@ -71,7 +71,7 @@ def build(sizes: Launch, kind: Format, dtype: str, arch: int, gated: bool = Fals
     else:
         constexprs["bias_ptr"] = None
     constexprs |= {"FORMAT": kind, "GATED": gated, "WARPS": sizes.WARPS}
-    constexprs |= {"BLOCK_M": sizes.BLOCK_M, "ACTIVATION": "silu" if gated else ""}
+    constexprs["BLOCK_M"] = sizes.BLOCK_M
     kernel, odd = gemv.gemv_kernel, ("M",)
     if sizes.kernel == "gemv":
         signature |= {"parts_ptr": "*fp32", "counters_ptr": "*i32"}
@@ -79,7 +79,7 @@ def build(sizes: Launch, kind: Format, dtype: str, arch: int, gated: bool = Fals
         odd += ("tiles", "ranges")
         constexprs["CHUNKS"] = step(sizes.BLOCK_M, 4096, 4096, kind, 132).CHUNKS
         constexprs |= dict.fromkeys(UNUSED) | {"DTYPE": HALVES[dtype], "epsilon": 0.0}
-        constexprs |= {"NORM": "", "CAP": 0.0}
+        constexprs |= {"NORM": "", "ACTIVATION": "silu" if gated else "", "CAP": 0.0}
     else:
         kernel, constexprs["SPLITS"] = gemm.gemm_kernel, sizes.SPLITS
     return aot.compile(
@@ -191,7 +191,7 @@ def test_reduction_compiles(gated, arch):
         "M": "i32",
         "N": "i32",
     }
-    constexprs = {"GATED": gated, "SPLITS": 4, "BLOCK_N": fused.REDUCE_BLOCK, "ACTIVATION": "gelu"}
+    constexprs = {"GATED": gated, "SPLITS": 4, "BLOCK_N": fused.REDUCE_BLOCK}
     compiled = aot.compile(gemm.reduce_kernel, signature, constexprs, arch, odd=("M",))
     assert compiled.spill_bytes == 0 and compiled.wide_loads() >= 4
 

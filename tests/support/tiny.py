@@ -72,7 +72,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("Qwen3Config", {"head_dim": 16, "tie_word_embeddings": True}),
     "phi2": ("PhiConfig", {"partial_rotary_factor": 0.5}),
-    "phi2-qk-norm": ("PhiConfig", {"partial_rotary_factor": 0.5, "qk_layernorm": True}),
+    "phi2-qk-norm-tied": (  # its head has a bias beside the embedding's matrix
+        "PhiConfig",
+        {"partial_rotary_factor": 0.5, "qk_layernorm": True, "tie_word_embeddings": True},
+    ),
     "phi3": ("Phi3Config", {"sliding_window": 17}),
     "phi3-longrope": (
         "Phi3Config",
