@@ -80,8 +80,9 @@ def generate(
     on_step: Callable[[Step], None] | None = None,
 ) -> list[Generation]:
     """Completes every prompt of a batch; a prompt's result does not depend on its neighbours, but
-    where a model's rotations follow the longest sequence that runs (LongRoPE, dynamic NTK); what is
-    drawn for it by a seed depends on its place in the batch.
+    where two tokens are nearly as likely, and rounded attention meets it in other parts, or where a
+    model's rotations follow the longest sequence that runs (LongRoPE, dynamic NTK); what is drawn
+    for it by a seed depends on its place in the batch.
 
     `on_step` sees the text while it comes. Raises `InputError` for an empty prompt, an id outside
     the vocabulary, or a prompt that with `max_new_tokens` exceeds the context.

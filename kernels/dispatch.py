@@ -9,10 +9,11 @@ if TYPE_CHECKING:
     import torch
 
 LEAST_CAPABILITY = (8, 0)  # of a GPU: bfloat16 in its tensor cores, asynchronous copies
+CUDA_ROWS = 8  # of x that our CUDA matmul takes
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # Op -> kind of device that its tensors are on -> backends, the first that can run is taken.
 OPS: dict[str, dict[str, tuple[str, ...]]] = {
-    "4-bit matmul, up to 8 rows": {
+    f"4-bit matmul, up to {CUDA_ROWS} rows": {
         "cpu": ("cpu", "reference"),
         "cuda": ("cuda", "triton", "reference"),
     },

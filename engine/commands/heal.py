@@ -199,25 +199,12 @@ def heal(
         residual=residual,
         precision=precision,
     )
-    if not settings.trained:
-        asked: dict[str, object] = {
-            "steps": steps, "minutes": minutes, "lr": lr, "rank": rank, "cache": cache,
-            "batch_tokens": batch_tokens, "check_every": check_every, "train": train,
-            "precision": precision, "seed": seed,
-        }  # fmt: skip
-        usual = {name: getattr(Settings, name) for name in USUAL}
-        for name, value in asked.items():
-            if value != usual.get(name):
-                raise InputError(f"{name}: has no effect with --method {method}")
-    elif "distil" not in methods:
-        if train != Settings.train:
-            raise InputError(f"train: has no effect with --method {method}")
-        if teacher is not None and not written:
-            raise InputError(f"teacher: has no effect with --method {method} without --self")
-        if cache is not None and not written:
-            raise InputError(f"cache: has no effect with --method {method} without --self")
-    elif rank is not None and train != "lora" and "qlora" not in methods:
-        raise InputError(f"rank: has no effect with --method {method} without --train lora")
+    asked: dict[str, object] = {
+        "steps": steps, "minutes": minutes, "lr": lr, "rank": rank, "teacher": teacher,
+        "cache": cache, "batch_tokens": batch_tokens, "check_every": check_every, "train": train,
+        "precision": precision, "seed": seed,
+    }  # fmt: skip
+    refuse_idle(settings, method, asked)
     check_backend(None, dtype)
     if dtype is not None and (adapter or train == "scales"):
         kept = "--adapter" if adapter else "--train scales"
@@ -303,6 +290,23 @@ def speak(ref: str, text: "Text", device: "torch.device") -> "Spoken":
         return [each.token_ids for each in generate(runtime, text, prompts, options)]
 
     return Spoken(f"{runtime.name} {runtime.precision}", logits, write, text.bos_id)
+
+
+def refuse_idle(settings: Settings, method: str, asked: dict[str, object]) -> None:
+    """InputError for an option that was given another value than its usual one, and is not read."""
+    idle: dict[str, str] = {}  # name -> what is missing for it
+    if not settings.trained:
+        idle = dict.fromkeys(asked.keys() - {"teacher"}, "")
+    elif "distil" not in settings.methods:
+        idle = {"train": ""}
+        if not settings.written:
+            idle |= dict.fromkeys(("teacher", "cache"), " without --self")
+    elif settings.train != "lora" and "qlora" not in settings.methods:
+        idle = {"rank": " without --train lora"}
+    usual = {name: getattr(Settings, name) for name in USUAL}
+    for name, value in asked.items():
+        if name in idle and value != usual.get(name):
+            raise InputError(f"{name}: has no effect with --method {method}{idle[name]}")
 
 
 def check_files(out: Path, text: list[str], held_out: str | None) -> None:

@@ -50,11 +50,13 @@ def upload(model: Path, repo: str, text: str, private: bool) -> None:
     import huggingface_hub
     from huggingface_hub import CommitOperationAdd, errors
 
+    from engine.scratch import MARKER
+
     files = sorted(model.glob("[!.]*")) if model.is_dir() else [model]
     adds = [
         CommitOperationAdd(path.name, str(path))
         for path in files
-        if path.is_file() and path.name != "README.md"
+        if path.is_file() and path.name not in ("README.md", MARKER)  # which a kill may leave
     ]
     try:
         api = huggingface_hub.HfApi()

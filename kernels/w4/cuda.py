@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from engine.kernels import native
+from engine.kernels.dispatch import CUDA_ROWS
 from engine.kernels.w4.around import ACTIVATIONS, NORMS, PLAIN, Around
 from engine.kernels.w4.format import SCHEMES
 from engine.kernels.w4.launch import Stripes, stripes
 from engine.kernels.w4.layout_gpu import GpuMatrix
 
-MAX_ROWS = 8
+MAX_ROWS = CUDA_ROWS
 TYPES = (torch.float16, torch.bfloat16, torch.float32)  # numbered as in csrc/w4.h
 
 

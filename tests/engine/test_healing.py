@@ -365,5 +365,6 @@ def test_a_damaged_standing_says_how_to_begin_anew(tensors, changes, says, tmp_p
     standing = {state.KEY: json.dumps(asdict(state.Standing()) | (changes or {}))}
     kept = {name: tensor.clone() for name, tensor in found.items() if tensor is not None}
     save_file(kept, file, {"format": "pt"} if changes is None else standing)
-    with pytest.raises(InputError, match=f"{file}: is not .*{says}.*; remove {tmp_path} to start over"):
+    sentence = f"{file}: is not .*{says}.*; remove {tmp_path} to start over"
+    with pytest.raises(InputError, match=sentence):
         state.restore(file, weights, optimiser)
