@@ -33,10 +33,6 @@ def watch() -> None:
             os.fstat(standard)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # as a shell's jobs in the background have
-        return
     signal.signal(signal.SIGINT, _stop)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)

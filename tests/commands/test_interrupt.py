@@ -143,16 +143,3 @@ def test_a_full_output(model, tmp_path):
         assert (done.returncode, done.stderr[-len(said) :]) == (2, said)
         assert json.loads(record.read_text())
         record.unlink()
-
-
-def test_an_interrupt_that_the_shell_has_turned_off(model):
-    """As for its jobs in the background, which Ctrl-C is not for."""
-    program = subprocess.Popen(
-        ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command("engine.run", model, 300)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    for _ in range(20):
-        time.sleep(0.1)
-        program.send_signal(signal.SIGINT)
-    assert program.communicate(timeout=120)[1].count(b"Traceback") == 0
-    assert program.returncode == 0
