@@ -92,6 +92,11 @@ class ShallowQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         exact, tied = model.dtype == torch.float32, self.checkpoint.config.tied
+        if exact and model.device.type == "cuda":
+            raise InputError(
+                f"{self.directory}: packed matrices on a GPU meet bfloat16 or float16, found "
+                "float32; ask from_pretrained for dtype=torch.bfloat16"
+            )
         for item, stored in _packed(self.checkpoint):
             waiting, packed = model.get_submodule(item.module), stored.to(model.device)
             linear = W4Linear.from_packed(packed, waiting.bias, exact=exact)

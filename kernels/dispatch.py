@@ -1,5 +1,7 @@
 """Which backends can run here, and why the others cannot."""
 
+import os
+import shutil
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -43,7 +45,9 @@ def why_not(backend: str, device: "torch.device | None" = None) -> str | None:
         return "the package triton is not installed"
     from triton import knobs
 
-    return None if knobs.runtime.interpret else no_gpu(device)
+    if knobs.runtime.interpret:
+        return None
+    return no_gpu(device) or _no_compiler()
 
 
 def no_gpu(device: "torch.device | None" = None) -> str | None:
@@ -65,6 +69,14 @@ def no_gpu(device: "torch.device | None" = None) -> str | None:
         name = torch.cuda.get_device_name(device)
         return f"{name} has compute capability {here}, {least} is the least"
     return None
+
+
+def _no_compiler() -> str | None:
+    """Why Triton cannot build the launcher of its kernels, in C; None when it can."""
+    known = (os.environ.get("CC"), "cc", "gcc", "clang")
+    if any(name and shutil.which(name) for name in known):
+        return None
+    return "triton builds its launcher with a C compiler, and there is none: install gcc"
 
 
 def require(backend: str) -> None:

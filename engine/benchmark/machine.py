@@ -38,14 +38,18 @@ def peak_vram_bytes(device: torch.device) -> int | None:
 def ceiling_gb_s(device: torch.device, threads: int, nbytes: int = CEILING_BYTES) -> float | None:
     """The memory bandwidth measured here and now, reading `nbytes` (CEILING_BYTES on a GPU).
 
-    None where the native extension that measures it is not there; `ceiling_missing` says why.
+    None where the native extension that measures it is not there, as `ceiling_missing` says, or a
+    GPU has no room for it.
     """
     from engine.kernels import native
 
     if ceiling_missing(device) is not None:
         return None
     if device.type == "cuda":
-        return gpu_read_gb_s(device)
+        try:
+            return gpu_read_gb_s(device)
+        except RuntimeError:  # no room, or no kernel of torch's
+            return None
     return native.load("cpu").read_bandwidth(nbytes, threads)
 
 

@@ -89,7 +89,8 @@ def show(found: dict[str, Any]) -> None:
     if not found["gpus"]:
         facts.add_row("GPU", "none that torch finds")
     else:
-        facts.add_row("read on the GPU", f"{found['gpu_read_gb_s']:.1f} GB/s")
+        read = found["gpu_read_gb_s"]
+        facts.add_row("read on the GPU", "-" if read is None else f"{read:.1f} GB/s")
     versions = (f"{name} {version or '-'}" for name, version in found["versions"].items())
     facts.add_row("versions", ", ".join(versions))
     facts.add_row("commit", found["commit"] or "no checkout")

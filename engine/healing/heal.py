@@ -23,7 +23,7 @@ from engine.healing.distil import distil, unit
 from engine.healing.own import avoiding, digest, mixed, own_windows, second
 from engine.healing.patch import patch
 from engine.healing.place import check_cache, check_new, place_of
-from engine.healing.qlora import check_installed, qlora
+from engine.healing.qlora import check_gpu, check_installed, qlora
 from engine.healing.replaced import Replaced
 from engine.healing.scales import ScaleStudent, check_packed
 from engine.healing.settings import TRAINED, Settings, check_model, find_cuts
@@ -100,6 +100,8 @@ def heal(
     if settings.train == "scales":
         check_packed(pupil)
     settings = settings.on(device)
+    if "qlora" in settings.methods:
+        check_gpu(torch.device(device), settings.precision)
     healing = Healing(pupil, source, config, data, settings, device, reporting, spoken, voice)
     work = place_of(out)
     run = work / healing.key

@@ -17,7 +17,7 @@ from torch import nn
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoint.adapter import PREFIX, Pair
 from engine.errors import InputError
-from engine.healing import state
+from engine.healing import processes, state
 from engine.healing.assemble import assemble
 from engine.healing.data import Data
 from engine.healing.settings import Settings
@@ -104,6 +104,20 @@ def pairs(model: Any) -> dict[str, Pair]:
     }  # fmt: skip
 
 
+def check_gpu(device: torch.device, precision: str) -> None:
+    """InputError for what a base in 4 bits, or transformers' Trainer, cannot do on a GPU."""
+    if device.type == "cuda" and precision == "float32":
+        raise InputError(
+            "precision: 4-bit matrices on a GPU meet bfloat16, which qlora needs there, found "
+            "float32"
+        )
+    if device.type == "cuda" and device.index and processes.count() == 1:
+        raise InputError(
+            f"device: qlora trains on the first GPU that it sees, found {device}; choose it by "
+            f"CUDA_VISIBLE_DEVICES={device.index}"
+        )
+
+
 @contextmanager
 def _own_randomness() -> Iterator[None]:
     """What is drawn inside, by transformers too, leaves the caller's generators as they were."""
@@ -111,7 +125,7 @@ def _own_randomness() -> Iterator[None]:
 
     held = random.getstate(), numpy.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             yield
     finally:
         random.setstate(held[0])

@@ -109,8 +109,10 @@ def nibbles(word, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
             raised = and_or(word >> (8 * (i // 2)), mask, 0x64006400, FORMAT)
             low, high = halves(raised, DTYPE, FORMAT)
             if i % 2:
-                low = tl.fma(low, 0.0625, -64.0 - MIDDLE)
-                codes = codes + (low, tl.fma(high, 0.0625, -64.0 - MIDDLE))
+                # As tensors: before 3.9 Triton's fma takes a number for float32.
+                sixteenth = tl.full((), 0.0625, DTYPE)
+                less = tl.full((), -64.0 - MIDDLE, DTYPE)
+                codes = codes + (tl.fma(low, sixteenth, less), tl.fma(high, sixteenth, less))
             else:
                 codes = codes + (low - (1024 + MIDDLE), high - (1024 + MIDDLE))
         else:

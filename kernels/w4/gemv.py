@@ -118,7 +118,7 @@ def gemv_kernel(
     post_scale = mean
     if delta_ptr is not None:
         square, mean = moments(delta_ptr, None, None, mean, every, M, K, stride_xm, BLOCK_M)
-        _, post_scale = means(square, mean, epsilon, "rms")
+        post_scale = means(square, mean, epsilon, "rms")[1]  # `_` is of another type below
     if NORM != "":
         if sums_ptr is not None:
             square, mean = known_means(sums_ptr, ranges, every, M, K, BLOCK_M)

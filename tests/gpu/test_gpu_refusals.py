@@ -8,7 +8,9 @@ import torch
 import triton
 
 from engine import api
+from engine.benchmark import machine
 from engine.errors import InputError
+from engine.healing.qlora import check_gpu
 from engine.kernels import dispatch
 from engine.kernels.w4 import fused
 from engine.runtime import check_backend, gpu_cache
@@ -31,6 +33,30 @@ def test_an_old_gpu_is_named(monkeypatch):
     assert api.choose_backend(None, CUDA) == "reference"
     pretend(monkeypatch, (8, 0))
     assert dispatch.why_not("triton") is None
+
+
+def test_no_compiler_is_named(monkeypatch):
+    pretend(monkeypatch, (8, 0))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "a C compiler, and there is none: install gcc" in dispatch.why_not("triton")
+
+
+def test_a_reading_that_does_not_fit_is_none(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(machine, "gpu_read_gb_s", full)
+    assert machine.ceiling_gb_s(CUDA, 1) is None
+
+
+def test_what_qlora_cannot_do_on_a_gpu():
+    check_gpu(CUDA, "bfloat16")
+    check_gpu(torch.device("cuda:0"), "bfloat16")
+    check_gpu(CPU, "float32")
+    with pytest.raises(InputError, match="precision: 4-bit matrices on a GPU meet bfloat16"):
+        check_gpu(CUDA, "float32")
+    with pytest.raises(InputError, match="choose it by CUDA_VISIBLE_DEVICES=1"):
+        check_gpu(torch.device("cuda:1"), "bfloat16")
 
 
 def test_an_old_driver_is_named(monkeypatch):

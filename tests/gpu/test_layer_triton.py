@@ -14,6 +14,7 @@ from engine.kernels.w4.dequantize import Format
 from engine.kernels.w4.gemv import gemv_kernel
 
 G128 = Format("symmetric", 4, 128, even=True, asm=True)
+G64 = Format("symmetric", 4, 64, even=True, asm=True)
 ZERO = Format("zero", 4, 128, even=True, asm=True)
 PLAIN = Format("plain", 16, 0, even=True, asm=True)
 HALVES = {"fp16": tl.float16, "bf16": tl.bfloat16}
@@ -54,7 +55,10 @@ def build(kernel, types, constexprs, arch, odd=(), **options) -> aot.Compiled:
 @pytest.mark.parametrize("row", range(len(launch.GEMV_TABLE)))
 @pytest.mark.parametrize(
     "kind, role",
-    [(G128, "qkv"), (ZERO, "gate_up"), (G128, "down"), (PLAIN, "head"), (G128, "gemma")],
+    [
+        *((G128, "qkv"), (ZERO, "gate_up"), (G128, "down"), (PLAIN, "head")),
+        *((kind, "gemma") for kind in (G128, G64, PLAIN)),
+    ],
 )
 def test_matmuls_of_a_step_compile(kind, role, row, arch):
     """What stands before and after the product leaves the loop without spills."""
