@@ -251,12 +251,14 @@ def _surroundings(runtime: Runtime[Any], peers: Sequence[Peer]) -> dict[str, Any
 def compared(runtime: Runtime[Any], runs: Runs, index: int, peer: Peer) -> dict[str, Any]:
     """How a peer's output agrees with ours; and where it does, its speed and ours over it."""
     ours, theirs = runs.first[0].token_ids, runs.their_ids[index]
-    pairs = zip(ours, theirs, strict=False)
+    pairs = zip(ours, theirs, strict=False)  # one of them may have ended early
     found: dict[str, Any] = {
         "name": peer.name,
         "version": peer.version,
         "setting": peer.setting,
-        "same_tokens": next((at for at, (a, b) in enumerate(pairs) if a != b), len(ours)),
+        "same_tokens": next(
+            (at for at, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs))
+        ),
         "agreement": agreement(runtime, runs.prompts[0], theirs),
     }
     if found["agreement"] < LEAST_AGREEMENT:
@@ -271,7 +273,10 @@ def compared(runtime: Runtime[Any], runs: Runs, index: int, peer: Peer) -> dict[
 
 
 def agreement(runtime: Runtime[Any], prompt: Sequence[int], ids: Sequence[int]) -> float:
-    """The share of `ids` that `runtime` would choose greedily after the prompt and those before."""
+    """The share of `ids` that `runtime` would choose greedily after the prompt and those before;
+    none of none."""
+    if not ids:
+        return 0.0
     cache = runtime.new_cache(1, len(prompt) + len(ids))
     tokens = torch.tensor([[*prompt, *ids[:-1]]]).to(runtime.device)
     logits = [runtime.forward(tokens[:, : len(prompt)], cache, logits="last")]

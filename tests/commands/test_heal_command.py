@@ -10,6 +10,8 @@ from support.commands import call, refused
 
 from engine.artifacts import HealRecord
 from engine.checkpoint import open_checkpoint
+from engine.errors import InputError
+from engine.healing.settings import Settings
 
 TRAINED = ("--method", "linear,distil", "--window", 16, "--batch-tokens", 32, "--steps", 3)
 
@@ -310,3 +312,22 @@ def test_a_refusal_needs_no_torch(tree, tmp_path):
         [sys.executable, "-c", code, *map(str, asking)], capture_output=True, text=True
     )
     assert done.stdout.endswith("can mend it False\n"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("given", "field", "value"), [
+    (("--batch-tokens", 48), "batch_tokens", 48), (("--lr", 3e-4), "lr", 3e-4),
+    (("--seed", 7), "seed", 7), (("--residual", 0.5), "residual", 0.5),
+    (("--precision", "float32"), "precision", "float32"), (("--minutes", 9), "minutes", 9.0),
+    (("--check-every", 3), "check_every", 3), (("--train", "norms"), "train", "norms"),
+])  # fmt: skip
+def test_what_is_asked_for_reaches_the_run(given, field, value, tree, tmp_path, monkeypatch):
+    seen = []
+
+    def heal(*arguments, **options):
+        seen.append(arguments)
+        raise InputError("seen")
+
+    monkeypatch.setattr("engine.healing.heal.heal", heal)
+    refused("seen", *asked(tree, tmp_path / "out", "--drop", 2, *TRAINED, *given))
+    (settings,) = (each for each in seen[0] if isinstance(each, Settings))
+    assert getattr(settings, field) == value

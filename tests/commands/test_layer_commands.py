@@ -438,3 +438,17 @@ def test_parts_that_are_none(change, sentence, parts, tmp_path):
     sentence = sentence if sentence.startswith("merge") else f"{damaged}: profile-part: {sentence}"
     refused(sentence, "profile", "--merge", damaged, parts[1], "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "option", [("--v", 8), ("--minimum",), ("--context", 64), ("--head", 4), ("--group", 32)]
+)
+def test_options_change_the_budget(option):
+    lines = [call("budget", "phi-2", *more)[1].splitlines()[-1] for more in ((), option)]
+    assert json.loads(lines[0])["after"] != json.loads(lines[1])["after"]
+
+
+def test_prune_keeps_what_is_named(tree, tmp_path):
+    assert call("prune", tree / "model", tmp_path / "out", "--keep", "0,2")[0] == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 2

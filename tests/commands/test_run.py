@@ -13,6 +13,7 @@ from support.fake import FakeRuntime, FakeText
 
 from engine import run
 from engine.artifacts import Evaluation
+from engine.benchmark import speed
 from engine.benchmark.peers import process
 from engine.benchmark.speed import RunRecord, Speed, benchmark
 from engine.cli import app
@@ -334,3 +335,38 @@ def test_options_that_cannot_be_read_are_one_line(arguments, sentence):
     done = command_line("engine.cli", *arguments)
     assert done.returncode == 2
     assert sentence in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_peer_that_ends_early(count, model):
+    options = Options(max_new_tokens=6)
+    ids = generate(model.runtime, model.text, ["abc"], options)[0].token_ids[:count]
+    times = Timings(3, 1.0, 1.0, (1,), (1,))
+    peer = SimpleNamespace(name="other", version="1", setting={})
+    peer.generate = lambda *_: ([list(ids)], times)
+    (found,) = benchmark(model, "abc", options, name="m", load_ms=1.0, peers=[peer]).compare
+    assert found["same_tokens"] == count and found["agreement"] == bool(count)
+
+
+@pytest.mark.parametrize(("given", "field", "value"), [
+    (("--stop", "x"), "stop", ("x",)),
+    (("--repetition-penalty", 1.3), "repetition_penalty", 1.3),
+    (("--ignore-eos",), "ignore_eos", True),
+    (("--temperature", 1, "--min-p", 0.1), "min_p", 0.1),
+    (("--temperature", 1, "--top-p", 0.9), "top_p", 0.9),
+    (("--temperature", 1, "--top-k", 3), "top_k", 3),
+])  # fmt: skip
+def test_what_is_asked_for_reaches_the_draw(given, field, value, model, monkeypatch):
+    seen, real = [], speed.generate
+    monkeypatch.setattr(
+        speed, "generate", lambda *asked, **more: seen.append(asked[3]) or real(*asked, **more)
+    )
+    invoke("run", "--new-tokens", "2", *map(str, given))
+    assert {getattr(options, field) for options in seen} == {value}
+
+
+def test_a_prompt_in_a_file(model, tmp_path):
+    (tmp_path / "prompt.txt").write_text("hello")
+    asked = "run", "--new-tokens", "7"
+    from_file = invoke(*asked, "--prompt-file", str(tmp_path / "prompt.txt"))
+    assert from_file.split("\n")[0] == invoke(*asked, "--prompt", "hello").split("\n")[0]

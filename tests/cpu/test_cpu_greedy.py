@@ -25,6 +25,21 @@ from engine.runtime.cpu import CpuRuntime
 VOCAB = 1003  # blocks of the search, then a part of one, of a tile and of a vector
 
 
+@pytest.mark.parametrize("speculate", [None, "ngram"])
+def test_slots_of_greedy_text(speculate, source):
+    """Which the step that chooses by itself does not know."""
+    checkpoint = source("llama")
+    text = FakeText([chr(97 + i % 26) for i in range(tiny.VOCAB)])
+
+    def made(config, **given) -> tuple[int, ...]:
+        runtime = CpuRuntime.load(checkpoint, config, 1, mode="exact", cache_dtype="float32")
+        options = Options(max_new_tokens=24, ignore_eos=True, speculate=speculate, **given)
+        return generate(runtime, text, [[5, 6, 7] * 5], options)[0].token_ids
+
+    kept = made(checkpoint.config.keep([0, 2]))
+    assert made(checkpoint.config, slots=(0, 2)) == kept != made(checkpoint.config)
+
+
 class Edited:
     """A checkpoint of `case` with some of its tensors changed."""
 

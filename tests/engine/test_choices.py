@@ -216,3 +216,11 @@ def test_what_is_left_of_the_whole_model():
     assert whole.beside(record([False] * 10, [0.3] * 10)).lead_share is None
     with pytest.raises(InputError, match="not the same questions"):
         whole.beside(record([True], [0.5], "others"))
+
+
+def test_a_worse_model_has_less():
+    found = record([True] + [False] * 9, [0.5] * 10).beside(
+        record([True] * 6 + [False] * 4, [0.6] * 10)
+    )
+    assert found.accuracy_difference == pytest.approx(-0.5)
+    assert found.difference_low < -0.5 < found.difference_high < 0

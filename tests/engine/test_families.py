@@ -18,7 +18,7 @@ BOUND = 1e-4
 LENGTH = 70  # past every window (9-17), the original contexts (32-64) and one doubling of the cache
 
 
-@pytest.fixture(params=tiny.CASES)
+@pytest.fixture(params=[*tiny.CASES, *tiny.ODD])
 def pair(request, tmp_path):
     """(transformers model, our runtime of the same files, token ids (2, LENGTH))."""
     seed = secrets.randbits(32)

@@ -296,6 +296,13 @@ def test_whole_numbers_may_be_longer_than_a_float(rng):
     assert first == again and len(first) == 4
 
 
+def test_the_beginning_of_a_stop_string_is_text_at_the_end(rng):
+    runtime, text = fakes(rng)
+    plain = generate(runtime, text, ["abc"], Options(max_new_tokens=6))[0].text
+    held = generate(runtime, text, ["abc"], Options(max_new_tokens=6, stop=plain[-2:] + "!"))[0]
+    assert held.text == plain and held.finish_reason == "length"
+
+
 def test_stops_of_any_kind():
     assert Options(stop=None).stop == ()
     assert Options(stop="a").stop == ("a",)

@@ -231,6 +231,17 @@ def test_minutes_end_it(source, rng, tmp_path):
     assert record.minutes < 0.2
 
 
+def test_the_nearer_limit_ends_a_run():
+    both = Settings(("distil",), steps=100, minutes=1.0)
+    assert distil.share(state.Standing(step=10, seconds=30.0), both) == pytest.approx(0.525)
+    assert distil.share(state.Standing(step=90, seconds=6.0), both) == pytest.approx(0.905)
+
+
+def test_windows_are_taken_all_over_the_text():
+    windows = torch.arange(100)[:, None].expand(100, 2)
+    assert [int(w[0, 0]) for w in Data(windows, windows[:1]).spread(4)] == [0, 25, 50, 75]
+
+
 def test_the_rate_rises_and_falls():
     settings = Settings(("distil",), steps=100, lr=1.0)
     rates = [distil.rate(at / 100, settings) for at in range(101)]

@@ -49,6 +49,13 @@ def test_a_judgement_is_what_its_parts_are(rng, tmp_path):
     assert Judgement.load(tmp_path / "found.json") == found
 
 
+def test_the_shorter_context_counts(rng):
+    runtime, second = fake(rng), FakeRuntime(2, max_context=16)
+    with pytest.raises(InputError, match="window must be from 2 to the model's context 16"):
+        judge(runtime, TEXT, Asked({None: "a" * 99}, 32), second=second)
+    assert not runtime.calls and not second.calls
+
+
 def test_what_is_not_asked_for_is_not_there(rng):
     found = judge(fake(rng), TEXT, Asked({"a": "words to predict, " * 9}, 32))
     assert found.choices is found.health is found.against is None and [*found.texts] == ["a"]

@@ -329,6 +329,20 @@ def test_adapters_that_are_refused(sentence, tensors, config, adapter):
     assert sentence in str(refused.value) and "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, True) for name in ("use_rslora", "use_qalora", "lora_bias", "fan_in_fan_out")),
+        *(("use_bdlora", {}), ("bias", "all"), ("modules_to_save", ["lm_head"])),
+        *(("alpha_pattern", {"a": 3}), ("layer_replication", [[0, 1]])),
+        *(("trainable_token_indices", [1]), ("target_parameters", ["a"])),
+    ],
+)
+def test_what_peft_would_compute_otherwise_is_refused(name, value, adapter):
+    with pytest.raises(InputError, match=f"{name}: .* is not supported"):
+        open_checkpoint(adapter(**{name: value}))
+
+
 def test_an_adapter_of_another_model_is_refused(adapter, rng, tmp_path):
     out = tmp_path / "out"
     tiny.write("llama", tmp_path / "other", 1, num_hidden_layers=3)

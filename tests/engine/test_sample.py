@@ -281,3 +281,8 @@ def test_a_forked_child_is_inside_of_nothing():
                 pass
             os._exit(0 if torch.get_num_threads() == 3 else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_top_p_takes_the_lowest_ids_of_equals():
+    kept = filter_logits(torch.zeros(1, 4096), Sampling(temperature=1.0, top_p=0.25))[0].isfinite()
+    assert kept[:1024].all() and not kept[1024:].any()

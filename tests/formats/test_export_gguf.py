@@ -213,6 +213,26 @@ def test_packed_models_keep_their_bits(recipe, source, rng, tmp_path):
         assert tensor.type == other.type and torch.equal(*data), name
 
 
+def test_a_run_killed_behind_any_tensor_goes_on(source, tmp_path):
+    """With a vector of rope divisors, which no layer holds, among them."""
+    checkpoint = source("llama-llama3", vocab_size=VOCAB)
+    save_tokenizer(checkpoint.path)
+    straight, out = tmp_path / "straight.gguf", tmp_path / "out.gguf"
+    export(checkpoint, checkpoint.config, straight, "gguf")
+    expected = straight.read_bytes().replace(b"straight", b"out")
+    for stop in range(1, len(GgufFile(straight).tensors)):
+
+        def kill(done: int, _: int, stop: int = stop) -> None:
+            if done == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            export(checkpoint, checkpoint.config, out, "gguf", progress=kill)
+        export(checkpoint, checkpoint.config, out, "gguf")
+        assert out.read_bytes() == expected, stop
+        out.unlink()
+
+
 def test_what_appears_meanwhile_is_not_replaced(source, tmp_path):
     checkpoint, out = source("llama", vocab_size=VOCAB), tmp_path / "out.gguf"
     save_tokenizer(checkpoint.path)

@@ -105,11 +105,37 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# The same with settings of rotary embeddings that are not the usual ones, for what reads them.
+ODD: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-llama3-odd": (
+        "LlamaConfig",
+        _scaled(_LLAMA3 | {"low_freq_factor": 2.0, "high_freq_factor": 8.0}) | {"head_dim": 16},
+    ),
+    "llama-yarn-odd": (
+        "LlamaConfig",
+        _scaled(
+            _YARN
+            | {"beta_fast": 8.0, "beta_slow": 2.0, "truncate": False}
+            | {"mscale": 1.0, "mscale_all_dim": 0.5}
+        )
+        | {"head_dim": 16},
+    ),
+    "llama-yarn-factor": (
+        "LlamaConfig",
+        _scaled(_YARN | {"attention_factor": 1.7}) | {"head_dim": 16},
+    ),
+    "phi3-longrope-factor": (
+        "Phi3Config",
+        _scaled(_LONG | {"attention_factor": 1.7}) | {"original_max_position_embeddings": 40},
+    ),
+}
+
+
 def build(case: str, seed: int, spread: float = 0.15, **overrides: Any):
     """The transformers model of a case: float32, eager attention, weights drawn that wide."""
     import transformers
 
-    class_name, settings = CASES[case]
+    class_name, settings = (CASES | ODD)[case]
     config = getattr(transformers, class_name)(**(_SIZES | settings | overrides))
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
