@@ -102,3 +102,20 @@ def test_options_are_refused_before_the_model_opens(monkeypatch):
 def test_input_that_is_closed(model, monkeypatch):
     monkeypatch.setattr("sys.stdin", None)
     assert call("chat", "any")[0] == 0
+
+
+def test_options_reach_the_answer(model, monkeypatch):
+    seen, real = [], Model.stream
+
+    def stream(self, *asked, **options):
+        seen.append(options)
+        return real(self, *asked, **options)
+
+    monkeypatch.setattr(Model, "stream", stream)
+    given = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.3, "seed": 7}
+    options = [
+        word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)
+    ]
+    assert talk(monkeypatch, "a", options=["--new-tokens", 5, *options])[0] == 0
+    (found,) = seen
+    assert {name: found[name] for name in given} == given

@@ -21,7 +21,7 @@ from engine.cli import app
 from engine.commands.quantize import as_recipe
 from engine.errors import InputError
 from engine.evaluate import evaluate
-from engine.kernels.w4.format import Spec
+from engine.kernels.w4.format import Spec, unpack
 from engine.pruning.plan import Choice, plan_from
 from engine.pruning.profile import measure, merge
 from engine.quantize.recipe import Recipe
@@ -297,3 +297,17 @@ def test_a_directory_of_a_newer_version(model, tmp_path):
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="of version 4; this Shallow reads 1 to 3"):
         open_checkpoint(out)
+
+
+def test_what_is_asked_for_changes_the_matrices(model, tmp_path):
+    rows = [json.dumps({"body": line}) for line in default_text().split("\n\n")[40:80]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    plain, *changed = (
+        stored((quantize(model, tmp_path / str(index), *SHORT, *options), tmp_path / str(index))[1])
+        for index, options in enumerate([
+            (), ("--text", tmp_path / "rows.jsonl", "--column", "body"), ("--act-order",),
+            ("--clip", "minmax"),
+        ])
+    )  # fmt: skip
+    assert changed[1][UP].perm is not None
+    assert all(not torch.equal(unpack(plain[UP]), unpack(found[UP])) for found in changed)
