@@ -231,6 +231,36 @@ def test_minutes_end_it(source, rng, tmp_path):
     assert record.minutes < 0.2
 
 
+def test_windows_in_parts_are_one_step(source, rng, tmp_path, monkeypatch):
+    checkpoint = source("llama")
+    config, data, losses = shortened(checkpoint), draw(checkpoint, rng), []
+    for fitting in (1 << 27, 1):
+        monkeypatch.setattr(distil, "LOGITS", fitting)
+        out, settings = tmp_path / str(fitting), replace(SETTINGS, steps=3)
+        record = heal(checkpoint, config, data, out, settings, dtype=torch.float32)
+        losses.append(record.losses)
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)  # AdamW widens what sums round
+
+
+def test_what_the_optimiser_is_given(source, rng, tmp_path, monkeypatch):
+    """A rate that rises and falls, gradients no longer than allowed, no decay of weights."""
+    seen, step = [], torch.optim.AdamW.step
+
+    def watched(self, *arguments, **options):
+        (group,) = self.param_groups
+        norm = torch.stack([weight.grad.norm() for weight in group["params"]]).norm()
+        seen.append((group["lr"], float(norm), group["weight_decay"]))
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    checkpoint, settings = source("llama"), replace(SETTINGS, steps=6, clip=1e-3)
+    data = draw(checkpoint, rng)
+    heal(checkpoint, shortened(checkpoint), data, tmp_path / "out", settings, dtype=torch.float32)
+    rates, norms, decays = zip(*seen, strict=True)
+    assert rates == pytest.approx([distil.rate((i + 0.5) / 6, settings) for i in range(6)])
+    assert max(norms) <= 1.001e-3 and set(decays) == {0.0}
+
+
 def test_the_nearer_limit_ends_a_run():
     both = Settings(("distil",), steps=100, minutes=1.0)
     assert distil.share(state.Standing(step=10, seconds=30.0), both) == pytest.approx(0.525)
