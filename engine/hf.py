@@ -1,9 +1,9 @@
 """transformers opens packed directories: `import engine.hf`, then `from_pretrained(directory)`.
 
 A quantizer registered through transformers' own interface puts a `W4Linear` where the directory
-has a packed matrix. A model in float32 computes exactly; in 16 bits CPU kernels round what they
-multiply to 8 bits. Gradients flow through the packed weights to what stands before them, so that
-adapters learn on top: `adapt` tells peft of `W4Linear`.
+has a packed matrix. On a CPU a model in float32 computes exactly, in 16 bits kernels round what
+they multiply to 8 bits; on a GPU it has 16 bits. Gradients flow through the packed weights to what
+stands before them, so that adapters learn on top: `adapt` tells peft of `W4Linear`.
 """
 
 from collections.abc import Iterator
