@@ -43,9 +43,7 @@ class Angles:
         if table is not None and held == kind and len(table) >= length:
             return table
         count = min(max(2 * length, 256), max(self._limit, length))
-        with (
-            one_thread()
-        ):  # torch's others are not there in a forked child, which would wait for them
+        with one_thread():  # a forked child would wait for torch's others, which it has not
             positions = torch.arange(count, dtype=torch.float32, device="cpu")
             angles = positions[:, None] * inverse_frequencies(rope, length)
             table = torch.cat((angles.cos(), angles.sin()), dim=1) * rope.attention_factor

@@ -120,9 +120,10 @@ class W4Linear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "W4Linear":
         def moved(tensor: Tensor) -> Tensor:
-            found = fn(held := tensor.view(torch.uint8))  # bytes, which .to() moves and never casts
+            raw = tensor.view(torch.uint8)
+            found = fn(raw)  # bytes, which .to() moves and never casts
             if found.dtype != torch.uint8:  # .type() does
-                found = held.to(found.device)
+                found = raw.to(found.device)
             return found.view(tensor.dtype)
 
         held = self.prepared.tensors

@@ -38,6 +38,7 @@ def adapt(lora: Any) -> Any:
             return result
 
         def merge(self, *_: Any, **__: Any) -> None:
+            """As peft's own layers say it, of what cannot take an adapter in."""
             raise NotImplementedError(
                 "packed weights take no adapter in: save it, and merge it into the 16-bit model"
             )
