@@ -18,7 +18,8 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as triton_compile
 from triton.runtime.jit import JITFunction
 
-OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")  # of a call that are not arguments
+# Of a call that are not arguments.
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl", "enable_fp_fusion")
 ARCHS = (80, 86, 89, 90, 100, 120)
 FLOAT64_ARCHS = (80, 90, 100)  # with float64 in their tensor cores
 SHARED_LIMIT_BYTES = {  # a block's, opted in
@@ -52,6 +53,7 @@ def compile(
     num_stages: int = 3,
     maxnreg: int | None = None,
     launch_pdl: bool = False,
+    enable_fp_fusion: bool = True,
 ) -> Compiled:
     """The kernel for sm_<arch>, with the arguments typed as in `{"x_ptr": "*fp16", "N": "i32"}`.
 
@@ -64,7 +66,7 @@ def compile(
     attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in even}
     source = ASTSource(kernel, dict(signature), defaults | dict(constexprs), attrs)
     options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
-    options["launch_pdl"] = launch_pdl
+    options |= {"launch_pdl": launch_pdl, "enable_fp_fusion": enable_fp_fusion}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about defaults of later Triton versions
         built = triton_compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -79,6 +81,7 @@ def compile_call(
     and count as aligned."""
     given = dict(zip(kernel.arg_names, arguments, strict=False)) | dict(options)
     launch = {name: given.pop(name) for name in OPTIONS if name in given}
+    launch.setdefault("enable_fp_fusion", False)  # as Triton's own default will be
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = {}
     odd: list[str] = []

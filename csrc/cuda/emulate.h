@@ -1,17 +1,14 @@
 // Runs CUDA kernels on a CPU, for tests: kernel.h includes this where the compiler is not nvcc.
-//
-// The threads of a block are fibers of one CPU thread. A fiber runs until it waits: at a barrier,
-// for the other lanes of a shuffle, or of an mma. Blocks run one after another, in another order at
-// every launch. What a GPU leaves undefined ends the process with a message that names the thread and
-// the line:
-//   a barrier, shuffle or mma that some thread of the block or lane of the mask never reaches
-//   a shuffle from a lane outside the mask
-//   a read of shared memory that no thread of this block wrote, an index outside it, and two
-//   threads that touch one element, one of them writing, with no barrier between them
-//   a 16-byte load off its alignment
-//   threads or shared memory beyond what the smallest GPU allows that kernels are made for
-//   shared memory touched before a copy to it is waited for (emulate_shared.h)
-//   a touch of what the kernel before writes without a wait for it, or no wait (emulate_overlap.h)
+// The threads of a block are fibers of one CPU thread. A fiber runs until it waits: at a barrier, for
+// the other lanes of a shuffle or an mma. Blocks run one after another, in a new order every launch.
+// What a GPU leaves undefined ends the process with a message that names the thread and the line:
+//   a barrier, shuffle or mma that a thread of the block, or lane of the mask, never reaches
+//   a shuffle from a lane outside the mask; a 16-byte load off its alignment
+//   shared memory read before this block wrote it, indexed out of bounds, or touched by two threads
+//   (one of them writing) with no barrier between
+//   more threads or shared memory than the smallest supported GPU allows
+//   shared memory touched before an asynchronous copy into it has completed (emulate_shared.h)
+//   data of the previous kernel touched without waiting for it (emulate_overlap.h)
 // AddressSanitizer, where on, sees accesses outside the memory that a kernel was given.
 #pragma once
 

@@ -31,6 +31,11 @@ def assemble(
     `linear` makes the module of a quantized matrix, which is named as in the model, without
     ".weight"; `embedding` makes that of a quantized embedding, whose linear a tied head is.
     """
+    if any(rope.kind == "divisors" for rope in config.ropes):
+        raise InputError(
+            f"{checkpoint.path}: its rotary frequencies follow no rule that transformers, which "
+            "trains it, has a name for"
+        )
     model = _skeleton(config, dtype)
     tensors = dict(_tensors(checkpoint, config))
     for name, stored in tensors.items():

@@ -186,7 +186,7 @@ class StepList:
         **moved: Any,
     ) -> None:
         if isinstance(kernel, KernelInterface):
-            options |= overlap.options(self._overlaps)
+            options |= overlap.options(self._overlaps) | {"enable_fp_fusion": True}
         self.launches.append(Launch(name, kernel, grid, arguments, options, **moved))
 
     def _embed(self, outer: Outer) -> None:

@@ -182,6 +182,7 @@ def angular_sums(
             COLUMNS=triton.next_power_of_2(R),
             VALUES=values,
             **asdict(launch),
+            enable_fp_fusion=True,
         )
     return Sums(sums.sum(0), squares, distances)
 

@@ -132,6 +132,7 @@ def gemv_options(sizes: Launch) -> dict[str, int | None]:
     return {
         "BLOCK_M": sizes.BLOCK_M, "WARPS": sizes.WARPS, "CHUNKS": sizes.CHUNKS,
         "num_warps": sizes.WARPS, "num_stages": sizes.num_stages, "maxnreg": sizes.maxnreg,
+        "enable_fp_fusion": True,  # from Triton 3.10 on it is not the default
     }  # fmt: skip
 
 
@@ -147,6 +148,7 @@ def run_gemm(
         x, *pointers(weight), bias, parts, len(x), n, x.shape[1], x.stride(0),
         FORMAT=format_of(weight, x.shape[1], 1), GATED=gated, BLOCK_M=sizes.BLOCK_M,
         WARPS=sizes.WARPS, SPLITS=splits, num_warps=sizes.WARPS, num_stages=sizes.num_stages,
+        enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:
         reduce(parts, bias, y, gated)
@@ -178,7 +180,7 @@ def dense_parts(
         part = w[: n - first]
         gemm.dense_kernel[(triton.cdiv(len(part), 16 * warps), triton.cdiv(k, kind.chunk))](
             *pointers(weight), part, first, first + len(part), k,
-            FORMAT=kind, WARPS=warps, num_warps=warps,
+            FORMAT=kind, WARPS=warps, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
         yield first, part
 
@@ -189,8 +191,9 @@ RUN = {"gemv": run_gemv, "gemm": run_gemm, "dense": run_dense}
 def reduce(parts: Tensor, bias: Tensor | None, y: Tensor, gated: bool) -> None:
     splits, m, n = parts.shape
     gemm.reduce_kernel[(m, triton.cdiv(y.shape[1], REDUCE_BLOCK))](
-        parts, bias, y, m, n, GATED=gated, SPLITS=splits, BLOCK_N=REDUCE_BLOCK
-    )
+        parts, bias, y, m, n, GATED=gated, SPLITS=splits, BLOCK_N=REDUCE_BLOCK,
+        enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def pointers(weight: GpuMatrix) -> tuple[Tensor | None, ...]:

@@ -9,6 +9,7 @@ from support.close import assert_close
 from support.healing import WINDOW, draw, killing, kl, logits
 
 from engine.api import load
+from engine.architecture.config import Rope
 from engine.artifacts import HealRecord
 from engine.checkpoint import open_checkpoint
 from engine.errors import InputError
@@ -134,3 +135,8 @@ def test_refusals(source, rng, tmp_path):
         with pytest.raises(InputError, match=sentence):
             heal(model, config, data, out, SETTINGS, **options)
     assert not list(tmp_path.glob("out*"))
+    dim = teacher.config.layers[0].rope.dim
+    rope = Rope(10000.0, dim, "divisors", divisors=(1.5,) * (dim // 2))
+    listed = replace(pupil.config, layers=[replace(each, rope=rope) for each in pupil.config.layers])
+    with pytest.raises(InputError, match="no rule that transformers"):
+        heal(pupil, listed, data, out, SETTINGS, teacher=teacher)
