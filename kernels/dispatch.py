@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 LEAST_CAPABILITY = (8, 0)  # of a GPU: bfloat16 in its tensor cores, asynchronous copies
 CUDA_ROWS = 8  # of x that our CUDA matmul takes
+TRITON_BOUNDARIES = 128  # of layers, that our Triton kernel of angular distances takes
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+FEW_ROWS, MORE_ROWS = f"4-bit matmul, up to {CUDA_ROWS} rows", "4-bit matmul, more rows"
+ANGULAR = "angular distances"
 # Op -> kind of device that its tensors are on -> backends, the first that can run is taken.
 OPS: dict[str, dict[str, tuple[str, ...]]] = {
-    f"4-bit matmul, up to {CUDA_ROWS} rows": {
-        "cpu": ("cpu", "reference"),
-        "cuda": ("cuda", "triton", "reference"),
-    },
-    "4-bit matmul, more rows": {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")},
-    "angular distances": {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")},
+    FEW_ROWS: {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")},
+    MORE_ROWS: {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")},
+    ANGULAR: {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")},
 }
 
 

@@ -230,7 +230,7 @@ private:
         for (int i = 0; i < R_ - 1; ++i)
             for (int j = i + 1; j < R_; ++j, ++sums) {
                 const double cosine = gram(i, j) * inverse[i] * inverse[j];
-                const double distance = turn(cosine);
+                const double distance = angle_over_pi(cosine);
                 const double apart = gram(i, i) + gram(j, j) - 2 * gram(i, j);
                 sums[0] += weight * distance;
                 sums[P] += weight * distance * distance;
@@ -241,7 +241,7 @@ private:
     }
 
     // arccos(cosine) / pi; the rational function is fdlibm's for arcsin on [0, 0.5].
-    static double turn(double cosine) {
+    static double angle_over_pi(double cosine) {
         const double a = std::min(std::fabs(cosine), 1.0);
         const bool central = a < 0.5;
         const double z = central ? a * a : (1 - a) / 2;

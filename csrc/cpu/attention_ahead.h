@@ -33,7 +33,7 @@ public:
     }
 
     // The next line of each stream that has one; returns whether any had.
-    bool turn() {
+    bool fetch_next() {
         bool any = false;
         for (int half = 0; half < kStreams; half += kHalf) {
             if (at_ >= ends_[half / kHalf]) continue;
@@ -60,9 +60,9 @@ private:
 template <int64_t bytes, class Step>
 inline __attribute__((always_inline)) void fetching(Ahead* ahead, int64_t n, const Step& step) {
     constexpr int64_t kSteps = Ahead::kStreams * kLine / bytes;
-    static_assert(kSteps > 0, "a turn fetches what these steps read");
+    static_assert(kSteps > 0, "one call of fetch_next() covers what these steps read");
     for (int64_t i = 0; i < n;) {
-        if (ahead) ahead->turn();
+        if (ahead) ahead->fetch_next();
         for (const int64_t end = std::min(i + kSteps, n); i < end; ++i) step(i);
     }
 }

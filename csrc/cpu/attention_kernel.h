@@ -330,7 +330,7 @@ void attend_to(const KvShape& shape, const Span& span, const Span& next, const Q
             weigh<T, group()>(page.values, width, positions, scores + row * kPage, factors + row,
                               row ? nullptr : &ahead, sums + row * width);
         });
-        while (ahead.turn()) continue;  // a shorter page leaves some
+        while (ahead.fetch_next()) continue;  // a shorter page leaves some
     }
     write(shape, queries, softmax, sums, to);
 }
@@ -348,7 +348,7 @@ void attend(const KvShape& shape, const Span& span, const Span& next, const Quer
 template <class T>
 void fetch_as(const KvShape& shape, const Span& span) {
     Ahead ahead = first_page<T>(shape, span, 0);
-    while (ahead.turn()) continue;
+    while (ahead.fetch_next()) continue;
 }
 
 void fetch(const KvShape& shape, const Span& span) {

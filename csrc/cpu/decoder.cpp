@@ -90,22 +90,27 @@ Decoder::Decoder(const Rules& rules, Isa isa, int threads)
 void Decoder::set_outer(Weights weights, const void* embedding, std::int64_t rows,
                         std::int64_t columns, ScaleType type) {
     if (model_.final_norm.weight) throw std::invalid_argument("set_outer: expected one call");
-    weights_.push_back(std::make_unique<Weights>(std::move(weights)));
+    auto kept = std::make_unique<Weights>(std::move(weights));
     const Rules& r = model_.rules;
-    const Roles roles(*weights_.back(), r);
-    model_.final_norm = roles.norm("norm", r.hidden);
-    roles.add(model_.head, "head", r.vocab, r.hidden);
-    if (r.logit_softcap == 0) model_.head.add_bounds();
+    const Roles roles(*kept, r);
+    const Norm norm = roles.norm("norm", r.hidden);
+    if (!norm.weight) throw std::invalid_argument("no vector norm");
+    std::shared_ptr<const TiledMatrix> matrix;
+    if (!embedding)
+        matrix = roles.matrix("embedding", r.vocab, r.hidden);
+    else if (rows != r.vocab)
+        throw std::invalid_argument("embedding rows" + found(r.vocab, rows));
+    else if (columns != r.hidden)
+        throw std::invalid_argument("embedding columns" + found(r.hidden, columns));
+    Product head = model_.product(true);
+    roles.add(head, "head", r.vocab, r.hidden);
+    if (r.logit_softcap == 0) head.add_bounds();
+    weights_.push_back(std::move(kept));  // all is checked: nothing of a call that throws is kept
+    model_.final_norm = norm;
+    model_.head = std::move(head);
+    model_.embedding = std::move(matrix);
     model_.embedding_rows = embedding;
     model_.embedding_type = type;
-    if (!model_.final_norm.weight) throw std::invalid_argument("no vector norm");
-    if (!embedding) {
-        model_.embedding = roles.matrix("embedding", r.vocab, r.hidden);
-        return;
-    }
-    if (rows != r.vocab) throw std::invalid_argument("embedding rows" + found(r.vocab, rows));
-    if (columns != r.hidden)
-        throw std::invalid_argument("embedding columns" + found(r.hidden, columns));
 }
 
 void Decoder::add_layer(Weights weights, std::int64_t window, int rope, std::int64_t rope_dim) {
@@ -114,9 +119,9 @@ void Decoder::add_layer(Weights weights, std::int64_t window, int rope, std::int
         throw std::invalid_argument(
             "rope_dim" +
             found("an even number up to " + std::to_string(model_.rules.head_dim), rope_dim));
-    weights_.push_back(std::make_unique<Weights>(std::move(weights)));
+    auto kept = std::make_unique<Weights>(std::move(weights));
     const Rules& r = model_.rules;
-    const Roles roles(*weights_.back(), r);
+    const Roles roles(*kept, r);
     const std::int64_t queries = r.query_width(), keys = r.key_width();
     const bool whole = r.qk_norm == QkNorm::all;
     Layer layer;
@@ -142,6 +147,7 @@ void Decoder::add_layer(Weights weights, std::int64_t window, int rope, std::int
     roles.add(layer.up, "up", r.ffn, r.hidden);
     if (r.gated) roles.add(layer.up, "gate", r.ffn, r.hidden, r.ffn, true);
     roles.add(layer.down, "down", r.hidden, r.ffn);
+    weights_.push_back(std::move(kept));
     model_.layers.push_back(std::move(layer));
 }
 
@@ -258,7 +264,9 @@ std::int64_t Decoder::forward(Call& call, const std::function<void()>& pause) {
         for (std::int64_t s = 0; s < total; ++s)
             if (!call.chosen || call.chosen[row.sequence * total + s])
                 call.lengths[row.sequence * total + s] = row.position + 1;
-    times_.whole += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    if (measured_)
+        times_.whole +=
+            std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     return written;
 }
 

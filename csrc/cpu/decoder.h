@@ -48,7 +48,7 @@ public:
     // weights; so does add_layer.
     void set_outer(Weights weights, const void* embedding, std::int64_t rows, std::int64_t columns,
                    ScaleType type);
-    // rope: index of the angles' table, -1 for none; rope_dim: how much of a head it turns.
+    // rope: index of the angles' table, -1 for none; rope_dim: how many values of a head it rotates.
     void add_layer(Weights weights, std::int64_t window, int rope, std::int64_t rope_dim);
 
     // `pause` is called between chunks of a long prompt; what it throws ends the call. Throws

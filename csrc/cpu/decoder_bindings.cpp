@@ -13,9 +13,9 @@ namespace py = pybind11;
 namespace shallow {
 namespace {
 
-constexpr const char* kParts[kPartCount] = {"embedding",  "norms", "qkv",  "rope",
-                                            "attention",  "mix",   "o",    "up",
-                                            "activation", "down",  "head", "wait"};
+constexpr const char* kParts[kPartCount] = {"embedding",  "norms",   "qkv",  "rope",
+                                            "attention",  "combine", "o",    "up",
+                                            "activation", "down",    "head", "wait"};
 
 template <class Value>
 Value named(const std::string& name, std::initializer_list<std::pair<const char*, Value>> known,
@@ -180,6 +180,7 @@ py::dict times(Decoder& decoder) {
 
 void bind_decoder(py::module_& m) {
     using namespace shallow;
+    m.attr("KV_PAGE") = kPage;  // positions
     py::class_<KvCache>(m, "KvCache", "Keys and values by (sequence, slot), in pages.")
         .def(
             "reserve",
@@ -209,7 +210,11 @@ void bind_decoder(py::module_& m) {
                                   float_from_name(dtype));
             },
             py::arg("matrices"), py::arg("vectors"), py::arg("embedding"), py::arg("rows"),
-            py::arg("columns"))
+            py::arg("columns"),
+            "What is not in a layer, by role: matrices as tiles, float32 vectors, and rows of an\n"
+            "embedding of floats, or None where \"embedding\" is among the matrices. Once. "
+            "ValueError\n"
+            "for what is absent or has not the model's sizes; nothing of it is kept then.")
         .def(
             "add_layer",
             [](Decoder& decoder, const py::dict& matrices, const py::dict& vectors,
@@ -217,7 +222,12 @@ void bind_decoder(py::module_& m) {
                 decoder.add_layer(weights_from(matrices, vectors), window, rope, rope_dim);
             },
             py::arg("matrices"), py::arg("vectors"), py::arg("window"), py::arg("rope"),
-            py::arg("rope_dim"))
+            py::arg("rope_dim"),
+            "Another layer behind those that are there; errors as set_outer's. window: positions "
+            "that\n"
+            "it sees, 0 for all; rope: which table of angles, -1 for none; rope_dim: how many "
+            "values\n"
+            "of a head it rotates.")
         .def(
             "new_cache",
             [](const Decoder& decoder, const std::string& dtype, std::int64_t batch) {
@@ -228,10 +238,20 @@ void bind_decoder(py::module_& m) {
                                                        "cache dtype"),
                                          batch);
             },
-            py::arg("dtype"), py::arg("batch"))
+            py::arg("dtype"), py::arg("batch"),
+            "An empty KvCache of \"float32\", \"float16\" or \"int8\" for so many sequences.")
         .def("forward", &forward, py::arg("cache"), py::arg("tokens"), py::arg("batch"),
              py::arg("steps"), py::arg("lengths"), py::arg("chosen"), py::arg("angles"),
-             py::arg("all"), py::arg("logits"), "Returns how many rows of logits it has written.")
+             py::arg("all"), py::arg("logits"),
+             "tokens (B, T) int64, -1 to the left of shorter ones; lengths (B, S) int64, the "
+             "filled\n"
+             "positions, which it moves on; chosen (B, S) bool, the slots that run, or None for "
+             "all;\n"
+             "angles: a table (positions, rope_dim) float32 for each rope, cosines before sines.\n"
+             "Writes logits (B, T or, unless `all`, 1, V) float32, those of padding left out, and\n"
+             "returns how many rows it has written. ValueError, a word, for a call against the "
+             "rules\n"
+             "that engine/reference/decoder.py checks.")
         .def("stream", &stream, py::arg("cache"), py::arg("tokens"), py::arg("batch"),
              py::arg("steps"), py::arg("lengths"), py::arg("chosen"), py::arg("angles"),
              py::arg("entering"), py::arg("leaving"), py::arg("logits"),
@@ -239,10 +259,16 @@ void bind_decoder(py::module_& m) {
              "to `leaving` or, where that is not, to the logits of every token.")
         .def("greedy", &greedy, py::arg("cache"), py::arg("tokens"), py::arg("lengths"),
              py::arg("angles"), py::arg("steps") = 1,
-             "So many tokens of each sequence, -1 for none; returns the ids of the largest logits\n"
-             "behind each of them, -1 where one is not a finite number.")
+             "tokens (B * steps), row by row, -1 to the left of shorter ones. Returns for each "
+             "real\n"
+             "token, in order, the id of the largest logit behind it; -1 where that is not finite "
+             "or\n"
+             "one of the row is NaN.")
         // Without the interpreter, which a call between two chunks waits for.
-        .def("measure", &Decoder::measure, py::arg("on"), py::call_guard<py::gil_scoped_release>())
-        .def("times", &times)
+        .def("measure", &Decoder::measure, py::arg("on"), py::call_guard<py::gil_scoped_release>(),
+             "From now on, or no longer; clears what was measured.")
+        .def("times", &times,
+             "{\"seconds\": {part: of the first thread, while measured}, \"bytes\": {product: of\n"
+             "weights a step reads}, \"whole\": seconds within calls}.")
         .def_property_readonly("nbytes", &Decoder::nbytes);
 }

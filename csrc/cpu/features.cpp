@@ -86,7 +86,8 @@ Features detect() { return {}; }
 bool by_amd() { return false; }
 #endif
 
-// Whose memory answers as differently as was measured: AMD's, told by what each was the first to have.
+// AMD's generations, told apart by the feature that each was the first to have: AVX-VNNI (Zen 5) and
+// AVX-512 (Zen 4).
 enum class Core { zen, zen4, zen5, other };
 
 Core core() {

@@ -20,31 +20,32 @@ struct Features {
 #undef SHALLOW_FIELD
 };
 
-// Of one row's weights from memory, to be prefetched in each stream: what a core reads while memory
-// answers, as measured on Zen 4, Zen 5 and Intel's Xeons (benchmarks/results/decoder.md). `twice`: into L2,
-// and into L1 when they are near (fetch_codes() of w4_stream.h).
+// How far ahead one row's weights are prefetched in each stream, as measured on Zen 4, Zen 5 and Intel's
+// Xeons (benchmarks/results/decoder.md). `twice`: into L2 from there, into L1 when they are near
+// (fetch_codes() of w4_stream.h).
 int bytes_ahead(bool twice);
 
-// Whether what is read from memory goes into L1 at once from kilobytes ahead, where others take it into
-// L2 first and into L1 from 1 KiB ahead. So on Zen 5 with 48 KiB of L1: one thread reads up to a fifth
-// more (benchmarks/results/decoder.md).
+// Whether to prefetch from memory straight into L1 from that far ahead, instead of into L2 and then into
+// L1 from 1 KiB ahead. True of Zen 5, whose L1 has 48 KiB: one thread reads up to a fifth faster
+// (benchmarks/results/decoder.md).
 bool far_into_l1();
 
-// Whether nibbles are made bytes in memory, once for several rows. Three vector units (Intel) mask and shift
-// in the time of products; of four (AMD) two do that beside the products, and the bytes would have to be
-// stored and loaded (benchmarks/results/decoder.md).
+// Whether nibbles are unpacked to bytes in memory, once for several rows. With three vector units (Intel)
+// masks and shifts compete with the products; with four (AMD) two are free for them, and storing and
+// loading the bytes would only cost (benchmarks/results/decoder.md).
 bool unpacks_nibbles();
 
-// Whether a lone row of nibbles or sixes meets them sooner by 256 bits than by 512 (Zen 4, which passes the
-// latter in two halves): decoding is 3-8 % faster (benchmarks/results/decoder.md).
+// Whether one row is multiplied by 4- and 6-bit codes faster with vectors of 256 bits than of 512. True of
+// Zen 4, which runs the latter as two halves: decoding is 3-8 % faster (benchmarks/results/decoder.md).
 bool passes_512_in_halves();
 
-// From what is read to what is fetched into L1, of a page of keys and values that holds `positions` of
-// `most`; what comes next is fetched into L2 beside it (Ahead of attention_ahead.h). 0: nothing is, since
-// of a short page much of it would lie behind its end.
+// Bytes from what is read to what is prefetched into L1, in a page of keys and values that holds
+// `positions` of `most`; the next page goes into L2 meanwhile (Ahead of attention_ahead.h). 0: no
+// prefetch, most of which would lie behind the end of a short page.
 int page_bytes_ahead(std::int64_t positions, std::int64_t most);
 
-// Streams in which a core reads the weights of so many rows (benchmarks/results/decoder.md).
+// In how many streams a core best reads the weights that so many rows meet
+// (benchmarks/results/decoder.md).
 int long_streams(std::int64_t rows);
 
 // Asked once, on first use. AMX on Linux also needs a permission per process (arch_prctl).

@@ -6,8 +6,7 @@ namespace shallow {
 
 Model::Model(const Rules& rules, Isa isa)
     : rules(rules), kernels(shallow::kernels(isa)), row_kernels(shallow::row_kernels(isa)),
-      attention_kernels(shallow::attention_kernels(isa, rules.mode == Mode::int8)),
-      head(product(true)) {}
+      attention_kernels(shallow::attention_kernels(isa, rules.mode == Mode::int8)) {}
 
 Product Model::product(bool of_norm) const {
     return Product(std::make_shared<Input>(kernels, rules.mode, of_norm));

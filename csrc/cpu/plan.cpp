@@ -134,7 +134,7 @@ void Form::write(const Kernels& kernels, const Rows& x, std::uint8_t* base, std:
 
 std::int64_t Form::claim(std::int64_t tiles, int threads) const {
     if (path != Path::bfloat) return 0;
-    const std::int64_t fair = w4::ceil_div(tiles, threads * 4);  // pairs of tiles
+    const std::int64_t fair = w4::ceil_div(tiles, threads * 4);  // tiles
     const std::int64_t fitting = kSumsBytes / (m * kTileRows * 4);
     return std::clamp<std::int64_t>(fitting, 2, fair + fair % 2) / 2 * 2;
 }
@@ -184,9 +184,11 @@ int useful_threads(const TileView& w, std::int64_t m, int threads) {
     return static_cast<int>(std::clamp<std::int64_t>(work / kThreadBytes, 1, threads));
 }
 
-// Of a few rows by all of it one thread waited where others slow the other down, by none of it AMX was
-// 6 % slower. A lone row is done with a short share too soon for more claims; with a long one where
-// nobody disturbs it more than one sixteenth left costs 1-2 % (benchmarks/results/decoder.md).
+// What each thread takes of its share at once, in sixteenths; the rest is claimed by halves.
+//   many rows: none.
+//   a few: 14. With 16 one thread waited where other programs slowed the other, with 0 AMX lost 6 %.
+//   one: 16 of a short share, which ends before another claim would pay; 15 of a long one, since more
+//   left to claims costs 1-2 % on a quiet machine (benchmarks/results/decoder.md).
 std::int64_t first_share(std::int64_t units, std::int64_t m, std::int64_t bytes, int threads) {
     const int sixteenths = m >= kManyRows ? 0 : m > 1 ? 14 : bytes / threads < kLongShare ? 16 : 15;
     return w4::ceil_div(units * sixteenths / 16, threads);

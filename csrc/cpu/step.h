@@ -75,7 +75,20 @@ struct Chunk {
 };
 
 // Seconds of the first thread by part, and of the whole calls.
-enum class Part : int { embed, norm, qkv, rope, attention, mix, o, up, activate, down, head, wait };
+enum class Part : int {
+    embed,
+    norm,
+    qkv,
+    rope,
+    attention,
+    combine,
+    o,
+    up,
+    activate,
+    down,
+    head,
+    wait
+};
 constexpr int kPartCount = 12;
 struct Times {
     double seconds[kPartCount], whole;

@@ -30,20 +30,20 @@ void StepAttention::fetch() const {
 }
 
 std::uint8_t* StepAttention::run() {
-    turn();
+    rotate();
     attend();
     w_.barrier();
-    if (!rounds_heads_) mix();
+    if (!rounds_heads_) combine();
     return forms_;
 }
 
-// Norms and turns queries and keys; stores keys and values unless attention does.
-void StepAttention::turn() {
+// Normalises and rotates queries and keys; stores keys and values unless attention does.
+void StepAttention::rotate() {
     const std::int64_t width = rules_.qkv_width();
     w_.each_share_or_kept(set_.size(), [&](std::int64_t i, std::int64_t count) {
         for (std::int64_t r = i; r < i + count; ++r) {
             if (w_.kept) std::copy_n(w_.shared.qkv.row(r), width, w_.qkv.row(r));
-            turn_row(w_.qkv.row(r), set_.row(w_.chunk.rows, r).position);
+            rotate_row(w_.qkv.row(r), set_.row(w_.chunk.rows, r).position);
             if (set_.lone || (w_.kept && r % w_.threads != w_.thread)) continue;
             for (std::int64_t g = 0; g < rules_.kv_heads; ++g) append(r, g);
         }
@@ -52,7 +52,7 @@ void StepAttention::turn() {
     if (!w_.kept || !set_.lone) w_.barrier();
 }
 
-void StepAttention::turn_row(float* qkv, std::int64_t position) const {
+void StepAttention::rotate_row(float* qkv, std::int64_t position) const {
     const RowKernels& kernels = w_.model.row_kernels;
     const std::int64_t e = rules_.head_dim, keys = rules_.heads, end = keys + rules_.kv_heads;
     if (rules_.qk_norm == QkNorm::all) {
@@ -144,7 +144,7 @@ Attended StepAttention::target(const AttentionItem& item) const {
     Attended to{};
     if (item.spans > 1) {
         const std::int64_t at = item.first * kMaxSpans + item.span;
-        to.data = w_.shared.mixed + at * rules_.query_width() + column;
+        to.data = w_.shared.partial + at * rules_.query_width() + column;
         to.peaks = w_.shared.peaks + at * rules_.heads + head;
         to.totals = w_.shared.totals + at * rules_.heads + head;
     } else {
@@ -169,15 +169,15 @@ Span StepAttention::span(const AttentionItem& item) const {
     return span;
 }
 
-// Joins the spans of attention and writes the outcome as the output matmul wants it.
-void StepAttention::mix() {
+// Combines the spans of split attention (flash decoding) and writes the result as the input of `o`.
+void StepAttention::combine() {
     const std::int64_t width = rules_.query_width();
     const FloatRows& attended = w_.shared.attended;
     const FloatRows staged{w_.own.staged, width};
     w_.each_share_or_kept(set_.size(), [&](std::int64_t i, std::int64_t count) {
         for (std::int64_t r = 0; set_.split && r < count; ++r) {
             if (set_.spans[static_cast<std::size_t>(i + r)] > 1)
-                join(i + r, staged.row(r));
+                combine_spans(i + r, staged.row(r));
             else
                 std::copy_n(attended.row(i + r), width, staged.row(r));
         }
@@ -185,14 +185,14 @@ void StepAttention::mix() {
             set_.split ? staged.part(0, count, 0, width) : attended.part(i, count, 0, width);
         layer_.o.input().write(from, forms_, set_.size(), i, w_.own.spare);
     });
-    w_.mark(Part::mix);
+    w_.mark(Part::combine);
     w_.barrier_unless_kept();
 }
 
-void StepAttention::join(std::int64_t row, float* out) const {
+void StepAttention::combine_spans(std::int64_t row, float* out) const {
     const std::int64_t at = row * kMaxSpans;
     w_.model.attention_kernels.combine(
-        w_.shared.mixed + at * rules_.query_width(), w_.shared.peaks + at * rules_.heads,
+        w_.shared.partial + at * rules_.query_width(), w_.shared.peaks + at * rules_.heads,
         w_.shared.totals + at * rules_.heads, rules_.heads,
         set_.spans[static_cast<std::size_t>(row)], rules_.head_dim, w_.own.attention, out);
 }

@@ -17,8 +17,8 @@ public:
 
 private:
     bool rounds_heads() const;
-    void turn();
-    void turn_row(float* qkv, std::int64_t position) const;
+    void rotate();
+    void rotate_row(float* qkv, std::int64_t position) const;
     void append(std::int64_t row, std::int64_t head) const;
     void attend();
     void attend_item(const AttentionItem& item, const Span& next) const;
@@ -28,8 +28,8 @@ private:
     Attended target(const AttentionItem& item) const;
     std::int64_t oldest(const AttentionItem& item) const;
     Span span(const AttentionItem& item) const;
-    void mix();
-    void join(std::int64_t row, float* out) const;
+    void combine();
+    void combine_spans(std::int64_t row, float* out) const;
 
     Worker& w_;
     const Rules& rules_;

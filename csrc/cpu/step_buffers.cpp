@@ -36,7 +36,7 @@ Buffers::Buffers(const Model& model, const Chunk& chunk, int threads, Sizes& siz
     y = cut_rows(cutter, m, r.hidden);
     y2 = cut_rows(cutter, r.parallel ? m : 0, r.hidden);
     up = cut_rows(cutter, m, r.up_stride());
-    mixed = cutter.cut<float>(spans * r.query_width());
+    partial = cutter.cut<float>(spans * r.query_width());
     peaks = cutter.cut<float>(spans * r.heads);
     totals = cutter.cut<float>(spans * r.heads);
     hidden_forms = cutter.cut<std::uint8_t>(most.hidden);

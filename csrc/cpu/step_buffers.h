@@ -20,11 +20,11 @@ struct ThreadBuffers {
 };
 
 struct Buffers {
-    FloatRows x;                    // (rows, hidden): the residual stream
-    FloatRows qkv, attended;        // (rows, qkv_width), (rows, query_width)
-    FloatRows y, y2;                // (rows, hidden): what is to be added to x
-    FloatRows up;                   // (rows, up_width): the gate lies behind
-    float *mixed, *peaks, *totals;  // of spans: (rows, kMaxSpans, query_width), (..., heads)
+    FloatRows x;                      // (rows, hidden): the residual stream
+    FloatRows qkv, attended;          // (rows, qkv_width), (rows, query_width)
+    FloatRows y, y2;                  // (rows, hidden): what is to be added to x
+    FloatRows up;                     // (rows, up_width): the gate lies behind
+    float *partial, *peaks, *totals;  // of spans: (rows, kMaxSpans, query_width), (..., heads)
     std::uint8_t *hidden_forms, *attended_forms, *up_forms;
     std::int64_t bytes;  // of all, the threads' own included
 

@@ -99,10 +99,10 @@ public:
         for (int64_t i; (i = next.fetch_add(step, std::memory_order_relaxed)) < count;)
             call(i, std::min(i + step, count));
     }
-    // The same of fewer than 2^31, in shares: each thread takes `first` of its own at once, then half of
-    // what is left of it at a time, and then of others' from behind: threads end together, and hardly
-    // leave their streams. A counter of all was a line from another core for each claim
-    // (benchmarks/results/decoder.md).
+    // The same of fewer than 2^31, with a share for each thread: it takes `first` of its own at once,
+    // then half of what is left, again and again; once its share is empty it steals from the ends of
+    // the others', by halves too. So threads end together and read mostly sequentially. One counter
+    // for all cost a cache line from another core for each claim (benchmarks/results/decoder.md).
     template <class Call>
     void take_shares(int64_t count, int thread, int threads, int64_t first, const Call& call) {
         const bool whole = first * threads >= count;  // nothing is left for others

@@ -227,10 +227,14 @@ Mode mode_from_name(const std::string& name);  // throws std::invalid_argument
 // Row `row` of a matrix, in its original column order; k floats.
 void read_row(const TiledMatrix& matrix, std::int64_t row, float* out);
 
-// exact: float32 activations and weights. int8: activations rounded to int8 a block of 32, twice
-// for the coarsest blocks, where that is fastest: many rows on amx are rounded to bfloat16, and on
-// avx2 those that meet bytes or codebooks to int16 (smaller errors), and 16-bit weights and codebooks that 8 bits hold badly take the exact kernel, as float32
-// weights always do. Throws std::bad_alloc.
+// exact: activations and weights in float32.
+// int8:  activations rounded to int8 in blocks of 32; the coarsest blocks of a norm's outputs get a
+//        second int8 plane with what rounding left of them. Other forms where they are faster:
+//          - AMX, many rows: activations and weights in bfloat16;
+//          - AVX2, 8-bit codes and codebooks: activations in int16 (smaller errors too);
+//          - 16-bit weights, and codebooks that 8 bits hold badly: as exact, but for AMX's rows;
+//          - float32 weights: always as exact.
+// Throws std::bad_alloc.
 void matmul(const Rows& x, const TiledMatrix& w, const Output& y, Mode mode, Isa isa, int threads);
 
 }  // namespace shallow

@@ -125,7 +125,7 @@ public:
         : w_(view), ahead_(bytes_ahead),
           group_(w_.group_blocks ? first / w_.group_blocks : 2 * first),
           next_(w_.record(tile, group_)), at_(w_.block(tile, first)),
-          super_(w_.supers + tile * supers()) {
+          super_(w_.supers ? w_.supers + tile * supers() : nullptr) {
         const int64_t entered = group_ % w_.run_groups;
         left_ = entered ? w_.run_groups - entered : 0;
         if (!entered) at_ = next_;

@@ -328,7 +328,7 @@ struct Avx2 {
     static float quantize(const float* x, int8_t* q, std::int32_t* sums, float most = 127) {
         __m256i v[4];
         const float scale = quantize(x, most, v);
-        // packs works in 128-bit halves: dwords come out as 0 4 1 5 2 6 3 7 would read
+        // packs works within 128-bit lanes and leaves four-byte groups as 0 2 4 6 1 3 5 7
         const __m256i words =
             _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
         const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);

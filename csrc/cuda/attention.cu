@@ -96,8 +96,8 @@ __device__ void stage_heads(const DecodeAttention& call, const Part& part, Memor
                 mean = memory.moments[2 * row];
                 scale = memory.moments[2 * row + 1];
             }
-            bits = narrow_eight<T>(row == kKey ? keys.turned(0, e, mean, scale)
-                                               : queries.turned(row, e, mean, scale));
+            bits = narrow_eight<T>(row == kKey ? keys.rotated(0, e, mean, scale)
+                                               : queries.rotated(row, e, mean, scale));
         } else if (own) {
             bits = load_eight(value, e, width, false);
         }

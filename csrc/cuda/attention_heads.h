@@ -1,4 +1,4 @@
-// Queries and keys on their way into decode attention: normalised, turned, rounded to T.
+// Queries and keys on their way into decode attention: normalised, rotated, rounded to T.
 // defines: shallow::Eight, Heads
 #pragma once
 
@@ -101,7 +101,7 @@ struct Heads {
     }
 
     // Values e to e + 7 of a head, zeros beyond E.
-    __device__ Eight turned(int head, int e, float mean, float scale) const {
+    __device__ Eight rotated(int head, int e, float mean, float scale) const {
         Eight eight{};
         for (int i = 0; i < 8 && e + i < call.width; ++i)
             eight.v[i] = turned_one(head, e + i, mean, scale);

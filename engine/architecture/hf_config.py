@@ -147,9 +147,7 @@ class _Reader:
 
     def window(self) -> int | None:
         gated = self.key in ("qwen2", "qwen3", "smollm3") and not self.get("use_sliding_window")
-        if gated or self.get("sliding_window") is None:
-            return None
-        return self.need("sliding_window")
+        return None if gated else self.get("sliding_window")
 
     def layer_types(self, total: int) -> list[str]:
         """ "sliding_attention" or "full_attention" for every layer, by the family's own rule."""

@@ -16,7 +16,7 @@ LABELS = {  # as the decoders name their parts (csrc/cpu/decoder_bindings.cpp, r
     "down": "down",
     "head": "head",
     "attention": "attention",
-    "mix": "attention, joined and rounded",
+    "combine": "attention, combined and rounded",
     "rope": "rotation, cache append",
     "norms": "norms, rounding",
     "activation": "activation",

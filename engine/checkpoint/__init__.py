@@ -60,7 +60,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     holds floats or is a quantized matrix (gate.py): nobody else checks that.
 
     Raises:
-        InputError: neither of the two, damaged, or of an architecture that is not supported.
+        InputError: none of these, damaged, or of an architecture that is not supported.
     """
     from engine.checkpoint.gate import check_tensors
 
@@ -94,7 +94,7 @@ def open_unchecked(path: Path) -> Checkpoint:
 
 
 def stored_sizes(path: Path) -> "tuple[ModelConfig, dict[str, int]]":
-    """(config, bytes of every tensor on disk), from the headers alone and without torch.
+    """(config, bytes of every tensor on disk), without torch for a directory; reads headers alone.
 
     The tensors of a directory have the names they are stored under, companions of quantized ones
     too; those of a GGUF their Hugging Face names.

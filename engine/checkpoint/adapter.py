@@ -216,10 +216,13 @@ def _terms(where: Path, said: Mapping[str, Any]) -> tuple[int, float]:
     rank: Any = said.get("r")
     alpha: Any = said.get("lora_alpha")
     if type(rank) is not int or not 0 < rank < 1 << 20:
-        raise InputError(f"{where}: r: expected a rank of at least 1, found {rank!r:.80}")
+        raise InputError(
+            f"{where}: r: expected a rank from 1 to {(1 << 20) - 1}, found {rank!r:.80}"
+        )
     number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
     if not number or not 0 < alpha <= _LARGEST:
-        raise InputError(f"{where}: lora_alpha: expected more than 0, found {alpha!r:.80}")
+        expected = f"a number above 0, at most {_LARGEST:,.0f}"
+        raise InputError(f"{where}: lora_alpha: expected {expected}, found {alpha!r:.80}")
     return rank, float(alpha)
 
 

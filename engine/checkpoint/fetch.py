@@ -188,8 +188,9 @@ def _reason(said: str) -> str:
     """One sentence from what pip printed."""
     if "No module named pip" in said:
         return f"{sys.executable} has no pip; run `{sys.executable} -m ensurepip`"
-    errors = [line for line in said.splitlines() if line.startswith("ERROR:")]
-    last = (errors or said.split("\n") or [""])[-1].removeprefix("ERROR:").strip()
+    lines = [line for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR:")]
+    last = (errors or lines or [""])[-1].removeprefix("ERROR:").strip()
     return f"pip download failed ({last or 'no message'}); is the package index reachable?"
 
 

@@ -41,10 +41,9 @@ def family_of(file: GgufFile) -> str:
         raise InputError(
             f"{file.path}: one of {parts} parts; join them with `llama-gguf-split --merge` first"
         )
-    family = ARCHITECTURES[architecture]
-    if family == "llama" and f"{architecture}.attention.sliding_window" in file.metadata:
+    if architecture == "llama" and "llama.attention.sliding_window" in file.metadata:
         return "mistral"
-    return family
+    return architecture
 
 
 def config_from_gguf(file: GgufFile, family: str) -> dict[str, Any]:
@@ -253,7 +252,7 @@ class _Fields:
         value = self.get(key)
         value = default if value is None else value
         if type(value) is bool or not isinstance(value, int | float) or not abs(value) < 1e30:
-            raise self.wrong(key, "a number", value)
+            raise self.wrong(key, "a number below 1e30 in magnitude", value)
         return _decimal(value)
 
     def token(self, name: str) -> int | None:

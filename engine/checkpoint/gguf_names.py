@@ -30,18 +30,10 @@ LONGROPE_DIVISORS = ("rope_factors_short.weight", "rope_factors_long.weight")
 ROPE_TENSORS = {ROPE_DIVISORS, *LONGROPE_DIVISORS}
 ROPE_LAYER_NAME = "attn_rot_embd"
 
-# general.architecture -> the key in FAMILIES. Mistral is written as "llama".
-ARCHITECTURES = {
-    "llama": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "phi2": "phi2",
-    "phi3": "phi3",
-    "gemma2": "gemma2",
-    "gemma3": "gemma3",
-    "olmo2": "olmo2",
-    "smollm3": "smollm3",
-}
+# general.architecture, which are keys in FAMILIES too. Mistral is written as "llama".
+ARCHITECTURES = (
+    *("llama", "qwen2", "qwen3", "phi2", "phi3", "gemma2", "gemma3", "olmo2", "smollm3"),
+)
 # Control tokens that end a turn or a text, whatever the metadata names; llama.cpp stops at these.
 END_TOKENS = {
     *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"),

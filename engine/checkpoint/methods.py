@@ -3,7 +3,6 @@ and this project's own packed directories. A class a method: it reads its config
 any module.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +13,9 @@ from engine.checkpoint.files import parse_json
 from engine.checkpoint.safetensors import SafetensorsCheckpoint
 from engine.errors import InputError
 from engine.kernels.w4 import from_hf, store
-from engine.kernels.w4.format import Packed, Spec, unpack
+from engine.kernels.w4.format import GROUPS, Packed, Spec, unpack
 
-GROUP_SIZES = (-1, 16, 32, 64, 128)  # as the configurations write them; -1 is the whole row
+GROUP_SIZES = (-1, *GROUPS[1:])  # as the configurations write them; -1 is the whole row
 
 
 class Parts:
@@ -305,7 +304,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < 1e30  # NaN is not; floats hold no more
 
 
 METHODS: dict[str, Callable[[Parts, dict[str, Any]], Method]] = {

@@ -31,7 +31,7 @@ _OTHERWISE |= {"bos_id", "eos_ids", "max_context"}
 
 def architecture(config: ModelConfig) -> str:
     """What GGUF calls it; Mistral is a Llama there."""
-    return next((name for name, key in ARCHITECTURES.items() if key == config.family), "llama")
+    return config.family if config.family in ARCHITECTURES else "llama"
 
 
 def model_fields(config: ModelConfig) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a model costs: parameters, bytes and FLOPs, from its config alone, before and after.
 
-Counts are exact for the shapes, bytes those of a packed directory but for a codebook's 64 a matrix.
-FLOPs count a multiply and an add as two. GB is 1e9 bytes.
+Counts are exact for the shapes, bytes those of a packed directory without the 64 of each matrix's
+codebook. FLOPs count a multiply and an add as two. GB is 1e9 bytes.
 """
 
 import math

@@ -86,7 +86,7 @@ class PrefixScorer:
         if metric not in ("loss", "kl"):
             raise InputError(f"metric: expected 'loss' or 'kl', found {metric!r}")
         self.streams: Streams = DecoderStreams(model) if isinstance(model, Decoder) else model
-        self.metric, self.most, self.evaluations = metric, math.inf, 0
+        self.metric, self.most = metric, math.inf
         self.batches = windows.split(batch)
         self.positions = windows[:, 1:].numel()
         self.anchor(tuple(range(self.streams.total)))
@@ -112,7 +112,6 @@ class PrefixScorer:
 
     @torch.no_grad()
     def __call__(self, kept: tuple[int, ...]) -> float:
-        self.evaluations += 1
         shared, total, self.whole = self._shared(kept), 0.0, False
         for batch, tokens in enumerate(self.batches):
             x = self.streams.run(kept[shared:], self._held[batch][shared], tokens)

@@ -19,6 +19,7 @@ from engine.reference.cache import KVCache, Lengths
 
 Tap = Callable[[int, torch.Tensor], None]  # (boundary, residual stream (B, T, D)) -> None
 
+IDS = (torch.int64, torch.int32)  # dtypes of tokens
 FOREIGN = "cache: expected one that this model made, found another's"
 
 
@@ -136,7 +137,7 @@ def check_call(
     """Positions (B, T), -1 at padding, and who runs what (B, S) bool; InputError where a call of
     any runtime breaks a rule of the protocol."""
     check_cache(config, cache)
-    if tokens.is_meta or tokens.dtype not in (torch.int64, torch.int32):
+    if tokens.is_meta or tokens.dtype not in IDS:
         raise InputError(f"tokens: expected ids, found {tokens.dtype} on {tokens.device}")
     if tokens.ndim != 2 or tokens.shape[0] != cache.batch or tokens.shape[1] < 1:
         raise InputError(
@@ -338,8 +339,8 @@ def normalise(
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates the first values of each head, x (R, H, T, E) by cos and sin (R, T, dim)."""
     dim = cos.shape[-1]
-    turned, rest = x[..., :dim], x[..., dim:]
+    rotated, rest = x[..., :dim], x[..., dim:]
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated

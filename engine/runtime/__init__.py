@@ -151,7 +151,10 @@ class Verifying(Protocol):
 
 @runtime_checkable
 class Bounded(Protocol):
-    """Decodes no more than so many sequences at once; prompts, that others follow, any number."""
+    """Decodes at most `most_sequences` sequences in a step of one token each.
+
+    Calls with several tokens of a sequence, prompts, have no such limit.
+    """
 
     @property
     def name(self) -> str: ...

@@ -1,4 +1,4 @@
-"""Tables of the angles that decoders turn queries and keys by."""
+"""Tables of the angles that decoders rotate queries and keys by."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ class Angles:
         self._tables: dict[Rope, tuple[int | None, torch.Tensor]] = {}
 
     def tables(self, length: int) -> Tables:
-        """Of at least `length` positions, turned as in a sequence of that length."""
+        """Of at least `length` positions, rotated as in a sequence of that length."""
         tables = [self._table(rope, length) for rope in self._ropes]
         reach = min(map(len, tables), default=self._limit)
         self.held = Tables(reach, tables, [native.span(table) for table in tables])
@@ -62,7 +62,7 @@ class DeviceAngles:
         self.version = 0  # of their addresses
 
     def reach(self, length: int) -> None:
-        """Tables of at least `length` positions, turned as in a sequence of that length."""
+        """Tables of at least `length` positions, rotated as in a sequence of that length."""
         if self.tables and length <= self._host.held.reach and not self._dynamic:
             return
         found = list(self._host.tables(length).tables)

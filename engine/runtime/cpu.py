@@ -19,12 +19,18 @@ from engine.kernels.w4.cpu import MODES, CpuWeight, isas
 from engine.kernels.w4.tiled import Tiled
 from engine.options import Slots
 from engine.reference.cache import Lengths, check_room
-from engine.reference.decoder import FOREIGN, check_cache, check_call, check_logits, mask_slots
+from engine.reference.decoder import (
+    FOREIGN,
+    IDS,
+    check_cache,
+    check_call,
+    check_logits,
+    mask_slots,
+)
 from engine.runtime import Times
 from engine.runtime.angles import Angles, Tables
 from engine.sample import NOT_FINITE
 
-PAGE = 128  # positions of a page of the cache
 CACHE_DTYPES = ("float32", "float16", "int8")
 
 
@@ -153,8 +159,8 @@ class CpuRuntime:
         check_cache(self.config, cache, CpuCache)
         if tokens.device.type != "cpu":
             raise InputError(f"tokens: expected a tensor on the CPU, found one on {tokens.device}")
-        if tokens.ndim != 2 or tokens.is_floating_point():
-            check_call(self.config, tokens, cache, slots)
+        if tokens.ndim != 2 or tokens.dtype not in IDS:
+            check_call(self.config, tokens, cache, slots)  # says what is wrong
         if tokens.dtype != torch.int64 or not tokens.is_contiguous():
             tokens = tokens.to(torch.int64).contiguous()
         chosen = None if slots is None else mask_slots(self.config, cache.batch, slots)
@@ -267,12 +273,15 @@ class CpuRuntime:
     def kv_bytes(self, context: float) -> float:
         """Layers with a window read no more than it."""
         layers = self.config.layers
-        position_bytes = self.new_cache(1, PAGE).nbytes / PAGE / len(layers)
+        page = native.load("cpu").KV_PAGE
+        position_bytes = self.new_cache(1, page).nbytes / page / len(layers)
         return position_bytes * sum(min(context, layer.window or context) for layer in layers)
 
     def _tables(self, tokens: torch.Tensor, cache: CpuCache) -> Tables:
         """For the positions that the call reaches; an upper bound where that is all the same."""
         if self.config.whole_prefill:  # of the sequences that run
+            if len(tokens) != cache.batch:
+                check_call(self.config, tokens, cache, None)  # says so
             counts = (tokens >= 0).sum(1)
             cache.reach = int(torch.where(counts > 0, cache.positions + counts, 0).max())
             return self._angles.tables(cache.reach)

@@ -137,7 +137,7 @@ class GpuRuntime:
 
     @torch.no_grad()
     def greedy(self, tokens: Sequence[int], cache: GpuCache) -> list[int]:
-        column = torch.tensor(tokens)[:, None]
+        column = torch.tensor(tokens, device="cpu")[:, None]
         buffers = self._step(column, *self._begin(column, cache, None), cache)
         return _running(buffers.ids.tolist(), tokens)
 
@@ -149,7 +149,7 @@ class GpuRuntime:
         sampling: Sampling,
         uniforms: Sequence[float],
     ) -> list[int]:
-        column = torch.tensor(tokens)[:, None]
+        column = torch.tensor(tokens, device="cpu")[:, None]
         buffers = self._step(column, *self._begin(column, cache, None), cache, uniforms)
         drawn = draw(buffers.logits, sampling, buffers.uniforms)
         return _running(torch.where(buffers.ids < 0, -1, drawn).tolist(), tokens)
@@ -216,9 +216,9 @@ class GpuRuntime:
         slots = tuple(chosen.any(dim=0).nonzero().flatten().tolist())
         launches = self._step_of(bucket, slots)
         buffers = self._buffers[bucket]
-        host = torch.zeros(buffers.inputs.shape, dtype=torch.int32)
+        host = torch.zeros(buffers.inputs.shape, dtype=torch.int32, device="cpu")
         host[:2].view(-1).view(torch.float64)[: len(uniforms)] = torch.tensor(
-            uniforms, dtype=torch.float64
+            uniforms, dtype=torch.float64, device="cpu"
         )
         host[2] = -1
         host[2, : cache.batch] = tokens[:, 0]

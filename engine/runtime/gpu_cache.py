@@ -112,7 +112,7 @@ class GpuCache(Lengths):
         super().__init__(config, batch)
         self.arena = arena
         self._pages: list[int] = []
-        self._numbers = torch.zeros(batch, 0, dtype=torch.int32)  # `table` on the CPU
+        self._numbers = torch.zeros(batch, 0, dtype=torch.int32, device="cpu")  # `table` there
         self.table = self._numbers.to(arena.store.device)
         weakref.finalize(self, arena.give, self._pages)
 
@@ -127,7 +127,7 @@ class GpuCache(Lengths):
             return
         taken = self.arena.take(more * self.batch)
         self._pages += taken
-        columns = torch.tensor(taken, dtype=torch.int32).view(self.batch, more)
+        columns = torch.tensor(taken, dtype=torch.int32, device="cpu").view(self.batch, more)
         self._numbers = torch.cat((self._numbers, columns), dim=1)
         self.table = self._numbers.to(self.table.device)
 

@@ -51,7 +51,7 @@ class ManyTokens:
         to the cache, which has room.
         """
         x = self._embed(tokens)
-        whole = self._rows(cache, torch.arange(cache.batch), positions)
+        whole = self._rows(cache, torch.arange(cache.batch, device="cpu"), positions)
         for slot, (entry, layer) in enumerate(zip(self.config.layers, self.layers, strict=True)):
             index = chosen[:, slot].nonzero().squeeze(1)
             if len(index) == cache.batch:

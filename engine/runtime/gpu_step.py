@@ -21,8 +21,8 @@ from engine.kernels import overlap
 from engine.kernels.layer import attention, stream
 from engine.kernels.layer import cuda as layer_cuda
 from engine.kernels.w4 import cuda, fused, gemv, launch
-from engine.kernels.w4.around import PLAIN, Around
 from engine.kernels.w4.dequantize import Format
+from engine.kernels.w4.fusion import PLAIN, Fusion
 from engine.runtime.gpu_cache import PAGE
 from engine.runtime.gpu_weights import Layer, Outer, Part, Projection
 
@@ -132,8 +132,10 @@ class StepList:
         self._overlaps = overlaps
         self.launches: list[Launch] = []
         self._stream, self._other = buffers.streams
-        self._post: torch.Tensor | None = None  # weights of the norm that `delta` waits for
-        self._known = [0, 0]  # parts that the sums over a stream are there in, 0 where they are not
+        self._post: torch.Tensor | None = None  # norm that `delta` still has to pass
+        # Of each stream: partial sums (of x squared, of x) that its last writer left; 0: none, and
+        # who reads it sums anew.
+        self._known = [0, 0]
         self._angles = angles
         self._embed(outer)
         for slot in slots:
@@ -217,7 +219,7 @@ class StepList:
 
     def _layer(self, slot: int, entry: LayerConfig, layer: Layer) -> None:
         config, buffers = self.config, self.buffers
-        projections, back = layer.projections, Around(live=buffers.live[slot])
+        projections, back = layer.projections, Fusion(live=buffers.live[slot])
         normed = self._normed(layer, "attn_norm") if config.pre_norm else PLAIN
         self._project("qkv", projections["qkv"], self._stream, buffers.qkv, normed)
         before = self._stream
@@ -228,9 +230,9 @@ class StepList:
         self._widen(projections, before if config.parallel else self._stream, normed)
         self._return("down", projections["down"], buffers.widened, layer, "mlp_post_norm", back)
 
-    def _normed(self, layer: Layer, role: str) -> Around:
+    def _normed(self, layer: Layer, role: str) -> Fusion:
         weight, bias = layer.norms[role], layer.norms.get(f"{role}.bias")
-        return Around(self.config.norm, self.config.norm_eps, weight, bias)
+        return Fusion(self.config.norm, self.config.norm_eps, weight, bias)
 
     def _return(
         self,
@@ -239,7 +241,7 @@ class StepList:
         x: torch.Tensor,
         layer: Layer,
         post: str,
-        back: Around,
+        back: Fusion,
     ) -> None:
         """x through a matrix back to the stream; by way of `delta` where a norm stands between."""
         if self.config.post_norm:
@@ -251,7 +253,7 @@ class StepList:
             self._stream, self._other = self._other, self._stream
         self._project(name, projection, x, self._stream, replace(back, add=add))
 
-    def _widen(self, projections: dict[str, Projection], x: torch.Tensor, normed: Around) -> None:
+    def _widen(self, projections: dict[str, Projection], x: torch.Tensor, normed: Fusion) -> None:
         buffers = self.buffers
         active = replace(normed, activation=self.config.activation)
         if not self.config.gated:
@@ -273,7 +275,7 @@ class StepList:
         projection: Projection,
         x: torch.Tensor,
         y: torch.Tensor,
-        around: Around,
+        fusion: Fusion,
     ) -> None:
         """A launch for every part, whose outputs lie side by side in y.
 
@@ -281,17 +283,17 @@ class StepList:
         """
         first, written = 0, self._number(y)
         for part in projection.parts:
-            whole, read = around, self._number(x)
+            whole, read = fusion, self._number(x)
             if x is self._stream and self._post is not None:
                 whole = replace(
-                    around, epsilon=self.config.norm_eps, delta=self.buffers.delta,
+                    fusion, epsilon=self.config.norm_eps, delta=self.buffers.delta,
                     post=self._post, stream=self._other,
                 )  # fmt: skip
                 self._stream, self._other, self._post = self._other, self._stream, None
                 read = self._number(self._stream)
                 assert read is not None
                 self._known[read] = 0
-            outputs = part.matrix.shape[0] // 2 if around.gated else part.matrix.shape[0]
+            outputs = part.matrix.shape[0] // 2 if fusion.gated else part.matrix.shape[0]
             columns = slice(first, first + outputs)
             beside = {
                 name: tensor[:, columns]
@@ -314,7 +316,7 @@ class StepList:
         part: Part,
         x: torch.Tensor,
         y: torch.Tensor,
-        around: Around,
+        fusion: Fusion,
         read: int | None,
         written: int | None,
     ) -> None:
@@ -322,20 +324,20 @@ class StepList:
         matrix, dtype, buffers = part.matrix, self.buffers.qkv.dtype, self.buffers
         (n, k), m = matrix.shape, len(x)
         moved = {"weights": sum(t.nbytes for t in part.tensors), "y": y.numel() * y.itemsize}
-        parts = self._known[read] if read is not None and around.norm else 0
+        parts = self._known[read] if read is not None and fusion.norm else 0
         sums = buffers.sums[read][:parts] if read is not None and parts else None
         out_sums = None if written is None else buffers.sums[written]
-        whole = x.nbytes * (_passes(around, known=parts > 0) - 1)  # that every program reads
+        whole = x.nbytes * (_passes(fusion, known=parts > 0) - 1)  # that every program reads
         few = backend == "cuda" and m <= cuda.MAX_ROWS
         if few and not isinstance(matrix, torch.Tensor):
-            stripes = launch.stripes(n, k, buffers.cores, around.gated)
+            stripes = launch.stripes(n, k, buffers.cores, fusion.gated)
             count = stripes.ranges * stripes.slices
             buffers.reserve(stripes.part_values(m), stripes.tiles)
             moved["parts"] = 2 * 4 * stripes.part_values(m)
-            moved["x"] = stripes.ranges * x.nbytes * (1 if around.delta is None else 2)
+            moved["x"] = stripes.ranges * x.nbytes * (1 if fusion.delta is None else 2)
             moved["x"] += count * (whole + parts * 2 * m * 4)
             call = cuda.describe(
-                x, matrix, y, part.bias, around, dtype, sizes=stripes, parts=buffers.scratch,
+                x, matrix, y, part.bias, fusion, dtype, sizes=stripes, parts=buffers.scratch,
                 counters=buffers.arrivals, sums=sums, out_sums=out_sums, overlap=self._overlaps,
             )  # fmt: skip
             blocks = (stripes.ranges, stripes.slices)
@@ -349,12 +351,12 @@ class StepList:
             weights, kind = (matrix, *weights[1:]), plain_format()
         else:
             weights, perm, kind = fused.pointers(matrix), matrix.perm, fused.format_of(matrix, k, 1)
-        sizes = launch.step(m, n, k, kind, buffers.cores, around.gated)
-        grid = sizes.grid(m, n, k, kind, around.gated)
+        sizes = launch.step(m, n, k, kind, buffers.cores, fusion.gated)
+        grid = sizes.grid(m, n, k, kind, fusion.gated)
         values = sizes.part_values(m, grid)
         buffers.reserve(values, grid[0] * grid[2])
         moved["parts"] = 2 * 4 * values
-        moved["x"] = grid[0] * (x.nbytes * (1 if around.delta is None else 2) + grid[1] * whole)
+        moved["x"] = grid[0] * (x.nbytes * (1 if fusion.delta is None else 2) + grid[1] * whole)
         moved["x"] += grid[0] * grid[1] * parts * 2 * m * 4
         self._add(
             name, gemv.gemv_kernel, grid,
@@ -363,23 +365,23 @@ class StepList:
             {
                 "FORMAT": kind,
                 "DTYPE": fused.TRITON_TYPES[dtype],
-                "GATED": around.gated,
+                "GATED": fusion.gated,
                 "perm_ptr": perm,
-                "delta_ptr": around.delta,
-                "post_ptr": around.post,
-                "stream_ptr": around.stream,
-                "norm_ptr": around.norm_weight,
-                "norm_bias_ptr": around.norm_bias,
-                "gate_ptr": around.gate,
-                "add_ptr": around.add,
-                "live_ptr": around.live,
+                "delta_ptr": fusion.delta,
+                "post_ptr": fusion.post,
+                "stream_ptr": fusion.stream,
+                "norm_ptr": fusion.norm_weight,
+                "norm_bias_ptr": fusion.norm_bias,
+                "gate_ptr": fusion.gate,
+                "add_ptr": fusion.add,
+                "live_ptr": fusion.live,
                 "sums_ptr": sums,
                 "out_sums_ptr": out_sums,
                 "ranges": parts,
-                "epsilon": around.epsilon,
-                "NORM": around.norm,
-                "ACTIVATION": around.activation,
-                "CAP": around.cap,
+                "epsilon": fusion.epsilon,
+                "NORM": fusion.norm,
+                "ACTIVATION": fusion.activation,
+                "CAP": fusion.cap,
                 **fused.gemv_options(sizes),
             },
             **moved,
@@ -461,13 +463,13 @@ def plain_format() -> Format:
     return Format("plain", 16, 0, even=True, asm=not knobs.runtime.interpret)
 
 
-def _passes(around: Around, known: bool) -> int:
-    """Over x, that a program makes: for the sums of norms, where they are not known, and for W."""
+def _passes(fusion: Fusion, known: bool) -> int:
+    """How often a program reads x: for the product, and for each norm whose sums are not known."""
     return (
         1
-        + (around.delta is not None)
-        + 2 * (around.delta is not None and around.norm != "")
-        + (around.delta is None and around.norm != "" and not known)
+        + (fusion.delta is not None)
+        + 2 * (fusion.delta is not None and fusion.norm != "")
+        + (fusion.delta is None and fusion.norm != "" and not known)
     )
 
 

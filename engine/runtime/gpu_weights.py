@@ -12,7 +12,7 @@ from engine.checkpoint import Checkpoint
 from engine.checkpoint.weights import Stored, layer_weights, outer_weights, packed_form
 from engine.errors import InputError
 from engine.kernels.w4 import cuda, fused
-from engine.kernels.w4.format import SHARED, Packed, unpack
+from engine.kernels.w4.format import SHARED, Packed, take, unpack
 from engine.kernels.w4.layout_gpu import GpuMatrix, from_gpu, to_gpu
 
 Matrix = GpuMatrix | torch.Tensor  # quantized, or (N, K) in the dtype of activations
@@ -181,11 +181,8 @@ def rows_of(matrix: Matrix, ids: torch.Tensor) -> torch.Tensor:
     """Rows `ids` (...,) int64 of a matrix: (..., K), float32 where it is quantized."""
     if isinstance(matrix, torch.Tensor):
         return matrix[ids]
-    own = {
-        name: tensor if name in SHARED else tensor[ids.flatten()]
-        for name, tensor in matrix.tensors().items()
-    }
-    packed: Packed = from_gpu(GpuMatrix(matrix.spec, (ids.numel(), matrix.shape[1]), **own))
+    rows = take(matrix.tensors(), ids.flatten())
+    packed: Packed = from_gpu(GpuMatrix(matrix.spec, (ids.numel(), matrix.shape[1]), **rows))
     return unpack(packed).view(*ids.shape, matrix.shape[1])
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.angular.reference import Sums
-from engine.kernels.dispatch import require, why_not
+from engine.kernels.dispatch import ANGULAR, TRITON_BOUNDARIES, choose, require
 from engine.kernels.dtypes import DTYPES, name_of
 
 MODULES = {"reference": "reference", "cpu": "cpu", "triton": "fused"}  # backend -> module
@@ -55,8 +55,8 @@ class Totals:
 class AngularAccumulator:
     """Accumulates the distances of every pair of boundaries; each sample is read once.
 
-    `backend` is "reference", "cpu" or "triton"; None takes triton for tensors on a GPU, cpu for
-    others, and reference where the extension is not built. `self.backend` tells which.
+    `backend` is "reference", "cpu" or "triton"; None takes triton for tensors on a GPU (up to 128
+    boundaries), cpu for others, and reference where that cannot run. `self.backend` tells which.
     """
 
     def __init__(self, backend: str | None = None) -> None:
@@ -81,9 +81,9 @@ class AngularAccumulator:
         rows = _check_boundaries(boundaries)
         if weights is not None:
             weights = _check_weights(weights, rows[0])
-        found = self._backend(rows[0].device)(rows, weights, values)
+        found = self._backend(rows)(rows, weights, values)
         _check_directions(found, weights)
-        used = torch.ones(len(rows[0])) if weights is None else weights
+        used = torch.ones(len(rows[0]), device="cpu") if weights is None else weights
         self._add(
             Totals(
                 boundaries=len(rows),
@@ -138,10 +138,11 @@ class AngularAccumulator:
     def _add(self, totals: Totals) -> None:
         self._totals = totals if self._totals is None else self._totals + totals
 
-    def _backend(self, device: torch.device):
+    def _backend(self, rows: Sequence[Tensor]):
         if self.backend is None:
-            fastest = "triton" if device.type == "cuda" else "cpu"
-            self.backend = "reference" if why_not(fastest) else fastest
+            self.backend = choose(ANGULAR, "cuda" if rows[0].device.type == "cuda" else "cpu")
+            if self.backend == "triton" and len(rows) > TRITON_BOUNDARIES:
+                self.backend = "reference"
         require(self.backend)
         return import_module(f"engine.kernels.angular.{MODULES[self.backend]}").angular_sums
 

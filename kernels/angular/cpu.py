@@ -1,6 +1,7 @@
 """Launches the C++ kernel of csrc/cpu/angular.cpp."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,14 +20,15 @@ def angular_sums(
 ) -> Sums:
     """As in reference.py, on torch.get_num_threads() threads.
 
-    `isa` forces "generic", "avx2", "avx512" or "amx"; ValueError where the processor lacks it.
+    `isa` forces an instruction set by a name of csrc/cpu/isa.h (of those without a kernel of their
+    own the nearest runs); ValueError where the processor lacks it.
     """
     rows = [row if row.stride(-1) == 1 else row.contiguous() for row in boundaries]
     R, (B, D) = len(rows), rows[0].shape
     P = R * (R - 1) // 2
-    sums = torch.empty(4, P, dtype=torch.float64)
-    squares = torch.empty(R, B, dtype=torch.float64)
-    distances = torch.empty(B, P, dtype=torch.float64) if values else None
+    new = partial(torch.empty, dtype=torch.float64, device="cpu")  # whatever torch's default is
+    sums, squares = new(4, P), new(R, B)
+    distances = new(B, P) if values else None
     weights = None if weights is None else weights.contiguous()
     native.load("cpu").angular(
         rows=[native.span(row) for row in rows],

@@ -24,7 +24,8 @@ class Launch:
     num_stages: int = 3
 
 
-# By the most boundaries that a launch takes: the widest steps that spill no register.
+# By the most boundaries that a launch takes, TRITON_BOUNDARIES at last: the widest steps that spill
+# no register.
 LAUNCHES = {
     32: Launch(16, 2, 64, 2),
     48: Launch(16, 3, 32, 2),
@@ -43,7 +44,7 @@ def choose_launch(boundaries: int) -> Launch:
 
 
 @triton.jit
-def turn(cosine):
+def angle_over_pi(cosine):
     """arccos(cosine) / pi in float64; the rational function is fdlibm's for arcsin on [0, 0.5]."""
     a = tl.minimum(tl.abs(cosine), 1.0)
     central = a < 0.5
@@ -134,7 +135,7 @@ def angular_kernel(
                 ii = tl.load(gram_ptr + i * (SIDE + 1), mask=i < R, other=1)
                 ij = tl.load(gram_ptr + i * SIDE + j, mask=pair, other=0)
                 cosine = ij / tl.sqrt(ii) / tl.sqrt(jj)
-                distance = turn(cosine)
+                distance = angle_over_pi(cosine)
                 change = tl.sqrt(tl.maximum(ii + jj - 2 * ij, 0.0) / jj)
                 at = i * (2 * R - i - 1) // 2 + j - i - 1
                 add(sums_ptr + at, weight * distance, pair)

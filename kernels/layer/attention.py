@@ -1,6 +1,6 @@
 """Decode attention in Triton: one token a sequence over keys and values in pages.
 
-A launch normalises and turns queries and keys, appends, and attends: the context of a sequence is
+A launch normalises and rotates queries and keys, appends, and attends: the context of a sequence is
 split between programs, of which the last to arrive adds up.
 """
 
@@ -12,12 +12,12 @@ from engine.kernels.w4.tiles import capped
 
 
 @triton.jit
-def turned_head(
+def rotated_head(
     base_ptr, norm_ptr, bias_ptr, angles_ptr, heads, count, epsilon, whole_ptr, wholes,
     NORM: tl.constexpr, SCOPE: tl.constexpr, ROPE: tl.constexpr, E: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Heads (R,) of a token at `base_ptr`, normalised and turned: (R, BLOCK_E) float32.
+    """Heads (R,) of a token at `base_ptr`, normalised and rotated: (R, BLOCK_E) float32.
 
     SCOPE "head" normalises each over E; "all" over the `wholes` values at `whole_ptr`, all of the
     token's heads of the kind. Norm weights begin at the first head's.
@@ -27,8 +27,8 @@ def turned_head(
     at = heads[:, None] * E + e
     x = tl.load(base_ptr + at, mask=inside, other=0).to(tl.float32)
     HALF: tl.constexpr = ROPE // 2
-    turns = e < ROPE
-    partner = tl.where(turns, tl.where(e < HALF, e + HALF, e - HALF), e)
+    rotates = e < ROPE
+    partner = tl.where(rotates, tl.where(e < HALF, e + HALF, e - HALF), e)
     other = tl.load(base_ptr + heads[:, None] * E + partner, mask=inside, other=0).to(tl.float32)
     if SCOPE != "":
         if SCOPE == "head":
@@ -60,11 +60,11 @@ def turned_head(
             x = x * scale * weight
             other = other * scale * other_weight
     if ROPE:
-        angle = tl.where(turns, e % HALF, 0)
+        angle = tl.where(rotates, e % HALF, 0)
         cos = tl.load(angles_ptr + angle)
         sin = tl.load(angles_ptr + HALF + angle)
         sin = tl.where(e < HALF, -sin, sin)
-        x = tl.where(turns, x * cos + other * sin, x)
+        x = tl.where(rotates, x * cos + other * sin, x)
     return tl.where(inside, x, 0)
 
 
@@ -112,7 +112,7 @@ def attention_kernel(
         if q_bias_ptr is not None:
             q_biases += group * REPEATS * E
             k_biases += group * E
-    q = turned_head(
+    q = rotated_head(
         token + group * REPEATS * E, q_weights, q_biases, angles_ptr, r, REPEATS, epsilon,
         token, HEADS * E, NORM, SCOPE, ROPE, E, BLOCK_E,
     ).to(DTYPE)  # fmt: skip
@@ -127,7 +127,7 @@ def attention_kernel(
     acc = tl.zeros((BLOCK_R, BLOCK_E), tl.float32)
     PLANE: tl.constexpr = PAGE * E
     if split == 0:  # the token itself, which it alone appends
-        key = turned_head(
+        key = rotated_head(
             key_at, k_weights, k_biases, angles_ptr, one, 1, epsilon,
             token + HEADS * E, KV_HEADS * E, NORM, SCOPE, ROPE, E, BLOCK_E,
         ).to(DTYPE)  # fmt: skip

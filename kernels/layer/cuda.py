@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from engine.kernels import native
-from engine.kernels.w4.around import NORMS
 from engine.kernels.w4.cuda import TYPES
+from engine.kernels.w4.fusion import NORMS
 
 MAX_QUERIES, MAX_WIDTH, MAX_SPLITS = 16, 256, 32
 SCOPES = ("", "head", "all")  # of norms, numbered as in csrc/cuda/attention.h

@@ -26,12 +26,12 @@ def returned(x: Tensor, delta: Tensor, post: Tensor, epsilon: float) -> Tensor:
     return x + normalised(delta, post, None, epsilon, "rms")
 
 
-def turned(x: Tensor, angles: Tensor) -> Tensor:
-    """Heads x (B, H, E), the first values of each turned by angles (B, dim): cosines, sines."""
+def rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """Heads x (B, H, E), the first values of each rotated by angles (B, dim): cosines, sines."""
     cos, sin = (torch.cat((half, half), dim=-1)[:, None] for half in angles.chunk(2, dim=-1))
-    turns, rest = x[..., : angles.shape[1]], x[..., angles.shape[1] :]
-    first, second = turns.chunk(2, dim=-1)
-    return torch.cat((turns * cos + torch.cat((-second, first), dim=-1) * sin, rest), dim=-1)
+    part, rest = x[..., : angles.shape[1]], x[..., angles.shape[1] :]
+    first, second = part.chunk(2, dim=-1)
+    return torch.cat((part * cos + torch.cat((-second, first), dim=-1) * sin, rest), dim=-1)
 
 
 def attended(

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from engine.kernels import native
 from engine.kernels.dispatch import CUDA_ROWS
-from engine.kernels.w4.around import ACTIVATIONS, NORMS, PLAIN, Around
 from engine.kernels.w4.format import SCHEMES
+from engine.kernels.w4.fusion import ACTIVATIONS, NORMS, PLAIN, Fusion
 from engine.kernels.w4.launch import Stripes, stripes
 from engine.kernels.w4.layout_gpu import GpuMatrix
 
@@ -53,7 +53,7 @@ def matmul(
     x: Tensor,
     weights: GpuMatrix,
     bias: Tensor | None = None,
-    around: Around = PLAIN,
+    fusion: Fusion = PLAIN,
     out_dtype: torch.dtype | None = None,
     overlap: bool = False,
 ) -> Tensor:
@@ -65,13 +65,13 @@ def matmul(
     """
     if not x.is_cuda:
         raise ValueError(f"x must be on a GPU, found {x.device}")
-    (n, k), outputs = weights.shape, weights.shape[0] // 2 if around.gated else weights.shape[0]
+    (n, k), outputs = weights.shape, weights.shape[0] // 2 if fusion.gated else weights.shape[0]
     y = torch.empty(len(x), outputs, dtype=out_dtype or x.dtype, device=x.device)
-    sizes = stripes(n, k, cores_of(x.device), around.gated)
+    sizes = stripes(n, k, cores_of(x.device), fusion.gated)
     parts = torch.empty(sizes.part_values(len(x)), dtype=torch.float32, device=x.device)
     counters = torch.zeros(sizes.tiles, dtype=torch.int32, device=x.device)
     call = describe(
-        x, weights, y, bias, around, sizes=sizes, parts=parts, counters=counters, overlap=overlap
+        x, weights, y, bias, fusion, sizes=sizes, parts=parts, counters=counters, overlap=overlap
     )
     launch(call, x.device)
     return y
@@ -95,7 +95,7 @@ def describe(
     weights: GpuMatrix,
     y: Tensor,
     bias: Tensor | None = None,
-    around: Around = PLAIN,
+    fusion: Fusion = PLAIN,
     dtype: torch.dtype | None = None,
     *,
     sizes: Stripes,
@@ -113,7 +113,7 @@ def describe(
     or more, 2, M) get those of y.
     """
     dtype = x.dtype if dtype is None else dtype
-    check(x, weights, y, bias, around, dtype)
+    check(x, weights, y, bias, fusion, dtype)
     m = len(x)
     scratch = {
         "parts": (parts, (sizes.part_values(m),), torch.float32),
@@ -134,7 +134,7 @@ def describe(
         scheme=SCHEMES.index(spec.scheme),
         scale_type=TYPES.index(spec.scale_dtype),
     )
-    borrowed = {"x": x, "y": y, "bias": bias} | tensors(around)
+    borrowed = {"x": x, "y": y, "bias": bias} | tensors(fusion)
     borrowed |= {name: tensor for name, (tensor, _, _) in scratch.items()}
     present = {name: tensor for name, tensor in borrowed.items() if tensor is not None}
     call = Call(
@@ -147,11 +147,11 @@ def describe(
         type=TYPES.index(dtype),
         x_type=TYPES.index(x.dtype),
         y_type=TYPES.index(y.dtype),
-        norm_kind=NORMS.index(around.norm),
-        activation=ACTIVATIONS.index(around.activation),
-        norm_eps=around.epsilon,
-        cap=around.cap,
-        gated=around.gated,
+        norm_kind=NORMS.index(fusion.norm),
+        activation=ACTIVATIONS.index(fusion.activation),
+        norm_eps=fusion.epsilon,
+        cap=fusion.cap,
+        gated=fusion.gated,
         ranges=sizes.ranges,
         overlap=overlap,
     )
@@ -159,9 +159,9 @@ def describe(
     return call
 
 
-def tensors(around: Around) -> dict[str, Tensor | None]:
+def tensors(fusion: Fusion) -> dict[str, Tensor | None]:
     """By the names of `Call`'s pointers."""
-    found = {field.name: getattr(around, field.name) for field in fields(around)}
+    found = {field.name: getattr(fusion, field.name) for field in fields(fusion)}
     found["norm"] = found.pop("norm_weight")
     return {name: found[name] for name in Call.POINTERS if name in found}
 
@@ -185,9 +185,11 @@ def check(
     weights: GpuMatrix,
     y: Tensor,
     bias: Tensor | None,
-    around: Around,
+    fusion: Fusion,
     dtype: torch.dtype,
 ) -> None:
+    """Raises TypeError or ValueError, one sentence, for what the kernel does not take; `dtype` is
+    that of its products, float16 or bfloat16."""
     n, k = weights.shape
     if dtype not in TYPES[:2] or x.dtype not in (dtype, torch.float32):
         raise TypeError(f"x must be float16 or bfloat16, found {x.dtype}")
@@ -195,18 +197,18 @@ def check(
         raise TypeError(f"y must be {dtype} or torch.float32, found {y.dtype}")
     if x.dim() != 2 or x.shape[1] != k or len(x) > MAX_ROWS:
         raise ValueError(f"x must be (M, {k}) with M <= {MAX_ROWS}, found {tuple(x.shape)}")
-    if around.gated and n % 2:
+    if fusion.gated and n % 2:
         raise ValueError(f"gated weights need an even number of rows, found {n}")
     if weights.codes.device != x.device:
         raise ValueError(f"weight is on {weights.codes.device}, x is on {x.device}")
-    rows, outputs, wide = (len(x), k), (len(x), n // 2 if around.gated else n), torch.float32
+    rows, outputs, wide = (len(x), k), (len(x), n // 2 if fusion.gated else n), torch.float32
     expected = {"x": (x.dtype, rows), "y": (y.dtype, outputs), "bias": (dtype, (n,))}
     expected |= {name: (wide, rows) for name in ("delta", "stream")}
     expected |= {name: (wide, outputs) for name in ("gate", "add")}
     expected |= {name: (wide, (k,)) for name in ("norm", "norm_bias", "post")}
     expected["live"] = (torch.int32, (len(x),))
     strides = {2: {"y": y.stride(), "gate": y.stride(), "add": y.stride()}, 1: {}}
-    for name, tensor in ({"x": x, "y": y, "bias": bias} | tensors(around)).items():
+    for name, tensor in ({"x": x, "y": y, "bias": bias} | tensors(fusion)).items():
         if tensor is None:
             continue
         kind, shape = expected[name]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from engine.kernels.w4.format import SHARED, Packed, unpack
+from engine.kernels.w4.format import Packed, take, unpack
 
 
 class W4Embedding(nn.Module):
@@ -31,7 +31,6 @@ class W4Embedding(nn.Module):
                 f"ids must be from 0 to {self.num_embeddings - 1}, found {int(used[0])}"
             )
         self.packed = packed = self.packed.to(ids.device)
-        parts = packed.tensors().items()
-        rows = {name: tensor if name in SHARED else tensor[used] for name, tensor in parts}
+        rows = take(packed.tensors(), used)
         values = unpack(Packed(packed.spec, (len(used), packed.shape[1]), **rows))
         return values.to(self.dtype)[places] * torch.tensor(self.scale).to(self.dtype)

@@ -313,7 +313,9 @@ def rows_of(packed: Packed, start: int, stop: int) -> Packed:
     n, k = packed.shape
     if not 0 <= start < stop <= n:
         raise ValueError(f"rows must be a part of 0..{n}, found {start}..{stop}")
-    part = {
-        name: tensor[start:stop] for name, tensor in packed.tensors().items() if name not in SHARED
-    }
-    return Packed(packed.spec, (stop - start, k), **packed.tensors() | part)
+    return Packed(packed.spec, (stop - start, k), **take(packed.tensors(), slice(start, stop)))
+
+
+def take(parts: Mapping[str, torch.Tensor], rows: torch.Tensor | slice) -> dict[str, torch.Tensor]:
+    """The parts of some rows of a matrix, by ids (R,) int64 or a slice; what all share stays."""
+    return {name: part if name in SHARED else part[rows] for name, part in parts.items()}

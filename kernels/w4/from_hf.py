@@ -173,7 +173,7 @@ def nf4_absmax(
     outer = -(-blocks // nested_blocksize)
     _require(name, "nested_absmax", nested_absmax, (outer,), torch.float32)
     scale = nested_absmax.repeat_interleave(min(nested_blocksize, blocks))[:blocks]
-    return nested_quant_map[absmax.int()] * scale + torch.tensor(nested_offset)
+    return nested_quant_map[absmax.int()] * scale + scale.new_tensor(nested_offset)
 
 
 def nf4_group(shape: tuple[int, int], blocksize: int) -> int | None:
@@ -181,8 +181,8 @@ def nf4_group(shape: tuple[int, int], blocksize: int) -> int | None:
     n, k = shape
     for group in (0, *sorted(GROUPS, reverse=True)[:-1]):
         first, width = _first_block(shape, group, blocksize), group or k
-        ends = torch.arange(width, k + width, width).clamp(max=k) - 1
-        last = (torch.arange(n)[:, None] * k + ends) // blocksize
+        ends = torch.arange(width, k + width, width, device="cpu").clamp(max=k) - 1
+        last = (torch.arange(n, device="cpu")[:, None] * k + ends) // blocksize
         if torch.equal(first, last):
             return group
     return None
@@ -205,7 +205,8 @@ def _nf4_rows(codes, absmax, quant_map, shape, blocksize, name) -> torch.Tensor:
 def _first_block(shape: tuple[int, int], group: int, blocksize: int) -> torch.Tensor:
     """(N, G): the flat block in which each group begins."""
     n, k = shape
-    return (torch.arange(n)[:, None] * k + torch.arange(0, k, group or k)) // blocksize
+    rows = torch.arange(n, device="cpu")[:, None]
+    return (rows * k + torch.arange(0, k, group or k, device="cpu")) // blocksize
 
 
 def _spec(name: str, bits: int, group: int, scheme: str, scale_dtype: torch.dtype) -> Spec:

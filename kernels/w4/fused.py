@@ -89,6 +89,7 @@ def aligned(x: Tensor) -> Tensor:
 def check(
     x: Tensor, weight: GpuMatrix, bias: Tensor | None, gated: bool, out_dtype: torch.dtype | None
 ) -> None:
+    """Raises TypeError or ValueError, one sentence, for what `matmul` does not take."""
     n, k = weight.shape
     check_operand("x", x, k, weight)
     if out_dtype not in (None, x.dtype, torch.float32):
@@ -102,6 +103,7 @@ def check(
 
 
 def check_operand(name: str, x: Tensor, width: int, weight: GpuMatrix) -> None:
+    """The same of an input (..., width); BackendUnavailable where Triton cannot run."""
     if not x.is_cuda:
         dispatch.require("triton")
         if not knobs.runtime.interpret:

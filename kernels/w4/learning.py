@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from engine.kernels.w4.format import SHARED, SUPER, Packed, unpack
+from engine.kernels.w4.format import SUPER, Packed, take, unpack
 from engine.kernels.w4.ops import Prepared, matmul
 
 
@@ -59,11 +59,8 @@ class LearningLinear(nn.Module):
         wide, chosen = self._wide(), ids.flatten()
         if chosen.numel() and (least := int(chosen.min())) < 0:
             raise IndexError(f"ids must be from 0 to {wide.shape[0] - 1}, found {least}")
-        tensors = {
-            name: tensor if name in SHARED else tensor[chosen]
-            for name, tensor in wide.tensors().items()
-        }
-        part = Packed(wide.spec, (len(chosen), wide.shape[1]), **tensors)
+        rows = take(wide.tensors(), chosen)
+        part = Packed(wide.spec, (len(chosen), wide.shape[1]), **rows)
         return unpack(part).view(*ids.shape, -1)
 
     def _given(self) -> Packed:

@@ -265,10 +265,10 @@ def _automatic(device: str) -> str:
         return "reference"
     if device not in DEVICES:
         raise ValueError(f"weights must be on a CPU or a GPU of CUDA, found {device}")
-    backend = dispatch.choose("4-bit matmul, more rows", device)
+    backend = dispatch.choose(dispatch.MORE_ROWS, device)
     return "gpu" if backend == "triton" else backend
 
 
 @cache
 def _cuda_runs() -> bool:
-    return dispatch.why_not("cuda") is None
+    return dispatch.choose(dispatch.FEW_ROWS, "cuda") == "cuda"

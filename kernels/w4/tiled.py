@@ -84,9 +84,13 @@ class Tiled(Packed):
         if isinstance(packed, Tiled):
             return packed
         packed, spec, (n, k) = validate(packed).to("cpu"), packed.spec, packed.shape
-        stored = {"tiles": torch.zeros(-(-n // TILE_ROWS), tile_bytes(spec, k), dtype=torch.uint8)}
+        stored = {
+            "tiles": torch.zeros(
+                -(-n // TILE_ROWS), tile_bytes(spec, k), dtype=torch.uint8, device="cpu"
+            )
+        }
         for part, (shape, dtype) in expected_parts(spec, packed.shape).items():
-            stored[part] = torch.zeros(shape, dtype=dtype)
+            stored[part] = torch.zeros(shape, dtype=dtype, device="cpu")
         parts = packed.tensors()
         stored |= {part: parts[part].clone() for part in SHARED if part in parts}
         tiled, cpu = cls(spec, packed.shape, stored), native.load("cpu")
@@ -101,11 +105,11 @@ class Tiled(Packed):
         spec = check_blocks(type_name, shape, data, name).spec
         gguf, (n, k) = type_name if type_name in SIXES else None, shape
         width = tile_bytes(spec, k, gguf)
-        stored = {"tiles": torch.zeros(-(-n // TILE_ROWS), width, dtype=torch.uint8)}
+        stored = {"tiles": torch.zeros(-(-n // TILE_ROWS), width, dtype=torch.uint8, device="cpu")}
         for part, (size, dtype) in expected_parts(spec, shape, gguf).items():
-            stored[part] = torch.zeros(size, dtype=dtype)
+            stored[part] = torch.zeros(size, dtype=dtype, device="cpu")
         if "codebook" in stored:
-            stored["codebook"] = torch.tensor(IQ4_NL, dtype=torch.float32)
+            stored["codebook"] = torch.tensor(IQ4_NL, dtype=torch.float32, device="cpu")
         tiled = cls(spec, shape, stored, name, gguf)
         cpu, data = native.load("cpu"), data.contiguous()
         if not cpu.fill_gguf(tiled.borrowed(), type_name, native.span(data), cpu.pool_threads()):

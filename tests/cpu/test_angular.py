@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.angular_cases import CASES, DTYPES, boundaries
 
 from engine.kernels import dispatch
-from engine.kernels.angular import cpu, reference
+from engine.kernels.angular import accumulate, cpu, reference
 from engine.kernels.angular.accumulate import AngularAccumulator, triangle
 
 ISAS = ["generic", "avx2", "avx512", "amx"]
@@ -269,6 +269,17 @@ def test_automatic_backend_is_named(rng):
     assert accumulator.backend is None
     accumulator.update(boundaries(rng, 3, 2, 8, torch.float32))
     assert accumulator.backend == ("reference" if dispatch.why_not("cpu") else "cpu")
+
+
+def test_automatic_backend_takes_as_many_boundaries_as_there_are(rng, monkeypatch):
+    """On a GPU too, whose kernel takes 128."""
+    from engine.kernels.angular import fused
+
+    assert max(fused.LAUNCHES) == dispatch.TRITON_BOUNDARIES
+    monkeypatch.setattr(accumulate, "choose", lambda op, device: "triton")
+    accumulator = AngularAccumulator()
+    accumulator.update(boundaries(rng, dispatch.TRITON_BOUNDARIES + 1, 2, 8, torch.float32))
+    assert accumulator.backend == "reference"
 
 
 def test_asked_for_backend_works_or_raises(rng):

@@ -5,10 +5,15 @@ import secrets
 import pytest
 import torch
 from support import tiny
+from support.packed import random_packed
 
 import engine
 from engine.checkpoint import open_checkpoint
+from engine.errors import InputError
 from engine.kernels import native
+from engine.kernels.angular.accumulate import AngularAccumulator
+from engine.kernels.w4.format import Spec
+from engine.kernels.w4.tiled import Tiled
 
 if native.error("cpu") is not None:
     pytest.skip(f"engine._cpu does not load: {native.error('cpu')}", allow_module_level=True)
@@ -50,7 +55,7 @@ def test_no_cache_has_such_a_length(llama, length):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_torchs_default_device_is_none_of_ours(llama, backend):
+def test_torchs_default_device_is_none_of_ours(llama, backend, rng):
     """As of a program that has set its GPU, beside a model on the CPU."""
     tiny.save_tokenizer(llama.path)
     asked = {"max_new_tokens": 5, "ignore_eos": True}
@@ -60,15 +65,30 @@ def test_torchs_default_device_is_none_of_ours(llama, backend):
         model = engine.load(llama.path, backend=backend, device="cpu")
         found = [model.generate(prompts, **asked, **more) for more in ({}, drawn)]
         guessed = model.generate([3, 5, 3, 5, 3], speculate="ngram", **asked).token_ids
+        stream = torch.ones(3, 2, 8, device="cpu").cumsum(0)
+        distances = AngularAccumulator(backend).update(stream, values=True)
+        tiled = Tiled.from_packed(packed).stored["tiles"]
         texts = [[each.token_ids for each in batch] for batch in found]
-        return texts, guessed, model([[3, 5, 7]]).tolist()
+        return texts, guessed, model([[3, 5, 7]]).tolist(), distances.tolist(), tiled.tolist()
 
+    packed = random_packed(rng, 20, 64, Spec(4, 32, "codebook"))
     expected = run()
     torch.set_default_device("meta")
     try:
         assert run() == expected
     finally:
         torch.set_default_device(None)
+
+
+def test_other_batches_where_angles_depend_on_lengths(tmp_path):
+    tiny.write("llama-dynamic", tmp_path, secrets.randbits(32))
+    checkpoint = open_checkpoint(tmp_path)
+    runtime = CpuRuntime.load(checkpoint, checkpoint.config)
+    cache, tokens = runtime.new_cache(2), torch.full((3, 1), 5)
+    words = r"tokens: expected shape \(2, T >= 1\), found \(3, 1\)"
+    for call in (runtime.forward, runtime.likeliest, lambda *_: runtime.greedy([5] * 3, cache)):
+        with pytest.raises(InputError, match=words):
+            call(tokens, cache)
 
 
 def test_torchs_default_dtype_is_none_of_ours(llama):

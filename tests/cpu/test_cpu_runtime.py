@@ -299,6 +299,7 @@ def bad_calls(runtime, cache):
             torch.full((3, 1), 5), cache
         ),
         r"found \(2,\)": lambda: runtime.forward(one[:, 0], cache),
+        "expected ids, found torch.uint8": lambda: runtime.forward(one.byte(), cache),
         r"found \(2, 0\)": lambda: runtime.forward(one[:, :0], cache),
         "only stand to the left": lambda: runtime.forward(torch.tensor([[5, -1]] * 2), cache),
         r"ascending numbers in 0-3, found \[4\]": lambda: runtime.forward(one, cache, [4]),

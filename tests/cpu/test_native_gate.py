@@ -51,6 +51,25 @@ def test_an_embedding_of_another_size(shape, checkpoint):
     set_outer(decoder(config), config, matrices, vectors, embedding)
 
 
+def test_nothing_of_what_was_refused_is_kept(checkpoint):
+    config = checkpoint.config
+    made, (matrices, vectors, embedding) = decoder(config), native_outer(checkpoint, config)
+    with pytest.raises(ValueError, match="embedding rows"):
+        set_outer(made, config, matrices, vectors, embedding[:2])
+    with pytest.raises(ValueError, match="no matrix embedding"):
+        made.set_outer(matrices, spans(vectors), None, 0, 0)
+    layer, norms = native_layer(checkpoint, config, 0)
+    with pytest.raises(ValueError, match="no matrix down"):
+        made.add_layer({r: m for r, m in layer.items() if r != "down"}, spans(norms), 0, -1, 0)
+    assert made.nbytes == 0
+    made.add_layer(layer, spans(norms), 0, -1, 0)
+    cache, given = made.new_cache("float32", 1), native.span
+    tokens, lengths = torch.tensor([1]), torch.zeros(1, 1, dtype=torch.int64)
+    logits = torch.empty(1, 1, config.vocab_size)
+    with pytest.raises(ValueError, match="layers"):
+        made.forward(cache, given(tokens), 1, 1, given(lengths), None, [], False, given(logits))
+
+
 def test_a_final_norm_that_is_absent(checkpoint):
     config = checkpoint.config
     matrices, _, embedding = native_outer(checkpoint, config)

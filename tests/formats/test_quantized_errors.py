@@ -131,6 +131,7 @@ def test_parts_that_disagree(case, part, tensor, words, rng, tmp_path):
         ({"nested_blocksize": 1 << 39}, r"nested_absmax must be \(1,\)"),
         ({"nested_offset": "a"}, "nested_offset cannot be 'a'"),
         ({"nested_offset": float("nan")}, "nested_offset cannot be nan"),
+        ({"nested_offset": 10**400}, "nested_offset cannot be 1000"),
         (None, "quant_state: not valid JSON"),
     ],
 )

@@ -12,9 +12,9 @@ from support.packed import every_spec
 from support.w4_calls import BOUND, EDGES_K, EDGES_N, Matmul, check, make, random_case, scaled
 
 from engine.kernels.layer import reference
-from engine.kernels.w4.around import ACTIVATIONS, Around
 from engine.kernels.w4.cuda import describe
 from engine.kernels.w4.format import Spec, unpack
+from engine.kernels.w4.fusion import ACTIVATIONS, Fusion
 from engine.kernels.w4.layout_gpu import to_gpu
 
 G128 = Spec(4, 128, "symmetric")
@@ -90,8 +90,8 @@ def test_hard_values(kernels, rng, tmp_path):
     spec = Spec(4, 32, "symmetric", torch.float32)
     case = make(rng, spec, torch.float16, 8, 33, 128, out_dtype=torch.float32)
     tiny = dataclasses.replace(case, name="tiny scales", packed=scaled(case.packed, 1e-8))
-    around = Around("rms", 1e-6, torch.full((128,), 1e-3))
-    large = dataclasses.replace(case, name="large x", x=case.x * 1e4, around=around)
+    fusion = Fusion("rms", 1e-6, torch.full((128,), 1e-3))
+    large = dataclasses.replace(case, name="large x", x=case.x * 1e4, fusion=fusion)
     check_all(kernels, [tiny, large], tmp_path)
 
 
@@ -131,7 +131,7 @@ def around_step(rng, dtype) -> tuple[Matmul, torch.Tensor, torch.Tensor]:
     options |= {"cap": (0.0, 3.0)[below(2)], "add": real(m, outputs)}
     options["live"] = torch.randint(0, 2, (m,), generator=rng).int()
     case = dataclasses.replace(
-        case, x=real(m, k), products=dtype, around=Around(**options), out_dtype=torch.float32
+        case, x=real(m, k), products=dtype, fusion=Fusion(**options), out_dtype=torch.float32
     )
     x = case.x.double()
     if "delta" in options:
@@ -157,10 +157,10 @@ def test_what_stands_around(kernels, rng, tmp_path):
     for (case, x, y), got in zip(
         made, run(kernels, [c for c, _, _ in made], tmp_path), strict=True
     ):
-        if case.around.stream is not None:
-            torch.testing.assert_close(case.around.stream.double(), x, rtol=1e-5, atol=1e-5)
+        if case.fusion.stream is not None:
+            torch.testing.assert_close(case.fusion.stream.double(), x, rtol=1e-5, atol=1e-5)
         bound = 10 * BOUND[case.dtype] * (1 + y.abs() + y.square().mean().sqrt())
-        assert ((got - y).abs() <= bound).all(), case.around
+        assert ((got - y).abs() <= bound).all(), case.fusion
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -168,8 +168,8 @@ def test_no_activation_hides_what_is_no_number(kernels, rng, tmp_path, activatio
     case = make(rng, G128, torch.float16, 2, 16, 128, out_dtype=torch.float32)
     x = case.x.clone()
     x[1, 5] = torch.nan
-    around = Around(activation=activation)
-    (y,) = run(kernels, [dataclasses.replace(case, x=x, around=around)], tmp_path)
+    fusion = Fusion(activation=activation)
+    (y,) = run(kernels, [dataclasses.replace(case, x=x, fusion=fusion)], tmp_path)
     assert y[0].isfinite().all() and y[1].isnan().all()
 
 
@@ -227,7 +227,7 @@ def test_python_errors(rng):
     raises(TypeError, "y must be torch.float16 or torch.float32", y=y.bfloat16())
     raises(ValueError, r"y must be a contiguous \(2, 16\)", y=y[:, :8])
     raises(ValueError, r"bias must be a contiguous \(16,\) torch.float16", bias=torch.zeros(16))
-    raises(ValueError, "norm must be a contiguous", around=Around("rms", 1e-5, torch.zeros(64)))
+    raises(ValueError, "norm must be a contiguous", fusion=Fusion("rms", 1e-5, torch.zeros(64)))
     raises(ValueError, "y is on meta, x is on cpu", y=y.to("meta"))
     three = dataclasses.replace(case.sizes, slices=3)
     raises(ValueError, r"parts must be a contiguous \(96,\)", sizes=three, parts=torch.zeros(95))

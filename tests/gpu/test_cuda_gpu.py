@@ -13,9 +13,9 @@ from support.w4_calls import BOUND, EDGES_K, EDGES_N, Matmul, check, make, rando
 
 from engine.kernels import native
 from engine.kernels.layer import cuda as attention
-from engine.kernels.w4.around import Around
 from engine.kernels.w4.cuda import Call, cores_of, describe, matmul
 from engine.kernels.w4.format import Spec, unpack
+from engine.kernels.w4.fusion import Fusion
 from engine.kernels.w4.layout_gpu import to_gpu
 
 pytestmark = pytest.mark.gpu
@@ -36,7 +36,7 @@ def run(case: Matmul) -> torch.Tensor:
     storage = torch.zeros(case.offset + len(case.x) * width, dtype=case.x.dtype, device="cuda")
     x = storage[case.offset :].view(len(case.x), width)[:, : case.x.shape[1]].copy_(case.x)
     bias = None if case.bias is None else case.bias.cuda()
-    held = {field.name: getattr(case.around, field.name) for field in dataclasses.fields(Around)}
+    held = {field.name: getattr(case.fusion, field.name) for field in dataclasses.fields(Fusion)}
     moved = {name: v.cuda() if isinstance(v, torch.Tensor) else v for name, v in held.items()}
     y = case.output()
     guarded = torch.full((y.numel() + 2 * GUARD,), torch.nan, dtype=y.dtype, device="cuda")
@@ -46,7 +46,7 @@ def run(case: Matmul) -> torch.Tensor:
     parts = torch.full((sizes.part_values(len(x)),), torch.nan, device="cuda")
     counters = torch.zeros(sizes.tiles, dtype=torch.int32, device="cuda")
     call = describe(
-        x, weights, out, bias, Around(**moved), sizes=sizes, parts=parts, counters=counters
+        x, weights, out, bias, Fusion(**moved), sizes=sizes, parts=parts, counters=counters
     )
     native.load("cuda").w4_matmul(ctypes.addressof(call), torch.cuda.current_stream().cuda_stream)
     guards = torch.cat((guarded[:GUARD], guarded[GUARD + y.numel() :]))
@@ -108,13 +108,13 @@ def test_chain_in_a_graph(rng, overlap):
         pytest.skip("kernels overlap from compute capability 9.0")
     packed = random_packed(rng, 2048, 2048, Spec(4, 64, "minimum")).to("cuda")
     weights = to_gpu(packed)
-    around = Around("rms", 1e-6, torch.ones(2048, device="cuda"))
+    fusion = Fusion("rms", 1e-6, torch.ones(2048, device="cuda"))
     start = torch.randn(2, 2048, generator=rng).half().cuda()
 
     def chain(overlap: bool) -> torch.Tensor:
         x = start
         for _ in range(20):
-            x = matmul(x, weights, around=around, overlap=overlap)
+            x = matmul(x, weights, fusion=fusion, overlap=overlap)
         return x
 
     expected = chain(False)

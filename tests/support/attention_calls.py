@@ -125,7 +125,7 @@ def check(case: Attention, ran: Attention) -> None:
         q, k = normal(q, *norms[:2]), normal(k, *norms[2:])
     if options["angles"] is not None:
         angles = options["angles"].double()[case.positions.long()]
-        q, k = reference.turned(q, angles), reference.turned(k, angles)
+        q, k = reference.rotated(q, angles), reference.rotated(k, angles)
     assert not ran.counters.any() and ran.y[-1].isnan().all()
     before = case.store.clone()
     for b, position in enumerate(case.positions[:-1].tolist()):

@@ -90,7 +90,7 @@ BEFORE = [
 def arrays_of(case: Matmul) -> dict[int, torch.Tensor]:
     """What the call's pointers point to, by their places in the struct."""
     weights = [(Matrix, name, tensor) for name, tensor in to_gpu(case.packed).tensors().items()]
-    others = {"x": case.x, "y": case.output(), "bias": case.bias} | tensors(case.around)
+    others = {"x": case.x, "y": case.output(), "bias": case.bias} | tensors(case.fusion)
     others |= case.scratch()
     named = weights + [(Call, name, tensor) for name, tensor in others.items()]
     present = [entry for entry in named if entry[2] is not None]
@@ -155,7 +155,7 @@ def run(
     found = [case.output() for case in cases]
     counters = [case.scratch().get("counters") for case in cases]
     written = [
-        [y, case.around.stream, case.out_sums, counts]
+        [y, case.fusion.stream, case.out_sums, counts]
         for case, y, counts in zip(cases, found, counters, strict=True)
     ]
     read_results(data, written)

@@ -101,7 +101,7 @@ def test_attention(rng, scope, splits):
     if scope == "head":
         q, k = normal(q, weights[0], biases[0], kind), normal(k, weights[1], biases[1], kind)
     if rope:
-        q, k = (reference.turned(part, angles[positions]) for part in (q, k))
+        q, k = (reference.rotated(part, angles[positions]) for part in (q, k))
     for b, position in enumerate(positions[:2]):
         place = int(table[b, position // PAGE]), slot, slice(None), slice(None), position % PAGE
         assert_close("appended", torch.stack((k[b], v[b])), store[place], BOUND)

@@ -20,8 +20,8 @@ from engine.errors import InputError
 from engine.generation import generate
 from engine.kernels.layer import cuda as layer_cuda
 from engine.kernels.w4 import cuda
-from engine.kernels.w4.around import PLAIN
 from engine.kernels.w4.format import Spec
+from engine.kernels.w4.fusion import PLAIN
 from engine.kernels.w4.layout_gpu import from_gpu
 from engine.options import Options
 from engine.runtime import GPU_RUNTIMES
@@ -64,24 +64,24 @@ def emulated(tmp_path, monkeypatch) -> list[tuple[int, torch.dtype]]:
     seen = []
 
     def launch(call, device):
-        (x, weights, y, bias, around, products), options = call
-        beside = {"gate": around.gate, "add": around.add, "stream": around.stream}
+        (x, weights, y, bias, fusion, products), options = call
+        beside = {"gate": fusion.gate, "add": fusion.add, "stream": fusion.stream}
         copies = {name: None if t is None else t.clone() for name, t in beside.items()}
         own = Matmul(
-            "step", x, from_gpu(weights), bias, dataclasses.replace(around, **copies),
+            "step", x, from_gpu(weights), bias, dataclasses.replace(fusion, **copies),
             out_dtype=y.dtype, products=products, sums=options.get("sums"),
             out_sums=options.get("out_sums"),
         )  # fmt: skip
         if own.out_sums is not None:
             own = dataclasses.replace(own, out_sums=own.out_sums[: own.sizes.tiles])
         y.copy_(run(executable, [own], tmp_path, overlap=True)[0])
-        if around.stream is not None:
-            around.stream.copy_(copies["stream"])
+        if fusion.stream is not None:
+            fusion.stream.copy_(copies["stream"])
         seen.append((len(x), x.dtype))
 
-    def matmul(x, weights, bias=None, around=PLAIN, out_dtype=None):
+    def matmul(x, weights, bias=None, fusion=PLAIN, out_dtype=None):
         y = x.new_empty(len(x), weights.shape[0], dtype=out_dtype or x.dtype)
-        launch(((x, weights, y, bias, around, x.dtype), {}), x.device)
+        launch(((x, weights, y, bias, fusion, x.dtype), {}), x.device)
         return y
 
     def describe_attention(qkv, store, table, positions, live, y, *, parts, counters, **options):
@@ -344,6 +344,7 @@ def test_bad_calls_leave_the_model_usable(rng, pair):
         "expected ids below 32, found 32": lambda: gpu.forward(one + 27, cache),
         "positions, this call needs 257": lambda: gpu.forward(one.repeat(1, 257), cache),
         r"expected shape \(2, T >= 1\), found \(3, 1\)": lambda: gpu.forward(one[[0, 0, 0]], cache),
+        "expected ids, found torch.int16": lambda: gpu.forward(one.short(), cache),
         "only stand to the left": lambda: gpu.forward(torch.tensor([[5, -1]] * 2), cache),
         r"ascending numbers in 0-1, found \[3\]": lambda: gpu.forward(one, cache, [3]),
         "'last' or 'all'": lambda: gpu.forward(one, cache, logits="none"),

@@ -12,8 +12,8 @@ from support.w4_calls import BOUND, Matmul, check, make, random_case, scaled
 from triton.runtime.interpreter import InterpreterBuilder
 
 from engine.kernels.w4 import fused, launch
-from engine.kernels.w4.around import Around
 from engine.kernels.w4.format import Spec
+from engine.kernels.w4.fusion import Fusion
 from engine.kernels.w4.launch import DENSE, Launch
 from engine.kernels.w4.layout_gpu import GpuMatrix, to_gpu
 
@@ -90,8 +90,8 @@ def edges(rng, kernel: str, count: int | None) -> list[Matmul]:
 
 
 def without_norm(case: Matmul) -> Matmul:
-    around = Around(gated=case.gated, activation=case.around.activation)
-    return dataclasses.replace(case, around=around)
+    fusion = Fusion(gated=case.gated, activation=case.fusion.activation)
+    return dataclasses.replace(case, fusion=fusion)
 
 
 @pytest.mark.parametrize("kernel", SIZES)

@@ -8,9 +8,9 @@ from support.close import rms_ratio
 from support.packed import every_spec, random_packed, spec_id
 
 from engine.kernels.layer.reference import normalised
-from engine.kernels.w4.around import PLAIN, Around
 from engine.kernels.w4.cuda import Call, describe
 from engine.kernels.w4.format import Packed, Spec, unpack
+from engine.kernels.w4.fusion import PLAIN, Fusion
 from engine.kernels.w4.launch import Stripes, stripes
 from engine.kernels.w4.layout_gpu import to_gpu
 
@@ -28,7 +28,7 @@ class Matmul:
     x: torch.Tensor
     packed: Packed
     bias: torch.Tensor | None = None
-    around: Around = PLAIN
+    fusion: Fusion = PLAIN
     out_dtype: torch.dtype | None = None
     offset: int = 0
     products: torch.dtype | None = None  # their dtype, that of x unless it is float32
@@ -43,7 +43,7 @@ class Matmul:
 
     @property
     def gated(self) -> bool:
-        return self.around.gated
+        return self.fusion.gated
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,7 +65,7 @@ class Matmul:
 
     def call(self) -> Call:
         return describe(
-            self.x, to_gpu(self.packed), self.output(), self.bias, self.around, self.dtype,
+            self.x, to_gpu(self.packed), self.output(), self.bias, self.fusion, self.dtype,
             sizes=self.sizes, **self.scratch(),
         )  # fmt: skip
 
@@ -79,12 +79,12 @@ def make(rng, spec: Spec, dtype, m: int, n: int, k: int, **options) -> Matmul:
     x = torch.randn(m, width, generator=rng).to(dtype)[:, :k]
     if taken.pop("bias", False):
         taken["bias"] = torch.randn(n, generator=rng).to(dtype)
-    norm, gated, around = taken.pop("norm", ""), taken.pop("gated", False), {}
+    norm, gated, fusion = taken.pop("norm", ""), taken.pop("gated", False), {}
     if norm:
-        around = {"norm": norm, "epsilon": 1e-5, "norm_weight": torch.randn(k, generator=rng)}
+        fusion = {"norm": norm, "epsilon": 1e-5, "norm_weight": torch.randn(k, generator=rng)}
     if norm == "layer":
-        around["norm_bias"] = torch.randn(k, generator=rng)
-    taken["around"] = Around(gated=gated, activation="silu" if gated else "", **around)
+        fusion["norm_bias"] = torch.randn(k, generator=rng)
+    taken["fusion"] = Fusion(gated=gated, activation="silu" if gated else "", **fusion)
     name = f"{spec_id(spec)} {dtype} M={m} N={n} K={k} {options}"
     return Matmul(name, x, scaled(packed, k**-0.5), **taken)
 
@@ -122,11 +122,11 @@ def reference(case: Matmul) -> tuple[torch.Tensor, torch.Tensor]:
     x, w, tensors = case.x.double(), unpack(case.packed).double(), case.packed.tensors()
     no_offset = {n: torch.zeros_like(tensors[n]) for n in ("zeros", "mins") if n in tensors}
     parts = w.abs() + unpack(dataclasses.replace(case.packed, **no_offset)).double().abs()
-    around = case.around
-    if around.norm:
-        weight, bias = around.norm_weight.double(), around.norm_bias
+    fusion = case.fusion
+    if fusion.norm:
+        weight, bias = fusion.norm_weight.double(), fusion.norm_bias
         bias = None if bias is None else bias.double()
-        x = normalised(x, weight, bias, around.epsilon, around.norm)
+        x = normalised(x, weight, bias, fusion.epsilon, fusion.norm)
     y, size = x @ w.T, x.abs() @ parts.T
     if case.bias is not None:
         y, size = y + case.bias.double(), size + case.bias.double().abs()
@@ -141,7 +141,7 @@ def check(case: Matmul, y: torch.Tensor, exact: bool = True) -> None:
     """Holds an output to its bound: the RMS ratio of 256 values or more, each of fewer. `exact`:
     the kernel rounds nothing but what it must."""
     expected, size = reference(case)
-    rounded = case.packed.spec.scheme == "codebook" or case.around.norm or case.gated
+    rounded = case.packed.spec.scheme == "codebook" or case.fusion.norm or case.gated
     exact = exact and y.dtype == torch.float32 and not rounded
     bound = EXACT if exact else BOUND[case.x.dtype]
     if y.numel() >= 256:

@@ -9,7 +9,7 @@ ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh", "relu")
 
 
 @dataclass(frozen=True, eq=False)
-class Around:
+class Fusion:
     """What becomes of x before the product and of y after: see kernels/layer/README.md.
 
     All are float32 but `live`, int32. x and delta are normalised with one `epsilon`.
@@ -30,4 +30,4 @@ class Around:
     add: Tensor | None = None  # (M, N), as y lies
 
 
-PLAIN = Around()
+PLAIN = Fusion()
