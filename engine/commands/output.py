@@ -102,6 +102,7 @@ def execute(app: Callable[..., Any]) -> None:
         with suppress(AttributeError, ValueError):  # a path may hold bytes that are no UTF-8
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
+        os.getcwd()  # where it is gone, libraries fail in their own words
         code = app(standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -135,6 +136,8 @@ def execute(app: Callable[..., Any]) -> None:
         if type(error).__name__ == "Abort":
             sys.exit(interrupt.CODE)
         if isinstance(error, ImportError) and "failed to map segment" in str(error):
+            refuse(TOO_LITTLE)
+        if isinstance(error, SystemError) and "exception set" in str(error):  # of an import, too
             refuse(TOO_LITTLE)
         if not hasattr(error, "format_message"):  # typer's word on an option it could not read
             raise

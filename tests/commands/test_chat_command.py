@@ -1,6 +1,11 @@
 """`engine chat`: the conversation grows, its commands, what cannot be answered."""
 
 import io
+import os
+import pty
+import signal
+import subprocess
+import sys
 
 import pytest
 from support.commands import call
@@ -99,9 +104,47 @@ def test_options_are_refused_before_the_model_opens(monkeypatch):
     assert code == 2 and "--top-p: has no effect at --temperature 0" in err
 
 
-def test_input_that_is_closed(model, monkeypatch):
-    monkeypatch.setattr("sys.stdin", None)
-    assert call("chat", "any")[0] == 0
+@pytest.mark.parametrize("closed", ["stdin", "stdout"])
+def test_a_standard_stream_that_is_closed(closed, model, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\n"))
+    monkeypatch.setattr(f"sys.{closed}", None)
+    assert not list(chat.lines())
+
+
+LINES = """
+from engine.commands.chat import lines
+for line in lines():
+    print("heard", line, flush=True)
+"""
+
+
+def test_conversations_share_a_history(tmp_path):
+    """Of two at once, and of a terminal that is closed."""
+
+    def converse() -> tuple[subprocess.Popen, int]:
+        ours, theirs = pty.openpty()
+        heard = subprocess.Popen(
+            [sys.executable, "-c", LINES], stdin=theirs, stdout=theirs, stderr=theirs,
+            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path), "TERM": "dumb"},
+        )  # fmt: skip
+        os.close(theirs)
+        return heard, ours
+
+    def say(ours: int, line: str) -> None:
+        os.write(ours, f"{line}\n".encode())
+        seen = b""
+        while f"heard {line}".encode() not in seen:
+            seen += os.read(ours, 4096)
+
+    first, second = converse(), converse()
+    say(first[1], "one")
+    say(second[1], "two")
+    say(first[1], "three")
+    for heard, ours in (second, first):
+        heard.send_signal(signal.SIGHUP)
+        heard.wait(20)
+        os.close(ours)
+    assert (tmp_path / "shallow" / "chat_history").read_text() == "one\ntwo\nthree\n"
 
 
 def test_options_reach_the_answer(model, monkeypatch):

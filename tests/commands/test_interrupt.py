@@ -114,6 +114,35 @@ def test_an_interrupt_that_is_forgotten_does_not_end_the_program(wait, rng):
         assert each.returncode == 0
 
 
+def test_one_that_is_pressed_twice_is_one(rng):
+    program = [sys.executable, "-c", FORGETS.replace("WAIT", "time.sleep(0.01)")]
+    programs = [subprocess.Popen(program, stdout=subprocess.PIPE) for _ in range(6)]
+    for each in programs:
+        assert each.stdout.readline() == b"ready\n"
+        each.send_signal(signal.SIGINT)
+        assert each.stdout.readline() == b"forgotten\n"
+        time.sleep(0.05 * float(torch.rand(1, generator=rng)))
+        each.send_signal(signal.SIGINT)
+    for each in programs:
+        assert each.communicate(timeout=60)[0] == b""
+        assert each.returncode == 0
+
+
+def test_a_directory_that_is_gone(model, tmp_path):
+    """Where libraries would end the process in their own words."""
+    (tmp_path / "gone").mkdir()
+    words = command("engine.run", model, 4)
+    script = 'cd "$0" && rmdir "$0" && exec "$@"'
+    done = subprocess.run(
+        ["sh", "-c", script, str(tmp_path / "gone"), *words],
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        check=False,
+    )
+    said = b"engine: the current directory: No such file or directory\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"", said)
+
+
 def test_nobody_reads(model):
     reading, writing = os.pipe()
     os.close(reading)

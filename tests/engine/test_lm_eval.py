@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -216,6 +218,22 @@ def test_without_lm_eval_its_command_says_what_to_install(tmp_path):
     )
     said = "engine.lm_eval: lm-eval is not installed: pip install 'shallow[eval]'\n"
     assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_its_command_is_one_of_ours(model):
+    """A refusal is a sentence, and an interrupt ends it without a traceback."""
+    words = [sys.executable, "-m", "engine.lm_eval", "run", "--model", "shallow", "--model_args"]
+    args = f"pretrained={model},foo=1"
+    done = subprocess.run(
+        [*words, args, "--tasks", "arc_easy"], capture_output=True, text=True, check=False
+    )
+    said = "engine: model_args: 'foo' is not known"
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(said), done.stderr
+    started = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while len(os.listdir(f"/proc/{started.pid}/task")) < 2:  # its imports take seconds
+        time.sleep(0.005)
+    started.send_signal(signal.SIGINT)
+    assert (started.communicate(timeout=60)[1], started.returncode) == (b"", 130)
 
 
 def test_a_length_beyond_the_context_is_cut_with_a_warning(model, caplog):

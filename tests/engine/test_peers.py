@@ -61,7 +61,7 @@ def test_transformers_in_its_process(rng, tmp_path):
 
 # A peer in a few lines: as its adapter imports it, and as an interpreter may have it or not.
 ADAPTER = """
-import os, sys
+import os, sys, time
 
 class Engine:
     version = "1.2"
@@ -78,6 +78,8 @@ class Engine:
         return {"ids": ids, "prefill_ns": 5 * 10**6, "step_ns": [step] * (new_tokens - 1)}
 
     def nll(self, ids):
+        if len(ids) == 0:
+            time.sleep(60)
         if len(ids) == 1:
             raise RuntimeError("nothing to predict")
         print("the last words", file=sys.stderr, flush=True)
@@ -147,15 +149,19 @@ from types import SimpleNamespace
 from engine.benchmark.peers import process
 
 process.ROOT, process.KNOWN["fake"] = sys.argv[1], SimpleNamespace(adapter="fake", install="")
-print(process.Peer("fake", None, {})._process.pid, flush=True)
-time.sleep(60)
+peer = process.Peer("fake", None, {})
+print(peer._process.pid, flush=True)
+DO
 """
 
 
-def test_no_stopped_process_outlives_a_killed_run(fake, tmp_path):
-    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+@pytest.mark.parametrize("do", ["time.sleep(60)", "peer.nll([])"])
+def test_no_process_outlives_a_killed_run(do, fake, tmp_path):
+    """Neither a stopped one nor one at work."""
+    command = [sys.executable, "-c", KILLED.replace("DO", do), str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as run:
         pid = int(run.stdout.readline())
+        assert reaches(pid, "T" if "sleep" in do else "S")
         run.kill()
     if not reaches(pid, "", "Z"):
         os.kill(pid, signal.SIGKILL)

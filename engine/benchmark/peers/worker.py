@@ -6,11 +6,16 @@ It runs under the peer's own interpreter, where neither torch nor the rest of th
 import json
 import os
 import sys
+import threading
+import time
 from importlib import import_module
+
+POLL_S = 1.0
 
 
 def main(adapter: str) -> None:
     """The first request opens the engine of `adapter`; the others name one of its methods."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print
     engine = None
@@ -27,3 +32,10 @@ def main(adapter: str) -> None:
         except Exception as error:  # of a foreign library: any, and this process must go on
             reply = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(reply), file=replies, flush=True)
+
+
+def _end_with(parent: int) -> None:
+    """Nobody waits for what is being computed once the parent has been killed."""
+    while os.getppid() == parent:
+        time.sleep(POLL_S)
+    os._exit(1)
