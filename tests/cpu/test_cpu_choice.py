@@ -30,19 +30,19 @@ BYTES = Spec(8, 32, "symmetric", torch.float32)
 
 @pytest.fixture
 def load(tmp_path, monkeypatch, rng):
-    """load(head, isa): a tiny model with this head, of the same weights each time."""
+    """load(head, isa, case): a tiny model with this head, of the same weights each time."""
     seed = int(torch.randint(1 << 31, (), generator=rng))
     print(f"seed {seed}")
     outer = cpu.outer_weights
 
-    def load(head: Packed | torch.Tensor, isa: str) -> cpu.CpuRuntime:
+    def load(head: Packed | torch.Tensor, isa: str, case: str = "llama") -> cpu.CpuRuntime:
         hidden = head.shape[1]
         sizes = dict(
             hidden_size=hidden,
             num_attention_heads=HEADS[hidden][0],
             num_key_value_heads=HEADS[hidden][1],
         )
-        tiny.write("llama", tmp_path, seed, vocab_size=VOCAB, **sizes)
+        tiny.write(case, tmp_path, seed, vocab_size=VOCAB, **sizes)
         checkpoint = open_checkpoint(tmp_path)
         heads = {"head": head}
         monkeypatch.setattr(
@@ -113,6 +113,25 @@ def test_ties_and_a_head_of_zeros(load, rng, isa):
     zeros = dataclasses.replace(head, scales=torch.zeros_like(head.scales))
     runtime = load(zeros, isa)
     assert runtime.greedy([5] * 6, runtime.new_cache(6)) == [0] * 6
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_zeros_above_all_that_is_bounded(load, rng, isa):
+    """Negative logits beside rows of zeros, whose tiles have higher bounds than zeros alone."""
+    head, fed = positive(random_packed(rng, VOCAB, 64, BYTES)), [5, 6, 7, 8]
+    runtime = load(head, isa)
+    logits = runtime.forward(torch.tensor(fed)[:, None], runtime.new_cache(4))[:, -1]
+    head.scales[(logits >= 0).any(0)] = 0
+    head.scales[:16] = 0
+    runtime = load(head, isa)
+    assert runtime.greedy(fed, runtime.new_cache(4)) == [0] * 4
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_a_head_with_a_bias(load, rng, isa):
+    """Which no bound knows."""
+    head = positive(random_packed(rng, VOCAB, 64, BYTES))
+    assert_likeliest(load(head, isa, "phi2"), rng, batches=(4, 9))
 
 
 @pytest.mark.parametrize("isa", isas())

@@ -54,6 +54,13 @@ def test_no_cache_has_such_a_length(llama, length):
         cache.pages.reserve(length)
 
 
+def test_a_cache_has_the_pages_that_its_length_needs(llama):
+    """Of 128 positions, and of a length in whole pages no more than these."""
+    runtime = CpuRuntime.load(llama, llama.config.keep([0]))
+    sizes = [runtime.new_cache(1, capacity=length).nbytes for length in (1, 128, 129, 256)]
+    assert sizes == [sizes[0], sizes[0], 2 * sizes[0], 2 * sizes[0]]
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_torchs_default_device_is_none_of_ours(llama, backend, rng):
     """As of a program that has set its GPU, beside a model on the CPU."""

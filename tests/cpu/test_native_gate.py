@@ -19,8 +19,9 @@ from engine.kernels import native
 if native.error("cpu") is not None:
     pytest.skip(f"engine._cpu does not load: {native.error('cpu')}", allow_module_level=True)
 
-from engine.kernels.w4.cpu import CpuWeight, isas
+from engine.kernels.w4.cpu import CpuWeight, isas, matmul
 from engine.kernels.w4.format import Spec, unpack
+from engine.kernels.w4.tiled import Tiled
 from engine.reference.cache import KVCache
 from engine.runtime.cpu import CpuRuntime, native_layer, native_outer, rules, spans
 from engine.runtime.reference import ReferenceRuntime
@@ -84,6 +85,14 @@ def test_norms_of_q_and_k_that_are_absent(rule, checkpoint):
         decoder(checkpoint.config, qk_norm=rule).add_layer(matrices, spans(vectors), 0, -1, 0)
 
 
+@pytest.mark.parametrize(("window", "rope_dim"), [(-1, 0), (0, -2), (0, 3), (0, 10)])
+def test_a_layer_that_rotates_or_sees_what_is_not_there(window, rope_dim, checkpoint):
+    assert checkpoint.config.head_dim == 8
+    matrices, vectors = native_layer(checkpoint, checkpoint.config, 0)
+    with pytest.raises(ValueError, match="(window|rope_dim): expected"):
+        decoder(checkpoint.config).add_layer(matrices, spans(vectors), window, 0, rope_dim)
+
+
 @pytest.mark.parametrize("role", ["q", "k", "v", "o", "gate", "up", "down"])
 def test_matrices_that_are_absent_or_of_another_size(role, checkpoint):
     matrices, vectors = native_layer(checkpoint, checkpoint.config, 0)
@@ -139,6 +148,7 @@ WRONG = {
     "narrow tokens": {"tokens": torch.tensor([[1, 2, 3]], dtype=torch.int32)},
     "no tokens": {"tokens": None},
     "few lengths": {"lengths": torch.zeros(1, 3, dtype=torch.int64)},
+    "negative lengths": {"lengths": torch.full((1, 4), -5)},
     "lengths without end": {"lengths": torch.full((1, 4), 2**63 - 2)},
     "few logits": {"logits": torch.empty(1, 1, tiny.VOCAB - 1)},
     "half logits": {"logits": torch.empty(1, 1, tiny.VOCAB, dtype=torch.float16)},
@@ -227,12 +237,58 @@ def test_bytes_that_are_no_tiles(rng):
     assert refused > 20
 
 
+def test_columns_in_bytes_that_are_none_of_the_matrix(rng):
+    packed = random_packed(rng, 20, 64, Spec(4, 32, "minimum"), permuted=True)
+    whole = CpuWeight.from_packed(packed).to_bytes()
+    assert torch.equal(whole[-256:].view(torch.int32), packed.perm)
+    for column in (-1, 64, 1 << 30):
+        other = whole.clone()
+        other[-256:].view(torch.int32)[5] = column
+        with pytest.raises(ValueError, match="a column that is none of the matrix's"):
+            CpuWeight.from_bytes(other)
+    with pytest.raises(ValueError, match=f"tiles must have {len(whole)} bytes"):
+        CpuWeight.from_bytes(torch.cat((whole, whole[:64])))
+
+
+def test_tiles_take_and_give_their_own_shape_alone(rng):
+    """Neither rows and columns that they lack nor a permutation that one of both has."""
+    cpu, spec = native.load("cpu"), Spec(4, 32, "symmetric")
+    shapes = ((32, 64, False), (48, 64, False), (16, 64, False), (32, 32, False), (32, 64, True))
+    arrays = [random_packed(rng, *shape[:2], spec, shape[2]) for shape in shapes]
+    given = [cpu.Packed(**packed.native_fields()) for packed in arrays]
+    tiles = [cpu.TiledMatrix(packed, 1) for packed in given]
+    for here, there in ((0, 1), (1, 0), (0, 2), (0, 3), (0, 4), (4, 0)):
+        for call in (tiles[here].fill, tiles[here].restore):
+            with pytest.raises(ValueError, match="tiles of another shape or spec"):
+                call(given[there], 1)
+
+
+def test_tiles_that_begin_anywhere(rng):
+    """Of a file that another wrote: they are copied, and refused where they are borrowed."""
+    packed, x = random_packed(rng, 20, 64, Spec(4, 32, "symmetric")), torch.randn(3, 64)
+    tiled = Tiled.from_packed(packed)
+    tiles, fields = tiled.stored["tiles"], packed.spec.native_fields()
+    expected = matmul(x, CpuWeight.from_tiled(tiled))
+    for offset in (1, 16, 32):
+        room = torch.empty(tiles.numel() + 128, dtype=torch.uint8)
+        start = -room.data_ptr() % 64 + offset
+        moved = room[start : start + tiles.numel()].view(tiles.shape).copy_(tiles)
+        found = matmul(x, CpuWeight.from_tiled(Tiled(packed.spec, packed.shape, {"tiles": moved})))
+        assert torch.equal(found, expected)
+        with pytest.raises(ValueError, match="tiles must begin on a multiple of 64 bytes"):
+            native.load("cpu").TiledMatrix(n=20, k=64, **fields, tiles=native.span(moved))
+
+
 def test_matrices_of_no_spec(rng):
     packed = random_packed(rng, 32, 64, Spec(4, 32, "symmetric"))
     fields, cpu = packed.native_fields(), native.load("cpu")
     for group in (1, 24, 48, 256):
         with pytest.raises(ValueError, match=f"no matrix has groups of {group}"):
             cpu.Packed(**fields | {"group": group})
+    fine = random_packed(rng, 2, 300, Spec(4, 32, "kquant"))  # two pairs of supers a row
+    short = native.span(fine.supers.flatten()[:-1])
+    with pytest.raises(ValueError, match="supers: expected 8 elements, found 7"):
+        cpu.Packed(**fine.native_fields() | {"supers": short})
     zeros = torch.full((32, 2), 255, dtype=torch.uint8)  # which that scheme has not
     tiles = cpu.TiledMatrix(cpu.Packed(**fields | {"zeros": native.span(zeros)}), 1)
     out = torch.empty(32, 64)

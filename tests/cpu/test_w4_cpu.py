@@ -339,11 +339,17 @@ def test_what_is_wrong_is_named(rng):
         (ValueError, r"bias must be \(8,\)", lambda: matmul(x, weight, x[0, :7])),
         (ValueError, r"out must be \(2, 8\)", lambda: matmul(x, weight, out=torch.empty(2, 9))),
         (TypeError, "out must be", lambda: matmul(x, weight, out=torch.empty(2, 8).half())),
+        (ValueError, "contiguous rows",
+         lambda: matmul(x, weight, out=torch.empty(12).as_strided((2, 8), (4, 1)))),
+        (ValueError, r"rows must be a part of 0..8, found -1..1",
+         lambda: weight.rows(-1, torch.empty(2, 32))),
+        (ValueError, r"out must be contiguous \(R, 32\) float32",
+         lambda: weight.rows(0, torch.empty(2, 64)[:, :32])),
         (ValueError, "isa must be one of", lambda: CpuWeight.from_packed(packed, "avx3")),
         (ValueError, "not empty", lambda: CpuWeight.from_tensor(x[:0].half())),
         (TypeError, "weight must be one of", lambda: CpuWeight.from_tensor(x.double())),
-    ):
+    ):  # fmt: skip
         with pytest.raises(error, match=match):
             call()
-    assert isas() == ISAS and ISAS[-1] == "generic"
+    assert isas() == ISAS and ISAS[-1] == "generic" and weight.isa == ISAS[0]
     assert rms_ratio(x[:, :8] + 1, matmul(x, weight) + 1) == 0

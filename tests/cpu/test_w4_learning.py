@@ -67,6 +67,10 @@ def test_it_computes_what_it_stores(rng, spec):
     assert torch.equal(linear.rows(ids), unpack(stored)[ids])
     embedding = W4Embedding(stored, 1.0, torch.float32)
     assert torch.equal(embedding(ids), unpack(stored)[ids])
+    scaled = W4Embedding(stored, 48**0.5, torch.bfloat16)(ids)  # both rounded first, as Gemma's are
+    assert torch.equal(scaled, unpack(stored).bfloat16()[ids] * torch.tensor(48**0.5).bfloat16())
+    learning = {name for name, parameter in linear.named_parameters() if parameter.requires_grad}
+    assert learning == linear.changes().keys()
     for rows in (linear.rows, embedding):
         with pytest.raises(IndexError, match="ids must be from 0 to 33, found -1"):
             rows(torch.tensor([[3, -1]]))

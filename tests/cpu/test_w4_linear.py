@@ -108,6 +108,10 @@ def test_names_that_were_left_alone_say_why(rng):
     }
     assert replace_linears(nn.Linear(4, 4), to_q4).skipped == {"": "is the model itself"}
     assert replace_linears(model, to_q4, skip="wo").replaced == ("kept",)
+    patched = nn.Sequential(nn.Linear(32, 4), nn.Linear(32, 4)).eval()  # as accelerate moves them
+    patched[0].forward = lambda x: x
+    assert replace_linears(patched, to_q4).skipped == {"0": "has hooks of its own"}
+    assert not patched[1].training
     broken = nn.Sequential(nn.Linear(32, 4))
     broken[0].weight.data[1, 1] = torch.nan
     with pytest.raises(InputError, match="0: holds NaN or Inf"):

@@ -197,6 +197,7 @@ def test_our_own_of_another_size(version, change, words, rng, tmp_path):
         ({"scheme": "codebook"}, "tensor 'weight.codebook' is missing"),
         ({"shape": [5, 0]}, "shape must be two positive integers"),
         ({"shape": 5}, "shape must be two positive integers"),
+        ({"shape": [True, 64]}, r"shape must be two positive integers, found \[True, 64\]"),
         ({"perm": 1}, "perm must be true or false, found 1"),
         ({"extra": 1}, "unusable quantization metadata"),
         ({"gguf": "Q4_K"}, "gguf must be one of Q5_0, Q5_1, Q5_K, Q6_K, found 'Q4_K'"),

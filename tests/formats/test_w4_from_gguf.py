@@ -1,5 +1,7 @@
 """GGUF blocks, held without loss: unpacking is what the gguf package dequantizes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gguf import GGMLQuantizationType
@@ -71,6 +73,9 @@ def test_gguf_tiles_are_of_their_type_alone(rng):
         cpu.fill_gguf(tiled.borrowed(), "Q5_K", native.span(data["Q5_K"]), 1)
     with pytest.raises(ValueError, match="blocks of another size"):
         cpu.fill_gguf(tiled.borrowed(), "Q6_K", native.span(data["Q6_K"][1:]), 1)
+    longer = torch.cat((data["Q6_K"], data["Q6_K"][:1]))
+    with pytest.raises(ValueError, match="blocks of another size"):
+        cpu.fill_gguf(tiled.borrowed(), "Q6_K", native.span(longer), 1)
     packed = from_blocks("Q5_K", shape, data["Q5_K"])
     with pytest.raises(ValueError, match="tiles of another shape or spec"):
         tiled.borrowed().restore(cpu.Packed(**packed.native_fields()), 1)
@@ -81,6 +86,25 @@ def test_gguf_tiles_are_of_their_type_alone(rng):
             cpu.tile_bytes(k=512, **SIXES["Q5_K"] | {"scheme": scheme})
     with pytest.raises(ValueError, match="no matrix of 8 bits is stepped"):
         cpu.tile_bytes(k=512, **SIXES["Q6_K"] | {"bits": 8})
+
+
+@pytest.mark.parametrize("name", SIXES)
+def test_gguf_sixes_are_restored_to_their_spec_alone(name, rng):
+    """Scales of another width would be written over the end, or over half of the array."""
+    shape = 17, 512
+    sixes = CpuWeight.from_blocks(name, shape, random_blocks(rng, name, *shape))
+    spec = BLOCKS[name].spec
+    assert sixes.restore(spec).spec == spec
+    for field, values in (
+        ("scale_dtype", (torch.float16, torch.bfloat16, torch.float32)),
+        ("group", (16, 32, 64, 0)),
+        ("scheme", ("symmetric", "minimum", "zero")),
+        ("bits", (4, 8)),
+    ):
+        for value in values:
+            if value != getattr(spec, field):
+                with pytest.raises(ValueError, match="tiles of another shape or spec"):
+                    sixes.restore(replace(spec, **{field: value}))
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -96,6 +96,10 @@ def test_python_errors(rng):
     raises(r"qkv must be a contiguous \(2, 128\)", "qkv", case.qkv[:, :64])
     raises("positions must be a contiguous", "positions", case.positions.long())
     raises("parts must be a contiguous", "parts", case.parts[:8], splits=4)
+    whole = 2 * 4 * 4 * (16 + 2)  # of two sequences, four heads and as many splits
+    case.call(parts=torch.empty(whole), splits=4)
+    raises("parts must be a contiguous", parts=torch.empty(whole - 1), splits=4)
+    raises("qkv must be a contiguous", "qkv", case.qkv.T.contiguous().T)
     raises("counters must be a contiguous", "counters", case.counters[:1])
     raises("q_norm must be a contiguous", norms=(torch.zeros(3),) * 4, scope="head")
     raises("table is on meta, store is on cpu", "table", case.table.to("meta"))

@@ -66,6 +66,28 @@ def test_attention_hides_no_score_that_is_none(rng, wrong, value, position, wind
     assert y[0, :e].isnan().all()
 
 
+@pytest.mark.parametrize("first", [PAGE - 1, PAGE, PAGE + 1])
+def test_attention_to_the_first_that_a_window_shows(rng, first):
+    """The last of a page among them."""
+    heads, groups, e, window = 2, 1, 16, 20
+    position = first + window - 1
+    qkv = torch.randn(1, (heads + 2 * groups) * e, generator=rng).half()
+    store = torch.randn(WIDTH, SLOTS, 2, groups, PAGE, e, generator=rng).half()
+    table = torch.arange(WIDTH).view(1, WIDTH).int()
+    y = torch.zeros(1, heads * e).half()
+    attention_kernel[(1, groups, 1)](
+        qkv, store, table, torch.tensor([position]).int(), torch.ones(1).int(), None, None, None,
+        None, None, torch.zeros(16 * 18), torch.zeros(groups).int(), y, 0, WIDTH, EPSILON, SCALE,
+        SLOTS=SLOTS, HEADS=heads, KV_HEADS=groups, E=e, BLOCK_E=16, BLOCK_R=16, PAGE=PAGE,
+        ROPE=0, NORM="rms", SCOPE="", WINDOW=window, CAP=0.0, SPLITS=1, WIDE=True,
+    )  # fmt: skip
+    pages = store[:, 0].permute(1, 2, 0, 3, 4).flatten(2, 3).float()
+    keys, values = pages[:, :, : position + 1]
+    query = qkv[0, : heads * e].float().unflatten(0, (heads, e))
+    expected = reference.attended(query, keys, values, SCALE, window, 0.0)
+    assert_close(f"from {first}", expected.flatten(), y[0], 2 * BOUND)
+
+
 @pytest.mark.parametrize("scope", ["", "head", "all"])
 @pytest.mark.parametrize("splits", [1, 3])
 def test_attention(rng, scope, splits):
