@@ -18,10 +18,10 @@ from engine.kernels.w4.format import Spec
 from engine.runtime.cpu import CpuRuntime
 
 
-def write(case: str, path, rng, **settings):
+def write(case: str, path, rng, spread: float = 0.1, **settings):
     """A tiny checkpoint; returns its model."""
     seed = int(torch.randint(1 << 31, (), generator=rng))
-    return tiny.write(case, path, seed, spread=0.1, **settings)
+    return tiny.write(case, path, seed, spread=spread, **settings)
 
 
 def steps(runtime, ids: torch.Tensor) -> torch.Tensor:
