@@ -167,7 +167,8 @@ class Model:
             top_k: draw from the k likeliest tokens alone; 0: off.
             top_p: from the fewest tokens whose probabilities reach it; 1: off.
             min_p: from tokens of at least this share of the likeliest one's probability; 0: off.
-            repetition_penalty: divides what favours tokens that were there already; 1: off.
+            repetition_penalty: divides positive logits of tokens that the prompt or the answer has
+                already, multiplies negative ones; 1: off.
             stop: text, or ids of tokens, that end it beside the model's own stop tokens.
             seed: for the same draws again, by a prompt's place in the batch; None: from the
                 operating system.
@@ -253,7 +254,9 @@ class Model:
         """Logits of every position, (B, T, V) float32, for ids (B, T) or (T,).
 
         `input_ids` are a list, an array, a tensor, or what a transformers tokenizer returns. Where
-        `attention_mask` is 0 (left padding only) the ids are not run.
+        `attention_mask` is 0 (left padding only) the ids are not run. The logits are on the
+        runtime's device. InputError for ids beyond the vocabulary, padding that is not on the left,
+        and more tokens than the context holds.
         """
         tokens = as_tokens(input_ids, attention_mask)
         cache = self.runtime.new_cache(tokens.shape[0], tokens.shape[1])
@@ -286,7 +289,9 @@ def load(
     rounds to 8 bits, and keys and values to 16, unless dtype is float32. `cache_dtype` ("float32",
     "float16", "int8"), `threads` (torch's number by default) and `isa` (by default the best set of
     instructions here, or another of `engine doctor`'s: of "amx", "avx512", "avxvnni", "avx2",
-    "i8mm", "dotprod", "neon" and "generic") are for it alone.
+    "i8mm", "dotprod", "neon" and "generic") are for it alone. `device` is a torch device or its
+    name, by default the GPU if there is one; `progress` is called with every layer's number as
+    it is loaded.
 
     Raises `InputError` with one sentence for whatever the caller can mend, and a RuntimeError,
     `engine.kernels.dispatch.BackendUnavailable`, for a backend that cannot run here.

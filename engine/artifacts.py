@@ -295,7 +295,7 @@ class HealRecord(Artifact):
     best_step: int  # whose weights were written
     minutes: float  # of training
     stopped: str  # why training ended; empty where there was none
-    losses: tuple[float, ...]  # one a step, nats a token
+    losses: tuple[float, ...]  # one a step: nats a token, with --residual the streams' error added
     checks: tuple[float, ...]  # held-out perplexity along the training
     perplexity_before: float  # held-out, of the pruned model
     perplexity_after: float

@@ -104,6 +104,11 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     return max(0.0, (middle - margin) / (1 + z2)), min(1.0, (middle + margin) / (1 + z2))
 
 
+PROMPTS = 200
+NEW_TOKENS = 256  # of each
+LAST, LONGEST = 64, 32  # a loop: so many last tokens have a period of at most so many
+
+
 @dataclass(frozen=True)
 class Health:
     """Greedy text from fixed prompts. Shares are of generations."""
@@ -113,7 +118,7 @@ class Health:
     new_tokens: int  # at most, of a generation
     bos: bool  # did every prompt begin with BOS
     mean_tokens: float  # of a generation
-    looping: float  # share whose last LAST tokens repeat with a period of at most LONGEST
+    looping: float  # share whose LAST last tokens repeat with a period of at most LONGEST
     ended: float  # share that a stop token ended
     distinct: tuple[float, ...]  # [n - 1]: different n-grams over all, each generation's own
     agreement: float | None = None  # with the whole model: see `engine.evaluate.health`

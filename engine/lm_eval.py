@@ -2,8 +2,8 @@
 
     lm_eval --model shallow --model_args pretrained=DIR,drop=14-18 --tasks NAME
 
-where lm-eval finds other packages' models (after 0.4.13), and before that the same words after
-`python -m engine.lm_eval`. From Python, `lm_eval.simple_evaluate(model=ShallowLM(pretrained=DIR))`.
+with lm-eval newer than 0.4.13; older ones need `python -m engine.lm_eval` in the place of
+`lm_eval`. From Python, `lm_eval.simple_evaluate(model=ShallowLM(pretrained=DIR))`.
 Requests are tokenized, cut and scored as by lm-eval's own `hf` model.
 """
 
@@ -132,7 +132,7 @@ class ShallowLM(TemplateLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         if not add_generation_prompt:
-            raise InputError("a chat that ends in the middle of an answer is not rendered")
+            raise InputError("apply_chat_template: add_generation_prompt=False is not supported")
         return self.opened.text.render(chat_history)
 
     def tok_encode(

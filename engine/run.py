@@ -54,19 +54,26 @@ MOST_BATCH = 4096
 
 def run(
     model: Annotated[str, typer.Option(help="Directory, .gguf file or hub id.")] = DEFAULT_MODEL,
-    prompt: Annotated[str | None, typer.Option(help="Built in if not given.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="UTF-8 text.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to continue. Default: a built-in prompt.")
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File with the prompt (UTF-8).")] = None,
     prompt_tokens: Annotated[
         int | None, typer.Option(min=1, help="A prompt of exactly N tokens; implies --ignore-eos.")
     ] = None,
     chat: Annotated[
-        bool | None, typer.Option("--chat/--raw", help="Default: chat where there is a template.")
+        bool | None,
+        typer.Option(
+            "--chat/--raw", help="Use the chat template or not. Default: if there is one."
+        ),
     ] = None,
-    new_tokens: Annotated[int, typer.Option(min=1, help="At most so many.")] = 128,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, help="Maximum number of tokens to generate.")
+    ] = 128,
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="No stop token ends it.")
+        bool, typer.Option("--ignore-eos", help="Ignore the model's EOS tokens.")
     ] = False,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends it; repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; repeatable.")] = None,
     plan: PlanFile = None,
     drop: Drop = None,
     keep: Keep = None,
@@ -75,27 +82,47 @@ def run(
     cache_dtype: Annotated[
         str | None,
         typer.Option(
-            help="Of keys and values in the backend cpu: float32, float16 or int8; float16 beside "
-            "rounded activations, float32 beside exact ones if not given."
+            help="KV cache of the cpu backend: float32, float16 or int8. Default: float16 with "
+            "int8 activations, float32 with exact ones."
         ),
     ] = None,
     threads: Threads = None,
     isa: Annotated[
         str | None,
-        typer.Option(help="Of the backend cpu: avx512, avx2 ...; the best here if not given."),
+        typer.Option(
+            help="Instruction set of the cpu backend: avx512, avx2 ... Default: the best here."
+        ),
     ] = None,
-    temperature: Annotated[float | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
-    top_k: Annotated[int | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
-    top_p: Annotated[float | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
-    min_p: Annotated[float | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
-    seed: Annotated[int | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
+    temperature: Annotated[
+        float | None, typer.Option(rich_help_panel=_SAMPLING, help="0 is greedy, the default.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(rich_help_panel=_SAMPLING, help="Keep the K likeliest; 0: all.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(rich_help_panel=_SAMPLING, help="Keep a nucleus of this probability; 1: all."),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=_SAMPLING,
+            help="Keep tokens of at least this share of the likeliest one's probability; 0: all.",
+        ),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(rich_help_panel=_SAMPLING, help="Against tokens seen before; 1: off."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(rich_help_panel=_SAMPLING, help="Random seed. Default: random.")
+    ] = None,
     speculate: Annotated[
         str | None,
         typer.Option(
             rich_help_panel=_SAMPLING,
-            help="ngram: guess from what was there before; faster where it repeats, the same text "
-            "but for near ties.",
+            help="ngram: draft tokens from the text so far. Faster where text repeats; the same "
+            "output except at near ties.",
         ),
     ] = None,
     batch: Annotated[
@@ -104,17 +131,19 @@ def run(
     ] = 1,
     repeats: Annotated[
         int | None,
-        typer.Option(min=1, rich_help_panel=_MEASURE, help="Measured runs: 1, 5 with --compare."),
+        typer.Option(
+            min=1, rich_help_panel=_MEASURE, help="Measured runs. Default: 1, or 5 with --compare."
+        ),
     ] = None,
     warmup: Annotated[
-        int, typer.Option(min=0, rich_help_panel=_MEASURE, help="Short runs before.")
+        int, typer.Option(min=0, rich_help_panel=_MEASURE, help="Short unmeasured runs first.")
     ] = 1,
     compare: Annotated[
         str | None,
         typer.Option(
             metavar="PEERS",
             rich_help_panel=_MEASURE,
-            help="Some of llama.cpp,ik,openvino,transformers: the same work, taking turns.",
+            help="Any of llama.cpp,ik,openvino,transformers: run the same work there, in turns.",
         ),
     ] = None,
     peer_python: Annotated[
@@ -122,17 +151,20 @@ def run(
         typer.Option(
             metavar="NAME=PATH",
             rich_help_panel=_MEASURE,
-            help="The Python that has a peer installed, if not this one; repeatable.",
+            help="Python interpreter that has a peer installed, if not this one; repeatable.",
         ),
     ] = None,
     breakdown: Annotated[
-        bool, typer.Option("--breakdown", rich_help_panel=_MEASURE, help="The step by part.")
+        bool,
+        typer.Option(
+            "--breakdown", rich_help_panel=_MEASURE, help="Time a decode step by component."
+        ),
     ] = False,
     json_file: JsonFile = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Generate text, then a table of the speed; the last line is the record as JSON."""
+    """Generate text and report the speed; the last line is the record as JSON."""
     check_writable(json_file, reads=(model, prompt_file, plan))
     asked = chosen(compare, peer_python or ()) if compare is not None else {}
     if sum(given is not None for given in (prompt, prompt_file, prompt_tokens)) > 1:

@@ -295,8 +295,8 @@ def _marker(path: Path) -> str | None:
         if {entry.name for entry in path.iterdir()} <= {f".{MARKER}"}:
             return None
         raise InputError(
-            f"{path}: is in the way and not of this program, or its {MARKER} is damaged; move it "
-            "away"
+            f"{path}: is in the way: not a work directory of Shallow, or its {MARKER} is damaged; "
+            "move it away"
         ) from None
 
 

@@ -9,6 +9,7 @@ Shape letters, used in every docstring:
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -60,6 +61,11 @@ class Rope:
         if self.kind == "llama3":
             low, high = self.low_freq_factor, self.high_freq_factor
             schema.require(low < high, "high_freq_factor", f"more than low_freq_factor {low}", high)
+
+
+def yarn_attention(factor: float, weight: float = 1.0) -> float:
+    """What YaRN multiplies cos and sin by where a config says nothing (2309.00071, section 3.4)."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 @dataclass(frozen=True)

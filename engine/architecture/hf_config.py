@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.architecture import schema
-from engine.architecture.config import LayerConfig, ModelConfig, Rope
+from engine.architecture.config import LayerConfig, ModelConfig, Rope, yarn_attention
 from engine.architecture.families import FAMILIES, Family, family_of
 from engine.errors import InputError
 
@@ -253,12 +253,10 @@ class _Reader:
         return {"factor": factor}
 
     def yarn_attention(self, rope: "_Values", factor: float) -> float:
-        def magnitude(weight: float) -> float:
-            return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-        over, under = rope.get("mscale"), rope.get("mscale_all_dim")
-        ratio = magnitude(over) / magnitude(under) if over and under else magnitude(1.0)
-        return rope.need("attention_factor", ratio)
+        over, under, usual = rope.get("mscale"), rope.get("mscale_all_dim"), yarn_attention(factor)
+        if over and under:
+            usual = yarn_attention(factor, over) / yarn_attention(factor, under)
+        return rope.need("attention_factor", usual)
 
 
 class _Values:

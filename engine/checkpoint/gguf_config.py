@@ -8,7 +8,7 @@ import math
 from ctypes import c_float
 from typing import Any
 
-from engine.architecture.config import Rope
+from engine.architecture.config import Rope, yarn_attention
 from engine.architecture.families import FAMILIES, model_type
 from engine.checkpoint.gguf_file import GgufFile, GgufTensor
 from engine.checkpoint.gguf_names import (
@@ -200,7 +200,10 @@ def _yarn(fields: "_Fields", factor: float) -> dict[str, Any]:
         "beta_fast": fields.number("rope.scaling.yarn_beta_fast", 32.0),
         "beta_slow": fields.number("rope.scaling.yarn_beta_slow", 1.0),
     }
-    if fields.get("rope.scaling.yarn_attn_factor") is not None:
+    if fields.get("rope.scaling.attn_factor") is not None:
+        times = fields.number("rope.scaling.attn_factor")
+        scaling["attention_factor"] = times * yarn_attention(factor)
+    elif fields.get("rope.scaling.yarn_attn_factor") is not None:  # llama.cpp's converter, of 2025
         scaling["attention_factor"] = fields.number("rope.scaling.yarn_attn_factor")
     return scaling
 

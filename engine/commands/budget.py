@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 LLAMA = "llama-2-70b"
 CONTEXT = 4096
+GROUP = 64
 _UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 # Section 1 of arXiv 2403.17887: 140 GB and 3e10 FLOPs a token become 17.5 GB and 1.5e10.
@@ -28,24 +29,30 @@ def budget(
     plan: common.PlanFile = None,
     drop: common.Drop = None,
     keep: common.Keep = None,
-    bits: Annotated[int, typer.Option(help="Of the layers' matrices: 4, 8 or 16.")] = 4,
-    group: Annotated[int, typer.Option(help="Weights that share a scale; 0: a row.")] = 64,
+    bits: Annotated[int, typer.Option(help="Bits of the layers' matrices: 4, 8 or 16.")] = 4,
+    group: Annotated[int, typer.Option(help="Weights that share a scale; 0: a row.")] = GROUP,
     head: Annotated[int, typer.Option(help="Bits of the head: 4, 8 or 16.")] = 16,
-    v: Annotated[int | None, typer.Option(help="Bits of v_proj; if not given, --bits.")] = None,
+    v: Annotated[int | None, typer.Option(help="Bits of v_proj. Default: --bits.")] = None,
     minimum: Annotated[
-        bool, typer.Option("--minimum", help="Groups carry a minimum beside the scale.")
+        bool, typer.Option("--minimum", help="Groups store a minimum beside the scale.")
     ] = False,
     context: Annotated[
-        int | None, typer.Option(help="Positions in the KV cache; if not given, up to 4096.")
+        int | None, typer.Option(help="Positions in the KV cache. Default: up to 4096.")
     ] = None,
     bandwidth: Annotated[
-        float | None, typer.Option(metavar="GB/S", help="Of memory: the tok/s that it allows.")
+        float | None,
+        typer.Option(
+            metavar="GB/S", help="Memory bandwidth, for the upper bound of tok/s that it allows."
+        ),
     ] = None,
     paper: Annotated[
-        bool, typer.Option("--paper", help="The paper's line for Llama-2-70B, and the honest one.")
+        bool,
+        typer.Option(
+            "--paper", help="Compare the paper's claim for Llama-2-70B with an itemised count."
+        ),
     ] = False,
     json_file: common.JsonFile = None,
-    called: typer.Context = None,  # type: ignore[assignment]  # none from another command
+    called: typer.Context = None,  # type: ignore[assignment]  # typer fills it in
 ) -> None:
     """Parameters, bytes and FLOPs of a model, before and after; needs no weights."""
     from engine.pruning.budget import Storage, file_bytes
@@ -54,10 +61,13 @@ def budget(
     common.check_writable(json_file, reads=(model, plan))
     if paper:
         if (model, plan, drop, keep) != (LLAMA, None, None, None):
-            raise InputError(f"paper: is of {LLAMA} without 39-78; leave MODEL and layers out")
+            raise InputError(
+                f"paper: is about {LLAMA} without 39-78 alone; leave MODEL and layers out"
+            )
         drop = "39-78"  # half of 80 layers, all but the last of the end
     if {bits, head, v or bits} == {16}:
         output.leave_out(called, ("group", "minimum"), "has no effect at 16 bits, which have none")
+    check_group(group)
     config, sizes = read_model(model)
     storage = Storage.of(bits, group, "minimum" if minimum else "symmetric", head, v)
     kept = kept_config(config, plan, drop, keep, model)
@@ -71,6 +81,16 @@ def budget(
             show_paper(found)
 
     common.hand_out(found, json_file, tables)
+
+
+def check_group(group: int) -> None:
+    """InputError for groups that no quantized matrix has."""
+    if group != GROUP:  # else there is nothing to ask of torch, which takes a second to import
+        from engine.kernels.w4.format import GROUPS
+
+        if group not in GROUPS:
+            known = ", ".join(map(str, GROUPS))
+            raise InputError(f"group: expected one of {known}, found {group}")
 
 
 def kept_config(

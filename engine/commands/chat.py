@@ -15,11 +15,11 @@ from engine.errors import InputError
 if TYPE_CHECKING:
     from engine.api import Model
 
-HELP = """/reset      forget the conversation
-/system X   begin anew with the instruction X
-/undo       take back the last question and its answer
-/help       this
-/exit       the end; Ctrl-D too. Ctrl-C stops an answer."""
+HELP = """/reset      start a new conversation
+/system X   start a new conversation with the system message X
+/undo       remove the last question and its answer
+/help       show this
+/exit       quit; so does Ctrl-D. Ctrl-C stops an answer."""
 ANSWER = 512  # tokens
 LINES = 1000  # of the history
 Message = dict[str, str]
@@ -27,17 +27,19 @@ Message = dict[str, str]
 
 def chat(
     model: common.ModelArgument = common.DEFAULT_MODEL,
-    system: Annotated[str | None, typer.Option(help="An instruction that comes first.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
     new_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help=f"At most so many an answer; if not given {ANSWER}, or half the context."
+            min=1, help=f"Maximum tokens an answer. Default: {ANSWER}, or half the context."
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest token always.")] = 0.0,
-    top_p: Annotated[float | None, typer.Option(help="Of the nucleus; 1: off.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="1: off.")] = None,
-    seed: Annotated[int | None, typer.Option(help="For the same draws again.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling threshold; 1: off.")] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Against tokens seen before; 1: off.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed. Default: random.")] = None,
     plan: common.PlanFile = None,
     drop: common.Drop = None,
     keep: common.Keep = None,
@@ -45,7 +47,7 @@ def chat(
     dtype: common.Dtype = None,
     threads: common.Threads = None,
 ) -> None:
-    """Talk with a model: its answers stream, what was said is kept. /help lists the commands."""
+    """Chat with a model; answers are streamed. /help lists the commands."""
     asked: dict[str, Any] = {
         "max_new_tokens": ANSWER if new_tokens is None else new_tokens,
         "temperature": temperature,
@@ -88,19 +90,25 @@ def talk(model: "Model", options: dict[str, Any], system: str | None) -> None:
         elif line.startswith("/"):
             output.say(f"{word}: there is no such command; /help lists them")
         else:
-            said = answered(model, options, [*said, {"role": "user", "content": line}])
+            asked = [*said, {"role": "user", "content": line}]
+            said = answered(model, options, asked, len(first))
 
 
-def answered(model: "Model", options: dict[str, Any], said: list[Message]) -> list[Message]:
+def answered(
+    model: "Model", options: dict[str, Any], said: list[Message], first: int
+) -> list[Message]:
     """The conversation with the model's answer, printed as it comes; as it was before the question
-    where there can be none."""
+    where there can be none. `first`: messages that /reset keeps."""
     pieces = []
     try:
         for piece in model.stream(said, **options):
             print(piece, end="", flush=True)
             pieces.append(piece)
-    except InputError as error:  # the conversation outgrew the context
-        print(f"engine: {error}; /reset begins anew", file=sys.stderr)
+    except InputError as error:
+        if pieces:
+            print()
+        anew = len(said) > first + 1  # else /reset would change nothing
+        print(f"engine: {error}{'; /reset begins anew' if anew else ''}", file=sys.stderr)
         return said[:-1]
     except KeyboardInterrupt:
         interrupt.forget()

@@ -24,30 +24,31 @@ DEFAULT_MODEL = DEFAULT.name
 
 ModelArgument = Annotated[str, typer.Argument(help="Directory, .gguf file or hub id.")]
 Drop = Annotated[
-    str | None, typer.Option(metavar="LAYERS", help="Layers never loaded: 20-24 or 3,7,21-25.")
+    str | None, typer.Option(metavar="LAYERS", help="Layers to leave out: 20-24 or 3,7,21-25.")
 ]
-Keep = Annotated[str | None, typer.Option(metavar="LAYERS", help="The only layers loaded.")]
+Keep = Annotated[str | None, typer.Option(metavar="LAYERS", help="Load these layers only.")]
 PlanFile = Annotated[
-    Path | None, typer.Option("--plan", metavar="FILE", help="Layers chosen by `engine plan`.")
+    Path | None,
+    typer.Option("--plan", metavar="FILE", help="Leave out the layers that `engine plan` chose."),
 ]
 Backend = Annotated[
-    str | None, typer.Option(help="Which kernels; the machine's best if not given.")
+    str | None, typer.Option(help="cpu, triton, cuda or reference. Default: the best here.")
 ]
-Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")]
+Dtype = Annotated[str | None, typer.Option(help="Compute dtype: float32, float16 or bfloat16.")]
 MOST_THREADS = 1024  # OpenMP's library dies of tens of thousands
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, max=MOST_THREADS, help="CPU threads; one a core if not given."),
+    typer.Option(min=1, max=MOST_THREADS, help="CPU threads. Default: one a core."),
 ]
 JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the record to a file too.")
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write the record to a file.")
 ]
 
 Quiet = Annotated[
     bool,
     typer.Option(
         "--quiet",
-        help="Nothing but the record, and what went wrong.",
+        help="Print only the JSON record and errors.",
         callback=output.set_quiet,
         is_eager=True,
     ),
@@ -56,7 +57,7 @@ Verbose = Annotated[
     bool,
     typer.Option(
         "--verbose",
-        help="What is chosen and how long it takes, on stderr.",
+        help="Also say what is chosen and how long it takes, on stderr.",
         callback=output.set_verbose,
         is_eager=True,
     ),
@@ -66,10 +67,10 @@ TextSource = Annotated[
     str | None,
     typer.Option(
         metavar="SOURCE",
-        help="Text file or directory, .jsonl, .parquet or hub:NAME; built-in prose if not given.",
+        help="Text file or directory, .jsonl, .parquet or hub:NAME. Default: built-in prose.",
     ),
 ]
-Column = Annotated[str, typer.Option(help="Of a .jsonl, .parquet or hub source.")]
+Column = Annotated[str, typer.Option(help="Column of a .jsonl, .parquet or hub source.")]
 
 
 def check_writable(

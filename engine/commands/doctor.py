@@ -11,7 +11,7 @@ DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
 
 def doctor(threads: common.Threads = None, json_file: common.JsonFile = None) -> None:
-    """What this machine has and which backends run on it; the last line is the same as JSON."""
+    """Show what this machine has and which backends run on it; the last line is JSON."""
     common.check_writable(json_file)
     found = examine(threads)
     line = json.dumps(found)

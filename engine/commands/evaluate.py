@@ -9,6 +9,7 @@ import typer
 
 from engine.commands import common, output
 from engine.errors import InputError
+from engine.judgement import NEW_TOKENS, PROMPTS
 
 if TYPE_CHECKING:
     from engine.judgement import Judgement
@@ -21,26 +22,26 @@ def evaluate(
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            help="UTF-8 text to predict, repeatable; one ships with the engine.",
+            help="UTF-8 text to predict; repeatable. Default: a built-in one.",
             rich_help_panel=_TEXT,
         ),
     ] = None,
     window: Annotated[int, typer.Option(help="Tokens a window.", rich_help_panel=_TEXT)] = 512,
     count: Annotated[
-        int | None, typer.Option(help="Windows; all if not given.", rich_help_panel=_TEXT)
+        int | None, typer.Option(help="Number of windows. Default: all.", rich_help_panel=_TEXT)
     ] = None,
     bos: Annotated[
         bool | None,
         typer.Option(
             "--bos/--no-bos",
-            help="Begin every window, question and prompt with BOS; by default as the tokenizer.",
+            help="Begin windows, questions and prompts with BOS. Default: as the tokenizer does.",
         ),
     ] = None,
     choices: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help='JSONL with "question", "choices" and the index "answer".',
+            help='Multiple choice: JSONL with "question", "choices" and the index "answer".',
             rich_help_panel=_CHOICES,
         ),
     ] = None,
@@ -48,22 +49,27 @@ def evaluate(
         bool,
         typer.Option(
             "--health",
-            help="Does greedy text from fixed prompts go in circles?",
+            help="Measure repetition in greedy text from fixed prompts.",
             rich_help_panel=_HEALTH,
         ),
     ] = False,
     prompts: Annotated[
-        int | None, typer.Option(help="200 if not given.", rich_help_panel=_HEALTH)
+        int | None,
+        typer.Option(help=f"Number of prompts. Default: {PROMPTS}.", rich_help_panel=_HEALTH),
     ] = None,
     new_tokens: Annotated[
         int | None,
         typer.Option(
-            help="At most so many a prompt, 64 or more; 256 if not given.", rich_help_panel=_HEALTH
+            help=f"Tokens to generate from each prompt, 64 or more. Default: {NEW_TOKENS}.",
+            rich_help_panel=_HEALTH,
         ),
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="The whole model: also what is left of it."),
+        typer.Option(
+            metavar="MODEL",
+            help="Unpruned model to compare with: KL, top-1 agreement, accuracy kept.",
+        ),
     ] = None,
     plan: common.PlanFile = None,
     drop: common.Drop = None,
@@ -73,9 +79,9 @@ def evaluate(
     threads: common.Threads = None,
     json_file: common.JsonFile = None,
 ) -> None:
-    """How good a model is: perplexity, multiple choice, generation; the last line is JSON.
+    """Evaluate a model: perplexity, multiple choice, repetition; the last line is JSON.
 
-    One text alone gives an evaluation, anything more a judgement that holds an evaluation a text.
+    A single text gives an "evaluation" record, anything more a "judgement" with one for each text.
     """
     common.check_writable(json_file, reads=(model, against, plan, choices, *(text or ())))
     if not health and (prompts is not None or new_tokens is not None):

@@ -24,10 +24,10 @@ def export(
     keep: common.Keep = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Of what is not quantized: as stored if not given; hf: 16 bits."),
+        typer.Option(help="Dtype of what is not quantized. Default: as stored; hf: 16 bits."),
     ] = None,
 ) -> None:
-    """Write a model in the format of another engine: its bits, or 16 (hf)."""
+    """Export a model to the format of another engine, in its own bits or in 16 (hf)."""
     from engine.checkpoint import choose_layers
     from engine.runtime import check_backend
 

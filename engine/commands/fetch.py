@@ -4,7 +4,7 @@ from engine.commands import common
 
 
 def fetch(model: common.ModelArgument = common.DEFAULT_MODEL) -> None:
-    """Download a model, unless it is here already, and print where it lies."""
+    """Download a model if it is not here yet, and print its path."""
     from engine.checkpoint.locate import locate
 
     print(locate(model))

@@ -8,6 +8,7 @@ import typer
 from engine.commands import common, output
 from engine.errors import InputError
 from engine.healing.place import check_cache, check_new
+from engine.healing.recipe import STEPS
 from engine.healing.settings import RATES, Settings, check_model
 
 if TYPE_CHECKING:
@@ -35,62 +36,65 @@ def heal(
     method: Annotated[
         str,
         typer.Option(
-            help="linear or scale, fitted without training; qlora, by the text, and distil, by the "
-            "whole model; or several by commas, in order."
+            help="Comma-separated, in order. Closed-form: linear, scale. Trained: qlora (LM loss "
+            "on the text), distil (KL to the unpruned model)."
         ),
     ] = "linear,distil",
     text: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="SOURCE", help="As of quantize; give it again for more. What it learns from."
+            metavar="SOURCE",
+            help="Training text: file, directory, .jsonl, .parquet or hub:NAME; repeatable. "
+            "Default: built-in prose.",
         ),
     ] = None,
     column: common.Column = "text",
     held_out: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="To measure with; the tail of the text if not given."),
+        typer.Option(
+            metavar="SOURCE", help="Text to measure with. Default: the tail of the training text."
+        ),
     ] = None,
     window: Annotated[
         int | None,
-        typer.Option(
-            help=f"Tokens a window; {Settings.window}, of qlora the paper's if not given."
-        ),
+        typer.Option(help=f"Tokens a window. Default: {Settings.window}; qlora: the paper's."),
     ] = None,
     train: Annotated[
         str,
         typer.Option(
             rich_help_panel=_TRAINING,
-            help="all; around: layers beside a cut, embedding and head; norms; lora; scales: of a "
-            "packed MODEL, with --teacher, its bytes as they are.",
+            help="What distil trains. all; around: layers beside a cut, embedding and head; norms; "
+            "lora; scales: those of a packed MODEL, with --teacher, at the same size.",
         ),
     ] = "all",
     minutes: Annotated[
         float | None,
         typer.Option(
             rich_help_panel=_TRAINING,
-            help="Each training ends after them: of two, each takes so many.",
+            help="Time limit of each trained method. distil also stops after "
+            f"{Settings.patience} checks without improvement.",
         ),
     ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
             rich_help_panel=_TRAINING,
-            help="Or after them, each; 5,000 for qlora alone if neither is given.",
+            help=f"Step limit of each trained method. Default: none; {STEPS:,} for qlora alone "
+            "without --minutes.",
         ),
     ] = None,
     lr: Annotated[
         float | None,
         typer.Option(
             rich_help_panel=_TRAINING,
-            help=f"Its peak; if not given {_RATES}, of qlora the paper's for the model's size.",
+            help=f"Peak learning rate. Default: {_RATES}; qlora: the paper's for this model size.",
         ),
     ] = None,
     rank: Annotated[
         int | None,
         typer.Option(
             rich_help_panel=_TRAINING,
-            help=f"Of LoRA; {Settings.rank}, of qlora the paper's for the model's size if not "
-            "given.",
+            help=f"LoRA rank. Default: {Settings.rank}; qlora: the paper's for this model size.",
         ),
     ] = None,
     adapter: Annotated[
@@ -98,18 +102,20 @@ def heal(
         typer.Option(
             "--adapter",
             rich_help_panel=_TRAINING,
-            help="OUT is what qlora learnt beside its 4-bit base, instead of 16-bit weights.",
+            help="Write qlora's adapter beside its 4-bit base instead of merged 16-bit weights.",
         ),
     ] = False,
     check_every: Annotated[
         int,
-        typer.Option(rich_help_panel=_TRAINING, help="Steps between two checks, which are saved."),
+        typer.Option(
+            rich_help_panel=_TRAINING, help="Steps between held-out checks, each a checkpoint."
+        ),
     ] = 20,
     batch_tokens: Annotated[
         int | None,
         typer.Option(
             rich_help_panel=_TRAINING,
-            help=f"Tokens a step; {Settings.batch_tokens}, of qlora 16 windows if not given.",
+            help=f"Tokens a step. Default: {Settings.batch_tokens}; qlora: 16 windows.",
         ),
     ] = None,
     written: Annotated[
@@ -118,7 +124,7 @@ def heal(
             "--self",
             metavar="N",
             rich_help_panel=_TRAINING,
-            help="Tokens that the teacher writes itself, to learn from beside the text.",
+            help="Also train on N tokens of text that the teacher generates.",
         ),
     ] = 0,
     own: Annotated[
@@ -126,9 +132,8 @@ def heal(
         typer.Option(
             metavar="N",
             rich_help_panel=_TRAINING,
-            help="Tokens that the healed model writes, to learn from once in a second round, at "
-            "most a quarter as long, at half the rate and at most 5e-5: its text goes round in "
-            "circles less.",
+            help="Second round on N tokens of text that the healed model generates, so that it "
+            "repeats itself less: at most a quarter as long, at half the rate and at most 5e-5.",
         ),
     ] = 0,
     residual: Annotated[
@@ -136,25 +141,31 @@ def heal(
         typer.Option(
             metavar="WEIGHT",
             rich_help_panel=_TRAINING,
-            help="Of distil: of the squared error of the residual stream at the end of every cut, "
-            "beside the logits' KL.",
+            help="distil: weight of the squared error of the residual stream after every cut, "
+            "added to the KL of the logits.",
         ),
     ] = 0.0,
     precision: Annotated[
         str,
         typer.Option(
             rich_help_panel=_TRAINING,
-            help="Of products: float32 or bfloat16; auto: bfloat16 where its products are faster: "
-            "on a GPU, with AMX, with AVX512-BF16.",
+            help="Matmul precision in training: float32, bfloat16, or auto: bfloat16 where it is "
+            "faster (a GPU, AMX, AVX512-BF16).",
         ),
     ] = "auto",
-    seed: Annotated[int, typer.Option(rich_help_panel=_TRAINING, help="Of the text's order.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel=_TRAINING,
+            help="Random seed: text order, LoRA initialisation, dropout, generated text.",
+        ),
+    ] = 0,
     teacher: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL",
             rich_help_panel=_TRAINING,
-            help="Where MODEL has lost its layers already.",
+            help="Unpruned model, when MODEL is pruned already.",
         ),
     ] = None,
     cache: Annotated[
@@ -162,20 +173,22 @@ def heal(
         typer.Option(
             metavar="DIR",
             rich_help_panel=_TRAINING,
-            help="Keeps the teacher's logits for other runs; gone with this one if not given.",
+            help="Keep the teacher's outputs here for other runs. Default: delete them.",
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of OUT; the source's own 16-bit one if not given.")
+        str | None,
+        typer.Option(help="Dtype of OUT. Default: the source's own 16-bit one, else float16."),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="To train on: cpu, cuda; the GPU if there is one.")
+        str | None,
+        typer.Option(help="Device to train on: cpu or cuda. Default: the GPU if there is one."),
     ] = None,
     threads: common.Threads = None,
 ) -> None:
-    """Drop layers and heal what is left; a killed run goes on where it was."""
+    """Drop layers and heal what is left; an interrupted run resumes."""
     from engine.checkpoint import choose_layers
-    from engine.healing.recipe import STEPS, recipe_of
+    from engine.healing.recipe import recipe_of
     from engine.runtime import check_backend
     from engine.text import load_text
     from engine.text.samples import check_column
@@ -306,7 +319,8 @@ def refuse_idle(settings: Settings, method: str, asked: dict[str, object]) -> No
     usual = {name: getattr(Settings, name) for name in USUAL}
     for name, value in asked.items():
         if name in idle and value != usual.get(name):
-            raise InputError(f"{name}: has no effect with --method {method}{idle[name]}")
+            said = name.replace("_", "-")
+            raise InputError(f"{said}: has no effect with --method {method}{idle[name]}")
 
 
 def check_files(out: Path, text: list[str], held_out: str | None) -> None:

@@ -23,41 +23,53 @@ FITTED = ("bits", "group")
 
 def plan(
     profile_path: Annotated[Path, typer.Argument(metavar="PROFILE")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where it goes.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Output file.")],
     count: Annotated[int | None, typer.Option(help="Layers to drop.")] = None,
-    fraction: Annotated[str | None, typer.Option(metavar="25%", help="Of the layers.")] = None,
+    fraction: Annotated[
+        str | None, typer.Option(metavar="25%", help="Share of the layers to drop.")
+    ] = None,
     max_distance: Annotated[
-        float | None, typer.Option(help="The most layers whose best block stays below.")
+        float | None, typer.Option(help="Drop the largest block whose distance stays below this.")
     ] = None,
     target_memory: Annotated[
-        str | None, typer.Option(metavar="8GB", help="The fewest, so that the weights fit.")
+        str | None,
+        typer.Option(metavar="8GB", help="Drop as few layers as needed for the weights to fit."),
     ] = None,
-    bits: Annotated[int, typer.Option(help="Of the weights that are to fit.")] = 4,
-    group: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
-    rule: Annotated[str, typer.Option(help=", ".join(RULES))] = "similarity",
+    bits: Annotated[int, typer.Option(help="With --target-memory: bits of the weights.")] = 4,
+    group: Annotated[
+        int, typer.Option(help="With --target-memory: weights that share a scale.")
+    ] = 64,
+    rule: Annotated[str, typer.Option(help=f"One of {', '.join(RULES)}.")] = "similarity",
     protect: Annotated[
-        str, typer.Option(metavar="LAYERS", help="Never dropped; 'none' is the paper's rule.")
+        str,
+        typer.Option(metavar="LAYERS", help="Layers never dropped; 'none' is the paper's rule."),
     ] = "default",
-    drop: Annotated[str | None, typer.Option(metavar="LAYERS", help="For --rule manual.")] = None,
+    drop: Annotated[
+        str | None, typer.Option(metavar="LAYERS", help="Layers to drop, for --rule manual.")
+    ] = None,
     model: Annotated[
-        str | None, typer.Option(help="To score or to fit; the profiled one if not given.")
+        str | None,
+        typer.Option(help="Model to score, or to fit into memory. Default: the profiled one."),
     ] = None,
     text: common.TextSource = None,
     column: common.Column = "text",
     windows: Annotated[
-        int, typer.Option(min=1, help=f"Of {WINDOW} tokens, scored by greedy and search.")
+        int, typer.Option(min=1, help=f"Windows of {WINDOW} tokens that greedy and search score.")
     ] = 8,
-    metric: Annotated[str, typer.Option(help="'kl' to the unpruned model, or 'loss'.")] = "kl",
-    seed: Annotated[int, typer.Option(help="Of search.")] = 0,
+    metric: Annotated[
+        str, typer.Option(help="Score: 'kl' to the unpruned model, or 'loss'.")
+    ] = "kl",
+    seed: Annotated[int, typer.Option(help="Random seed of search.")] = 0,
     evaluations: Annotated[
-        int | None, typer.Option(min=1, help="Of search; 200 where no --seconds is given.")
+        int | None,
+        typer.Option(min=1, help="Budget of search. Default: 200, unless --seconds is given."),
     ] = None,
-    seconds: Annotated[float | None, typer.Option(min=0, help="Of search.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0, help="Budget of search.")] = None,
     backend: Annotated[
-        str | None, typer.Option(help="That greedy and search run on; the best if not given.")
+        str | None, typer.Option(help="Backend of greedy and search. Default: the best here.")
     ] = None,
     patch: Annotated[
-        bool, typer.Option("--patch", help="greedy: mend each cut in closed form before the next.")
+        bool, typer.Option("--patch", help="greedy: fit each cut in closed form before the next.")
     ] = False,
     threads: common.Threads = None,
     context: typer.Context = None,  # type: ignore[assignment]  # none from shrink

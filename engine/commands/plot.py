@@ -14,12 +14,15 @@ def plot(
         list[Path],
         typer.Argument(metavar="FILE...", help="A profile, a budget, or evaluations."),
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Ends in .png, .svg or .html.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Output file: .png, .svg or .html.")],
     kind: Annotated[
-        str | None, typer.Option(help="heatmap, curves, quality or budget; the first that fits.")
+        str | None,
+        typer.Option(
+            help="heatmap, curves, quality or budget. Default: the first that suits the file."
+        ),
     ] = None,
 ) -> None:
-    """Draw the figure of a profile, a budget or evaluations; as .html, all figures and tables."""
+    """Plot a profile, a budget or evaluations; as .html, all figures and tables."""
     common.check_writable(out, ".png", ".svg", ".html", reads=files)
     if kind is not None and out.suffix.lower() == ".html":
         raise InputError("plot: a page holds every figure; --kind is for .png and .svg")

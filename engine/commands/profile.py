@@ -25,17 +25,23 @@ MEASURED = (
 
 def profile(
     paths: Annotated[
-        list[str], typer.Argument(metavar="MODEL", help="Or files, with --show and --merge.")
+        list[str],
+        typer.Argument(metavar="MODEL", help="Model; or profile files, with --show and --merge."),
     ],
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where it goes.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Output file.")] = None,
     text: common.TextSource = None,
     length: Annotated[int, typer.Option(help="Tokens a sample.")] = LENGTH,
-    samples: Annotated[int | None, typer.Option(help="How many; all if not given.")] = None,
-    tokens: Annotated[str, typer.Option(help="'last' of each sample, or 'all'.")] = "last",
+    samples: Annotated[int | None, typer.Option(help="Number of samples. Default: all.")] = None,
+    tokens: Annotated[
+        str, typer.Option(help="Tokens to compare: the 'last' of each sample, or 'all'.")
+    ] = "last",
     column: common.Column = "text",
-    split: Annotated[str, typer.Option(help="Of a hub source.")] = "train",
+    split: Annotated[str, typer.Option(help="Split of a hub source.")] = "train",
     bos: Annotated[
-        bool | None, typer.Option("--bos/--no-bos", help="Default: as the tokenizer does.")
+        bool | None,
+        typer.Option(
+            "--bos/--no-bos", help="Begin samples with BOS. Default: as the tokenizer does."
+        ),
     ] = None,
     drop: common.Drop = None,
     keep: common.Keep = None,
@@ -46,24 +52,25 @@ def profile(
         str | None,
         typer.Option(
             metavar="I/N",
-            help="Only part I. A launcher's RANK is taken, and numbers the file: out.I-of-N.json.",
+            help="Process part I of N only. Default: a launcher's RANK and WORLD_SIZE; the output "
+            "is then named out.I-of-N.json.",
         ),
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Join the parts of a sharded run.")
+        bool, typer.Option("--merge", help="Merge the parts of a sharded run.")
     ] = False,
     show: Annotated[bool, typer.Option("--show", help="Print a profile's tables.")] = False,
     report: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="All figures and tables as one .html; with --show of evaluations, budgets too.",
+            help="All figures and tables as one .html; with --show, of evaluations, budgets too.",
         ),
     ] = None,
     threads: common.Threads = None,
     context: typer.Context = None,  # type: ignore[assignment]  # none from shrink
 ) -> None:
-    """Measure how far every block of layers turns the residual stream (Gromov et al.)."""
+    """Measure the angular distance across every block of layers (Gromov et al.)."""
     from engine.artifacts import Profile
     from engine.text.samples import check_column, source_files
 

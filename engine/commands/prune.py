@@ -16,10 +16,12 @@ def prune(
     keep: common.Keep = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Of an unquantized directory: its own 16-bit one if not given."),
+        typer.Option(
+            help="For an unquantized directory. Default: its own 16-bit dtype, else float16."
+        ),
     ] = None,
 ) -> None:
-    """Write the shallower model as what it was: a directory, quantized or not, or a GGUF."""
+    """Drop layers; the output keeps format and bits: a directory, quantized or not, or a GGUF."""
     from engine.checkpoint import choose_layers
     from engine.runtime import check_backend
 

@@ -12,23 +12,27 @@ from engine.errors import InputError
 
 def push(
     model: Annotated[Path, typer.Argument(help="A directory or a .gguf file.")],
-    repo: Annotated[str, typer.Argument(help="ORG/NAME on the hub; made if it is not there.")],
+    repo: Annotated[str, typer.Argument(help="ORG/NAME on the hub; created if missing.")],
     plan: common.PlanFile = None,
     record: Annotated[
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="What `engine eval --json` wrote, of the whole model first, of this one last.",
+            help="Records of `engine eval --json`: the unpruned model's first, this one's last.",
         ),
     ] = None,
     source: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="What it was made from, if no record says.")
+        str | None, typer.Option(metavar="MODEL", help="Source model, if no record names it.")
     ] = None,
     licence: Annotated[
-        str | None, typer.Option("--license", metavar="ID", help="The source's, if not given.")
+        str | None, typer.Option("--license", metavar="ID", help="Licence. Default: the source's.")
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Of a new repository.")] = False,
-    card_only: Annotated[bool, typer.Option("--card", help="Show the card; push nothing.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private.")
+    ] = False,
+    card_only: Annotated[
+        bool, typer.Option("--card", help="Print the model card; push nothing.")
+    ] = False,
 ) -> None:
     """Push a model to the Hugging Face hub in one commit, with a card made from its records."""
     from engine.export.card import card, gather

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 SAMPLES = 128  # at most, where --samples does not say
 LENGTH = 512  # tokens a sample
 WHY = {  # a scheme was chosen; measured in benchmarks/results/quality.md
-    "codebook": "the least loss in these; gptq and compressed-tensors take --scheme symmetric",
-    "minimum": "the least loss in groups so small; gptq and compressed-tensors take --scheme "
-    "symmetric",
+    "codebook": "codebook has the lowest loss in groups of this size; for exports to gptq and "
+    "compressed-tensors use --scheme symmetric",
+    "minimum": "minimum has the lowest loss in groups this small; for exports to gptq and "
+    "compressed-tensors use --scheme symmetric",
 }
 
 _CALIBRATION = "Calibration of gptq"
@@ -29,40 +30,42 @@ def quantize(
     method: Annotated[
         str | None,
         typer.Option(
-            help="gptq, hqq, rtn, nf4; or keep, the bits that a quantized source has. Default: "
-            "gptq; keep for a quantized source where no other option asks for a change."
+            help="gptq, hqq, rtn, nf4; or keep: a quantized source's bits as they are. Default: "
+            "gptq; keep for a quantized source if no other option asks for a change."
         ),
     ] = None,
-    bits: Annotated[int | None, typer.Option(help="4 or 8; 4 if not given.")] = None,
+    bits: Annotated[int | None, typer.Option(help="4 or 8. Default: 4.")] = None,
     group: Annotated[
         int | None,
-        typer.Option(help="Weights that share a scale: 16-128, 0 a row; 64 if not given."),
+        typer.Option(help="Weights that share a scale: 16 to 128; 0: a row. Default: 64."),
     ] = None,
     scheme: Annotated[
         str | None,
         typer.Option(
-            help="symmetric, zero, minimum or codebook (IQ4_NL's). If not given: gptq codebook, "
-            "in groups of 16 and 32 minimum; hqq minimum; rtn and 8 bits symmetric."
+            help="symmetric, zero, minimum or codebook (IQ4_NL's). Default: codebook with gptq, "
+            "minimum in groups of 16 and 32; minimum with hqq; symmetric with rtn and in 8 bits."
         ),
     ] = None,
     scale_dtype: Annotated[
-        str | None, typer.Option(help="float16, bfloat16, float32; float16 if not given.")
+        str | None,
+        typer.Option(help="Dtype of the scales: float16, bfloat16, float32. Default: float16."),
     ] = None,
     clip: Annotated[
-        str | None, typer.Option(help="minmax or mse, of rtn and gptq; mse for gptq if not given.")
+        str | None,
+        typer.Option(help="Range of a group in rtn and gptq: minmax or mse. Default: mse in gptq."),
     ] = None,
     head: Annotated[
-        str | None, typer.Option(help="Bits of the head: 4, 8, 16 or keep; 8 if not given.")
+        str | None, typer.Option(help="Bits of the head: 4, 8, 16 or keep. Default: 8.")
     ] = None,
     v: Annotated[
         int | None,
         typer.Option(
-            help="Bits of v_proj, which does most harm: 4 or 8. If not given: 8 beside gptq's "
-            "codebook where several heads share a v, else --bits."
+            help="Bits of v_proj, the most sensitive matrix: 4 or 8. Default: 8 with gptq's "
+            "codebook in grouped-query attention, else --bits."
         ),
     ] = None,
     act_order: Annotated[
-        bool, typer.Option("--act-order", help="gptq: the largest inputs first.")
+        bool, typer.Option("--act-order", help="gptq: activation order (desc_act).")
     ] = False,
     plan: common.PlanFile = None,
     drop: common.Drop = None,
@@ -72,24 +75,29 @@ def quantize(
         typer.Option(
             metavar="SOURCE",
             rich_help_panel=_CALIBRATION,
-            help="Text file or directory, .jsonl, .parquet or hub:NAME; built-in prose, handbook "
-            "and code if not given.",
+            help="Text file or directory, .jsonl, .parquet or hub:NAME. Default: built-in prose, "
+            "handbook and code.",
         ),
     ] = None,
     column: Annotated[
         str,
-        typer.Option(rich_help_panel=_CALIBRATION, help="Of a .jsonl, .parquet or hub source."),
+        typer.Option(
+            rich_help_panel=_CALIBRATION, help="Column of a .jsonl, .parquet or hub source."
+        ),
     ] = "text",
     samples: Annotated[
-        int | None, typer.Option(rich_help_panel=_CALIBRATION, help=f"Default: up to {SAMPLES}.")
+        int | None,
+        typer.Option(
+            rich_help_panel=_CALIBRATION, help=f"Number of samples. Default: up to {SAMPLES}."
+        ),
     ] = None,
     length: Annotated[
         int | None,
-        typer.Option(rich_help_panel=_CALIBRATION, help=f"Tokens a sample; {LENGTH} if not given."),
+        typer.Option(rich_help_panel=_CALIBRATION, help=f"Tokens a sample. Default: {LENGTH}."),
     ] = None,
     threads: common.Threads = None,
 ) -> None:
-    """Quantize a model a layer at a time; a killed run goes on where it was."""
+    """Quantize a model a layer at a time; an interrupted run resumes."""
     asked = {"method": method, "bits": bits, "group": group, "scheme": scheme, "clip": clip}
     asked |= {"scale_dtype": scale_dtype, "act_order": act_order or None, "head": head, "v": v}
     asked = {name: value for name, value in asked.items() if value is not None}

@@ -58,50 +58,53 @@ def shrink(
     model: common.ModelArgument,
     out: Annotated[Path, typer.Argument(help="A new directory.")],
     drop: Annotated[
-        str, typer.Option(metavar="N|LAYERS", help="How many layers go, or which: 14-18.")
+        str, typer.Option(metavar="N|LAYERS", help="Number of layers to drop, or which: 14-18.")
     ] = "5",
-    bits: Annotated[int, typer.Option(help="Of the weights: 4 or 8.")] = 4,
+    bits: Annotated[int, typer.Option(help="Bits of the weights: 4 or 8.")] = 4,
     text: Annotated[
         list[str] | None,
         typer.Option(
             metavar="SOURCE",
-            help="Text to choose and learn from, repeatable; built-in prose if not given.",
+            help="Text to choose layers by and to train on; repeatable. Default: built-in prose.",
         ),
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help=f"Of healing; {MINUTES:g} if not given.")
+        float | None, typer.Option(help=f"Minutes of healing. Default: {MINUTES:g}.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Of healing, instead.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of healing instead.")] = None,
     written: Annotated[
         int | None,
         typer.Option(
             "--self",
             metavar="N",
-            help="Tokens that MODEL writes to heal on; if not given, "
-            f"{WRITTEN:,} without --text, which is little, and none with it.",
+            help="Also heal on N tokens of text that MODEL generates. Default: "
+            f"{WRITTEN:,} without --text, 0 with it.",
         ),
     ] = None,
-    own: Annotated[
-        int, typer.Option(metavar="N", help="As of heal; 0: without its second round.")
-    ] = OWN,
-    rule: Annotated[str, typer.Option(help="As of plan.")] = "greedy",
-    windows: Annotated[int, typer.Option(min=1, help="As of plan.")] = 8,
+    own: Annotated[int, typer.Option(metavar="N", help="As in heal; 0: no second round.")] = OWN,
+    rule: Annotated[str, typer.Option(help="As in plan.")] = "greedy",
+    windows: Annotated[int, typer.Option(min=1, help="As in plan.")] = 8,
     window: Annotated[
-        int | None, typer.Option(help=f"Tokens of a window of text; {WINDOW} if not given.")
+        int | None, typer.Option(help=f"Tokens a window of text. Default: {WINDOW}.")
     ] = None,
     judge_text: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="To judge it by, repeatable; built in if not given."),
+        typer.Option(
+            metavar="FILE", help="Text to evaluate it on; repeatable. Default: a built-in one."
+        ),
     ] = None,
     choices: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Questions to judge it by, as of eval.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Multiple choice to evaluate it on, as in eval."),
     ] = None,
-    prompts: Annotated[int, typer.Option(min=0, help="To generate from when it is judged.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of the order of the text.")] = 0,
+    prompts: Annotated[
+        int, typer.Option(min=0, help="Prompts to evaluate its text on, as in eval.")
+    ] = 200,
+    seed: Annotated[int, typer.Option(help="Random seed, as in heal and plan.")] = 0,
     threads: common.Threads = None,
-    context: typer.Context = None,  # type: ignore[assignment]  # none from another command
+    context: typer.Context = None,  # type: ignore[assignment]  # typer fills it in
 ) -> None:
-    """Fewer layers, healed, in few bits, and judged; a killed run goes on where it was."""
+    """Prune, heal, quantize and evaluate in one run; an interrupted run resumes."""
     from engine.artifacts import read_raw
 
     if written is None:
@@ -380,7 +383,7 @@ def judging(asked: Asked, context: int) -> "Judging":
     """What a model of this context is to be judged by."""
     from engine.commands.evaluate import read_texts
     from engine.evaluate import Asked as Judging
-    from engine.evaluate.health import LAST, NEW_TOKENS
+    from engine.judgement import LAST, NEW_TOKENS
     from engine.text.questions import read_questions
 
     new_tokens = min(NEW_TOKENS, context - 64)

@@ -8,15 +8,12 @@ from typing import Any
 from engine.errors import InputError
 from engine.evaluate.perplexity import check_vocabularies
 from engine.generation import Generation, generate
-from engine.judgement import Health
+from engine.judgement import LAST, LONGEST, NEW_TOKENS, PROMPTS, Health
 from engine.options import Options
 from engine.runtime import Runtime
 from engine.text import Text, default_text, heldout_text
 from engine.text.samples import bos_prefix
 
-PROMPTS = 200
-NEW_TOKENS = 256
-LAST, LONGEST = 64, 32  # a loop: so many last tokens have a period of at most so many
 NGRAMS = 4  # distinct-1 .. distinct-4
 WORDS, PARAGRAPH = 16, 32  # a prompt: the first words of a paragraph of at least so many
 BATCH = 16

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.evaluate.choices import encode_questions, judge_choices
-from engine.evaluate.health import NEW_TOKENS, encode_prompts, judge_health
+from engine.evaluate.health import encode_prompts, judge_health
 from engine.evaluate.perplexity import check_vocabularies, cut_windows, evaluate
-from engine.judgement import BUILT_IN, Choices, Judgement
+from engine.judgement import BUILT_IN, NEW_TOKENS, Choices, Judgement
 from engine.progress import Report
 from engine.runtime import Runtime
 from engine.text import Text

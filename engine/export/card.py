@@ -135,19 +135,19 @@ def _summary(made: Made) -> str:
 def _healed(heal: HealRecord) -> str:
     return (
         f"Healed by {', '.join(heal.methods)} ({heal.steps} steps, {heal.minutes:.0f} minutes) "
-        f"from `{heal.teacher}`: perplexity on held-out text {heal.perplexity_before:.2f} before "
-        f"and {heal.perplexity_after:.2f} after."
+        f"from `{_plain(heal.teacher)}`: perplexity on held-out text "
+        f"{heal.perplexity_before:.2f} before and {heal.perplexity_after:.2f} after."
     )
 
 
 def _judged(records: Sequence[Judgement]) -> list[str]:
     rows = ["| model | layers | perplexity |", "|---|---|---|"]
     rows += [
-        f"| {record.model} | {record.layers_kept} of {record.layers_total} | "
+        f"| {_cell(record.model)} | {record.layers_kept} of {record.layers_total} | "
         f"{record.perplexity:.2f} |"
         for record in records
     ]
-    texts = list(records[-1].texts)
+    texts = list(map(_plain, records[-1].texts))
     mean = "; the geometric mean of these texts" if len(texts) > 1 else ""
     return [*rows, "", f"Perplexity on {', '.join(texts)}{mean}.", ""]
 
@@ -155,6 +155,11 @@ def _judged(records: Sequence[Judgement]) -> list[str]:
 def _plain(text: str) -> str:
     """Without what would end a line or a code span of Markdown."""
     return " ".join(text.replace("`", "'").split())
+
+
+def _cell(text: str) -> str:
+    """The same without what would end a cell of a table."""
+    return _plain(text).replace("|", r"\|")
 
 
 def _windows(record: Judgement) -> list[str]:

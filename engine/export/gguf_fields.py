@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from engine.architecture.config import LayerConfig, ModelConfig, Rope
+from engine.architecture.config import LayerConfig, ModelConfig, Rope, yarn_attention
 from engine.architecture.hf_config import from_hf
 from engine.architecture.rope import inverse_frequencies
 from engine.checkpoint.gguf_blocks import BLOCK_TYPES
@@ -74,13 +74,20 @@ def require_said(
     config: ModelConfig, metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor]
 ) -> None:
     """Unsayable where a reader of the file would take it for another model; a warning where
-    llama.cpp itself leaves a window out that the file names."""
+    llama.cpp itself leaves out a window, or betas of YaRN, that the file names."""
     said = read_back(metadata, tensors, rope_tensors(config))
     for name in ModelConfig.__dataclass_fields__.keys() - _OTHERWISE:
         ours, theirs = getattr(config, name), getattr(said, name)
         if ours != theirs and not _close(ours, theirs):
             raise Unsayable(f"GGUF says {name} {theirs!r}, and the model has {ours!r}")
     require_layers(config, said)
+    yarn = [rope for rope in config.ropes if rope.kind == "yarn"]
+    if any((rope.beta_fast, rope.beta_slow) != (32.0, 1.0) for rope in yarn):
+        warnings.warn(
+            f"llama.cpp reads no beta_fast and beta_slow for {config.family}: its rotary "
+            "frequencies are those of 32 and 1",
+            stacklevel=2,
+        )
     windows = {entry.window for entry in config.layers}
     window = min((w for w in windows if w is not None), default=config.max_context)
     if config.family in _WHOLE and window < config.max_context:
@@ -187,9 +194,9 @@ def _rope_fields(config: ModelConfig) -> dict[str, Any]:
             "rope.scaling.yarn_beta_fast": rope.beta_fast,
             "rope.scaling.yarn_beta_slow": rope.beta_slow,
         }
-        usual = 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+        usual = yarn_attention(rope.factor)  # which a reader multiplies by what is said
         if not math.isclose(rope.attention_factor, usual, rel_tol=1e-6):
-            fields["rope.scaling.yarn_attn_factor"] = rope.attention_factor
+            fields["rope.scaling.attn_factor"] = rope.attention_factor / usual
     elif rope.kind == "longrope":
         fields |= {
             "rope.scaling.type": "longrope",

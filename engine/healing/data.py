@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from engine.errors import InputError
+from engine.healing.randomness import seed_of
 from engine.judgement import BUILT_IN, geometric_mean
 from engine.text import Text
 from engine.text.samples import is_running_text, read_samples
@@ -54,8 +55,7 @@ class Data:
     def drawn(self, place: int, seed: int) -> int:
         """The window at a place of that order."""
         epoch, place = divmod(place, len(self.windows))
-        # The words of a seed apart: seed 0's second epoch is not seed 1's first.
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed(seed_of(seed, epoch))
         return int(torch.randperm(len(self.windows), generator=generator)[place])
 
 

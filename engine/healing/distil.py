@@ -13,9 +13,9 @@ from engine.healing.settings import Settings
 from engine.healing.streams import Streams, strayed
 from engine.healing.student import Student
 from engine.healing.teacher import divergence
+from engine.progress import Report
 
 Taught = Callable[[int], tuple[torch.Tensor, torch.Tensor]]  # window -> log-probabilities, indices
-Report = Callable[..., None]  # (done, in all, note)
 
 LOGITS = 1 << 27  # values; half a gigabyte of float32
 FIRST_SHARE = 0.1  # of the rate, at least: a warm-up by the clock would begin at nothing

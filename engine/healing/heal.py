@@ -33,7 +33,7 @@ from engine.healing.student import Student, check_peft
 from engine.healing.teacher import Logits, Teacher
 from engine.healing.written import Write, written
 from engine.kernels.dtypes import dtype_of
-from engine.kernels.w4.format import Packed
+from engine.kernels.w4.format import Packed, unpack
 from engine.reference.cache import KVCache
 from engine.reference.decoder import Decoder, load_decoder
 from engine.scratch import Scratch, write_text
@@ -114,17 +114,19 @@ def heal(
     before = healing.perplexity(pupil, config)
     dtype = dtype or hf.stored_dtype(pupil, config)
     write: Callable[..., None]
+    healed: Checkpoint
     if settings.train == "scales":
         changed, standing = healing.rescaled(run, cache or work)
-        write, after = partial(packed.rewrite, pupil.path, out, changed), standing.best
+        healed, kept = Replaced(pupil, {name: unpack(m) for name, m in changed.items()}), config
+        write = partial(packed.rewrite, pupil.path, out, changed)
     else:
         healed, kept, standing = healing.healed(run, cache or work, pack)
         write = partial(hf.prune, healed, kept, out, dtype=dtype)
-        after = standing.best
-        if settings.methods[-1] != "distil" or settings.precision != "float32":  # as before it
-            after = healing.perplexity(healed, kept)
         if settings.adapter and isinstance(healed, AdaptedCheckpoint):
             write = partial(adapters.write, healed, settings, out)
+    after = standing.best
+    if settings.methods[-1] != "distil" or settings.precision != "float32":  # as before it
+        after = healing.perplexity(healed, kept)
     record = healing.record((name, teacher_name or name), standing, (before, after))
     # What an earlier run left there may be shards of other weights under the same names.
     Scratch(out.with_name(out.name + ".partial")).remove()

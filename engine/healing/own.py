@@ -19,8 +19,9 @@ import torch
 
 from engine.healing.data import Data
 from engine.healing.settings import Settings
-from engine.healing.written import Report, Write, written
+from engine.healing.written import Write, written
 from engine.options import Options
+from engine.progress import Report
 
 PENALTY = 4.0  # nats
 LONGEST = 32  # period of a circle, in tokens

@@ -4,10 +4,7 @@ The base is a packed directory; transformers' model stands over it with a `W4Lin
 every quantized matrix, peft's LoRA on the feed-forward ones, and transformers' Trainer teaches it.
 """
 
-import random
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from engine.errors import InputError
 from engine.healing import processes, state
 from engine.healing.assemble import assemble
 from engine.healing.data import Data
+from engine.healing.randomness import own_randomness
 from engine.healing.settings import Settings
 from engine.healing.student import targets
 from engine.kernels.dtypes import dtype_of
@@ -27,8 +25,7 @@ from engine.kernels.w4.embedding import W4Embedding
 from engine.kernels.w4.format import Packed
 from engine.kernels.w4.linear import W4Linear
 from engine.kernels.w4.lora import adapt
-
-Report = Callable[..., None]  # (done, in all, note)
+from engine.progress import Report
 
 
 def qlora(
@@ -50,7 +47,7 @@ def qlora(
 
     if backend is None and torch.device(device).type == "cpu":
         backend = "dense"  # as fast as our kernel in float32, 2.4 times in bfloat16 with AVX-512
-    with _own_randomness():
+    with own_randomness():
         model = adapted_model(open_checkpoint(base), settings, backend)
         standing = teach(model, data, settings.of_qlora, directory, device, report)
     return standing, pairs(model)
@@ -116,17 +113,3 @@ def check_gpu(device: torch.device, precision: str) -> None:
             f"device: qlora trains on the first GPU that it sees, found {device}; choose it by "
             f"CUDA_VISIBLE_DEVICES={device.index}"
         )
-
-
-@contextmanager
-def _own_randomness() -> Iterator[None]:
-    """What is drawn inside, by transformers too, leaves the caller's generators as they were."""
-    import numpy
-
-    held = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
-    finally:
-        random.setstate(held[0])
-        numpy.random.set_state(held[1])

@@ -38,7 +38,7 @@ class Settings:
     batch_tokens: int = 2048  # tokens a step, in whole windows
     top: int = 64  # teacher's logits kept a position
     check_every: int = 20  # steps between two checks, each of which is saved
-    patience: int = 5  # checks without improvement
+    patience: int = 5  # checks without improvement, after which distil stops
     rank: int = 16  # of LoRA
     warm_up: float = 0.1  # share of the run
     clip: float = 1.0  # norm of the gradient
@@ -68,22 +68,24 @@ class Settings:
         if self.own and self.window < 4:  # half of one holds a beginning and what follows
             raise InputError(f"own: expected windows of at least 4 tokens, found {self.window}")
         if self.own and (self.methods[-1] != "distil" or self.train == "scales"):
-            raise InputError("own: text that the healed model writes is for distil of weights")
+            raise InputError(
+                "own: needs distil as the last method, and weights to train, not scales"
+            )
         if self.written and not self.trained:
-            raise InputError("self: text that the teacher writes is for distil and qlora to learn")
+            raise InputError("self: needs distil or qlora among the methods")
         if not 0 <= self.residual < float("inf"):
             raise InputError(f"residual: expected a weight of at least 0, found {self.residual}")
         if self.residual and self.methods[-1] != "distil":
-            raise InputError("residual: what the teacher's layers give is for distil to learn")
+            raise InputError("residual: needs distil as the last method")
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                said = name.removeprefix("qlora_")
+                said = name.removeprefix("qlora_").replace("_", "-")
                 wanted = "a finite number" if value == float("inf") else "more than 0"
                 raise InputError(f"{said}: expected {wanted}, found {value}")
         for name, most in _MOST.items():
             if (getattr(self, name) or 0) > most:
-                said = "self" if name == "written" else name
+                said = "self" if name == "written" else name.replace("_", "-")
                 raise InputError(f"{said}: expected at most {most}, found {getattr(self, name)}")
         if self.window < 2:
             raise InputError(f"window: expected at least 2 tokens, found {self.window}")
@@ -91,8 +93,7 @@ class Settings:
             raise InputError(f"{self.trained[0]}: expected --minutes or --steps, found neither")
         if self.adapter and self.methods[-1] != "qlora":
             raise InputError(
-                "adapter: stays beside its base where qlora is the last method, found "
-                + ",".join(self.methods)
+                f"adapter: needs qlora as the last method, found {','.join(self.methods)}"
             )
 
     def on(self, device: "torch.device | str") -> "Settings":
@@ -155,7 +156,7 @@ def check_model(settings: Settings, config: ModelConfig, has_teacher: bool) -> N
             f"rank: expected up to the model's width of {config.hidden_size}, found {settings.rank}"
         )
     if settings.train == "scales" and settings.methods != ("distil",):
-        raise InputError("train scales: is done by distil alone; give --method distil")
+        raise InputError("train scales: needs --method distil alone")
     if settings.train == "scales" and not has_teacher:
         raise InputError("train scales: expected --teacher, the model before it was quantized")
     if has_teacher:
@@ -163,7 +164,9 @@ def check_model(settings: Settings, config: ModelConfig, has_teacher: bool) -> N
         needs = needs or (["--residual"] if settings.residual else [])
         if cuts or needs:
             what = needs[0] if needs else "--drop"
-            raise InputError(f"{what}: numbers the whole model's layers, so it excludes --teacher")
+            raise InputError(
+                f"{what}: its layer numbers are the unpruned model's, so it excludes --teacher"
+            )
         return
     if not cuts and settings.methods != ("qlora",):  # which needs no teacher
         raise InputError("nothing is dropped, so there is nothing to heal; give --plan or --drop")

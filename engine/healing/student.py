@@ -11,6 +11,7 @@ from engine.architecture.families import FAMILIES
 from engine.checkpoint import open_checkpoint
 from engine.checkpoint.adapter import PREFIX
 from engine.errors import InputError
+from engine.healing.randomness import own_randomness
 from engine.healing.settings import Settings, find_cuts
 from engine.kernels.dtypes import dtype_of
 
@@ -164,6 +165,6 @@ def _adapt(model: Any, config: ModelConfig, settings: Settings) -> Any:
         target_modules=targets(config),
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):
+    with own_randomness():
         torch.manual_seed(settings.seed)
         return peft.get_peft_model(model, adapters)

@@ -7,7 +7,6 @@ checkpoint holds weights, moments and the standing, and no state of a generator.
 
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from engine.errors import InputError
 from engine.healing import state
 from engine.healing.data import Data, perplexity
 from engine.healing.distil import LOGITS, extent, rate, share, why_stop
+from engine.healing.randomness import seed_of
 from engine.healing.settings import Settings
+from engine.progress import Report
 
-Report = Callable[..., None]  # (done, in all, note)
 UNENDING = 1 << 30  # steps of a run that the clock ends
 
 
@@ -138,7 +138,7 @@ class Learner(Trainer):
 
     def draw(self) -> None:
         """Seeds the step that comes."""
-        step = self.settings.seed * 1_000_003 + self.standing.step
+        step = seed_of(self.settings.seed, self.standing.step)
         torch.manual_seed(step * 1009 + self.args.process_index)
 
     def judge(self) -> None:
@@ -187,9 +187,8 @@ class Learner(Trainer):
         self.pupil.eval()
         found = perplexity(self._logits, self.data.held_out)
         standing.checked(found)
-        standing.missed += 1
         if found < standing.best or len(standing.checks) == 1:
-            standing.best, standing.best_step, standing.missed = found, standing.step, 0
+            standing.best, standing.best_step = found, standing.step
             if first:
                 state.save(self.best, standing, self.learning)
         standing.seconds = self.earlier + time.monotonic() - self.begun

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
+from engine.healing.randomness import seed_of
 from engine.options import Options
+from engine.progress import Report
 from engine.reference.stream import marked
 
 PROMPT = 16  # tokens
@@ -21,7 +23,6 @@ ROWS = 32  # at once
 SAMPLED = Options(temperature=1.0, min_p=0.02, ignore_eos=True)
 
 Write = Callable[[Sequence[Sequence[int]], Options], Sequence[Sequence[int]]]  # what follows each
-Report = Callable[[int, int], None]  # (tokens done, in all)
 
 
 def prompts(windows: torch.Tensor, count: int, bos: int | None) -> list[list[int]]:
@@ -62,7 +63,7 @@ def written(
     for start in range(0, count, ROWS):
         taken = slice(start, min(start + ROWS, count))
         if not done[taken].all():
-            drawn = replace(options, seed=seed * 1_000_003 + start)
+            drawn = replace(options, seed=seed_of(seed, start))
             for at in _together(given, taken, width, most):
                 begun = [given[i] for i in at]
                 asked = replace(drawn, max_new_tokens=width - min(map(len, begun)))

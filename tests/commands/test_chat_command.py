@@ -13,6 +13,7 @@ from support.fake import FakeRuntime, FakeText
 
 from engine.api import Model
 from engine.commands import chat, common
+from engine.errors import InputError
 
 LETTERS = [chr(ord("a") + i % 26) for i in range(64)]
 
@@ -68,6 +69,15 @@ def test_a_full_context_is_said_and_the_conversation_goes_on(model, monkeypatch)
     assert code == 0 and len(out.splitlines()) == 2
     assert "context" in err and "/reset" in err and err.count("\n") == 1
     assert roles(model.text.asked[2]) == "uau"
+
+
+def test_reset_is_told_where_it_helps(model, monkeypatch):
+    def refuse(messages):
+        raise InputError("no system role")
+
+    model.text.chat = refuse
+    _, _, err = talk(monkeypatch, "a", options=["--new-tokens", 5, "--system", "be brief"])
+    assert err == "engine: no system role\n"
 
 
 def test_an_answer_has_half_of_a_short_context(model, monkeypatch):

@@ -131,6 +131,14 @@ def test_a_licence_is_one_word(licence, model):
             "--license", licence)  # fmt: skip
 
 
+def test_records_write_no_markdown_of_their_own(model, tmp_path):
+    record = judged(tmp_path / "cut.json", 3, 3.0)
+    record.write_text(record.read_text().replace('"model": "cut"', '"model": "a | b\\n\\n# Two"'))
+    code, said, err = call("push", model, REPO, "--card", "--license", "mit", "--record", record)
+    assert code == 0, err
+    assert r"| a \| b # Two | 3 of 4 |" in said and "\n# Two" not in said
+
+
 def test_an_adapter_whose_base_would_not_be_beside_it(model):
     (model / "adapter_config.json").write_text("{}")
     refused("packed: an adapter, whose base the hub would not hold", "push", model, REPO, "--card",

@@ -137,7 +137,7 @@ def test_bandwidths_that_are_none(number):
 
 @pytest.mark.parametrize("given", [["phi-2"], ["--drop", "3"], ["--keep", "3"], ["--plan", "p"]])
 def test_the_paper_is_of_one_model(given):
-    refused("paper: is of llama-2-70b without 39-78", "budget", "--paper", *given)
+    refused("paper: is about llama-2-70b without 39-78", "budget", "--paper", *given)
     assert call("budget", "--paper", "llama-2-70b")[0] == 0
 
 
@@ -148,6 +148,12 @@ def test_weights_of_16_bits_have_no_groups(given):
     assert call("budget", "phi-2", "--bits", 16, "--head", 4, *given)[0] == 0
     assert call("budget", "phi-2", "--bits", 16, *given, "--v", 4)[0] == 0
     assert call("budget", "phi-2", "--bits", 16)[0] == 0
+
+
+@pytest.mark.parametrize("group", [-1, 7, 1_000_000])
+def test_groups_that_no_matrix_has(group):
+    words = f"group: expected one of 0, 16, 32, 64, 128, found {group}"
+    refused(words, "budget", "phi-2", "--group", group)
 
 
 @pytest.mark.parametrize("size", ["8", "GB", "-1GB", "8 parsecs", "1e9GB", ""])

@@ -1,6 +1,7 @@
 """Training of the scales of a packed model: what it wins, what stays, what is refused."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,11 +16,13 @@ from engine.checkpoint import open_checkpoint
 from engine.errors import InputError
 from engine.export.packed import read_shard
 from engine.healing import distil
-from engine.healing.heal import heal
+from engine.healing.data import perplexity
+from engine.healing.heal import _logits, heal
 from engine.healing.settings import Settings
 from engine.kernels.w4.format import Packed
 from engine.quantize.packing import pack
 from engine.quantize.recipe import Recipe
+from engine.reference.decoder import load_decoder
 
 SETTINGS = Settings(
     ("distil",), train="scales", steps=60, lr=2e-3, window=WINDOW, batch_tokens=96, check_every=6,
@@ -122,6 +125,18 @@ def test_a_killed_run_comes_to_the_same_bits(source, rng, tmp_path):
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_before_and_after_are_the_reference_decoders(source, rng, tmp_path):
+    """Whatever the student computes in."""
+    teacher = source("llama")
+    data, pupil = draw(teacher, rng), packed(teacher, tmp_path / "packed")
+    settings = replace(SETTINGS, steps=6, precision="bfloat16")
+    record = heal(pupil, pupil.config, data, tmp_path / "out", settings, teacher=teacher)
+    healed = open_checkpoint(tmp_path / "out")
+    for each, said in ((pupil, record.perplexity_before), (healed, record.perplexity_after)):
+        decoder = load_decoder(each, each.config)
+        assert said == perplexity(partial(_logits, decoder), data.held_out)
+
+
 def test_refusals(source, rng, tmp_path):
     teacher = source("llama", num_hidden_layers=6)
     data, out = draw(teacher, rng), tmp_path / "out"
@@ -129,7 +144,7 @@ def test_refusals(source, rng, tmp_path):
     cut = pupil.config.keep([0, 1, 2, 4, 5])
     for sentence, model, config, options in (
         ("expected --teacher, the model before", pupil, pupil.config, {}),
-        ("--drop: numbers the whole model's", pupil, cut, {"teacher": teacher}),
+        ("--drop: its layer numbers are the unpruned model's", pupil, cut, {"teacher": teacher}),
         ("expected a packed directory", teacher, teacher.config, {"teacher": pupil}),
     ):
         with pytest.raises(InputError, match=sentence):

@@ -134,6 +134,6 @@ def test_a_named_teacher_leaves_no_cut(source, rng, tmp_path):
     config, data = shortened(checkpoint), draw(checkpoint, rng)
     prune(checkpoint, config, tmp_path / "pruned", dtype=torch.float32)
     pupil = open_checkpoint(tmp_path / "pruned")
-    with pytest.raises(InputError, match="--residual: numbers the whole model's layers"):
+    with pytest.raises(InputError, match="--residual: its layer numbers are the unpruned"):
         heal(pupil, pupil.config, data, tmp_path / "out", SETTINGS, teacher=checkpoint)
     assert logits(pupil, pupil.config, data.held_out).isfinite().all()

@@ -26,9 +26,9 @@ runtime
 generation
 evaluate prompts
 api
-benchmark report lm_eval
+benchmark report
 commands
-run
+run lm_eval
 cli
 __main__
 __init__

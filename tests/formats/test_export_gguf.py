@@ -2,6 +2,7 @@
 them, tokenizers by their ids; what GGUF has no word for is refused."""
 
 import unicodedata
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -143,6 +144,28 @@ def test_every_family_as_its_converter_has_it(case, tmp_path, rng):
     again = open_checkpoint(out)
     ids = torch.randint(3, VOCAB, (2, 40), generator=rng)
     torch.testing.assert_close(logits(checkpoint, ids), logits(again, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_yarn_is_told_by_the_keys_that_llama_cpp_reads(tmp_path):
+    """It multiplies its own factor by `attn_factor`; betas it takes as 32 and 1."""
+    betas = {"beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 1.7}
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+    rope["original_max_position_embeddings"] = 64
+    for name, more in (("usual", {}), ("betas", betas)):
+        tiny.write("llama", tmp_path / name, 1, vocab_size=VOCAB, rope_parameters=rope | more)
+        save_tokenizer(tmp_path / name)
+    usual, other = (open_checkpoint(tmp_path / name) for name in ("usual", "betas"))
+    export(usual, usual.config, tmp_path / "usual.gguf", "gguf")
+    with pytest.warns(UserWarning, match="llama.cpp reads no beta_fast and beta_slow for llama"):
+        export(other, other.config, tmp_path / "betas.gguf", "gguf")
+    again, told = (open_checkpoint(tmp_path / f"{name}.gguf") for name in ("usual", "betas"))
+    assert "llama.rope.scaling.attn_factor" not in again.file.metadata
+    factor = told.file.metadata["llama.rope.scaling.attn_factor"]
+    assert factor == pytest.approx(1.7 / usual.config.layers[0].rope.attention_factor)
+    for ours, theirs in ((usual, again), (other, told)):
+        rope, said = ours.config.layers[0].rope, theirs.config.layers[0].rope
+        assert said.attention_factor == pytest.approx(rope.attention_factor)
+        assert replace(said, attention_factor=rope.attention_factor) == rope
 
 
 @pytest.mark.parametrize("case", ["gemma3", "qwen3"])

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from support import tiny, vocabularies
 from support.close import assert_close
 from support.exported import WIDE, logits, packed_model, write_awq
+from torch.nn.functional import cross_entropy
 
 from engine.api import Model
 from engine.benchmark.peers.process import Peer, PeerMissing, work_of
@@ -81,6 +82,27 @@ def test_llama_cpp_gives_our_perplexity(name, bound, exported, peer_python):
     ours = evaluate(model.runtime, model.text, heldout_text(), **options).perplexity
     print(f"ours {ours:.4f}, llama.cpp's {math.exp(nll):.4f}")
     assert abs(math.exp(nll) / ours - 1) < bound
+
+
+# Whose rotary embeddings have settings of their own.
+ROTATED = ("llama", "llama-linear", "llama-llama3-odd", "llama-yarn", "llama-yarn-factor", "qwen3",
+           "phi3-longrope-factor", "olmo2", "smollm3")  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:llama.cpp has no windows")
+@pytest.mark.parametrize("case", ROTATED)
+@torch.no_grad()
+def test_llama_cpp_rotates_as_we_do(case, default_model, peer_python, rng, tmp_path):
+    load_text(default_model).to_transformers().save_pretrained(tmp_path / "hf")
+    seed = int(torch.randint(2**31, (1,), generator=rng))
+    tiny.write(case, tmp_path / "hf", seed, vocab_size=49152)
+    source, ids = open_checkpoint(tmp_path / "hf"), torch.randint(3, 49152, (200,), generator=rng)
+    export(source, source.config, tmp_path / "out.gguf", "gguf")
+    with llama(opened(tmp_path / "out.gguf"), peer_python("llama.cpp")) as peer:
+        theirs = peer.nll(ids.tolist())
+    ours = cross_entropy(logits(source, ids[None])[0, :-1], ids[1:], reduction="sum").item()
+    print(f"ours {ours:.4f}, llama.cpp's {theirs:.4f} nats")
+    assert abs(theirs - ours) < 0.25  # its cache has 16 bits; another attention factor: 8 nats
 
 
 def test_llama_cpp_gives_our_tokens(exported, peer_python, rng):
