@@ -191,7 +191,8 @@ def write(
         "",
         f"`{given.model}` with the matrices of its layers in float32 quantized anew; embedding, "
         f"head and norms are the source's. Perplexity and KL to the source, in nats, on "
-        f"`engine/data/heldout.txt`: {own.windows} windows of {own.window} tokens without BOS, "
+        f"`engine/data/heldout.txt`: {own.windows} windows of {own.window} tokens "
+        f"{'with' if own.bos else 'without'} BOS, "
         f"{given.dtype}. GPTQ is calibrated on {len(samples)} samples of {len(samples[0])} "
         f"tokens of {Path(given.text).name if given.text else 'the built-in text'}. CPU seconds "
         "of all threads together, reading and writing included, on "

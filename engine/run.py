@@ -32,9 +32,9 @@ from engine.commands.common import (
     Verbose,
     as_options,
     check_writable,
+    dropped,
     hand_out,
     open_model,
-    planned,
 )
 from engine.errors import InputError
 
@@ -190,7 +190,7 @@ def run(
     )
     if prompt_file is not None:
         prompt = read_text_file(prompt_file)
-    layers = drop if plan is None else planned(plan, drop, keep)
+    layers = dropped(plan, drop, keep)
     opened, load_ms = open_model(
         model, threads, drop=layers, keep=keep, backend=backend, dtype=dtype,
         cache_dtype=cache_dtype, isa=isa,

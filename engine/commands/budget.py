@@ -99,11 +99,11 @@ def kept_config(
     """The layers that a plan, --drop or --keep leave; a plan of another shape is refused."""
     from engine.architecture.layers import kept_layers
 
-    if plan is None:
-        return config.keep(kept_layers(config.total_layers, drop, keep))
-    made = common.planned(plan, drop, keep)
-    made.check(config.architecture_hash, config.total_layers, model)
-    return config.keep(made.keep)
+    chosen = common.dropped(plan, drop, keep)
+    if chosen is None or isinstance(chosen, str):
+        return config.keep(kept_layers(config.total_layers, chosen, keep))
+    chosen.check(config.architecture_hash, config.total_layers, model)
+    return config.keep(chosen.keep)
 
 
 def read_model(ref: str) -> "tuple[ModelConfig, dict[str, int] | None]":

@@ -56,7 +56,7 @@ def chat(
         "seed": seed,
     }
     common.as_options(**asked)  # refused before anything is opened
-    chosen = drop if plan is None else common.planned(plan, drop, keep)
+    chosen = common.dropped(plan, drop, keep)
     opened, _ = common.open_model(
         model, threads, drop=chosen, keep=keep, backend=backend, dtype=dtype
     )

@@ -106,13 +106,15 @@ def hand_out(record: "Artifact", file: Path | None, show: Callable[[], None]) ->
             record.save(file)
 
 
-def planned(path: Path, drop: str | None, keep: str | None) -> "Plan":
-    """The Plan in a file, where neither --drop nor --keep is given."""
+def dropped(plan: Path | None, drop: str | None, keep: str | None = None) -> "Plan | str | None":
+    """What goes: the Plan in a file or, where none is named, `drop`; InputError for both."""
+    if plan is None:
+        return drop
     from engine.artifacts import Plan
 
     if drop is not None or keep is not None:
         raise InputError("--plan excludes --drop and --keep")
-    return Plan.load(path)
+    return Plan.load(plan)
 
 
 def as_options(**given: Any) -> "Options":

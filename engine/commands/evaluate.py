@@ -87,12 +87,12 @@ def evaluate(
     if not health and (prompts is not None or new_tokens is not None):
         raise InputError("--prompts and --new-tokens are of --health, which is not asked for")
     contents = read_texts(text or [])
-    chosen = None if plan is None else common.planned(plan, drop, keep)
+    chosen = common.dropped(plan, drop, keep)
     from engine.text.questions import read_questions
 
     questions = () if choices is None else tuple(read_questions(choices))
     options = {"backend": backend, "dtype": dtype}
-    opened, _ = common.open_model(model, threads, drop=chosen or drop, keep=keep, **options)
+    opened, _ = common.open_model(model, threads, drop=chosen, keep=keep, **options)
     second = common.open_model(against, threads, **options)[0] if against else None
     from engine.evaluate import Asked, judge
     from engine.evaluate import health as generation
@@ -108,7 +108,7 @@ def evaluate(
             opened.text,
             asked,
             name=model,
-            rule=None if chosen is None else chosen.rule,
+            rule=None if chosen is None or isinstance(chosen, str) else chosen.rule,
             second=None if second is None else second.runtime,
             against=against,
             progress=output.progress,

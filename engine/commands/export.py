@@ -19,7 +19,7 @@ def export(
             "or hf, 16 bits.",
         ),
     ],
-    plan_path: common.PlanFile = None,
+    plan: common.PlanFile = None,
     drop: common.Drop = None,
     keep: common.Keep = None,
     dtype: Annotated[
@@ -32,7 +32,7 @@ def export(
     from engine.runtime import check_backend
 
     check_backend(None, dtype)
-    chosen = drop if plan_path is None else common.planned(plan_path, drop, keep)
+    chosen = common.dropped(plan, drop, keep)
     _, checkpoint = common.open_checkpoint(model)
     config = choose_layers(checkpoint, chosen, keep)
     from engine.export.formats import export as write

@@ -226,7 +226,7 @@ def heal(
     check_column([*(text or []), *([held_out] if held_out else [])], column)
     if cache is not None:
         check_cache(cache)
-    chosen = drop if plan is None else common.planned(plan, drop, None)
+    chosen = common.dropped(plan, drop)
     path, checkpoint = common.open_checkpoint(model)
     config = choose_layers(checkpoint, chosen)
     if "qlora" in methods:

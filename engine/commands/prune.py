@@ -11,7 +11,7 @@ from engine.commands import common, output
 def prune(
     model: common.ModelArgument,
     out: Annotated[Path, typer.Argument(help="A new directory; a new .gguf file of a GGUF.")],
-    plan_path: common.PlanFile = None,
+    plan: common.PlanFile = None,
     drop: common.Drop = None,
     keep: common.Keep = None,
     dtype: Annotated[
@@ -26,7 +26,7 @@ def prune(
     from engine.runtime import check_backend
 
     check_backend(None, dtype)
-    chosen = drop if plan_path is None else common.planned(plan_path, drop, keep)
+    chosen = common.dropped(plan, drop, keep)
     _, checkpoint = common.open_checkpoint(model)
     config = choose_layers(checkpoint, chosen, keep)
     from engine.export.formats import prune as write

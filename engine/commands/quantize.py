@@ -106,10 +106,10 @@ def quantize(
     from engine.text import load_text, mixed_text
     from engine.text.samples import COLUMN, check_column, read_samples
 
-    given = None if plan is None else common.planned(plan, drop, keep)
+    chosen = common.dropped(plan, drop, keep)
     recipe = as_recipe(asked)  # refused before anything is downloaded
     path, checkpoint = common.open_checkpoint(model)
-    config = choose_layers(checkpoint, drop if given is None else given, keep)
+    config = choose_layers(checkpoint, chosen, keep)
     from engine.checkpoint.weights import is_quantized
     from engine.quantize.packing import pack, plan_of
 
@@ -141,7 +141,7 @@ def quantize(
             out,
             recipe,
             tokens,
-            plan=plan_of(checkpoint, config, model, given),
+            plan=plan_of(checkpoint, config, model, None if isinstance(chosen, str) else chosen),
             progress=progress,
         )
     show(entries)
