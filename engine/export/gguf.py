@@ -31,6 +31,7 @@ from engine.text import load_text
 from engine.text.to_gguf import to_gguf
 
 _OUTER = {"embedding": EMBEDDING, "norm": FINAL_NORM, "head": HEAD}
+_PHI3_TOKENS = {"<unk>", "<s>", "</s>", "<|endoftext|>"}  # that llama.cpp asks of one by that name
 _PADDED = ("embedding", "head")  # roles with a row a token
 _TYPE_OF = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # general.file_type by the type that most matrices have; a mixture is called by that too.
@@ -68,7 +69,7 @@ class Gguf:
         general = {
             "general.architecture": name,
             "general.type": "model",
-            "general.name": self.checkpoint.path.name.removesuffix(".gguf"),
+            "general.name": self._named(tokenizer),
             "general.file_type": _FILE_TYPES[kinds.most_common(1)[0][0]],
             "general.quantization_version": 2,
         }
@@ -142,6 +143,15 @@ class Gguf:
             return f"{_OUTER[role]}.{suffix}"
         return f"blk.{item.slot}.{LAYER_NAMES[role]}.{suffix}"
 
+    def _named(self, tokenizer: dict[str, Value]) -> str:
+        """llama.cpp knows Phi-3's tags, behind which white space is left out, by this name."""
+        name = self.checkpoint.path.name.removesuffix(".gguf")
+        if architecture(self.config) != "phi3" or "phi3" in name.lower().replace("-", ""):
+            return name
+        tagged = tokenizer["tokenizer.ggml.model"].value == "llama"  # Phi-4's are not
+        tagged &= _PHI3_TOKENS.issubset(tokenizer["tokenizer.ggml.tokens"].value)
+        return f"Phi-3 {name}" if tagged else name
+
     def _tokenizer(self) -> dict[str, Value]:
         """Of a GGUF as it is, of a directory as its tokenizer does."""
         if isinstance(self.checkpoint, GgufCheckpoint):
@@ -156,6 +166,6 @@ class Gguf:
             trimmed = max(text.tokenizer.get_vocab().values()) + 1
             rows = self.config.vocab_size
             size = min(trimmed, rows) if self.config.family == "gemma3" else rows
-            return typed_fields(to_gguf(text, size))
+            return typed_fields(to_gguf(text, size, architecture(self.config)))
         except InputError as error:
             raise Unsayable(str(error)) from None

@@ -17,6 +17,7 @@ from typing import Any
 
 from engine.errors import InputError
 
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 SECONDS = 15.0  # by the clock, where the helper gets less of a processor than its own limit is of
 
 
@@ -40,7 +41,15 @@ def _check(messages: Any) -> list[dict]:
                 f"message {index}: expected a string or a list of parts under 'content',"
                 f" found {message['content']!r}"
             )
-    return [{key: x for key, x in message.items() if x is not None} for message in plain]
+    return [_reasoned({key: x for key, x in one.items() if x is not None}) for one in plain]
+
+
+def _reasoned(message: dict[str, Any]) -> dict[str, Any]:
+    """What a model thought goes by several names, of which a template reads one."""
+    found = next((message[name] for name in _REASONING if name in message), None)
+    if found is None:
+        return message
+    return {"thinking": found, **message, "reasoning_content": found}
 
 
 class _Helper:
@@ -96,19 +105,22 @@ class _Helper:
         """None where the answer does not come in time, or the process ends."""
         assert process.stdin is not None and process.stdout is not None
         until, answer = time.monotonic() + SECONDS, bytearray()
-        os.set_blocking(process.stdin.fileno(), False)
+        reads, writes = process.stdout.fileno(), process.stdin.fileno()
+        os.set_blocking(writes, False)
         left = memoryview(line)
+        waiting = select.poll()  # whatever numbers the files have; select() takes some below 1,024
+        waiting.register(reads, select.POLLIN)
+        waiting.register(writes, select.POLLOUT)
         while not answer.endswith(b"\n"):
-            writing = [process.stdin] if left else []
-            reads, writes, _ = select.select(
-                [process.stdout], writing, [], max(0.0, until - time.monotonic())
-            )
-            if not reads and not writes:
+            ready = dict(waiting.poll(1000 * max(0.0, until - time.monotonic())))
+            if not ready:
                 return None
-            if writes:
-                left = left[os.write(process.stdin.fileno(), left[: 1 << 16]) :]
-            if reads:
-                part = os.read(process.stdout.fileno(), 1 << 20)
+            if writes in ready:
+                left = left[os.write(writes, left[: 1 << 16]) :]
+                if not left:
+                    waiting.unregister(writes)
+            if reads in ready:
+                part = os.read(reads, 1 << 20)
                 if not part:
                     return None
                 answer += part

@@ -62,7 +62,8 @@ SPLITS = {
     "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2": Split(
         (_LLAMA3,), ignore_merges=True, add_bos=True
     ),
-    "dbrx smaug-bpe glm4 chatglm-bpe": Split((_LLAMA3,)),
+    "glm4": Split((_LLAMA3,), ignore_merges=True),
+    "dbrx smaug-bpe chatglm-bpe": Split((_LLAMA3,)),
     "qwen2 deepseek-r1-qwen stablelm2 megrez hunyuan kormo f2llmv2 grok-2 solar-open": Split(
         (_QWEN2,)
     ),

@@ -28,7 +28,8 @@ class Spelling:
     strip: str = ""  # the text loses this character at its start ...
     strip_count: int = 0  # ... this many times at most
 
-    def bytes(self, token: str, first: bool) -> bytes:
+    def bytes(self, token: str, first: bool, added: bool) -> bytes:
+        """`added`: one that is matched in the text as it stands, and so is no bytes' letters."""
         if first and self.bare:
             token = token.replace(self.bare, "")
         for old, new in self.replaced:
@@ -38,11 +39,11 @@ class Spelling:
                 return bytes.fromhex(token[3:5])
             except ValueError:
                 pass  # a token that only looks like a byte
-        if self.byte_level:
+        if self.byte_level and not added:
             try:
                 return bytes(map(BYTE_OF.__getitem__, token))
             except KeyError:
-                pass  # an added token, stored as plain text
+                pass  # of no byte-level vocabulary
         return (self.between + token).encode()
 
 
@@ -87,13 +88,16 @@ class Pieces:
         self.spelling = read_spelling(tokenizer, where)
         added = tokenizer.get_added_tokens_decoder()
         self.special = frozenset(i for i, token in added.items() if token.special)
+        self._added = frozenset(added)
         self._token = tokenizer.id_to_token
         self.whole: dict[int, str] = {}  # text behind complete characters, as far as met
 
     def bytes(self, token_id: int, first: bool) -> bytes | None:
         """None for an id without a token, which embeddings padded to a round size have."""
         token = self._token(token_id)
-        return None if token is None else self.spelling.bytes(token, first)
+        if token is None:
+            return None
+        return self.spelling.bytes(token, first, token_id in self._added)
 
 
 class PieceStream:

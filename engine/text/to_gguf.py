@@ -13,6 +13,7 @@ from typing import Any
 
 from tokenizers.pre_tokenizers import PreTokenizer
 
+from engine.checkpoint.gguf_names import END_TOKENS
 from engine.errors import InputError
 from engine.text import spm
 from engine.text.gguf import SPLITS, text_from_gguf
@@ -34,12 +35,14 @@ PROBES = (
 )
 
 
-def to_gguf(text: Text, size: int) -> dict[str, Any]:
+def to_gguf(text: Text, size: int, architecture: str = "") -> dict[str, Any]:
     """The `tokenizer.*` entries for a vocabulary of `size` ids; ids without a token are padding.
+    `architecture` is the GGUF's: a reader takes the white space behind Phi-3's tags along.
 
     Added tokens behind them, which no embedding is for, are left out, as by llama.cpp's converter.
-    InputError where GGUF has no name for what the tokenizer does. NFC, which it has no word for, is
-    left out with a warning, as by llama.cpp's converter (Qwen): composed text is read alike.
+    InputError where GGUF has no name for what the tokenizer does. What it has no word for is left
+    out with a warning: NFC, as by llama.cpp's converter (Qwen), so that composed text alone is read
+    alike, and what becomes of white space at the start of a text and around added tokens.
     """
     # First: as JSON a tokenizer is as long as its largest id.
     most = max(text.tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
@@ -48,23 +51,44 @@ def to_gguf(text: Text, size: int) -> dict[str, Any]:
     described = json.loads(text.tokenizer.to_str())
     composes = (described["normalizer"] or {}).get("type") == "NFC"
     probes = [unicodedata.normalize("NFC", probe) if composes else probe for probe in PROBES]
+    ends, reason = _ends(text, size), "cuts texts in another way"
     for fields in _kinds(described, text):
-        fields |= _vocabulary(described, text, size, fields) | _ends(text)
+        fields |= _vocabulary(described, text, size, fields) | ends
         if text.chat_template is not None:
             fields["tokenizer.chat_template"] = text.chat_template
         try:
-            read = text_from_gguf(fields, text.where)
-        except InputError:
+            read = text_from_gguf(fields | {"general.architecture": architecture}, text.where)
+        except InputError as error:
+            reason = f"cannot be read back: {error}"
             continue
         if all(read.encode(probe) == text.encode(probe) for probe in probes):
-            if composes:
-                lost = "GGUF has no word for the tokenizer's NFC: decomposed text is read otherwise"
-                warnings.warn(f"{text.where}: {lost}", stacklevel=2)
+            _tell_what_is_lost(text, read, size, composes)
             return fields
     raise InputError(
-        f"{text.where}: expected a tokenizer that GGUF has a name for, found one that cuts texts "
-        "in another way"
+        f"{text.where}: expected a tokenizer that GGUF has a name for, found one that {reason}"
     )
+
+
+def _tell_what_is_lost(text: Text, read: Text, size: int, composes: bool) -> None:
+    """Warnings of what the file reads otherwise: `read` is its tokenizer."""
+    lost = []
+    if composes:
+        lost.append("NFC: decomposed text is read otherwise")
+    spaces = next((x for x in (" a", "  a") if read.encode(x) != text.encode(x)), None)
+    if spaces is not None:
+        lost.append(f"rule for white space at the start: {spaces!r} is read otherwise")
+    added = text.tokenizer.get_added_tokens_decoder().items()
+    for token in (token.content for index, token in added if index < size):
+        around = (f"a{token} b", f"a {token}b", f"a{token}b", f"{token}\nb")
+        other = next((x for x in around if read.encode(x) != text.encode(x)), None)
+        if other is not None:
+            lost.append(f"rule for text around added tokens: {other!r} is read otherwise")
+            break
+    if set(text.eos_ids) - set(read.eos_ids):
+        missing = sorted(set(text.eos_ids) - set(read.eos_ids))
+        lost.append(f"third end of a text: it does not stop at the tokens {missing}")
+    for each in lost:
+        warnings.warn(f"{text.where}: GGUF has no word for the tokenizer's {each}", stacklevel=3)
 
 
 def _kinds(described: dict[str, Any], text: Text) -> Iterator[dict[str, Any]]:
@@ -109,7 +133,9 @@ def _vocabulary(
         if index >= size:
             continue
         types[index] = spm.CONTROL if added["special"] else spm.USER_DEFINED
-        tokens[index] = plain if added["special"] else plain.replace(_SENTENCEPIECE_SPACE, " ")
+        # sentencepiece's mark stands for a space; a byte-level vocabulary means it as it is.
+        whole = added["special"] or byte_level
+        tokens[index] = plain if whole else plain.replace(_SENTENCEPIECE_SPACE, " ")
     unknown = text.tokenizer.token_to_id(model.get("unk_token") or "")
     if unknown is not None and not byte_level:
         types[unknown] = spm.UNKNOWN
@@ -118,6 +144,8 @@ def _vocabulary(
         "tokenizer.ggml.tokens": [tokens.get(index, f"[PAD{index}]") for index in range(size)],
         "tokenizer.ggml.token_type": [types.get(index, spm.UNUSED) for index in range(size)],
     }
+    if not merges:
+        raise InputError(f"{text.where}: llama.cpp opens no BPE without merges, and this has none")
     if byte_level:
         return fields | {"tokenizer.ggml.merges": [" ".join(merge) for merge in merges]}
     # sentencepiece joins what gives the best score: here, the merge that comes first.
@@ -128,13 +156,20 @@ def _vocabulary(
     return fields | {"tokenizer.ggml.scores": scores}
 
 
-def _ends(text: Text) -> dict[str, Any]:
-    """The special tokens by name, and which of them go around a text."""
+def _ends(text: Text, size: int) -> dict[str, Any]:
+    """The special tokens by name, those that end a text, and which of them go around one."""
     fields: dict[str, Any] = {}
     for name, key in _NAMES.items():
         index = text.tokenizer.token_to_id(text.special.get(name, ""))
-        if index is not None:
+        if index is not None and index < size:
             fields[f"tokenizer.ggml.{key}_token_id"] = index
+    known = {
+        fields.get("tokenizer.ggml.eos_token_id"),
+        *map(text.tokenizer.token_to_id, END_TOKENS),
+    }
+    others = [index for index in text.eos_ids if index < size and index not in known]
+    for key, index in zip(("eot", "eom"), others, strict=False):
+        fields[f"tokenizer.ggml.{key}_token_id"] = index
     bare, around = text.encode("a", add_special=False), text.encode("a")
     fields["tokenizer.ggml.add_bos_token"] = around[:1] != bare[:1]
     fields["tokenizer.ggml.add_eos_token"] = around[-1:] != bare[-1:]

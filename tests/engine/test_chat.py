@@ -1,6 +1,9 @@
 """Chat templates render as in transformers; bad messages and bad templates are one sentence."""
 
 import json
+import resource
+import subprocess
+import sys
 
 import pytest
 from support.vocabularies import SPECIAL, byte_level
@@ -54,6 +57,31 @@ def test_equals_transformers(name):
     expected = other.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
     assert text.chat(CHAT) == expected
     assert expected
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_what_a_model_thought_is_read_by_any_name(name):
+    """As by transformers since 5.23."""
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", name: "why"}]
+    text = text_with("{{ messages[1].reasoning_content }} {{ messages[1].thinking }}")
+    assert text.render(said) == "why why"
+
+
+MANY_FILES = """
+import os, resource
+from engine.text.chat import render
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(2048, hard), hard))
+held = [os.dup(0) for _ in range(1100)]
+print(render("{{ messages[0].content }}", [{"role": "user", "content": "heard"}], {}, "here"))
+"""
+
+
+def test_a_process_with_many_open_files():
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 1200:
+        pytest.skip("this system allows a process fewer open files")
+    done = subprocess.run([sys.executable, "-c", MANY_FILES], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("heard\n", "")
 
 
 def test_templates_of_a_directory(tmp_path):

@@ -101,6 +101,14 @@ def test_emoji_arrives_with_its_last_byte():
     assert stream(texts()["llama"], [*ids[:2], 261]) == ["", "", "�the", ""]
 
 
+def test_added_tokens_are_text():
+    """Not letters of GPT-2's alphabet, in which "ü" is a byte (a token of deepseek-coder)."""
+    tokenizer = byte_level(size=300)
+    tokenizer.add_tokens([AddedToken("ü", normalized=False)])
+    text = Text(tokenizer, "toy")
+    assert text.decode(text.encode("für ü")) == "für ü"
+
+
 def test_spaces():
     llama, gemma = texts()["llama"], texts()["gemma"]
     the, space = 256 + WORDS.index("▁the"), 256 + WORDS.index("▁")

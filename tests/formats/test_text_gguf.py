@@ -83,13 +83,14 @@ def test_gguf_takes_whole_words_and_adds_bos():
     """llama-bpe: a word that is a token skips the merges; BOS unless the file says no."""
     tokenizer = byte_level()
     extra = [*gguf_of_bpe(tokenizer, "llama-bpe")["tokenizer.ggml.tokens"], "Ġqzxj"]
-    for pre, expected in (("llama-bpe", [700]), ("smaug-bpe", None)):
+    for pre, expected in (("llama-bpe", [700]), ("glm4", [700]), ("smaug-bpe", None)):
         metadata = gguf_of_bpe(
             tokenizer, pre, tokens=extra, token_type=[1] * len(extra), add_bos_token=None
         )
         text = text_from_gguf(metadata, "test.gguf")
         ids = text.encode(" qzxj")
-        assert (ids == [1, *expected]) if expected else len(ids) > 2 and ids[0] != 1
+        begun = [1] if pre == "llama-bpe" else []
+        assert (ids == [*begun, *expected]) if expected else len(ids) > 2 and ids[0] != 1
     metadata["tokenizer.ggml.add_eos_token"] = True
     assert text_from_gguf(metadata, "test.gguf").encode("")[-1] == 2
 

@@ -1,0 +1,148 @@
+"""What a tokenizer loses on its way into a GGUF is said, and what it need not lose stays."""
+
+import json
+import warnings
+
+import pytest
+from support import tiny
+from support.vocabularies import SPECIAL, byte_level
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+)
+
+from engine.checkpoint import open_checkpoint
+from engine.errors import InputError
+from engine.export.formats import export
+from engine.text import Text, load_text
+from engine.text.gguf import text_from_gguf
+from engine.text.to_gguf import to_gguf
+
+ENDS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def opened(tokenizer: Tokenizer, path, named=ENDS, **generation) -> Text:
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps(named))
+    (path / "generation_config.json").write_text(json.dumps(generation))
+    return load_text(path)
+
+
+def pieces(*added: AddedToken, scheme: str = "", greedy: bool = False) -> Tokenizer:
+    """Like sentencepiece's: "▁" for a space, by Metaspace's `scheme` or before every text.
+
+    `greedy`: </s> and <|user|> take the white space behind them along, as Phi-3's.
+    """
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    if scheme:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    else:
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1),
+        ]
+    )
+    alphabet = [*"▁abcdefgh", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens = [*SPECIAL, *alphabet, "▁a", "ab", "▁▁", "cd"]
+    tokenizer.model = models.BPE(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=[("▁", "a"), ("a", "b"), ("▁", "▁"), ("c", "d")],
+        unk_token="<unk>", fuse_unk=True, byte_fallback=True,
+    )  # fmt: skip
+    tags = [AddedToken(x, rstrip=greedy and i > 1, normalized=False) for i, x in enumerate(SPECIAL)]
+    tokenizer.add_special_tokens(tags)
+    tokenizer.add_tokens(list(added))
+    return tokenizer
+
+
+def silently(text: Text, size: int, architecture: str = "") -> tuple[dict, Text]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fields = to_gguf(text, size, architecture)
+    return fields, text_from_gguf(fields | {"general.architecture": architecture}, "again")
+
+
+def test_a_mark_in_an_added_token_of_bytes_stays(tmp_path):
+    """DeepSeek's, that stand around a hole to be filled."""
+    hole = "<｜fim▁hole｜>"
+    tokenizer = byte_level()
+    tokenizer.add_tokens([AddedToken(hole, normalized=False, special=False)])
+    text = opened(tokenizer, tmp_path)
+    fields, again = silently(text, 701)
+    assert fields["tokenizer.ggml.tokens"][700] == hole
+    assert again.encode(f"a{hole}b") == text.encode(f"a{hole}b")
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_white_space_at_the_start_of_a_text(scheme, tmp_path):
+    text = opened(pieces(scheme=scheme), tmp_path)
+    with pytest.warns(UserWarning, match="no word for the tokenizer's rule for white space at the"):
+        to_gguf(text, text.vocab_size)
+    silently(opened(pieces(), tmp_path), text.vocab_size)
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_white_space_and_words_around_added_tokens(flag, tmp_path):
+    text = opened(pieces(AddedToken("<x>", normalized=False, **{flag: True})), tmp_path)
+    with pytest.warns(UserWarning, match="rule for text around added tokens: '.*<x>"):
+        to_gguf(text, text.vocab_size)
+
+
+def test_tags_of_phi3_take_white_space_along(tmp_path):
+    """Readers know it of all its tags, by the architecture or the name of the model."""
+    text = opened(pieces(greedy=True), tmp_path)
+    silently(text, text.vocab_size, "phi3")
+    with pytest.warns(UserWarning, match="rule for text around added tokens: 'a</s>"):
+        to_gguf(text, text.vocab_size)
+
+
+@pytest.mark.filterwarnings("ignore:llama.cpp has no windows")
+def test_a_phi3_is_named_so(tmp_path):
+    """By which llama.cpp knows its tags, where it has those that it asks of one."""
+    for end, named in (("<|endoftext|>", "Phi-3 hf"), ("<|finish|>", "hf")):
+        tokenizer = pieces(AddedToken(end, normalized=False), greedy=True)
+        directory = tmp_path / end / "hf"
+        tiny.write("phi3", directory, 1, vocab_size=tokenizer.get_vocab_size())
+        opened(tokenizer, directory)
+        source, out = open_checkpoint(directory), tmp_path / end / "out.gguf"
+        export(source, source.config, out, "gguf")
+        assert open_checkpoint(out).file.metadata["general.name"] == named
+
+
+@pytest.mark.parametrize("ends", [[2], [2, 3], [3, 2, 9], [2, 3, 9, 11]])
+def test_several_ends_of_a_text(ends, tmp_path):
+    text = opened(byte_level(), tmp_path, eos_token_id=ends)
+    assert text.eos_ids == tuple(sorted(ends))
+    if len(ends) < 4:
+        assert silently(text, 700)[1].eos_ids == text.eos_ids
+        return
+    with pytest.warns(UserWarning, match=r"it does not stop at the tokens \[11\]"):
+        to_gguf(text, 700)
+
+
+def test_a_named_token_without_an_embedding_is_left_out(tmp_path):
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["[PAD]"])
+    text = opened(tokenizer, tmp_path, ENDS | {"pad_token": "[PAD]"})
+    fields, _ = silently(text, 700)
+    assert "tokenizer.ggml.padding_token_id" not in fields
+    assert silently(text, 701)[0]["tokenizer.ggml.padding_token_id"] == 700
+
+
+def test_a_vocabulary_without_merges_is_refused(tmp_path):
+    tokenizer = byte_level()
+    described = json.loads(tokenizer.to_str())
+    described["model"]["merges"] = []
+    text = opened(Tokenizer.from_str(json.dumps(described)), tmp_path)
+    with pytest.raises(InputError, match="llama.cpp opens no BPE without merges"):
+        to_gguf(text, 700)
