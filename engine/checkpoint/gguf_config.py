@@ -203,7 +203,7 @@ def _yarn(fields: "_Fields", factor: float) -> dict[str, Any]:
     if fields.get("rope.scaling.attn_factor") is not None:
         times = fields.number("rope.scaling.attn_factor")
         scaling["attention_factor"] = times * yarn_attention(factor)
-    elif fields.get("rope.scaling.yarn_attn_factor") is not None:  # llama.cpp's converter, of 2025
+    elif fields.get("rope.scaling.yarn_attn_factor") is not None:  # its converter's
         scaling["attention_factor"] = fields.number("rope.scaling.yarn_attn_factor")
     return scaling
 
