@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from engine.architecture.config import ModelConfig
     from engine.checkpoint import Checkpoint
-    from engine.healing.heal import Spoken
+    from engine.healing.heal import TeacherRuntime
     from engine.options import Options
     from engine.text import Text
 
@@ -259,10 +259,10 @@ def heal(
         dtype=None if dtype is None else dtype_of(dtype),
         device=where,
         cache=cache,
-        spoken=speak(teacher or model, tokenizer, where)
+        runtime=open_runtime(teacher or model, tokenizer, where)
         if "distil" in methods or settings.written
         else None,
-        voice=lambda path: speak(str(path), tokenizer, where).write,
+        open_writer=lambda path: open_runtime(str(path), tokenizer, where).write,
         pack=pack_base,
         reporting=output.progress,
     )
@@ -287,10 +287,10 @@ def pack_base(checkpoint: "Checkpoint", config: "ModelConfig", out: Path) -> Non
         pack(checkpoint, config, out, bits, progress=report)
 
 
-def speak(ref: str, text: "Text", device: "torch.device") -> "Spoken":
+def open_runtime(ref: str, text: "Text", device: "torch.device") -> "TeacherRuntime":
     """The teacher by the fastest runtime here."""
     from engine.generation import generate
-    from engine.healing.heal import Spoken
+    from engine.healing.heal import TeacherRuntime
 
     model, _ = common.open_model(ref, None, device=device)
     runtime = model.runtime
@@ -302,7 +302,7 @@ def speak(ref: str, text: "Text", device: "torch.device") -> "Spoken":
     def write(prompts: "Sequence[Sequence[int]]", options: "Options") -> "Sequence[Sequence[int]]":
         return [each.token_ids for each in generate(runtime, text, prompts, options)]
 
-    return Spoken(f"{runtime.name} {runtime.precision}", logits, write, text.bos_id)
+    return TeacherRuntime(f"{runtime.name} {runtime.precision}", logits, write, text.bos_id)
 
 
 def refuse_idle(settings: Settings, method: str, asked: dict[str, object]) -> None:

@@ -12,7 +12,7 @@ import torch
 from engine.checkpoint.weights import Stored
 from engine.errors import InputError
 from engine.export.quantized import QuantizedDirectory, require_scheme
-from engine.export.tensors import Item, Unsayable
+from engine.export.tensors import Item, Unsupported
 from engine.kernels.w4.format import Packed, Spec, unpack_codes
 
 INSTALL = "compressed-tensors: needs its library: pip install 'shallow[export]'"
@@ -24,9 +24,9 @@ class CompressedTensors(QuantizedDirectory):
     def require(self, item: Item, stored: Stored, spec: Spec) -> None:
         require_scheme(item, spec, "symmetric", "zero")
         if spec.group and item.shape[1] % spec.group:
-            raise Unsayable(f"{item.source}: {item.shape[1]} inputs in groups of {spec.group}")
+            raise Unsupported(f"{item.source}: {item.shape[1]} inputs in groups of {spec.group}")
         if isinstance(stored, Packed) and stored.perm is not None:
-            raise Unsayable(f"{item.source}: the library no longer has an activation order")
+            raise Unsupported(f"{item.source}: the library no longer has an activation order")
 
     def quantization(self) -> dict[str, Any]:
         """One group a setting; "Linear" stands for every module where there is one setting."""
@@ -39,7 +39,7 @@ class CompressedTensors(QuantizedDirectory):
             if spec is not None:
                 by_setting.setdefault((spec.bits, spec.group, spec.scheme), []).append(module)
         if not by_setting:
-            raise Unsayable("none of its matrices is quantized, which `engine quantize` does")
+            raise Unsupported("none of its matrices is quantized, which `engine quantize` does")
         groups = {
             f"group_{index}": QuantizationScheme(
                 targets=["Linear"] if len(by_setting) == 1 else modules,

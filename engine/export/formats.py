@@ -18,7 +18,7 @@ from engine.export.compressed_tensors import CompressedTensors
 from engine.export.gguf import Gguf
 from engine.export.gptq import Gptq
 from engine.export.quantized import require_rope
-from engine.export.tensors import Item, Unsayable, stored_tensors
+from engine.export.tensors import Item, Unsupported, stored_tensors
 from engine.kernels.dtypes import name_of
 from engine.scratch import check_new
 
@@ -26,7 +26,7 @@ Progress = Callable[[int, int], None]
 
 
 class Format(Protocol):
-    """Made for one model; its constructor, `look` and `ready` raise Unsayable."""
+    """Made for one model; its constructor, `look` and `ready` raise Unsupported."""
 
     def look(self, item: Item, stored: Stored) -> None:
         """Is shown every tensor before anything is written."""
@@ -87,7 +87,7 @@ def export(
     check_new(out)
     try:
         chosen = _looked(to, checkpoint, config, dtype)
-    except Unsayable as error:
+    except Unsupported as error:
         reason = f"{checkpoint.path}: {to} cannot hold it: {error}"
     else:
         return chosen.write(out, progress)
@@ -122,7 +122,7 @@ def prune(
     if isinstance(checkpoint, GgufCheckpoint):
         try:
             gguf_copy.copy(checkpoint, config, out, progress)
-        except Unsayable as error:
+        except Unsupported as error:
             raise InputError(f"{checkpoint.path}: {error}; `engine export --to hf` can") from None
     elif kept:
         copied.prune(checkpoint, config, out, progress=progress)
@@ -133,7 +133,7 @@ def prune(
 def _looked(
     to: str, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype | None
 ) -> Format:
-    """The format, once it has seen every tensor; Unsayable where it cannot hold one."""
+    """The format, once it has seen every tensor; Unsupported where it cannot hold one."""
     made = FORMATS[to](checkpoint, config, dtype)
     if to != "hf":
         for slot in (None, *range(len(config.layers))):

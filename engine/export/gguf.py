@@ -25,7 +25,7 @@ from engine.export.directory import plain
 from engine.export.gguf_blocks import to_blocks
 from engine.export.gguf_fields import architecture, model_fields, require_said, rope_tensors
 from engine.export.gguf_file import Place, Progress, Value, require_name, typed_fields, write_gguf
-from engine.export.tensors import Item, Unsayable, stored_tensors
+from engine.export.tensors import Item, Unsupported, stored_tensors
 from engine.kernels.w4.format import Packed
 from engine.text import load_text
 from engine.text.to_gguf import to_gguf
@@ -117,7 +117,7 @@ class Gguf:
         if isinstance(stored, Packed):
             found = to_blocks(stored)
             if isinstance(found, str):
-                raise Unsayable(f"{item.source}: {found}")
+                raise Unsupported(f"{item.source}: {found}")
             stored = found
         if isinstance(stored, GgufBlocks):
             return stored.type, self._rows(item, stored.data)
@@ -168,4 +168,4 @@ class Gguf:
             size = min(trimmed, rows) if self.config.family == "gemma3" else rows
             return typed_fields(to_gguf(text, size, architecture(self.config)))
         except InputError as error:
-            raise Unsayable(str(error)) from None
+            raise Unsupported(str(error)) from None

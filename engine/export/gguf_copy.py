@@ -26,7 +26,7 @@ def copy(
 ) -> None:
     """Writes the layers that `config` keeps to the new file `out`, byte for byte.
 
-    Unsayable (an InputError) where the layers that stay would be taken for others: windows and
+    Unsupported (an InputError) where the layers that stay would be taken for others: windows and
     layers without RoPE follow a period in GGUF.
     """
     require_name(out)
@@ -43,7 +43,7 @@ def copy(
 
 
 def require_cut(checkpoint: GgufCheckpoint, config: ModelConfig) -> None:
-    """Unsayable where the file would be read as other layers than those that stay."""
+    """Unsupported where the file would be read as other layers than those that stay."""
     file = checkpoint.file
     metadata = {key: field.value for key, field in _fields(checkpoint, config).items()}
     tensors = dict(_kept(checkpoint, config))

@@ -20,7 +20,7 @@ from engine.checkpoint.gguf_blocks import BLOCK_TYPES
 from engine.checkpoint.gguf_config import WINDOW_PERIODS, config_from_gguf, family_of
 from engine.checkpoint.gguf_file import GgufFile, GgufTensor
 from engine.checkpoint.gguf_names import ARCHITECTURES, LONGROPE_DIVISORS, ROPE_DIVISORS
-from engine.export.tensors import Unsayable
+from engine.export.tensors import Unsupported
 
 _WHOLE = ("mistral", "phi3")  # families whose window llama.cpp leaves out
 _F32 = BLOCK_TYPES[0]
@@ -73,13 +73,13 @@ def rope_tensors(config: ModelConfig) -> dict[str, tuple[float, ...]]:
 def require_said(
     config: ModelConfig, metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor]
 ) -> None:
-    """Unsayable where a reader of the file would take it for another model; a warning where
+    """Unsupported where a reader of the file would take it for another model; a warning where
     llama.cpp itself leaves out a window, or betas of YaRN, that the file names."""
     said = read_back(metadata, tensors, rope_tensors(config))
     for name in ModelConfig.__dataclass_fields__.keys() - _OTHERWISE:
         ours, theirs = getattr(config, name), getattr(said, name)
         if ours != theirs and not _close(ours, theirs):
-            raise Unsayable(f"GGUF says {name} {theirs!r}, and the model has {ours!r}")
+            raise Unsupported(f"GGUF says {name} {theirs!r}, and the model has {ours!r}")
     require_layers(config, said)
     yarn = [rope for rope in config.ropes if rope.kind == "yarn"]
     if any((rope.beta_fast, rope.beta_slow) != (32.0, 1.0) for rope in yarn):
@@ -99,21 +99,21 @@ def require_said(
 
 
 def require_layers(config: ModelConfig, said: ModelConfig) -> None:
-    """Unsayable unless every layer has the window and the frequencies that the file says."""
+    """Unsupported unless every layer has the window and the frequencies that the file says."""
     for slot, (ours, theirs) in enumerate(zip(config.layers, said.layers, strict=True)):
         if _window(ours, config) != _window(theirs, config):
-            raise Unsayable(
+            raise Unsupported(
                 f"layer {ours.layer}, at place {slot}, has a window of {ours.window}, where GGUF "
                 f"says {theirs.window}: windows must follow one period"
             )
         if (ours.rope is None) != (theirs.rope is None):
             without = "no position embedding" if ours.rope is None else "a position embedding"
-            raise Unsayable(
+            raise Unsupported(
                 f"layer {ours.layer}, at place {slot}, has {without}: GGUF says every fourth layer "
                 "has none"
             )
         if ours.rope and theirs.rope and not _same_rope(ours.rope, theirs.rope, config.max_context):
-            raise Unsayable(f"layer {ours.layer}: GGUF has no word for its rotary frequencies")
+            raise Unsupported(f"layer {ours.layer}: GGUF has no word for its rotary frequencies")
 
 
 def read_back(
@@ -174,7 +174,7 @@ def _rope(config: ModelConfig) -> Rope:
     """That of the layers without a window, which the keys are about."""
     whole = [entry.rope for entry in config.layers if entry.rope and entry.window is None]
     if not config.ropes:
-        raise Unsayable("none of its layers has a position embedding")
+        raise Unsupported("none of its layers has a position embedding")
     return (whole or config.ropes)[0]
 
 
@@ -204,7 +204,7 @@ def _rope_fields(config: ModelConfig) -> dict[str, Any]:
             "rope.scaling.attn_factor": rope.attention_factor,
         }
     elif rope.kind == "dynamic":
-        raise Unsayable("GGUF has no dynamic scaling of its rotary frequencies")
+        raise Unsupported("GGUF has no dynamic scaling of its rotary frequencies")
     elif config.family == "phi3":
         fields["rope.scaling.original_context_length"] = rope.original_context
     return fields

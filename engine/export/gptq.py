@@ -12,7 +12,7 @@ import torch
 from engine.checkpoint.gguf_blocks import GgufBlocks
 from engine.checkpoint.weights import Stored, packed_form
 from engine.export.quantized import QuantizedDirectory, as_half, require_scheme
-from engine.export.tensors import Item, Unsayable
+from engine.export.tensors import Item, Unsupported
 from engine.kernels.w4.format import Packed, Spec, pack_codes, unpack_codes
 
 
@@ -25,26 +25,26 @@ class Gptq(QuantizedDirectory):
         n, k = item.shape
         per_word = 32 // spec.bits
         if n % per_word or k % per_word:
-            raise Unsayable(f"{item.source}: its shape {(n, k)} does not divide by {per_word}")
+            raise Unsupported(f"{item.source}: its shape {(n, k)} does not divide by {per_word}")
         if isinstance(stored, GgufBlocks):
             stored = packed_form(stored, item.source)
         assert isinstance(stored, Packed)  # as it has a spec
         if as_half(stored.scales) is None:
-            raise Unsayable(f"{item.source}: its {spec.scale_dtype} scales are no float16")
+            raise Unsupported(f"{item.source}: its {spec.scale_dtype} scales are no float16")
         self.ordered = self.ordered or stored.perm is not None
 
     def quantization(self) -> dict[str, Any]:
-        """Unsayable where not every matrix of a layer is quantized, and alike."""
+        """Unsupported where not every matrix of a layer is quantized, and alike."""
         settings: dict[tuple[int, int], str] = {}
         for module, spec in self.specs.items():
             if spec is not None:
                 settings.setdefault((spec.bits, spec.group), module)
             elif module != "lm_head":
-                raise Unsayable(f"{module}.weight: is not quantized, as every layer's must be")
+                raise Unsupported(f"{module}.weight: is not quantized, as every layer's must be")
         if len(settings) > 1:
             found = [f"{bits} bits, group {group} ({settings[bits, group]})"
                      for bits, group in settings]  # fmt: skip
-            raise Unsayable(f"all matrices must be quantized alike, found {' and '.join(found)}")
+            raise Unsupported(f"all matrices must be quantized alike, found {' and '.join(found)}")
         ((bits, group),) = settings
         return {
             "quant_method": "gptq",

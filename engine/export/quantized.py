@@ -12,7 +12,7 @@ from engine.checkpoint import Checkpoint
 from engine.checkpoint.gguf_blocks import GgufBlocks
 from engine.checkpoint.weights import Stored, describe, packed_form
 from engine.export import directory
-from engine.export.tensors import Item, Unsayable, stored_tensors
+from engine.export.tensors import Item, Unsupported, stored_tensors
 from engine.kernels.w4.format import Packed, Spec
 from engine.kernels.w4.from_gguf import BLOCKS
 
@@ -20,7 +20,7 @@ from engine.kernels.w4.from_gguf import BLOCKS
 class QuantizedDirectory(ABC):
     """A Hugging Face directory whose layers are quantized by another project's rules.
 
-    `look` is shown every tensor before anything is written, and raises Unsayable. Plain tensors
+    `look` is shown every tensor before anything is written, and raises Unsupported. Plain tensors
     keep their stored dtype unless `dtype` is given; so does, then, a quantized embedding or head
     that the format has no place for.
     """
@@ -44,7 +44,7 @@ class QuantizedDirectory(ABC):
         elif self.written_plain(item):
             if self.dtype is None:
                 tied = "tied embedding" if self.config.tied else item.role
-                raise Unsayable(
+                raise Unsupported(
                     f"{item.source}: a quantized {tied} ({describe(stored)}) does not load; with "
                     f"--dtype it is written in 16 bits"
                 )
@@ -63,7 +63,7 @@ class QuantizedDirectory(ABC):
 
     @abstractmethod
     def require(self, item: Item, stored: Stored, spec: Spec) -> None:
-        """Raises Unsayable for a matrix that the format cannot hold."""
+        """Raises Unsupported for a matrix that the format cannot hold."""
 
     @abstractmethod
     def quantization(self) -> dict[str, Any]:
@@ -122,14 +122,14 @@ def as_half(scales: torch.Tensor) -> torch.Tensor | None:
 
 
 def require_rope(config: ModelConfig) -> None:
-    """Unsayable for frequencies that a GGUF lists and that no config.json has a name for."""
+    """Unsupported for frequencies that a GGUF lists and that no config.json has a name for."""
     if any(rope.kind == "divisors" for rope in config.ropes):
-        raise Unsayable("its rotary frequencies follow no rule that a config.json names")
+        raise Unsupported("its rotary frequencies follow no rule that a config.json names")
 
 
 def require_scheme(item: Item, spec: Spec, *allowed: str) -> None:
     if spec.scheme not in allowed:
-        raise Unsayable(
+        raise Unsupported(
             f"{item.source}: expected scheme {' or '.join(allowed)}, found {spec.scheme} "
             f"(`engine quantize --scheme {allowed[0]}` makes one that it holds)"
         )

@@ -14,7 +14,7 @@ from engine.errors import InputError
 from engine.kernels.w4.format import Packed, concatenate
 
 
-class Unsayable(InputError):
+class Unsupported(InputError):
     """A format cannot hold a tensor or a rule of the model; the message is the reason."""
 
 
@@ -58,7 +58,7 @@ def stored_tensors(
 ) -> Iterator[tuple[Item, Stored]]:
     """The tensors of one layer (None: those outside of the layers) as they lie on disk.
 
-    Parts that the family stores fused are joined, whatever the checkpoint keeps apart. Unsayable
+    Parts that the family stores fused are joined, whatever the checkpoint keeps apart. Unsupported
     where they are not quantized alike.
     """
     if slot is None:
@@ -96,4 +96,4 @@ def _join(parts: list[Stored], names: list[str]) -> Stored:
             return concatenate(packed)
         except ValueError:
             pass
-    raise Unsayable(f"{', '.join(names)} are one matrix in this family, but quantized apart")
+    raise Unsupported(f"{', '.join(names)} are one matrix in this family, but quantized apart")

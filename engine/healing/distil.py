@@ -10,7 +10,7 @@ import torch
 from engine.healing import state
 from engine.healing.data import Data, perplexity
 from engine.healing.settings import Settings
-from engine.healing.streams import Streams, strayed
+from engine.healing.streams import Streams, relative_error
 from engine.healing.student import Student
 from engine.healing.teacher import divergence
 from engine.progress import Report
@@ -158,7 +158,7 @@ class Training:
         if self.streams is not None:
             found = torch.stack(self.student.streams, 1)
             wanted = torch.stack([self.streams(window) for window in windows]).to(found.device)
-            loss = loss + self.settings.residual * strayed(found, wanted)
+            loss = loss + self.settings.residual * relative_error(found, wanted)
         loss = loss * (len(windows) / count)
         loss.backward()
         return float(loss.detach())

@@ -40,12 +40,12 @@ from engine.scratch import Scratch, write_text
 
 # (what is to become a 4-bit base, its layers, a new directory)
 Pack = Callable[[Checkpoint, ModelConfig, Path], object]
-Voice = Callable[[Path], Write]  # a directory -> what its model writes
+OpenWriter = Callable[[Path], Write]  # a directory -> what its model writes
 Reporting = Callable[[str], AbstractContextManager[Callable[..., None]]]  # label -> report
 
 
 @dataclass(frozen=True)
-class Spoken:
+class TeacherRuntime:
     """A faster way to the teacher's words than the reference decoder: a runtime's."""
 
     name: str  # with its precision: tells cached logits apart
@@ -71,8 +71,8 @@ def heal(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     cache: Path | None = None,
-    spoken: Spoken | None = None,
-    voice: Voice | None = None,
+    runtime: TeacherRuntime | None = None,
+    open_writer: OpenWriter | None = None,
     pack: Pack | None = None,
     reporting: Reporting = lambda label: nullcontext(_unheard),
 ) -> HealRecord:
@@ -81,9 +81,9 @@ def heal(
     The teacher is `pupil` with all its layers, or `teacher` where that has lost some already.
     `dtype` is that of `out`, the pupil's own 16 bits by default; a packed directory whose scales
     are trained stays one. Until it is finished a run lies in `out` + ".healing"; what the teacher
-    says lies in `cache` instead, and stays, where it is given. `spoken` is asked for that in the
+    says lies in `cache` instead, and stays, where it is given. `runtime` is asked for that in the
     place of the reference decoder; `settings.written`, tokens that the teacher writes, needs it,
-    and `settings.own`, which the student writes, `voice`.
+    and `settings.own`, which the student writes, `open_writer`.
     `pack` writes the packed directory that qlora learns on; with `settings.adapter` `out` is that
     and the adapter beside it.
     """
@@ -102,7 +102,9 @@ def heal(
     settings = settings.on(device)
     if "qlora" in settings.methods:
         check_gpu(torch.device(device), settings.precision)
-    healing = Healing(pupil, source, config, data, settings, device, reporting, spoken, voice)
+    healing = Healing(
+        pupil, source, config, data, settings, device, reporting, runtime, open_writer
+    )
     work = place_of(out)
     run = work / healing.key
     if not processes.is_first():
@@ -159,8 +161,8 @@ class Healing:
     settings: Settings
     device: torch.device | str
     reporting: Reporting
-    spoken: Spoken | None
-    voice: Voice | None
+    runtime: TeacherRuntime | None
+    open_writer: OpenWriter | None
 
     @cached_property
     def lineage(self) -> str:
@@ -225,18 +227,18 @@ class Healing:
     @property
     def known(self) -> str:
         """What tells text and teacher apart."""
-        told = self.spoken.name if self.spoken else "reference"
+        told = self.runtime.name if self.runtime else "reference"
         return f"{self.data.hash} {self.lineage} {stamps(self.source.path)} {told}"
 
     def extended(self, directory: Path) -> Data:
         """The text, and what the teacher writes."""
-        assert self.spoken is not None, "written text needs a runtime"
+        assert self.runtime is not None, "written text needs a runtime"
         with self.reporting("tokens written") as report:
             rows = written(
                 self.data.windows,
                 self.settings.written,
-                self.spoken.bos,
-                self.spoken.write,
+                self.runtime.bos,
+                self.runtime.write,
                 directory,
                 name=self.known,
                 seed=self.settings.seed,
@@ -282,11 +284,11 @@ class Healing:
         return Teacher(self.data.windows, self.settings.top, size, cache, self.known)
 
     def _teacher_logits(self) -> Logits:
-        return self.spoken.logits if self.spoken else self._decoder()
+        return self.runtime.logits if self.runtime else self._decoder()
 
     def _second(self, student: Student, start: Path, run: Path, cache: Path) -> Standing:
         """A round on what the student writes as it stands; how that went."""
-        assert self.voice is not None, "text of its own needs a runtime"
+        assert self.open_writer is not None, "text of its own needs a runtime"
         place = run / "own"
         place.mkdir(exist_ok=True)
         base, weights = open_checkpoint(start), student.tensors()
@@ -296,7 +298,7 @@ class Healing:
             hf.prune(Replaced(base, weights), base.config, writer, dtype=dtype)
         with self.reporting("tokens of its own") as report:
             own = own_windows(
-                self.data, self.settings.own, self.voice(writer), place,
+                self.data, self.settings.own, self.open_writer(writer), place,
                 name=name, seed=self.settings.seed, most=self.config.max_context, report=report,
             )  # fmt: skip
         texts, width = len(self.data.windows), own.shape[1]

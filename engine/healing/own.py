@@ -31,7 +31,7 @@ RATE = 0.5  # of its learning rate
 MOST_RATE = 5e-5  # more, and it forgets the kinds of text that it does not learn from
 
 
-def circling(row: Sequence[int]) -> list[int]:
+def repeating(row: Sequence[int]) -> list[int]:
     """Positions whose next token goes on in a circle: it and the last max(p, LEAST) tokens are what
     stood p earlier, for a period p of at most LONGEST."""
     found = []
@@ -49,7 +49,7 @@ def circling(row: Sequence[int]) -> list[int]:
 def avoiding(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """logits (1, W, V) of tokens (1, W), those of tokens that go on in a circle lowered."""
     row = tokens[0].tolist()
-    at = torch.tensor(circling(row), dtype=torch.int64)
+    at = torch.tensor(repeating(row), dtype=torch.int64)
     lowered = logits.clone()
     lowered[0, at, tokens[0, at + 1]] -= PENALTY
     return lowered

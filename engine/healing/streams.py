@@ -18,7 +18,7 @@ from engine.reference.decoder import load_decoder
 from engine.reference.stream import marked
 
 
-def strayed(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Mean over tokens of the squared error of streams (..., D) over the squared length of
     `expected`: one token in some hundreds is a hundred times as long as the others."""
     error = (found.float() - expected).square().sum(-1)

@@ -13,7 +13,7 @@ from engine.checkpoint import open_checkpoint
 from engine.evaluate.health import loops
 from engine.healing.data import Data, perplexity
 from engine.healing.heal import heal
-from engine.healing.own import LEAST, LONGEST, PENALTY, avoiding, circling, mixed, second
+from engine.healing.own import LEAST, LONGEST, PENALTY, avoiding, mixed, repeating, second
 from engine.healing.settings import Settings
 from engine.options import Options
 from engine.report.figures import healing
@@ -45,14 +45,14 @@ def test_circles_are_found(rng):
         before = torch.randint(100, 200, (5,), generator=rng).tolist()
         cycle = torch.randperm(90, generator=rng)[:period].tolist()
         row = before + (cycle * 70)[:140]
-        assert circling(row) == by_definition(row)
+        assert repeating(row) == by_definition(row)
         first = len(before) + period + max(period, LEAST)  # the first token that may not go on
         expected = list(range(first - 1, len(row) - 1)) if period <= LONGEST else []
-        assert circling(row) == expected
+        assert repeating(row) == expected
         assert loops(row) == bool(expected)
     row = torch.randint(3, (400,), generator=rng).tolist()
-    assert circling(row) == by_definition(row)
-    assert circling([]) == circling([1]) == []
+    assert repeating(row) == by_definition(row)
+    assert repeating([]) == repeating([1]) == []
 
 
 def test_the_teacher_lowers_what_goes_on_in_a_circle(rng):
@@ -60,7 +60,7 @@ def test_the_teacher_lowers_what_goes_on_in_a_circle(rng):
     logits = torch.randn(1, 24, 9, generator=rng)
     found = avoiding(logits, tokens)
     changed = (logits - found).nonzero()
-    at = torch.tensor(circling(tokens[0].tolist()))
+    at = torch.tensor(repeating(tokens[0].tolist()))
     assert torch.equal(changed, torch.stack((torch.zeros_like(at), at, tokens[0, at + 1]), 1))
     assert torch.allclose((logits - found)[0, at, tokens[0, at + 1]], torch.tensor(PENALTY))
 
@@ -116,7 +116,7 @@ def test_windows_of_an_odd_length(source, rng, tmp_path):
     settings = replace(SETTINGS, window=WINDOW - 1, precision="float32")
     record = heal(
         checkpoint, shortened(checkpoint), data, tmp_path / "odd", settings,
-        voice=writer, dtype=torch.float32,
+        open_writer=writer, dtype=torch.float32,
     )  # fmt: skip
     assert WINDOW % 2 == 0 and record.steps == 10
     healed = open_checkpoint(tmp_path / "odd")
@@ -128,7 +128,7 @@ def test_windows_of_an_odd_length(source, rng, tmp_path):
 def test_a_killed_second_round_comes_to_the_same_bits(source, rng, tmp_path):
     checkpoint = source("llama")
     config, data = shortened(checkpoint), draw(checkpoint, rng)
-    given = {"voice": writer, "dtype": torch.float32}
+    given = {"open_writer": writer, "dtype": torch.float32}
     settings = replace(SETTINGS, precision="float32")
     plain = heal(
         checkpoint, config, data, tmp_path / "plain", replace(settings, own=0), dtype=torch.float32

@@ -12,7 +12,7 @@ from engine.errors import InputError
 from engine.export.hf import prune
 from engine.healing.heal import heal
 from engine.healing.settings import Settings, find_cuts
-from engine.healing.streams import Streams, strayed
+from engine.healing.streams import Streams, relative_error
 from engine.healing.student import Student
 from engine.reference.cache import KVCache
 from engine.reference.decoder import load_decoder
@@ -89,8 +89,8 @@ def test_the_error_is_relative_to_every_token(rng):
         float(((f.double() - e.double()) ** 2).sum() / (e.double() ** 2).sum())
         for f, e in zip(found.view(-1, 7), expected.view(-1, 7), strict=True)
     ]
-    assert_close("error", torch.tensor(by_token).mean(), strayed(found, expected), 1e-5)
-    assert float(strayed(expected, expected)) == 0
+    assert_close("error", torch.tensor(by_token).mean(), relative_error(found, expected), 1e-5)
+    assert float(relative_error(expected, expected)) == 0
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma3"])
@@ -108,7 +108,7 @@ def test_what_has_learnt_them_is_nearer_to_them(case, source, rng, tmp_path):
         heal(checkpoint, config, data, out, settings, dtype=torch.float32)
         healed = open_checkpoint(out)
         wanted = stream(checkpoint, cut.stop, data.held_out)
-        strays.append(float(strayed(stream(healed, cut.start, data.held_out), wanted)))
+        strays.append(float(relative_error(stream(healed, cut.start, data.held_out), wanted)))
     assert strays[1] < 0.9 * strays[0]
 
 
