@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def locating_nan(path: Path) -> Iterator[None]:
     """Adds to what a model computes that is not finite where in its files that comes from."""
     try:
         yield
@@ -117,8 +117,8 @@ class Model:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def naming(self) -> AbstractContextManager[None]:
-        return naming(self.path)
+    def locating_nan(self) -> AbstractContextManager[None]:
+        return locating_nan(self.path)
 
     def __repr__(self) -> str:
         if self._runtime is None:
@@ -202,7 +202,7 @@ class Model:
             speculate=speculate,
         )
         prompts, batch = as_prompts(prompt)
-        with self.naming():
+        with self.locating_nan():
             results = generation.generate(self.runtime, self.text, prompts, options)
         return results if batch else results[0]
 
@@ -247,7 +247,7 @@ class Model:
         return self._named(pieces)
 
     def _named(self, pieces: Iterator[str]) -> Iterator[str]:
-        with self.naming():
+        with self.locating_nan():
             yield from pieces
 
     def __call__(self, input_ids: Any, attention_mask: Any = None) -> torch.Tensor:

@@ -208,7 +208,7 @@ def run(
         given = list(islice(cycle(opened.text.encode(PROMPT)), prompt_tokens))
     else:
         given = as_prompt(opened.text, PROMPT if prompt is None else prompt, chat)
-    with opened.naming(), opened_peers(asked, opened, given, options, batch) as peers:
+    with opened.locating_nan(), opened_peers(asked, opened, given, options, batch) as peers:
         record = benchmark(
             opened,
             given,

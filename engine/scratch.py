@@ -36,7 +36,7 @@ class Scratch:
         text = json.dumps({"kind": _KIND, "version": _VERSION, "key": key})
         if (earlier := _held.get(str(self.path.absolute()))) is not None:
             earlier.release()
-        with naming(self.path):
+        with write_errors(self.path):
             made = _made(self.path)
             self._handle = _locked(self.path)
             _held[str(self.path.absolute())] = self
@@ -63,7 +63,7 @@ class Scratch:
 
     def become(self, target: Path) -> None:
         """It is whole: renamed to `target`, which must not be there, without its marker."""
-        with naming(target):
+        with write_errors(target):
             check_new(target)
             os.rename(self.path, target)
             (target / MARKER).unlink()
@@ -99,7 +99,7 @@ def replacing(path: Path, nbytes: int | None = None) -> Iterator[Path]:
     scratch = None if ours else Scratch(_beside(path))
     beside = path.with_name(f".{path.name}") if scratch is None else scratch.path / path.name
     try:
-        with naming(path, nbytes):
+        with write_errors(path, nbytes):
             yield beside
             os.replace(beside, path)
     finally:
@@ -127,7 +127,7 @@ def write_text(path: Path, text: str) -> None:
 def allocate(path: Path, nbytes: int) -> None:
     """A file of so many bytes that the disk has room for: what is mapped sparse dies of a signal
     where there is none. One that has that size already stays as it is."""
-    with naming(path, nbytes):
+    with write_errors(path, nbytes):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             if os.fstat(handle).st_size == nbytes:
@@ -156,7 +156,7 @@ def check_target(path: Path, reads: Iterable[str | Path | None] = ()) -> None:
     """InputError for what may not be replaced by a file: anything but a regular one, what nobody
     may write, and what a command `reads`: files, or models, which may be directories."""
     path = Path(path)
-    with naming(path):
+    with write_errors(path):
         check_parent(path)
         if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
             raise InputError(f"{path}: expected a regular file or none, found {_what(path)}")
@@ -208,7 +208,7 @@ def _is_record(path: Path) -> bool:
 
 
 @contextmanager
-def naming(path: Path, nbytes: int | None = None) -> Iterator[None]:
+def write_errors(path: Path, nbytes: int | None = None) -> Iterator[None]:
     """Turns what the system says of writing `path` into an InputError."""
     try:
         yield

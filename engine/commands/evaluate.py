@@ -102,7 +102,7 @@ def evaluate(
         prompts=(prompts if prompts is not None else generation.PROMPTS) if health else None,
         new_tokens=new_tokens if new_tokens is not None else generation.NEW_TOKENS,
     )  # fmt: skip
-    with opened.naming(), nullcontext() if second is None else second.naming():
+    with opened.locating_nan(), nullcontext() if second is None else second.locating_nan():
         judged = judge(
             opened.runtime,
             opened.text,

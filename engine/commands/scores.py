@@ -89,24 +89,24 @@ class Scores:
         self.scores = Remembered(self.scorer, self._prepare, self.place.path / SCORES)
 
     def greedy(self, count: int) -> "Choice":
-        from engine.api import naming
+        from engine.api import locating_nan
         from engine.pruning.plan import greedy, greedy_scores
 
         def dropped(kept: tuple[int, ...], score: float) -> None:
             self.scores.anchor, self.scorer.most = kept, math.inf
 
         total, influence = len(self.found.layers), self.found.influence
-        with output.progress("scores") as report, naming(self.checkpoint.path):
+        with output.progress("scores") as report, locating_nan(self.checkpoint.path):
             heard = self._heard(report, greedy_scores(total, count, self.protect))
             return greedy(self.scores, total, count, self.protect, dropped, heard, influence)
 
     def search(
         self, start: "Choice", seed: int, evaluations: int | None, seconds: float | None
     ) -> "Choice":
-        from engine.api import naming
+        from engine.api import locating_nan
         from engine.pruning.plan import search
 
-        with output.progress("scores of the search") as report, naming(self.checkpoint.path):
+        with output.progress("scores of the search") as report, locating_nan(self.checkpoint.path):
             heard = self._heard(report, evaluations or 0)
             return search(
                 self.scores, len(self.found.layers), start, self.protect,

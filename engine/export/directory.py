@@ -84,7 +84,7 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     """The tokenizer's files as they are, or written anew from the metadata of a GGUF."""
     source = tokenizer_path(source)
     if not source.is_dir():
-        with scratch.naming(out):
+        with scratch.write_errors(out):
             load_text(source).to_transformers().save_pretrained(out)
         return
     for name in TOKENIZER_FILES:

@@ -19,7 +19,7 @@ from engine.checkpoint.gguf_blocks import BLOCK_TYPES
 from engine.checkpoint.gguf_file import GgufTensor
 from engine.errors import InputError
 from engine.export import directory
-from engine.scratch import Scratch, check_new, naming
+from engine.scratch import Scratch, check_new, write_errors
 
 Progress = Callable[[int, int], None]
 _TYPES = {kind.name: kind for kind in BLOCK_TYPES.values()}
@@ -81,7 +81,7 @@ def write_gguf(
     `source`, `config` and the header are what a run that was killed must have had to be gone on
     with. InputError where the file exists or the disk is full.
     """
-    with naming(out), tempfile.TemporaryDirectory() as work:
+    with write_errors(out), tempfile.TemporaryDirectory() as work:
         header = _header(Path(work) / "header", fields, places)
     digest = hashlib.sha256(header).hexdigest()
     partial = directory.begin_empty(out, source, config, digest)
@@ -90,7 +90,7 @@ def write_gguf(
     sizes = [place.tensor.nbytes for place in places]
     ends = [*accumulate((size + -size % alignment for size in sizes), initial=len(header))]
     whole = partial / "model.gguf"
-    with naming(out, ends[-1]):
+    with write_errors(out, ends[-1]):
         written = whole.stat().st_size if whole.exists() else 0
         done = max(sum(end <= written for end in ends) - 1, 0)  # tensors that are there
         with open(whole, "r+b" if written >= len(header) else "wb") as file:

@@ -8,7 +8,7 @@ from engine.errors import InputError
 
 
 @contextmanager
-def naming(where: str | Path) -> Iterator[None]:
+def tokenizer_errors(where: str | Path) -> Iterator[None]:
     """Turns whatever is raised on a damaged file into an InputError that names `where`."""
     try:
         yield

@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from engine.checkpoint.gguf_names import END_TOKENS
 from engine.errors import InputError
 from engine.text import spm
-from engine.text.damage import naming
+from engine.text.damage import tokenizer_errors
 from engine.text.special import add_ends, add_special
 from engine.text.text import Text
 
@@ -216,7 +216,7 @@ def text_from_gguf(metadata: Mapping[str, Any], where: str) -> Text:
     data.mark_control(ends | {token for name, token in special.items() if name == "bos_token"})
     stops = ends | END_TOKENS.intersection(data.of_type(spm.CONTROL))
 
-    with naming(where):
+    with tokenizer_errors(where):
         tokenizer, bos = _tokenizer(data)
     _add_types(tokenizer, data)
     add_bos = data.get("ggml.add_bos_token", bool, bos and "bos_token" in special)

@@ -12,7 +12,7 @@ from engine.checkpoint.files import open_regular
 from engine.errors import InputError
 from engine.text import spm
 from engine.text.corpus import read_text_file
-from engine.text.damage import naming
+from engine.text.damage import tokenizer_errors
 from engine.text.gguf import text_from_gguf
 from engine.text.special import add_ends, add_special
 from engine.text.text import Text
@@ -35,7 +35,7 @@ def load_text(path: str | Path) -> Text:
     is converted. Raises InputError where there is neither, or what there is is damaged.
     """
     path = Path(path)
-    with naming(path):
+    with tokenizer_errors(path):
         if path.is_dir() and (path := tokenizer_path(path)).is_dir():
             return _from_directory(path)
         from engine.checkpoint.gguf_file import GgufFile
@@ -66,7 +66,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
-    with naming(path):
+    with tokenizer_errors(path):
         open_regular(path).close()
         tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_padding()
@@ -160,7 +160,7 @@ def _from_model(path: Path, config: Mapping[str, Any]) -> tuple[Tokenizer, dict[
     vocabulary = spm.read_model(path / "tokenizer.model")
     if config.get("legacy") is False and vocabulary.prefix == "every":
         vocabulary = replace(vocabulary, prefix="first")
-    with naming(path / "tokenizer.model"):
+    with tokenizer_errors(path / "tokenizer.model"):
         tokenizer = spm.build(vocabulary)
     add_special(tokenizer, vocabulary.of_type(spm.CONTROL, spm.UNKNOWN))
     special = _add_tokens(tokenizer, {**vocabulary.special, **config}, path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from engine.errors import InputError
-from engine.text.damage import naming
+from engine.text.damage import tokenizer_errors
 from engine.text.pieces import Pieces, PieceStream
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Text:
 
         `add_special` adds what the checkpoint puts around a text, often a BOS.
         """
-        with naming(self.where):
+        with tokenizer_errors(self.where):
             try:
                 return self.tokenizer.encode(text, add_special_tokens=add_special).ids
             except TypeError:  # not a string, or one with a lone surrogate: not Unicode
@@ -51,7 +51,7 @@ class Text:
 
     def span_bytes(self, text: str, tokens: int) -> int:
         """UTF-8 bytes from the beginning of `text` to the end of so many of its tokens."""
-        with naming(self.where):
+        with tokenizer_errors(self.where):
             offsets = self.tokenizer.encode(text, add_special_tokens=False).offsets
         return len(text[: offsets[tokens - 1][1]].encode())
 
@@ -66,7 +66,7 @@ class Text:
 
     @cached_property
     def _pieces(self) -> Pieces:
-        with naming(self.where):
+        with tokenizer_errors(self.where):
             return Pieces(self.tokenizer, self.where)
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -89,7 +89,9 @@ class Text:
         if self.directory is not None:
             from transformers import AutoTokenizer
 
-            with naming(self.where):  # else transformers asks whether to run a directory's code
+            with tokenizer_errors(
+                self.where
+            ):  # else transformers asks whether to run a directory's code
                 made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                     self.directory, local_files_only=True, trust_remote_code=False
                 )

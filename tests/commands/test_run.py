@@ -31,7 +31,7 @@ def model(rng, monkeypatch):
     """What every command opens, in place of a checkpoint."""
     runtime = FakeRuntime(int(torch.randint(2**31, (1,), generator=rng)))
     model = SimpleNamespace(runtime=runtime, config=runtime.config, text=FakeText(LETTERS))
-    model.path, model.opened, model.naming = "fake", [], nullcontext
+    model.path, model.opened, model.locating_nan = "fake", [], nullcontext
 
     def open_model(ref, threads, **options):
         model.opened.append((ref, threads, options))
