@@ -89,9 +89,8 @@ class Text:
         if self.directory is not None:
             from transformers import AutoTokenizer
 
-            with tokenizer_errors(
-                self.where
-            ):  # else transformers asks whether to run a directory's code
+            with tokenizer_errors(self.where):
+                # Without both it asks whether to run code of the directory.
                 made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                     self.directory, local_files_only=True, trust_remote_code=False
                 )
