@@ -48,6 +48,8 @@ class _Reader:
         family, get = self.family, self.get
         if get("use_bidirectional_attention"):
             raise schema.wrong("use_bidirectional_attention", "false (a causal decoder)", True)
+        if get("is_causal") is False:
+            raise schema.wrong("is_causal", "true (a causal decoder)", False)
         hidden, heads = self.need("hidden_size"), self.need("num_attention_heads")
         kv_heads = self.need("num_key_value_heads", heads)
         head_dim = self.need("head_dim", max(hidden // heads, 1))

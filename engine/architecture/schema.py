@@ -99,6 +99,7 @@ CONFIG: dict[str, Kind] = {
     "qk_layernorm": FLAG,
     "use_bidirectional_attention": FLAG,
     "use_sliding_window": FLAG,
+    "is_causal": FLAG,
     "sliding_window": SIZE,
     "sliding_window_pattern": SIZE,
     "max_window_layers": whole(0, MOST),

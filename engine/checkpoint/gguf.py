@@ -150,9 +150,7 @@ def _sources(file: GgufFile, config: ModelConfig) -> Iterator[tuple[str, _Source
         elif leaf == stored.LAYER_NAMES["qkv"] and "q" in family.names:
             if kind == "bias" and not all(has_bias(config, role) for role in "qkv"):
                 raise _no_bias(config, where)
-            if file.metadata["general.architecture"] in stored.PERMUTED:  # turned or not: unsaid
-                raise InputError(f"{where}: expected attn_q, attn_k and attn_v apart")
-            for role, source in _split(config, tensor, where):
+            for role, source in _split(file, config, tensor, where):
                 yield f"{prefix}{family.names[role]}.{kind}", source
         else:
             raise InputError(f"{where}: a {config.family} model has no such tensor")
@@ -162,23 +160,33 @@ def _no_bias(config: ModelConfig, where: str) -> InputError:
     return InputError(f"{where}: this {config.family} model has no such bias")
 
 
+def _interleaved(file: GgufFile, config: ModelConfig, role: str, rows: int, where: str) -> int:
+    """Heads whose rows are stored for interleaved RoPE, also in a fused tensor; 0: none."""
+    if file.metadata["general.architecture"] not in stored.PERMUTED:
+        return 0
+    heads = {"q": config.heads, "k": config.kv_heads}.get(role, 0)
+    if heads and rows % (2 * heads):
+        raise InputError(f"{where}: {rows} rows do not divide into {heads} heads")
+    return heads
+
+
 def _layer_source(
     file: GgufFile, config: ModelConfig, role: str, tensor: GgufTensor, where: str
 ) -> _Source:
-    rows, heads = tensor.shape[0], 0
-    if file.metadata["general.architecture"] in stored.PERMUTED:
-        heads = {"q": config.heads, "k": config.kv_heads}.get(role, 0)
-    if heads and rows % (2 * heads):
-        raise InputError(f"{where}: {rows} rows do not divide into {heads} heads")
+    rows = tensor.shape[0]
+    heads = _interleaved(file, config, role, rows, where)
     offset = config.norm_offset if role.endswith("norm") else 0.0
     return _Source(tensor, 0, rows, heads, offset)
 
 
-def _split(config: ModelConfig, tensor: GgufTensor, where: str) -> Iterator[tuple[str, _Source]]:
-    """A fused attn_qkv of a family that keeps q, k and v apart (older Phi-2 files)."""
+def _split(
+    file: GgufFile, config: ModelConfig, tensor: GgufTensor, where: str
+) -> Iterator[tuple[str, _Source]]:
+    """A fused attn_qkv of a family that keeps q, k and v apart: older Phi-2 files, and those of
+    llama.cpp's converter with --fuse-qkv."""
     first, sizes = 0, {role: role_shape(config, role)[0] for role in "qkv"}
     if sum(sizes.values()) != tensor.shape[0]:
         raise InputError(f"{where}: expected {sum(sizes.values())} rows, found {tensor.shape[0]}")
     for role, rows in sizes.items():
-        yield role, _Source(tensor, first, rows)
+        yield role, _Source(tensor, first, rows, _interleaved(file, config, role, rows, where))
         first += rows

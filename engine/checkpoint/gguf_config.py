@@ -30,16 +30,16 @@ _LLAMA3_CONTEXT = 8192
 
 def family_of(file: GgufFile) -> str:
     """The key in FAMILIES; InputError names the architecture and those known."""
+    parts = file.metadata.get("split.count", 1)
+    if parts not in (0, 1):
+        raise InputError(
+            f"{file.path}: one of {parts} parts; join them with `llama-gguf-split --merge` first"
+        )
     architecture = file.metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise InputError(
             f"{file.path}: architecture {architecture!r:.200} is not supported; known are {known}"
-        )
-    parts = file.metadata.get("split.count", 1)
-    if parts not in (0, 1):
-        raise InputError(
-            f"{file.path}: one of {parts} parts; join them with `llama-gguf-split --merge` first"
         )
     if architecture == "llama" and "llama.attention.sliding_window" in file.metadata:
         return "mistral"
@@ -53,6 +53,8 @@ def config_from_gguf(file: GgufFile, family: str) -> dict[str, Any]:
     head_dim = fields.integer("attention.key_length", hidden // heads)
     if fields.integer("attention.value_length", head_dim) != head_dim:
         raise InputError(f"{file.path}: keys and values of different length are not supported")
+    if fields.get("attention.causal") is False:
+        raise fields.wrong("attention.causal", "true (a causal decoder)", False)
     layer_norm = FAMILIES[family].norm == "layer"
     stored_norm = "layer_norm" if layer_norm else "layer_norm_rms"
     embedding = fields.tensor(f"{EMBEDDING}.weight")
@@ -83,7 +85,10 @@ def config_from_gguf(file: GgufFile, family: str) -> dict[str, Any]:
 
 
 def _by_family(fields: "_Fields", family: str, config: dict[str, Any]) -> dict[str, Any]:
-    window = fields.get("attention.sliding_window") or None
+    window = fields.get("attention.sliding_window")
+    if window is None and family == "gemma2":  # as llama.cpp; the first files lack the key
+        window = 4096
+    window = window or None
     if family in ("gemma2", "gemma3"):
         return _gemma(fields, family, config, window)
     if family in ("mistral", "phi3"):
@@ -113,10 +118,10 @@ def _gemma(
             "attn_logit_softcapping": fields.number("attn_logit_softcapping", 50.0),
             "final_logit_softcapping": fields.number("final_logit_softcapping", 30.0),
         }
-    cap = fields.get("final_logit_softcapping")
+    cap = fields.number("final_logit_softcapping", 0.0) or None  # llama.cpp's saver writes a 0
     return extra | {
         "rope_local_base_freq": fields.number("rope.freq_base_swa", 10000.0),
-        "final_logit_softcapping": cap and fields.number("final_logit_softcapping"),
+        "final_logit_softcapping": cap,
     }
 
 
@@ -160,7 +165,7 @@ def _rope(fields: "_Fields", head_dim: int) -> dict[str, Any]:
         part = math.nextafter(part, 1)
     rope: dict[str, Any] = {"rope_theta": theta, "partial_rotary_factor": part}
     kind = fields.get("rope.scaling.type")
-    factor = fields.number("rope.scaling.factor", fields.get("rope.scale_linear") or 1.0)
+    factor = fields.number("rope.scaling.factor", fields.get("rope.scale_linear") or 0.0) or 1.0
     if LONGROPE_DIVISORS[1] in fields.file.tensors:
         scaling = _longrope(fields)
         rope["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
@@ -187,8 +192,7 @@ def _longrope(fields: "_Fields") -> dict[str, Any]:
             "rope.scaling.original_context_length", fields.integer("context_length")
         ),
     }
-    if fields.get("rope.scaling.attn_factor") is not None:
-        scaling["attention_factor"] = fields.number("rope.scaling.attn_factor")
+    scaling["attention_factor"] = fields.number("rope.scaling.attn_factor", 1.0)
     return scaling
 
 
@@ -196,7 +200,9 @@ def _yarn(fields: "_Fields", factor: float) -> dict[str, Any]:
     scaling = {
         "rope_type": "yarn",
         "factor": factor,
-        "original_max_position_embeddings": fields.integer("rope.scaling.original_context_length"),
+        "original_max_position_embeddings": fields.integer(
+            "rope.scaling.original_context_length", fields.integer("context_length")
+        ),
         "beta_fast": fields.number("rope.scaling.yarn_beta_fast", 32.0),
         "beta_slow": fields.number("rope.scaling.yarn_beta_slow", 1.0),
     }

@@ -99,7 +99,13 @@ def require_said(
 
 
 def require_layers(config: ModelConfig, said: ModelConfig) -> None:
-    """Unsupported unless every layer has the window and the frequencies that the file says."""
+    """Unsupported unless every layer has the window, the frequencies and the attention scale that
+    the file says: Gemma's scale follows from how many layers there are."""
+    if not _close(config.attention_scale, said.attention_scale):
+        raise Unsupported(
+            f"GGUF says attention_scale {said.attention_scale!r} of {len(config.layers)} layers, "
+            f"and the model has {config.attention_scale!r}"
+        )
     for slot, (ours, theirs) in enumerate(zip(config.layers, said.layers, strict=True)):
         if _window(ours, config) != _window(theirs, config):
             raise Unsupported(

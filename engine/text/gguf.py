@@ -1,5 +1,6 @@
 """The tokenizer that a GGUF file describes in its metadata, as llama.cpp reads it."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -82,6 +83,9 @@ _SPECIAL = {
 }
 
 
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+
+
 class _Metadata:
     """The `tokenizer.*` entries of one file, checked as they are read."""
 
@@ -93,7 +97,11 @@ class _Metadata:
         self.tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
         if len(set(self.tokens)) != len(self.tokens):
             raise InputError(f"{where}: tokenizer.ggml.tokens has the same token twice")
-        self.types = self.sized("token_type", int) or [spm.NORMAL] * len(self.tokens)
+        self.types = self.sized("token_type", int) or list(map(self._type, self.tokens))
+
+    def _type(self, token: str) -> int:
+        """Where the file does not say; as llama.cpp, which knows bytes by their text."""
+        return spm.BYTE if self.is_sentencepiece and _BYTE.fullmatch(token) else spm.NORMAL
 
     def get(self, name: str, kind: type, default: Any = None) -> Any:
         value = self.metadata.get(f"tokenizer.{name}", default)

@@ -29,6 +29,7 @@ WRONG = [
     ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type: expected one of"),
     ({"hidden_act": ["silu"]}, "hidden_act: expected one of"),
     ({"rms_norm_eps": 1e308}, "rms_norm_eps: expected a number"),
+    ({"is_causal": False}, r"is_causal: expected true \(a causal decoder\), found False"),
     ({"partial_rotary_factor": 1e308}, "partial_rotary_factor: expected"),
     ({"eos_token_id": [1, "x"]}, "eos_token_id: expected"),
     ({"tie_word_embeddings": "no"}, "tie_word_embeddings: expected true or false"),

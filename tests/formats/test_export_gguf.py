@@ -17,7 +17,7 @@ from engine.checkpoint import open_checkpoint
 from engine.checkpoint.gguf_blocks import GgufBlocks
 from engine.checkpoint.gguf_file import GgufFile
 from engine.errors import InputError
-from engine.export.formats import export
+from engine.export.formats import export, prune
 from engine.export.gguf_blocks import to_blocks
 from engine.export.gguf_file import typed_fields
 from engine.kernels.w4.format import Spec, unpack
@@ -206,6 +206,20 @@ def test_cuts_that_gguf_has_no_word_for(case, keep, sentence, tmp_path):
     config = checkpoint.config.keep(keep) if keep else checkpoint.config
     with pytest.raises(InputError, match=f"{sentence}.*the nearest format that can is hf"):
         export(checkpoint, config, tmp_path / "out.gguf", "gguf")
+
+
+@pytest.mark.parametrize("case, layers", [("gemma2", 46), ("gemma3", 62)])
+def test_a_scale_that_follows_from_the_number_of_layers(case, layers, tmp_path):
+    """Of Gemma 27B, whose file loses it with a layer."""
+    sizes = {"num_hidden_layers": layers, "query_pre_attn_scalar": 8}
+    if case == "gemma3":
+        sizes["layer_types"] = None
+    model = tiny.write(case, tmp_path, 1, **sizes)
+    llama_files.convert(model, tmp_path / "whole.gguf")
+    source = open_checkpoint(tmp_path / "whole.gguf")
+    assert source.config.attention_scale == pytest.approx(8**-0.5)
+    with pytest.raises(InputError, match=f"GGUF says attention_scale 0.25 of {layers - 6} layers"):
+        prune(source, source.config.keep(range(layers - 6)), tmp_path / "out.gguf")
 
 
 @pytest.mark.parametrize("recipe", [

@@ -2,6 +2,7 @@
 
 import secrets
 import sys
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -58,6 +59,18 @@ SAYABLE = {
 UNSAYABLE = {"llama-dynamic", "llama-llama3", "qwen2-window", "smollm3-window", "phi2-qk-norm-tied"}
 
 
+def as_stored(config):
+    """With the factors of rotary embeddings as float32 holds them."""
+
+    def rounded(entry):
+        if entry.rope is None:
+            return entry
+        factor = float(np.float32(entry.rope.attention_factor))
+        return replace(entry, rope=replace(entry.rope, attention_factor=factor))
+
+    return replace(config, layers=tuple(map(rounded, config.layers)))
+
+
 @pytest.mark.parametrize("case", sorted(set(tiny.CASES) - UNSAYABLE))
 def test_model_as_converted(case, tmp_path):
     seed = secrets.randbits(32)
@@ -65,7 +78,7 @@ def test_model_as_converted(case, tmp_path):
     model = tiny.write(case, tmp_path, seed, **SAYABLE.get(case, {}))
     llama_files.convert(model, tmp_path / "model.gguf")
     source, converted = open_checkpoint(tmp_path), open_checkpoint(tmp_path / "model.gguf")
-    assert converted.config == source.config
+    assert as_stored(converted.config) == as_stored(source.config)
     assert set(converted.names()) == set(source.names())
     for name in source.names():
         reference, got = source.read(name), converted.read(name)
@@ -113,14 +126,49 @@ def test_sixteen_bit_tensors_are_views_in_their_dtype(tmp_path):
     assert checkpoint.read(name).data_ptr() == checkpoint.read(name).data_ptr()
 
 
-def test_fused_qkv_of_older_phi2_files_is_split(tmp_path):
-    model = tiny.write("phi2", tmp_path, secrets.randbits(32), num_key_value_heads=6)
+@pytest.mark.parametrize("case", ["phi2", "llama", "smollm3", "qwen2"])
+def test_fused_qkv_is_split(case, tmp_path):
+    """Of older Phi-2 files, and of the converter's --fuse-qkv; rotated rows are interleaved."""
+    sizes = {"num_key_value_heads": 6} if case == "phi2" else {}
+    model = tiny.write(case, tmp_path, secrets.randbits(32), **sizes)
     path = tmp_path / "model.gguf"
     llama_files.convert(model, path, fuse_qkv=True)
     source, converted = open_checkpoint(tmp_path), open_checkpoint(path)
     assert {name for name in GgufFile(path).tensors if "attn_qkv" in name}
     for name in source.names():
         assert torch.equal(converted.read(name), source.read(name)), name
+
+
+def test_no_scaling_and_no_cap_may_be_written_as_zero(tmp_path):
+    """As llama.cpp's own saver does."""
+
+    def zero(fields, tensors):
+        fields["llama.rope.scaling.factor"] = 0.0
+
+    llama_files.write_tiny(tmp_path / "plain.gguf")
+    llama_files.write_tiny(tmp_path / "zero.gguf", zero)
+    plain, saved = (open_checkpoint(tmp_path / f"{name}.gguf") for name in ("plain", "zero"))
+    assert saved.config == plain.config
+
+
+def test_yarn_without_its_first_context_takes_the_whole(tmp_path):
+    def scale(fields, tensors):
+        fields |= {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+
+    llama_files.write_tiny(tmp_path / "model.gguf", scale)
+    assert open_checkpoint(tmp_path / "model.gguf").config.ropes[0].original_context == 64
+
+
+def test_gemma2_has_a_window_where_the_file_says_nothing(tmp_path, monkeypatch):
+    """The first ones; llama.cpp has 4,096 for them."""
+    model = tiny.write("gemma2", tmp_path, 1, max_position_embeddings=8192, sliding_window=None)
+    windows = []
+    for name in ("zero", "none"):
+        llama_files.convert(model, tmp_path / f"{name}.gguf")
+        config = open_checkpoint(tmp_path / f"{name}.gguf").config
+        windows.append({entry.window for entry in config.layers})
+        monkeypatch.setattr(gguf.GGUFWriter, "add_sliding_window", lambda *_: None)
+    assert windows == [{None}, {4096, None}]
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])

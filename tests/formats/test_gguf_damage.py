@@ -125,10 +125,13 @@ MISFITS = {
         lambda f, t: t.update({"blk.0.attn_qkv.bias": t["blk.0.ffn_gate.weight"][:, 0]}),
         "'blk.0.attn_qkv.bias': this llama model has no such bias",
     ),
-    # Whose q and k other engines take turned, or not: no converter writes one.
-    "q, k and v in one": (
+    "q, k and v in one beside them": (
         lambda f, t: t.update({"blk.0.attn_qkv.weight": t["blk.0.ffn_gate.weight"]}),
-        "'blk.0.attn_qkv.weight': expected attn_q, attn_k and attn_v apart",
+        "two tensors stand for 'model.layers.0.self_attn.q_proj.weight'",
+    ),
+    "not causal": (
+        lambda f, t: f.update({"llama.attention.causal": False}),
+        "llama.attention.causal: expected true",
     ),
     "scaling": (lambda f, t: f.update({"llama.rope.scaling.type": "new"}), "scaling.type: expect"),
     "alignment": (lambda f, t: f.update({"general.alignment": 24}), "power of two"),

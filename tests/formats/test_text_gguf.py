@@ -111,6 +111,15 @@ def test_gguf_sentencepiece(tmp_path):
     assert bare.decode(bare.encode("  a b")) == "  a b"
 
 
+def test_gguf_sentencepiece_without_types(tmp_path):
+    """Bytes are known by their text then, as to llama.cpp."""
+    pytest.importorskip("sentencepiece", reason="trains the model")
+    model = train_spm(tmp_path)
+    text = text_from_gguf(gguf_of_spm(model), "test.gguf")
+    bare = text_from_gguf(gguf_of_spm(model, token_type=None), "test.gguf")
+    assert bare.encode("The 12 \u3042") == text.encode("The 12 \u3042")
+
+
 def test_gguf_user_defined_and_phi3_tokens(tmp_path):
     pytest.importorskip("sentencepiece", reason="trains the model")
     metadata = gguf_of_spm(train_spm(tmp_path), add_space_prefix=False, add_bos_token=False)

@@ -4,6 +4,7 @@ Names come from the `gguf` package's own table (`get_tensor_name_map`), as the c
 them; what it changes on the way is written here from its source, independently of the reader.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,24 @@ _ARCHITECTURES = {
 
 
 def convert(model, path: Path, fuse_qkv: bool = False) -> None:
-    """Writes a transformers model as a float32 GGUF; `fuse_qkv`: as older Phi-2 files have it."""
+    """Writes a transformers model as a float32 GGUF; `fuse_qkv`: as its option says."""
     config = model.config
     architecture = _ARCHITECTURES[type(config).__name__]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     _write_sizes(writer, config)
     _write_rope(writer, config)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    weights = model.state_dict()
+    weights = {name: _converted(x, name, config) for name, x in model.state_dict().items()}
     if fuse_qkv:
         weights = _fused(weights)
     for name, tensor in weights.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if stored is None and ".qkv_proj." in name:
+            stored = f"blk.{name.split('.')[2]}.attn_qkv.{name.rpartition('.')[2]}"
         assert stored is not None, name
-        writer.add_tensor(stored, _converted(tensor, name, config).numpy())
+        writer.add_tensor(stored, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -126,6 +129,12 @@ def _write_rope(writer: gguf.GGUFWriter, config: Any) -> None:
     if type(config).__name__ == "Phi3Config":
         writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
     if kind == "longrope":
+        attention = rope.get("attention_factor")
+        if attention is None:
+            stretch = config.max_position_embeddings / config.original_max_position_embeddings
+            original = config.original_max_position_embeddings
+            attention = math.sqrt(1 + math.log(stretch) / math.log(original))
+        writer.add_rope_scaling_attn_factors(attention)
         for length in ("long", "short"):
             factors = torch.tensor(rope[f"{length}_factor"])
             writer.add_tensor(f"rope_factors_{length}.weight", factors.numpy())
@@ -178,6 +187,7 @@ def write_tiny(path: Path, change=None) -> None:
     writer = gguf.GGUFWriter(path, fields.pop("general.architecture", "llama"))
     for key, value in fields.items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[bool] = writer.add_bool
         add.get(type(value), writer.add_array)(key, value)
     for name, tensor in tensors.items():
         data, kind = tensor if isinstance(tensor, tuple) else (tensor, None)
