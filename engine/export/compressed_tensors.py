@@ -5,6 +5,7 @@ Codes are signed, [-8, 7] in 4 bits, packed by the library: `weight_packed` int3
 int32 (N * bits / 32, G), packed along N. The configuration is made by the library's own classes.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from engine.export.quantized import QuantizedDirectory, require_scheme
 from engine.export.tensors import Item, Unsupported
 from engine.kernels.w4.format import Packed, Spec, unpack_codes
 
-INSTALL = "compressed-tensors: needs its library: pip install 'shallow[export]'"
+INSTALL = "compressed-tensors: needs its library: pip install -U 'shallow[export]'"
 
 
 class CompressedTensors(QuantizedDirectory):
@@ -31,6 +32,7 @@ class CompressedTensors(QuantizedDirectory):
     def quantization(self) -> dict[str, Any]:
         """One group a setting; "Linear" stands for every module where there is one setting."""
         try:
+            import compressed_tensors.compressors.pack_quantized.helpers  # noqa: F401  # of `encode`
             from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
         except ImportError:
             raise InputError(INSTALL) from None
@@ -40,6 +42,12 @@ class CompressedTensors(QuantizedDirectory):
                 by_setting.setdefault((spec.bits, spec.group, spec.scheme), []).append(module)
         if not by_setting:
             raise Unsupported("none of its matrices is quantized, which `engine quantize` does")
+        if any(scheme == "zero" for _, _, scheme in by_setting):
+            warnings.warn(
+                "transformers opens zero points with compressed-tensors 0.15 to 0.17 alone, whose "
+                "later releases fail at their own files too; --scheme symmetric has none",
+                stacklevel=2,
+            )
         groups = {
             f"group_{index}": QuantizationScheme(
                 targets=["Linear"] if len(by_setting) == 1 else modules,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from engine.architecture.config import LayerConfig, ModelConfig, Rope, yarn_attention
+from engine.architecture.families import FAMILIES
 from engine.architecture.hf_config import from_hf
 from engine.architecture.rope import inverse_frequencies
 from engine.checkpoint.gguf_blocks import BLOCK_TYPES
@@ -22,6 +23,11 @@ from engine.checkpoint.gguf_file import GgufFile, GgufTensor
 from engine.checkpoint.gguf_names import ARCHITECTURES, LONGROPE_DIVISORS, ROPE_DIVISORS
 from engine.export.tensors import Unsupported
 
+# What llama.cpp's architectures have no tensor or no room for, by the families that do.
+_DIVISORS = ("llama", "mistral", "phi3")  # of rotary frequencies
+_BIASED = ("llama", "mistral")  # where the family has none
+_PARTIAL = ("phi2", "phi3")  # rotation of a part of a head
+_SQUARE = ("qwen2", "olmo2", "phi2", "phi3")  # those whose heads are as wide as the stream together
 _WHOLE = ("mistral", "phi3")  # families whose window llama.cpp leaves out
 _F32 = BLOCK_TYPES[0]
 # Of a config, what a GGUF need not repeat: names, and what its tensors or its tokenizer say.
@@ -81,6 +87,7 @@ def require_said(
         if ours != theirs and not _close(ours, theirs):
             raise Unsupported(f"GGUF says {name} {theirs!r}, and the model has {ours!r}")
     require_layers(config, said)
+    require_loadable(config)
     yarn = [rope for rope in config.ropes if rope.kind == "yarn"]
     if any((rope.beta_fast, rope.beta_slow) != (32.0, 1.0) for rope in yarn):
         warnings.warn(
@@ -96,6 +103,30 @@ def require_said(
             "another",
             stacklevel=2,
         )
+
+
+def require_loadable(config: ModelConfig) -> None:
+    """Unsupported for what a GGUF can say and llama.cpp refuses to load, or dies of."""
+    family = config.family
+    for found, words in (
+        (rope_tensors(config) and family not in _DIVISORS, "divisors of rotary frequencies"),
+        (
+            config.biases - FAMILIES[family].biases and family not in _BIASED,
+            "biases where the family has none",
+        ),
+        (config.tied and family in ("olmo2", "phi2"), "a head that is the embedding"),
+        (not config.tied and family == "gemma2", "a head of its own"),
+        (
+            config.heads * config.head_dim != config.hidden_size and family in _SQUARE,
+            "heads that are not as wide as the model together",
+        ),
+        (
+            _rope(config).dim != config.head_dim and family not in _PARTIAL,
+            "rotary embeddings of a part of a head",
+        ),
+    ):
+        if found:
+            raise Unsupported(f"llama.cpp loads no {family} with {words}")
 
 
 def require_layers(config: ModelConfig, said: ModelConfig) -> None:

@@ -208,6 +208,23 @@ def test_cuts_that_gguf_has_no_word_for(case, keep, sentence, tmp_path):
         export(checkpoint, config, tmp_path / "out.gguf", "gguf")
 
 
+@pytest.mark.parametrize("case, changes, words", [
+    ("qwen2", {"rope_parameters": tiny._LLAMA3 | {"rope_theta": 1e4}}, "divisors of rotary"),
+    ("qwen3", {"attention_bias": True}, "biases where the family has none"),
+    ("olmo2", {"tie_word_embeddings": True}, "a head that is the embedding"),
+    ("gemma2", {"tie_word_embeddings": False}, "a head of its own"),
+    ("qwen2", {"head_dim": 10}, "heads that are not as wide"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                   "partial_rotary_factor": 0.5}}, "rotary embeddings of a part"),
+])  # fmt: skip
+def test_what_llama_cpp_does_not_load(case, changes, words, tmp_path):
+    tiny.write(case, tmp_path / "hf", 1, vocab_size=VOCAB, **SAYABLE.get(case, {}) | changes)
+    save_tokenizer(tmp_path / "hf")
+    checkpoint = open_checkpoint(tmp_path / "hf")
+    with pytest.raises(InputError, match=f"llama.cpp loads no {case} with {words}"):
+        export(checkpoint, checkpoint.config, tmp_path / "out.gguf", "gguf")
+
+
 @pytest.mark.parametrize("case, layers", [("gemma2", 46), ("gemma3", 62)])
 def test_a_scale_that_follows_from_the_number_of_layers(case, layers, tmp_path):
     """Of Gemma 27B, whose file loses it with a layer."""
