@@ -85,10 +85,12 @@ from engine.commands import interrupt
 
 interrupt.watch()
 interrupt.begin()
-print("ready", flush=True)
-until = time.monotonic() + interrupt.GRACE_SECONDS + 2
+until, ready = time.monotonic() + interrupt.GRACE_SECONDS + 2, False
 while time.monotonic() < until:
     try:
+        if not ready:  # in here: what hears of it may interrupt at once
+            ready = True
+            print("ready", flush=True)
         while time.monotonic() < until:
             WAIT
     except KeyboardInterrupt:
@@ -117,15 +119,19 @@ def test_an_interrupt_that_is_forgotten_does_not_end_the_program(wait, rng):
 def test_one_that_is_pressed_twice_is_one(rng):
     program = [sys.executable, "-c", FORGETS.replace("WAIT", "time.sleep(0.01)")]
     programs = [subprocess.Popen(program, stdout=subprocess.PIPE) for _ in range(6)]
+    late = []  # where this process had no processor meanwhile: two interrupts, both forgotten
     for each in programs:
         assert each.stdout.readline() == b"ready\n"
+        first = time.monotonic()
         each.send_signal(signal.SIGINT)
         assert each.stdout.readline() == b"forgotten\n"
         time.sleep(0.05 * float(torch.rand(1, generator=rng)))
         each.send_signal(signal.SIGINT)
-    for each in programs:
-        assert each.communicate(timeout=60)[0] == b""
+        late.append(time.monotonic() - first > 0.25)
+    for each, apart in zip(programs, late, strict=True):
+        assert each.communicate(timeout=60)[0] in ([b"", b"forgotten\n"] if apart else [b""])
         assert each.returncode == 0
+    assert not all(late)
 
 
 def test_a_directory_that_is_gone(model, tmp_path):
