@@ -304,7 +304,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e30  # NaN is not; floats hold no more
+    return type(value) in (int, float) and abs(value) < 1e30  # far above any use; NaN is not
 
 
 METHODS: dict[str, Callable[[Parts, dict[str, Any]], Method]] = {

@@ -45,6 +45,19 @@ def test_activations(rng, name):
     torch.testing.assert_close(y, reference.ACTIVATIONS[name](x), equal_nan=True)
 
 
+def attended_alone(qkv, store, position: int, window: int, heads: int):
+    """(1, heads * 16) of one token at `position`, whose heads share one of keys and values."""
+    y = torch.zeros(1, heads * 16).half()
+    attention_kernel[(1, 1, 1)](
+        qkv, store, torch.arange(WIDTH).view(1, WIDTH).int(), torch.tensor([position]).int(),
+        torch.ones(1).int(), None, None, None, None, None, torch.zeros(16 * 18),
+        torch.zeros(1).int(), y, 0, WIDTH, EPSILON, SCALE, SLOTS=SLOTS, HEADS=heads, KV_HEADS=1,
+        E=16, BLOCK_E=16, BLOCK_R=16, PAGE=PAGE, ROPE=0, NORM="rms", SCOPE="", WINDOW=window,
+        CAP=0.0, SPLITS=1, WIDE=True,
+    )  # fmt: skip
+    return y
+
+
 @pytest.mark.parametrize("wrong", ["query", "key"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize(("position", "window"), [(0, 0), (PAGE, 1), (5, 0)])
@@ -55,14 +68,7 @@ def test_attention_hides_no_score_that_is_none(rng, wrong, value, position, wind
     qkv[0, 0 if wrong == "query" else heads * e] = value
     qkv[0, heads * e if wrong == "query" else 0] = 1  # infinity times zero is none either
     store = torch.randn(WIDTH, SLOTS, 2, groups, PAGE, e, generator=rng).half()
-    table = torch.arange(WIDTH).view(1, WIDTH).int()
-    y = torch.zeros(1, heads * e).half()
-    attention_kernel[(1, groups, 1)](
-        qkv, store, table, torch.tensor([position]).int(), torch.ones(1).int(), None, None, None,
-        None, None, torch.zeros(16 * 18), torch.zeros(groups).int(), y, 0, WIDTH, EPSILON, SCALE,
-        SLOTS=SLOTS, HEADS=heads, KV_HEADS=groups, E=e, BLOCK_E=16, BLOCK_R=16, PAGE=PAGE,
-        ROPE=0, NORM="rms", SCOPE="", WINDOW=window, CAP=0.0, SPLITS=1, WIDE=True,
-    )  # fmt: skip
+    y = attended_alone(qkv, store, position, window, heads)
     assert y[0, :e].isnan().all()
 
 
@@ -73,14 +79,7 @@ def test_attention_to_the_first_that_a_window_shows(rng, first):
     position = first + window - 1
     qkv = torch.randn(1, (heads + 2 * groups) * e, generator=rng).half()
     store = torch.randn(WIDTH, SLOTS, 2, groups, PAGE, e, generator=rng).half()
-    table = torch.arange(WIDTH).view(1, WIDTH).int()
-    y = torch.zeros(1, heads * e).half()
-    attention_kernel[(1, groups, 1)](
-        qkv, store, table, torch.tensor([position]).int(), torch.ones(1).int(), None, None, None,
-        None, None, torch.zeros(16 * 18), torch.zeros(groups).int(), y, 0, WIDTH, EPSILON, SCALE,
-        SLOTS=SLOTS, HEADS=heads, KV_HEADS=groups, E=e, BLOCK_E=16, BLOCK_R=16, PAGE=PAGE,
-        ROPE=0, NORM="rms", SCOPE="", WINDOW=window, CAP=0.0, SPLITS=1, WIDE=True,
-    )  # fmt: skip
+    y = attended_alone(qkv, store, position, window, heads)
     pages = store[:, 0].permute(1, 2, 0, 3, 4).flatten(2, 3).float()
     keys, values = pages[:, :, : position + 1]
     query = qkv[0, : heads * e].float().unflatten(0, (heads, e))
