@@ -2,21 +2,42 @@
 
 from typing import TYPE_CHECKING
 
-from engine.architecture.families import all_tensors
+from engine.architecture.families import all_tensors, outer_tensors
 from engine.errors import InputError
 
 if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
+
+HEAD = "lm_head.weight"
 
 
 def check_tensors(checkpoint: "Checkpoint") -> None:
     """InputError unless every tensor that the family names is there, once, in the config's shape,
     and holds floats; matrices may be quantized.
 
-    From the headers alone, of every layer, whatever is run later.
+    From the headers alone, of every layer, whatever is run later. Only a head beside an embedding
+    that the config ties it to is read.
     """
     for name, shape in all_tensors(checkpoint.config, checkpoint.names()):
         _check(checkpoint, name, shape)
+    if checkpoint.config.tied and HEAD in checkpoint.names():
+        _check_tied(checkpoint)
+
+
+def _check_tied(checkpoint: "Checkpoint") -> None:
+    """InputError where the head is not the embedding, as the config says it is: transformers 5
+    takes the head then, transformers 4 the embedding.
+    """
+    name, shape = outer_tensors(checkpoint.config)["embedding"]
+    _check(checkpoint, HEAD, shape)
+    parts = (checkpoint.read(each).split(1024) for each in (HEAD, name))
+    same = all(head.float().equal(rows.float()) for head, rows in zip(*parts, strict=True))
+    checkpoint.forget()
+    if not same:
+        raise InputError(
+            f"{checkpoint.path}: tie_word_embeddings is true, but {HEAD} differs from {name}; "
+            "set it to false in config.json to use that head, or remove the tensor"
+        )
 
 
 def _check(checkpoint: "Checkpoint", name: str, shape: tuple[int, ...]) -> None:

@@ -49,6 +49,16 @@ DAMAGES = {
         f"{EMBEDDING}: expected shape",
     ),
     "a small head": ("llama", lambda t: t.update({HEAD: t[HEAD][:-1]}), f"{HEAD}: expected shape"),
+    "a head that is not its embedding": (
+        "qwen3",
+        lambda t: t.update({HEAD: t[EMBEDDING].roll(1, 0)}),
+        f"tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}",
+    ),
+    "a small head beside a tied embedding": (
+        "qwen3",
+        lambda t: t.update({HEAD: t[EMBEDDING][:-1]}),
+        f"{HEAD}: expected shape",
+    ),
     "fused, too many rows": (
         "phi3",
         lambda t: t.update({QKV: t[GATE_UP]}),
@@ -139,4 +149,16 @@ def test_floats_that_no_kernel_has(dtype, backend, tmp_path):
     save_file({name: tensor.float() for name, tensor in tensors.items()}, file, {"format": "pt"})
     expected = engine.load(tmp_path, backend=backend)([3, 1, 4])
     save_file(tensors, file, {"format": "pt"})
+    assert torch.equal(engine.load(tmp_path, backend=backend)([3, 1, 4]), expected)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_head_that_is_its_embedding(dtype, backend, tmp_path):
+    """What tied models' directories may hold twice: other tools write it."""
+    tiny.write("qwen3", tmp_path, 1)
+    expected = engine.load(tmp_path, backend=backend)([3, 1, 4])
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {HEAD: tensors[EMBEDDING].to(dtype, copy=True)}, file, {"format": "pt"})
     assert torch.equal(engine.load(tmp_path, backend=backend)([3, 1, 4]), expected)
