@@ -87,11 +87,12 @@ inline void score_part(const T* keys, int64_t head_dim, const float* const* rows
                        Ahead* ahead, float* scores) {
     constexpr int kVectors = kStripe / Lanes::count;  // of a stripe
     constexpr int kStripes = (V - 1) / kVectors + 1;
+    constexpr int64_t kBytes = V * Lanes::count * sizeof(T);  // that one pass reads
     const T* key = keys + p / kStripe * kStripe * head_dim + p % kStripe;
     F total[R][V];
     for (auto& row : total)
         for (F& vector : row) vector = Lanes::set(0);
-    fetching<kStripes * kStripe * int64_t{sizeof(T)}>(ahead, head_dim, [&](int64_t e) {
+    fetching<kBytes>(ahead, head_dim, [&](int64_t e) {
         for (int i = 0; i < kStripes; ++i)
             fetch_near(ahead, key + i * kStripe * head_dim, kStripe * sizeof(T));
         add_products<R, V>(

@@ -1,4 +1,4 @@
-"""How a module's quantized weight is stored: GPTQ, AWQ, compressed-tensors, bitsandbytes NF4,
+"""How a module's quantized weight is stored: GPTQ, AWQ, compressed-tensors, bitsandbytes' 4 bits,
 and this project's own packed directories. A class a method: it reads its configuration once, then
 any module.
 """
@@ -93,31 +93,80 @@ class _Gptq(Method):
 
     def __init__(self, tensors: Parts, config: dict[str, Any]) -> None:
         super().__init__(tensors, config)
-        self.bits = tensors.choose("bits", config.get("bits"), (4, 8))
-        self.group = tensors.choose("group_size", config.get("group_size", -1), GROUP_SIZES)
         tensors.choose("pack_dtype", config.get("pack_dtype", "int32"), ("int32",))
-        tensors.choose("dynamic", config.get("dynamic") or None, (None,))  # settings by module
+        for key in ("rotation", "activation"):  # GPTQModel's, of what flows through
+            tensors.choose(key, config.get(key) or None, (None,))
         written = config.get("checkpoint_format", config.get("format", "gptq"))
         tensors.choose("checkpoint_format", written, ("gptq", "gptq_v2"))
         self.zero_offset = 1 if written == "gptq" else 0
+        meta = config.get("meta")
+        self.borrowed = "gptqmodel:" in str(meta.get("quantizer") if isinstance(meta, dict) else "")
+        rules = self._rules("dynamic", config)
+        self.settings = [self._setting(rule) for rule in (config, *(config | r for r in rules))]
+
+    def _rules(self, key: str, config: dict[str, Any]) -> list[dict[str, Any]]:
+        """What `key` says of certain modules, whatever these are: their tensors tell."""
+        rules = config.get(key) or {}
+        if not isinstance(rules, dict) or not all(isinstance(r, dict) for r in rules.values()):
+            raise InputError(
+                f"{self.tensors.path}: quantization_config: {key} must be an object of objects, "
+                f"found {rules!r:.200}"
+            )
+        return [rule for rule in rules.values() if rule]
+
+    def _setting(self, config: dict[str, Any]) -> tuple[int, int]:
+        """(bits, group size)."""
+        choose = self.tensors.choose
+        group = choose("group_size", config.get("group_size", -1), GROUP_SIZES)
+        return choose("bits", config.get("bits"), (4, 8)), group
+
+    def _fitting(self, module: str) -> tuple[int, int]:
+        """The setting that the shapes of a module belong to."""
+        rows, _ = self.tensors.shape(module, "qweight", 2)
+        groups, n = self.tensors.shape(module, "scales", 2)
+        _, words = self.tensors.shape(module, "qzeros", 2)
+        fitting = [s for s in self.settings if words == -(-n * s[0] // 32)] or self.settings
+        for bits, group in fitting:
+            k = self._k(module, rows, bits)
+            if groups == Spec(bits, max(group, 0), "zero").groups(k):
+                return bits, group
+        return fitting[0]  # its conversion names what disagrees
+
+    def _k(self, module: str, rows: int, bits: int) -> int:
+        if self.tensors.read_if_present(module, "g_idx") is None:
+            return rows * 32 // bits
+        return self.tensors.shape(module, "g_idx", 1)[0]
 
     def shape(self, module: str) -> tuple[int, int]:
         rows, n = self.tensors.shape(module, "qweight", 2)
-        if self.tensors.read_if_present(module, "g_idx") is None:
-            return n, rows * 32 // self.bits
-        return n, self.tensors.shape(module, "g_idx", 1)[0]
+        return n, self._k(module, rows, self._fitting(module)[0])
 
     def packed(self, module: str) -> Packed:
+        bits, group = self._fitting(module)
         return from_hf.gptq(
             self.tensors.read(module, "qweight"),
             self.tensors.read(module, "qzeros"),
             self.tensors.read(module, "scales"),
             self.tensors.read_if_present(module, "g_idx"),
-            bits=self.bits,
-            group=self.group,
+            bits=bits,
+            group=group,
             zero_offset=self.zero_offset,
+            borrowed=self.borrowed,
             name=module,
         )
+
+
+class _AutoRound(_Gptq):
+    """auto-round's own format, where it packs as GPTQ does."""
+
+    def __init__(self, tensors: Parts, config: dict[str, Any]) -> None:
+        packing = config.get("packing_format")
+        tensors.choose("packing_format", packing, ("auto_round:auto_gptq",))
+        for key, usual in (("data_type", "int"), ("act_bits", 16)):
+            tensors.choose(key, config.get(key) or usual, (usual,))
+        super().__init__(tensors, config)
+        extra = [rule for rule in self._rules("extra_config", config) if rule.get("bits") != 16]
+        self.settings += [self._setting(config | rule) for rule in extra]
 
 
 class _Awq(Method):
@@ -204,18 +253,18 @@ class _CompressedTensors(Method):
         return fitting[0]  # its conversion names what disagrees
 
 
-class _Nf4(Method):
-    marker = "weight.quant_state.bitsandbytes__nf4"
+class _BitsAndBytes(Method):
+    """NF4 and FP4, whose sixteen values lie beside the codes."""
+
     nested = ("weight.nested_quant_map", "weight.nested_absmax")
-    parts = (marker, "weight", "weight.absmax", "weight.quant_map", *nested)
 
     def __init__(self, tensors: Parts, config: dict[str, Any]) -> None:
         super().__init__(tensors, config)
         tensors.choose("load_in_8bit", config.get("load_in_8bit", False), (False,))
         kind = config.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own default
-        tensors.choose("bnb_4bit_quant_type", kind, ("nf4",))
-        storage = config.get("bnb_4bit_quant_storage", "uint8")
-        tensors.choose("bnb_4bit_quant_storage", storage, ("uint8",))
+        self.kind = tensors.choose("bnb_4bit_quant_type", kind, ("nf4", "fp4"))
+        self.marker = f"weight.quant_state.bitsandbytes__{self.kind}"
+        self.parts = (self.marker, "weight", "weight.absmax", "weight.quant_map", *self.nested)
 
     def shape(self, module: str) -> tuple[int, int]:
         return tuple(self._state(module)["shape"])
@@ -228,8 +277,9 @@ class _Nf4(Method):
 
     def _load(self, module: str, convert: Callable[..., Any]) -> Any:
         state = self._state(module)
+        stored = self.tensors.read(module, "weight")  # bytes, whatever bnb_4bit_quant_storage says
         return convert(
-            self.tensors.read(module, "weight"),
+            stored.flatten().view(torch.uint8),
             self._absmax(module, state),
             self.tensors.read(module, "weight.quant_map"),
             tuple(state["shape"]),
@@ -255,7 +305,7 @@ class _Nf4(Method):
         state = parse_json(stored.flatten().view(torch.uint8).numpy().tobytes(), where)
         sizes = state.get("shape")
         checks = {
-            "quant_type": state.get("quant_type") == "nf4",
+            "quant_type": state.get("quant_type") == self.kind,
             "shape": isinstance(sizes, list) and len(sizes) == 2 and all(map(_is_size, sizes)),
             "blocksize": _is_size(state.get("blocksize")),
             "nested_blocksize": _is_size(state.get("nested_blocksize", 1)),
@@ -309,8 +359,9 @@ def _is_finite(value: Any) -> bool:
 
 METHODS: dict[str, Callable[[Parts, dict[str, Any]], Method]] = {
     "gptq": _Gptq,
+    "auto-round": _AutoRound,
     "awq": _Awq,
     "compressed-tensors": _CompressedTensors,
-    "bitsandbytes": _Nf4,
+    "bitsandbytes": _BitsAndBytes,
     "shallow": _Packed,
 }

@@ -179,6 +179,8 @@ def quantization_config(path: Path, config: dict[str, Any]) -> dict[str, Any] | 
     found = config.get("quantization_config")
     if found is None and (path / "quantize_config.json").is_file():
         found = {"quant_method": "gptq"} | read_json(path / "quantize_config.json")
+    if found is None and (path / "quanto_qmap.json").is_file():
+        found = {"quant_method": "quanto"}  # which optimum-quanto's directories do not say
     if found is not None and not isinstance(found, dict):
         raise InputError(f"{path}: quantization_config must be an object, found {found!r}")
     return found

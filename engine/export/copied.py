@@ -84,7 +84,14 @@ def cut(said: Any, slots: Mapping[int, int], names: Mapping[str, str]) -> Any:
     A pattern ("re:...") that speaks of certain layers becomes the names of what it means.
     """
     if isinstance(said, dict):
-        return {key: cut(value, slots, names) for key, value in said.items()}
+        for key in said:
+            if _NUMBERED.search(key) and not _LAYER.match(key):
+                raise InputError(
+                    f"quantization_config: expected rules for all layers or for modules by name, "
+                    f"found {key!r:.200}; `engine export --to hf` writes a directory without it"
+                )
+        keys = {key: renumbered(key, slots) for key in said}
+        return {new: cut(said[key], slots, names) for key, new in keys.items() if new is not None}
     if not isinstance(said, list):
         return said
     found: list[Any] = []

@@ -32,12 +32,15 @@ def gptq(
     bits: int = 4,
     group: int,
     zero_offset: int,
+    borrowed: bool = False,
     name: str = "weight",
 ) -> Packed:
     """qweight (ceil(K * bits / 32), N), qzeros (G, ceil(N * bits / 32)) int32, scales (G, N).
 
     g_idx (K,): the group of each input; without order it becomes the permutation. `zero_offset`
     is 1 where zero points are stored less one (checkpoint format "gptq"), 0 for "gptq_v2".
+    `borrowed`: GPTQModel takes these ones off whole words, so that a zero point of 0 borrows from
+    the one above it; others wrap it alone.
     """
     spec = _spec(name, bits, group, "zero", scales.dtype)
     _require_matrices(name, qweight=qweight, scales=scales)
@@ -46,6 +49,9 @@ def gptq(
     _require(name, "qweight", qweight, (_words(k, bits), n), torch.int32)
     _require(name, "qzeros", qzeros, (groups, _words(n, bits)), torch.int32)
     _require(name, "scales", scales, (groups, n))
+    if borrowed:
+        ones = zero_offset * (0x11111111 if bits == 4 else 0x01010101)
+        qzeros, zero_offset = (qzeros.long() + ones).int(), 0
     zeros = _unpack_words(qzeros, bits)[:, :n] + zero_offset & (1 << bits) - 1
     perm = _order(g_idx, k, spec, name)
     return _zero_packed(

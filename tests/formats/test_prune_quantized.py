@@ -102,13 +102,19 @@ def test_modules_that_a_config_names_are_renumbered():
     said = {
         "ignore": ["lm_head", *(f"model.layers.{n}.mlp.up_proj" for n in (1, 3)), "re:.*o_proj"],
         "config_groups": {"group_0": {"targets": [r"re:.*layers\.[12]\..*up_proj", "Linear"]}},
+        "extra_config": {f"model.layers.{n}.mlp.up_proj": {"bits": n} for n in (1, 2)},
+        "dynamic": {r"-:.*\.up_proj": {}},
         "bits": 4,
     }  # fmt: skip
     assert copied.cut(said, slots, names) == {
         "ignore": ["lm_head", "model.layers.2.mlp.up_proj", "re:.*o_proj"],
         "config_groups": {"group_0": {"targets": ["model.layers.1.mlp.up_proj", "Linear"]}},
+        "extra_config": {"model.layers.1.mlp.up_proj": {"bits": 2}},
+        "dynamic": {r"-:.*\.up_proj": {}},
         "bits": 4,
     }
+    with pytest.raises(InputError, match=r"rules for all layers or for modules by name, found '-:"):
+        copied.cut({"dynamic": {r"-:.*layers\.2\..*up_proj": {}}}, slots, names)
 
 
 @pytest.mark.parametrize("pattern", ["re:layers.0.(*", "re:layers.0" + "(" * 9999])

@@ -46,7 +46,16 @@ def refused(path: Path, words: str) -> None:
         ("gptq", {"bits": 8}, rf"{MODULE}: qweight must be \(25, 48\), found \(13, 48\)"),
         ("gptq", {"checkpoint_format": "marlin"}, "'gptq' or 'gptq_v2', found 'marlin'"),
         ("gptq", {"pack_dtype": "int16"}, "pack_dtype must be 'int32', found 'int16'"),
-        ("gptq", {"dynamic": {"+:.*": {"bits": 8}}}, "dynamic must be None"),
+        ("gptq", {"dynamic": {"+:.*": {"bits": 3}}}, "bits must be 4 or 8, found 3"),
+        ("gptq", {"dynamic": ["-:.*"]}, "dynamic must be an object of objects"),
+        ("gptq", {"dynamic": {".*": False}}, "dynamic must be an object of objects"),
+        ("gptq", {"rotation": "hadamard"}, "rotation must be None, found 'hadamard'"),
+        ("gptq", {"activation": {"format": "fp8"}}, "activation must be None"),
+        ("auto-round", {"packing_format": "auto_round"}, "packing_format must be 'auto_round:auto"),
+        ("auto-round", {"data_type": "mx_fp"}, "data_type must be 'int', found 'mx_fp'"),
+        ("auto-round", {"act_bits": 8}, "act_bits must be 16, found 8"),
+        ("auto-round", {"extra_config": {"a": {"bits": 2}}}, "bits must be 4 or 8, found 2"),
+        ("auto-round", {"extra_config": 1}, "extra_config must be an object of objects, found 1"),
         ("awq", {"bits": 8}, "bits must be 4, found 8"),
         ("awq", {"version": "gemv"}, "version must be 'gemm', found 'gemv'"),
         ("awq", {"group_size": None}, "group_size must be .*, found None"),
@@ -56,13 +65,20 @@ def refused(path: Path, words: str) -> None:
         ("compressed", {"transform_config": {"R1": 1}}, "transform_config must be None"),
         ("compressed", {"sparsity_config": {"format": "x"}}, "sparsity_config must be None"),
         ("nf4", {"load_in_8bit": True}, "load_in_8bit must be False, found True"),
-        ("nf4", {"bnb_4bit_quant_type": "fp4"}, "must be 'nf4', found 'fp4'"),
-        ("nf4", {"bnb_4bit_quant_storage": "bfloat16"}, "must be 'uint8', found 'bfloat16'"),
+        ("nf4", {"bnb_4bit_quant_type": "int4"}, "must be 'nf4' or 'fp4', found 'int4'"),
     ],
 )
 def test_configuration_that_cannot_be_read(case, change, words, rng, tmp_path):
     parts, config, _ = CASES[case](rng)
     refused(write(tmp_path, parts, config | change), words)
+
+
+def test_quanto_is_named(rng, tmp_path):
+    """Its directories have no quantization_config."""
+    parts, _, _ = CASES["gptq"](rng)
+    write(tmp_path, parts, None)
+    (tmp_path / "quanto_qmap.json").write_text("{}")
+    refused(tmp_path, "quant_method must be one of .*, found 'quanto'")
 
 
 @pytest.mark.parametrize(

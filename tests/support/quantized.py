@@ -80,6 +80,7 @@ def into_words(fields: torch.Tensor, bits: int, order=range(8)) -> torch.Tensor:
 def gptq(rng, bits=4, group=32, desc_act=False, version="gptq", n=N):
     groups, levels = (1 if group == -1 else -(-K // group)), 1 << bits
     q, z = draw(rng, levels, K, n), draw(rng, levels, groups, n)
+    z[0, 0] = 0  # less one, it wraps or borrows
     scales = torch.randn(groups, n, generator=rng).half()
     g_idx = torch.arange(K) // (K if group == -1 else group)
     if desc_act:
@@ -94,6 +95,30 @@ def gptq(rng, bits=4, group=32, desc_act=False, version="gptq", n=N):
     config = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": desc_act}
     config |= {"sym": False, "checkpoint_format": version, "pack_dtype": "int32"}
     return parts, config, (scales.float()[g_idx] * (q - z[g_idx])).T
+
+
+def gptqmodel(rng, bits=4, **options):
+    """As GPTQModel stores zero points: it takes ones off whole words, where a 0 borrows."""
+    parts, config, weight = gptq(rng, bits, version="gptq_v2", **options)
+    words = parts["qzeros"].long() - (0x11111111 if bits == 4 else 0x01010101)
+    parts["qzeros"] = ((words + (1 << 31)) % (1 << 32) - (1 << 31)).int()
+    meta = {"quantizer": ["optimum:2.1.0", "gptqmodel:7.6.0"]}
+    return parts, config | {"checkpoint_format": "gptq", "meta": meta}, weight
+
+
+def ruled(rng, group=64):
+    """A module that has 8 bits by a rule."""
+    parts, config, weight = gptq(rng, bits=8, group=group)
+    rules = {"-:.*down_proj": {}, "+:.*q_proj": {"bits": 8, "group_size": group}}
+    return parts, config | {"bits": 4, "group_size": 128, "dynamic": rules}, weight
+
+
+def auto_round(rng, **said):
+    parts, config, weight = gptq(rng, group=64)
+    config = {key: config[key] for key in ("bits", "group_size", "sym")}
+    config |= {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
+    config |= {"data_type": "int", "extra_config": {"lm_head": {"bits": 16, "data_type": "float"}}}
+    return parts, config | said, weight
 
 
 def awq(rng):
@@ -144,11 +169,15 @@ def compressed(rng, bits=4, group=32, symmetric=True, actorder=False):
     return parts, config, (q - z[:, g_idx]) * scale.float()[:, g_idx]
 
 
-def nf4(rng, nested=False, k=128, blocksize=64):
+def nf4(rng, nested=False, k=128, blocksize=64, kind="nf4", storage=torch.uint8):
     q, table = draw(rng, 16, N, k), torch.tensor(NF4)
+    if kind == "fp4":
+        halves = torch.tensor([0, 0.0052083333, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4])
+        table = torch.cat((halves, -halves))
     flat = torch.nn.functional.pad(q.flatten(), (0, N * k % 2))
-    parts = {"weight": (flat[::2] << 4 | flat[1::2]).byte()[:, None], "weight.quant_map": table}
-    state = {"quant_type": "nf4", "blocksize": blocksize, "dtype": "float16", "shape": [N, k]}
+    codes = (flat[::2] << 4 | flat[1::2]).byte()
+    parts = {"weight": codes.view(storage)[:, None], "weight.quant_map": table}
+    state = {"quant_type": kind, "blocksize": blocksize, "dtype": "float16", "shape": [N, k]}
     blocks = -(-N * k // blocksize)
     absmax = torch.rand(blocks, generator=rng) + 0.1
     parts["weight.absmax"] = absmax
@@ -160,9 +189,10 @@ def nf4(rng, nested=False, k=128, blocksize=64):
         state |= {"nested_blocksize": 16, "nested_dtype": "float32", "nested_offset": 0.25}
         absmax = inner[codes.long()] * outer[torch.arange(blocks) // 16] + 0.25
     text = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
-    parts["weight.quant_state.bitsandbytes__nf4"] = text
+    parts[f"weight.quant_state.bitsandbytes__{kind}"] = text
     config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
-    config |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"}
+    config |= {"bnb_4bit_quant_type": kind}
+    config |= {"bnb_4bit_quant_storage": str(storage).removeprefix("torch.")}
     scale = absmax[torch.arange(N * k) // blocksize].view(N, k)
     return parts, config, table[q] * scale
 
@@ -173,6 +203,14 @@ CASES = {
     "gptq-v2": lambda rng: gptq(rng, version="gptq_v2", group=128),
     "gptq-column": lambda rng: gptq(rng, group=-1),
     "gptq-8bit-odd": lambda rng: gptq(rng, bits=8, desc_act=True, n=N - 1),
+    "gptq-gptqmodel": gptqmodel,
+    "gptq-gptqmodel-8bit": lambda rng: gptqmodel(rng, bits=8, n=N - 1),
+    "gptq-rules": ruled,
+    "gptq-rules-column": lambda rng: ruled(rng, group=-1),
+    "auto-round": auto_round,
+    "auto-round-rules": lambda rng: auto_round(
+        rng, group_size=32, extra_config={f"{MODULE}": {"group_size": 64}}
+    ),
     "awq": awq,
     "compressed": compressed,
     "compressed-asymmetric": lambda rng: compressed(rng, symmetric=False),
@@ -181,5 +219,8 @@ CASES = {
     "compressed-actorder": lambda rng: compressed(rng, symmetric=False, actorder=True),
     "nf4": nf4,
     "nf4-nested": lambda rng: nf4(rng, nested=True),
+    "nf4-bfloat16": lambda rng: nf4(rng, storage=torch.bfloat16),
+    "fp4": lambda rng: nf4(rng, kind="fp4"),
+    "fp4-nested": lambda rng: nf4(rng, kind="fp4", nested=True),
     "nf4-straddling": lambda rng: nf4(rng, nested=True, k=37),
 }
