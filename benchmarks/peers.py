@@ -34,7 +34,7 @@ from pathlib import Path
 
 import shapes
 import torch
-from peers_table import sections, write
+from peers_table import section, sections, write
 
 from engine.api import Model, load
 from engine.benchmark import machine
@@ -110,6 +110,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as work:
             study.run(options.model, options.shape, Path(work))
             write(options.out, study)
+        print(section(study))
     except InputError as error:
         refuse(error)
 

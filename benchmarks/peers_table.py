@@ -4,12 +4,12 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pages
 import torch
 
 from engine.benchmark import machine
 from engine.benchmark.speed import LEAST_AGREEMENT
 from engine.errors import InputError
-from engine.scratch import write_text
 
 if TYPE_CHECKING:
     from peers import Study, Subject
@@ -47,30 +47,35 @@ HEADINGS = {
 
 def write(path: Path, study: "Study") -> None:
     """Puts the section of the study in its place in the page."""
+    page = sections(path)
     title = TITLES[study.isa]
-    page = sections(path) | {title: f"{title}\n\n" + section(study)}
-    print(page[title])
-    order = list(TITLES.values())
-    found = sorted(page, key=order.index)
-    write_text(path, "\n## ".join([HEAD, *(page[name].rstrip() + "\n" for name in found)]))
+    page[title] = pages.renewed(page.get(title, ""), section(study), f"{processor()}, ")
+    title, head = HEAD.split("\n", 1)
+    found = {f"## {name}": page[name] for name in TITLES.values() if name in page}
+    pages.write(path, {title: head} | found)
 
 
 def sections(path: Path) -> dict[str, str]:
-    """Of a page that is there, by title; InputError for what `write` would lose."""
-    if not path.exists():
-        return {}
-    head, *parts = path.read_text(encoding="utf-8", errors="replace").split("\n## ")
-    found = {part.partition("\n")[0]: part for part in parts}
-    strange = [name for name in found if name not in TITLES.values()]
-    if strange or head.partition("\n")[0] != HEAD.partition("\n")[0]:
-        what = f"the section {strange[0]!r:.60}" if strange else "another page"
-        raise InputError(f"{path}: expected a page of ours, found {what}; name another file")
-    return found
+    """Of a page that is there, by title; InputError for one with a section that is not of ours.
+    What stands before them is ours to write anew."""
+    _, *found = pages.sections(path, HEAD.partition("\n")[0]).items()
+    page = {heading.removeprefix("## "): text for heading, text in found}
+    for name in page:
+        if name not in TITLES.values():
+            raise InputError(
+                f"{path}: expected a page of ours, found the section {name!r:.60}; name another "
+                "file"
+            )
+    return page
+
+
+def processor() -> str:
+    return machine.device_name(torch.device("cpu"))
 
 
 def section(study: "Study") -> str:
     lines = [
-        f"{machine.device_name(torch.device('cpu'))}, {study.threads} threads, "
+        f"{processor()}, {study.threads} threads, "
         f"{machine.huge_pages() or 'no word of'} huge pages; medians of {study.repeats} runs.",
         "",
         *lead(study),

@@ -1,11 +1,14 @@
 """The page of benchmarks/peers.py, of runs made up here."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import pages
 import peers
+import peers_table
 import pytest
 from peers import LARGE, SMALL, Contender, Study, Subject
-from peers_table import HEAD, write
+from peers_table import HEAD, TITLES, write
 
 from engine.errors import InputError
 from engine.generation import Timings
@@ -72,19 +75,48 @@ def test_sections_of_other_instruction_sets_stay(study, tmp_path):
     assert "### large, Q4_0 by AMX" in amx and "### large" not in avx2
 
 
+@pytest.mark.parametrize("isa", ["amx", "avx512", "avxvnni", "avx2"])
+def test_what_is_written_by_hand_stays(study, isa, tmp_path, monkeypatch):
+    """Of our own page; and where its section is another processor's, that too, behind the mark."""
+    recorded = (Path(peers.__file__).parent / "results" / "cpu.md").read_text()
+    before = recorded.split(f"\n## {TITLES[isa]}\n")[1].split("\n## ")[0]
+    generated, mark, by_hand = before.partition(f"\n{pages.BY_HAND}\n")
+    assert mark and generated.splitlines()[-1].startswith("Versions: ")
+    others = [part for part in recorded.split("\n## ")[1:] if not part.endswith(before)]
+    study.isa = isa
+    for processor in (generated.strip().partition(", ")[0], "Another"):
+        monkeypatch.setattr(peers_table, "processor", lambda name=processor: name)
+        page = tmp_path / f"{processor}.md"
+        page.write_text(recorded)
+        for _ in range(2):
+            write(page, study)
+            text = page.read_text()
+            section = text.split(f"\n## {TITLES[isa]}\n")[1].split("\n## ")[0]
+            made, _, kept = section.partition(f"\n{pages.BY_HAND}\n")
+            assert made.startswith(f"\n{processor}, 3 threads, ")
+            moved = generated if processor == "Another" else ""
+            assert kept.rstrip("\n") == f"{moved}{by_hand}".rstrip("\n")
+            assert all(part in text for part in others)
+
+
+def test_a_section_without_the_mark_stays_whole():
+    assert pages.renewed("mine\n", "made", "mi") == f"made\n\n{pages.BY_HAND}\n\nmine"
+
+
 @pytest.mark.parametrize(
     "text, found",
     [
         ("# Notes\n\nmine\n", "another page"),
         ("", "another page"),
         ("{head}\n\n## Own heading\n\nmine\n", "the section 'Own heading'"),
+        ("{head}\n\n## AMX\n\nmine\n\n## AMX\n\nmine\n", "'AMX' comes twice"),
     ],
 )
 def test_a_page_of_another_kind_is_kept(text, found, study, tmp_path, monkeypatch, capsys):
     page = tmp_path / "page.md"
     page.write_text(text.replace("{head}", HEAD.partition("\n")[0]))
     before = page.read_text()
-    with pytest.raises(InputError, match=f"page.md: expected a page of ours, found {found}"):
+    with pytest.raises(InputError, match=f"page.md: .*{found}"):
         write(page, study)
     for out, sentence in ((page, found), (tmp_path / "no" / "o.md", "there is no directory")):
         monkeypatch.setattr("sys.argv", ["peers.py", "--out", str(out)])
