@@ -42,7 +42,9 @@ from engine.benchmark.peers.known import KNOWN, chosen
 from engine.benchmark.peers.process import Peer, PeerMissing, work_of
 from engine.benchmark.speed import LEAST_AGREEMENT, agreement
 from engine.benchmark.tables import setting_name
+from engine.checkpoint import open_checkpoint
 from engine.checkpoint.locate import locate
+from engine.checkpoint.weights import describe, layer_weights
 from engine.commands.common import check_writable
 from engine.commands.output import refuse
 from engine.errors import InputError
@@ -92,7 +94,7 @@ class Contender:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m", help="a .gguf file, as Q4_1")
+    parser.add_argument("--model", default="smollm2-135m", help="a .gguf file")
     parser.add_argument("--shape", action="append", default=[], choices=shapes.FILES)
     parser.add_argument("--isa", choices=isas(), default=isas()[0])
     parser.add_argument("--compare", default=",".join(KNOWN))
@@ -108,8 +110,8 @@ def main() -> None:
         asked = chosen(options.compare, options.peer_python)
         study = Study(options.isa, asked, options.repeats)
         with tempfile.TemporaryDirectory() as work:
-            study.run(options.model, options.shape, Path(work))
-            write(options.out, study)
+            for _ in study.run(options.model, options.shape, Path(work)):
+                write(options.out, study)  # a run of hours keeps what it has
         print(section(study))
     except InputError as error:
         refuse(error)
@@ -155,17 +157,22 @@ class Study:
         """That run, where more than there are CPUs were asked for."""
         return self.subjects[0].model.runtime.threads
 
-    def run(self, ref: str, names: Sequence[str], work: Path) -> None:
+    def run(self, ref: str, names: Sequence[str], work: Path) -> Iterator[Subject]:
+        """Every file, as soon as it is measured."""
         path = locate(ref)
-        judged = self._measured(ref, "Q4_1", path, SMALL)
+        judged = self._measured(ref, stored(path), path, SMALL)
         judged.perplexity = perplexity(judged.model)
+        yield judged
         if self._quantize(judged.model, work / "Q4_0.gguf"):
             requantized = self._measured(ref, "Q4_0", work / "Q4_0.gguf", SMALL, alone=False)
             requantized.perplexity = perplexity(requantized.model)
+            yield requantized
         for file in names:
             path = shapes.write(file, work)
-            self._measured(*shapes.bits_of(file), path, LARGE).model.close()
+            measured = self._measured(*shapes.bits_of(file), path, LARGE)
+            measured.model.close()
             path.unlink()
+            yield measured
 
     def _measured(
         self, name: str, bits: str, path: Path, workloads: Workloads, alone: bool = True
@@ -225,6 +232,14 @@ class Study:
                     "benchmarks/peers.py says"
                 )
             yield theirs(peer)
+
+
+def stored(path: Path) -> str:
+    """The types that the matrices of the first layer have in the file, such as "Q4_1"."""
+    checkpoint = open_checkpoint(path)
+    first = layer_weights(checkpoint, checkpoint.config, checkpoint.config.layers[0].layer)
+    found = (describe(matrix) for _, matrix in first if len(matrix.shape) == 2)
+    return ", ".join(dict.fromkeys(found))
 
 
 def turns(subject: Subject, repeats: int) -> None:

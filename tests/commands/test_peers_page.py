@@ -141,3 +141,31 @@ def test_a_peer_with_avx512_is_no_peer_of_avx2(monkeypatch):
     asked = Study("avx2", {"llama.cpp": None}, repeats=1)
     with ExitStack() as stack, pytest.raises(InputError, match="built for AVX-512; build another"):
         list(asked._opened("llama.cpp", None, stack))
+
+
+def test_what_is_measured_is_on_the_page_before_the_next_file(study, tmp_path, monkeypatch):
+    page = tmp_path / "cpu.md"
+    small = study.subjects[0]
+
+    def measured(self, name, bits, path, *_, **__):
+        if not self.subjects:
+            self.subjects.append(small)
+            return small
+        assert "### small, Q4_0 by AVX2" in page.read_text()
+        raise InputError("no room")
+
+    monkeypatch.setattr(Study, "_measured", measured)
+    monkeypatch.setattr(Study, "_quantize", lambda *_: True)
+    monkeypatch.setattr(peers, "locate", Path)
+    monkeypatch.setattr(peers, "stored", lambda _: "Q4_0")
+    monkeypatch.setattr(peers, "perplexity", lambda _: 20.0)
+    monkeypatch.setattr(peers, "isas", lambda: ["avx2"])
+    monkeypatch.setattr("sys.argv", ["peers.py", "--isa", "avx2", "--out", str(page)])
+    with pytest.raises(SystemExit) as ended:
+        peers.main()
+    assert ended.value.code == 2 and "20.000" in page.read_text()
+
+
+def test_bits_are_those_of_the_file(default_model, source):
+    assert peers.stored(default_model) == "Q4_1"
+    assert peers.stored(source("llama").path) == "float32"
