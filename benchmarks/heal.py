@@ -4,9 +4,9 @@
 
 For every count of dropped layers, chosen by `engine plan --rule greedy`, each way of healing is run
 as a user would run it and judged by `engine eval`; the first text is of the kind that it learnt
-from. Everything made is kept in WORK, where a run that was killed goes on; a finished cell is a
-line of benchmarks/results/heal.json, from which heal.md's table and two figures are drawn.
-`--only 5:distil` runs some cells alone.
+from. Everything made is kept in WORK, where a run that was killed goes on; a finished cell is an
+entry of benchmarks/results/heal.json, from which heal.md's table and two figures beside it are
+drawn. `--only 5:distil` runs some cells alone.
 """
 
 import argparse
@@ -14,24 +14,32 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from work import begin
+from shapes import positive
+from work import begin, clocked, seconds
 
 from engine.architecture.layers import format_layers
 from engine.artifacts import Plan
 from engine.benchmark.machine import device_name
+from engine.commands.common import check_writable
 from engine.commands.output import refuse
 from engine.errors import InputError
 from engine.report.drawing import DASHES, LINES, new_figure, style
-from engine.scratch import write_text
+from engine.scratch import replacing, write_text
 
-RESULTS = Path(__file__).parent / "results"
+RESULT = Path(__file__).parent / "results" / "heal.json"
 COUNTS = 0, 3, 5, 8, 10
 METHODS = "no healing", "linear", "qlora", "distil", "distil, 4 bits, scales"
+CELLS = {
+    f"{count}:{method}": (count, method)
+    for count in COUNTS
+    for method in (METHODS if count else METHODS[:1])
+}
 
 
 @dataclass(frozen=True)
@@ -50,41 +58,41 @@ class Cell:
     probability: float  # of the right choice
     nbytes: int
     decode_tok_s: float | None
-    minutes: float  # of healing
+    minutes: float  # of healing alone: the plan, and a cell that it begins with, are left out
     machine: str
+
+
+FIGURES: dict[str, tuple[str, Callable[[Cell], float]]] = {
+    "perplexity": ("perplexity over the whole model's", lambda cell: cell.perplexity),
+    "choices": ("probability of the right choice", lambda cell: cell.probability),
+}
 
 
 class Study:
     def __init__(self, asked: argparse.Namespace) -> None:
-        self.asked, self.work = asked, Path(asked.work)
-        options = {name: value for name, value in vars(asked).items() if name != "only"}
-        begin(self.work, asked.model, options | {"work": ""})
-        self.file = RESULTS / "heal.json"
-        found = json.loads(self.file.read_text()) if self.file.is_file() else []
+        self.asked, self.work, self.file = asked, Path(asked.work), asked.out
+        self.cells = {(cell.dropped, cell.method): cell for cell in read(self.file)}
         ours = asked.model, [Path(text).name for text in asked.text]
-        if any((cell["model"], list(cell["perplexities"])) != ours for cell in found):
+        if any((cell.model, list(cell.perplexities)) != ours for cell in self.cells.values()):
             raise InputError(f"{self.file}: holds cells of another model or texts; move it away")
-        self.cells = {(cell["dropped"], cell["method"]): Cell(**cell) for cell in found}
+        for file in (self.file, *map(self.figure_file, FIGURES)):
+            check_writable(file)
+        for source in (asked.train, *asked.text, asked.choices):
+            if not source.startswith("hub:") and not Path(source).exists():
+                raise InputError(f"{source}: there is no such file")
+        others = "only", "out", "work"
+        options = {name: value for name, value in vars(asked).items() if name not in others}
+        begin(self.work, asked.model, options)
 
     def run(self) -> None:
-        for count in COUNTS:
-            for method in METHODS if count else METHODS[:1]:
-                key = count, method
-                wanted = not self.asked.only or f"{count}:{method}" in self.asked.only
-                if wanted and key not in self.cells:
-                    self.cells[key] = self.measure(count, method)
-                    self.keep()
+        for name, key in CELLS.items():
+            if key not in self.cells and name in (self.asked.only or CELLS):
+                self.cells[key] = self.measure(*key)
+                self.keep()
         self.draw()
 
     def measure(self, count: int, method: str) -> Cell:
-        file = self.work / f"{count}-{method}.minutes"
-        minutes = float(file.read_text()) if file.exists() else 0.0
-        start = time.monotonic()
-        try:
-            model, drop = self.made(count, method)
-        finally:  # an interrupted one goes on where it was
-            minutes += (time.monotonic() - start) / 60
-            file.write_text(str(minutes))
+        model, drop = self.made(count, method)
         judged = self.judged(model, drop, f"{count}-{method}")
         speed = self.engine(
             "run", "--model", model, *drop, "--new-tokens", 128, "--repeats", 3, "--quiet"
@@ -103,7 +111,7 @@ class Study:
             probability=choices["probability"],
             nbytes=self.nbytes(model) if not drop else 0,
             decode_tok_s=speed.get("decode_tok_s"),
-            minutes=minutes,
+            minutes=seconds(self.clock(model)) / 60,
             machine=device_name(torch.device("cpu")),
         )
 
@@ -122,10 +130,7 @@ class Study:
             if method == "qlora":  # the paper's rate and rank; its batch would be a step a minute
                 train = ["--method", "qlora", *self.length]
                 train += ["--window", "512", "--batch-tokens", "2048"]
-            self.engine(
-                "heal", self.asked.model, out, "--plan", self.plan(count), *train,
-                "--text", self.asked.train, "--seed", 0,
-            )  # fmt: skip
+            self.heal(self.asked.model, out, "--plan", self.plan(count), *train)
         return str(out), []
 
     def small(self, count: int) -> Path:
@@ -134,12 +139,18 @@ class Study:
         if not packed.exists():
             self.engine("quantize", self.made(count, "distil")[0], packed)
         if not out.exists():
-            self.engine(
-                "heal", packed, out, "--method", "distil", "--train", "scales",
-                "--teacher", self.made(count, "distil")[0], "--text", self.asked.train,
-                *self.length, "--seed", 0,
-            )  # fmt: skip
+            teacher = self.made(count, "distil")[0]
+            train = "--method", "distil", "--train", "scales", "--teacher", teacher
+            self.heal(packed, out, *train, *self.length)
         return out
+
+    def heal(self, model: str | Path, out: Path, *how: object) -> None:
+        with clocked(self.clock(out), time.monotonic):  # an interrupted one goes on where it was
+            self.engine("heal", model, out, *how, "--text", self.asked.train, "--seed", 0)
+
+    def clock(self, out: str | Path) -> Path:
+        """The file of the seconds that it took to heal `out`."""
+        return self.work / f"{Path(out).name}.seconds"
 
     @property
     def length(self) -> list[str]:
@@ -172,7 +183,9 @@ class Study:
         module = ["engine.run"] if words[0] == "run" else ["engine.cli", str(words[0])]
         command = [sys.executable, "-m", *module, *map(str, words[1:])]
         print(" ".join(command[2:]), file=sys.stderr, flush=True)
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise InputError(f"engine {words[0]}: ended with exit code {done.returncode}")
         last = (done.stdout.splitlines() or [""])[-1]
         return json.loads(last) if last.startswith("{") else {}
 
@@ -188,10 +201,7 @@ class Study:
         write_text(self.file, json.dumps(rows, indent=1) + "\n")
 
     def draw(self) -> None:
-        for name, label, value in (
-            ("perplexity", "perplexity over the whole model's", lambda cell: cell.perplexity),
-            ("choices", "probability of the right choice", lambda cell: cell.probability),
-        ):
+        for name, (label, value) in FIGURES.items():
             with style():
                 self.figure(name, label, value)
         print("\n".join(self.table()))
@@ -215,7 +225,11 @@ class Study:
         axes.set(xlabel="layers dropped", ylabel=label)
         axes.grid(axis="y")
         axes.legend()
-        figure.savefig(RESULTS / f"heal-{name}.svg", metadata={"Date": None})
+        with replacing(self.figure_file(name)) as file:
+            figure.savefig(file, metadata={"Date": None})
+
+    def figure_file(self, name: str) -> Path:
+        return self.file.with_name(f"{self.file.stem}-{name}.svg")
 
     def table(self) -> list[str]:
         """Of what is finished, for heal.md."""
@@ -237,6 +251,16 @@ class Study:
         return rows
 
 
+def read(file: Path) -> list[Cell]:
+    """The cells of a record that is there."""
+    if not file.is_file():
+        return []
+    try:
+        return [Cell(**cell) for cell in json.loads(file.read_text())]
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{file}: is no record of healing ({error}); move it away") from error
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", help="a directory, made where it is not there")
@@ -244,11 +268,14 @@ def main() -> None:
     parser.add_argument("--train", required=True, help="text to learn from")
     parser.add_argument("--text", action="append", required=True, help="to judge by; repeatable")
     parser.add_argument("--choices", required=True, help="JSONL of questions")
-    parser.add_argument("--minutes", type=float, default=15.0, help="a trained cell")
-    parser.add_argument("--steps", type=int, help="of 2,048 tokens, in the place of minutes")
+    parser.add_argument("--minutes", type=float, default=15.0, help="minutes of training per cell")
+    parser.add_argument("--steps", type=positive, help="of 2,048 tokens, in the place of minutes")
     parser.add_argument("--self", type=int, default=200_000, help="tokens the teacher writes")
-    parser.add_argument("--windows", type=int, default=16, help="of 512 tokens, of each text")
-    parser.add_argument("--only", action="append", help="a cell as 5:distil; repeatable")
+    parser.add_argument("--windows", type=positive, default=16, help="of 512 tokens, of each text")
+    parser.add_argument(
+        "--only", action="append", choices=CELLS, metavar="CELL", help="as 5:distil; repeatable"
+    )
+    parser.add_argument("--out", type=Path, default=RESULT, help="default: results/heal.json")
     try:
         Study(parser.parse_args()).run()
     except InputError as error:

@@ -13,18 +13,21 @@ other.
 
 import argparse
 import ctypes
-import json
+import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
+import pages
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from quality import RESULT, Replayed, bits_of_layers
+from quality import RESULT, TITLE, Replayed, bits_of_layers, ggml_base
 from safetensors.torch import load_file, save_file
-from work import begin
+from shapes import positive
+from work import begin, kept
 
 from engine.benchmark.machine import device_name
 from engine.checkpoint import Checkpoint, open_checkpoint
@@ -43,7 +46,7 @@ from engine.runtime.reference import ReferenceRuntime
 from engine.text import Text, heldout_text, load_text, mixed_text, read_text_file
 from engine.text.samples import read_samples
 
-HEADING = "\n## Beside llama.cpp"
+HEADING = "## Beside llama.cpp"
 OURS = (  # group, scheme, bits of v
     *((128, "codebook", 8), (64, "codebook", 4), (64, "symmetric", 4), (128, "minimum", 4)),
     *((64, "codebook", 8), (32, "codebook", 4), (64, "minimum", 4), (32, "codebook", 8)),
@@ -72,10 +75,7 @@ class Ggml:
     """libggml-base, where llama.cpp's quantizers are."""
 
     def __init__(self, directory: Path) -> None:
-        library = directory / "libggml-base.so"
-        if not library.is_file():
-            raise InputError(f"{library}: there is no such file; --llama says where it lies")
-        quantize = ctypes.CDLL(str(library)).ggml_quantize_chunk
+        quantize = ctypes.CDLL(str(ggml_base(directory))).ggml_quantize_chunk
         quantize.restype = ctypes.c_size_t
         whole = ctypes.c_int64
         pointer = ctypes.c_void_p
@@ -106,8 +106,11 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--source", choices=("on-grid", "off-grid"), default="off-grid")
     parser.add_argument("--text", action="append", help="to judge by, repeatable")
-    parser.add_argument("--windows", type=int, default=10, help="of 512 tokens, of each text")
-    parser.add_argument("--samples", type=int, default=16, help="of 512 tokens, to calibrate on")
+    parser.add_argument("--windows", type=positive, default=10, help="of 512 tokens, of each text")
+    parser.add_argument(
+        "--samples", type=positive, default=16, help="of 512 tokens, to calibrate on"
+    )
+    parser.add_argument("--out", type=Path, default=RESULT, help="default: results/quality.md")
     given = parser.parse_args()
     try:
         compare(given)
@@ -117,21 +120,22 @@ def main() -> None:
 
 def compare(given: argparse.Namespace) -> None:
     """Rows that are done are kept in `given.work`; the section of quality.md is written anew."""
-    options = {"text": given.text, "windows": given.windows, "samples": given.samples}
-    begin(given.work, given.model, options)
+    pages.check(given.out, TITLE)
+    ggml = Ggml(given.llama or installed())
     checkpoint = open_checkpoint(locate(given.model))
     text = load_text(checkpoint.path)
+    texts = [read_text_file(Path(file)) for file in given.text or ()] or [heldout_text()]
+    samples, _ = read_samples(None, text, 512, most=given.samples, built_in=mixed_text)
+    if given.source == "off-grid":
+        check_rescalable(checkpoint)
+    options = {"text": given.text, "windows": given.windows, "samples": given.samples}
+    begin(given.work, given.model, options)
     if given.source == "off-grid":
         checkpoint = off_grid(checkpoint, given.work / "plain")
-    judge = Judge(
-        checkpoint,
-        text,
-        [read_text_file(Path(file)) for file in given.text or ()] or [heldout_text()],
-        given.windows,
-    )
-    samples, _ = read_samples(None, text, 512, most=given.samples, built_in=mixed_text)
+    judge = Judge(checkpoint, text, texts, given.windows)
     rows = [source_row(given, checkpoint, judge)]
-    for row in chain(*(of(given, checkpoint, judge, samples) for of in (ours, theirs))):
+    ways = ours(given, checkpoint, judge, samples), theirs(given, checkpoint, judge, samples, ggml)
+    for row in chain(*ways):
         rows.append(row)
         print(row, flush=True)
     write(given, rows)
@@ -162,57 +166,62 @@ class Judge:
 
 def source_row(given: argparse.Namespace, checkpoint: Checkpoint, judge: Judge) -> Row:
     note = given.work / f"{given.source} source.json"
-    if not note.is_file():
-        row = judge("the source", bits_of_layers(checkpoint), None)
-        note.write_text(json.dumps(asdict(row)))
-    return Row(**json.loads(note.read_text()))
+    return kept(note, Row, lambda: judge("the source", bits_of_layers(checkpoint), None))
+
+
+def installed() -> Path:
+    """Where llama-cpp-python has its libraries."""
+    spec = find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        raise InputError("llama.cpp: expected --llama, or pip install llama-cpp-python")
+    return Path(spec.origin).parent / "lib"
 
 
 def theirs(
-    given: argparse.Namespace, checkpoint: Checkpoint, judge: Judge, samples: list[list[int]]
+    given: argparse.Namespace,
+    checkpoint: Checkpoint,
+    judge: Judge,
+    samples: list[list[int]],
+    ggml: Ggml,
 ) -> Iterator[Row]:
-    directory = given.llama
-    if directory is None:
-        spec = find_spec("llama_cpp")
-        if spec is None or spec.origin is None:
-            raise InputError("llama.cpp: expected --llama, or pip install llama-cpp-python")
-        directory = Path(spec.origin).parent / "lib"
-    ggml, known = Ggml(directory), importance(checkpoint, samples)
+    known = importance(checkpoint, samples)
+
+    def quantized(name: str, kind: str, weighed: Importance | None) -> Row:
+        layers, nbytes, count = [], 0, 0
+        for slot, weights in enumerate(judge.source.layers):
+            made = {}
+            for role, weight in weights.items():
+                if weight.dim() == 2:
+                    scores = weighed[slot][role] if weighed else None
+                    blocks = ggml.blocks(kind, weight, scores)
+                    nbytes, count = nbytes + blocks.data.numel(), count + weight.numel()
+                    weight = dequantize(blocks)
+                made[role] = weight
+            layers.append(made)
+        return judge(name, 8 * nbytes / count, layers)
+
     for kind in THEIRS:
         for weighed in (None, known):
             name = f"llama.cpp {kind}" + (", importance matrix" if weighed else "")
             note = given.work / f"{given.source} {name}.json"
-            if not note.is_file():
-                layers, nbytes, count = [], 0, 0
-                for slot, weights in enumerate(judge.source.layers):
-                    made = {}
-                    for role, weight in weights.items():
-                        if weight.dim() == 2:
-                            scores = weighed[slot][role] if weighed else None
-                            blocks = ggml.blocks(kind, weight, scores)
-                            nbytes, count = nbytes + blocks.data.numel(), count + weight.numel()
-                            weight = dequantize(blocks)
-                        made[role] = weight
-                    layers.append(made)
-                note.write_text(json.dumps(asdict(judge(name, 8 * nbytes / count, layers))))
-            yield Row(**json.loads(note.read_text()))
+            yield kept(note, Row, partial(quantized, name, kind, weighed))
 
 
 def ours(
     given: argparse.Namespace, checkpoint: Checkpoint, judge: Judge, samples: list[list[int]]
 ) -> Iterator[Row]:
+
+    def packed(name: str, recipe: Recipe, out: Path) -> Row:
+        if not out.exists():
+            pack(checkpoint, checkpoint.config, out, recipe, samples)
+        made = open_checkpoint(out)
+        return judge(name, bits_of_layers(made), load_decoder(made, made.config).layers)
+
     for group, scheme, v in OURS:
         name = f"GPTQ, {scheme}, groups of {group}" + (", v in 8 bits" if v == 8 else "")
         note = given.work / f"{given.source} {name}.json"
-        if not note.is_file():
-            out = note.with_suffix("")
-            if not out.exists():
-                recipe = Recipe("gptq", 4, group, scheme, head=None, v=v)
-                pack(checkpoint, checkpoint.config, out, recipe, samples)
-            packed = open_checkpoint(out)
-            layers = load_decoder(packed, packed.config).layers
-            note.write_text(json.dumps(asdict(judge(name, bits_of_layers(packed), layers))))
-        yield Row(**json.loads(note.read_text()))
+        recipe = Recipe("gptq", 4, group, scheme, head=None, v=v)
+        yield kept(note, Row, partial(packed, name, recipe, note.with_suffix("")))
 
 
 @torch.no_grad()
@@ -233,6 +242,16 @@ def importance(checkpoint: Checkpoint, samples: list[list[int]]) -> Importance:
     return found
 
 
+def check_rescalable(checkpoint: Checkpoint) -> None:
+    """InputError for a model that `off_grid` would change."""
+    config = checkpoint.config
+    if config.family != "llama" or config.biases:
+        raise InputError(
+            f"{checkpoint.path}: --source off-grid takes a Llama without biases, found a "
+            f"{config.architecture}{' with biases' if config.biases else ''}"
+        )
+
+
 def off_grid(checkpoint: Checkpoint, out: Path) -> Checkpoint:
     """The same function in float32, a Llama's, every matrix's columns rescaled at random.
 
@@ -240,9 +259,9 @@ def off_grid(checkpoint: Checkpoint, out: Path) -> Checkpoint:
     """
     if out.exists():
         return open_checkpoint(out)
-    plain = out.with_name("as-it-was")
-    if not plain.exists():
-        export(checkpoint, checkpoint.config, plain, "hf", dtype=torch.float32)
+    plain = out.with_name("half-rescaled")
+    shutil.rmtree(plain, ignore_errors=True)  # of a killed run: to rescale again would not do
+    export(checkpoint, checkpoint.config, plain, "hf", dtype=torch.float32)
     rng = torch.Generator().manual_seed(0)
     config = checkpoint.config
     files = {file: load_file(file) for file in sorted(plain.glob("*.safetensors"))}
@@ -281,7 +300,6 @@ def off_grid(checkpoint: Checkpoint, out: Path) -> Checkpoint:
 def write(given: argparse.Namespace, rows: list[Row]) -> None:
     """This source's section of quality.md; the other sections stay."""
     names = [Path(file).name for file in given.text or ("heldout.txt",)]
-    heading = f"{HEADING}, {given.source}\n"
     lines = [
         f"`{given.model}`, {SOURCES[given.source]}; perplexity and KL to the source in nats on "
         f"{given.windows} windows of 512 tokens of each text, by the float32 reference; "
@@ -295,12 +313,8 @@ def write(given: argparse.Namespace, rows: list[Row]) -> None:
     for row in sorted(rows, key=lambda row: (round(row.bits, 2), sum(row.kl))):
         cells = " | ".join(f"{each:.3f}" for each in row.perplexity)
         lines.append(f"| {row.name} | {row.bits:.2f} | {cells} | {sum(row.kl) / len(row.kl):.5f} |")
-    before, found, after = RESULT.read_text().partition(heading)
-    rest = ""
-    if found:
-        _, mark, rest = after.partition("\n## ")
-        rest = mark + rest
-    RESULT.write_text(before.rstrip("\n") + "\n" + heading + "\n".join(lines) + "\n" + rest)
+    heading, about = f"{HEADING}, {given.source}", f"`{given.model}`, "
+    pages.put(given.out, TITLE, heading, "\n".join(lines), about)
 
 
 if __name__ == "__main__":

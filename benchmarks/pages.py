@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from engine.errors import InputError
-from engine.scratch import write_text
+from engine.scratch import check_target, write_text
 
 BY_HAND = "<!-- By hand from here on: kept when the section is written anew. -->"
 HEADING = re.compile(r"(\A# .*|^## .*)\n?", re.MULTILINE)
@@ -39,3 +39,15 @@ def write(path: Path, found: Mapping[str, str]) -> None:
     """The page of these sections, by heading."""
     parts = (part.strip("\n") for section in found.items() for part in section)
     write_text(path, "\n\n".join(filter(None, parts)) + "\n")
+
+
+def check(path: Path, title: str) -> None:
+    """InputError, before the work, for a page that `put` would refuse."""
+    check_target(path)
+    sections(path, title)
+
+
+def put(path: Path, title: str, heading: str, made: str, about: str) -> None:
+    """Renews one section of the page; the others stay."""
+    found = sections(path, title)
+    write(path, found | {heading: renewed(found.get(heading, ""), made, about)})

@@ -1,6 +1,6 @@
 """Which rule chooses best: perplexity on held-out text after dropping 3, 5 and 8 layers.
 
-    python benchmarks/plans.py --calibration FILE [--heldout FILE] [--model MODEL]
+    python benchmarks/plans.py [--calibration FILE] [--heldout FILE] [--model MODEL]
 
 Every rule chooses on the calibration text alone; `engine.evaluate` judges on the held-out text.
 Writes benchmarks/results/plans.md, and prints a line for every plan as it is judged.
@@ -11,7 +11,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import pages
 import torch
+from shapes import positive
 
 from engine.api import choose_device
 from engine.architecture.layers import format_layers
@@ -31,6 +33,7 @@ from engine.text.samples import read_samples
 
 COUNTS = (3, 5, 8)
 RESULT = Path(__file__).parent / "results" / "plans.md"
+TITLE = "# Rules compared"
 
 
 def main() -> None:
@@ -38,10 +41,13 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--calibration", help="text file; the built-in prose if not given")
     parser.add_argument("--heldout", help="text file; the built-in handbook if not given")
-    parser.add_argument("--samples", type=int, default=64, help="of 256 tokens, profiled")
-    parser.add_argument("--windows", type=int, default=8, help="of 512 tokens, scored")
-    parser.add_argument("--judged", type=int, default=None, help="windows of held-out text")
-    parser.add_argument("--evaluations", type=int, default=150, help="of search")
+    parser.add_argument(
+        "--samples", type=positive, default=64, help="number of 256-token samples to profile"
+    )
+    parser.add_argument("--windows", type=positive, default=8, help="of 512 tokens, scored")
+    parser.add_argument("--judged", type=positive, help="windows of held-out text; all by default")
+    parser.add_argument("--evaluations", type=positive, default=150, help="of search")
+    parser.add_argument("--out", type=Path, default=RESULT, help="default: results/plans.md")
     options = parser.parse_args()
     try:
         Study(options).run()
@@ -52,6 +58,7 @@ def main() -> None:
 class Study:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        pages.check(options.out, TITLE)
         path, device = locate(options.model), choose_device(None)
         checkpoint = open_checkpoint(path)
         config, self.text = checkpoint.config, load_text(path)
@@ -126,8 +133,6 @@ class Study:
     def write(self) -> None:
         options = self.options
         head = [
-            "# Rules compared",
-            "",
             f"{options.model}, {self.total} layers. Chosen on "
             f"{Path(options.calibration).name if options.calibration else 'the built-in prose'}: "
             f"distances from the last token of {options.samples} samples of 256 tokens without "
@@ -142,8 +147,8 @@ class Study:
             "| rule | dropped | layers | perplexity | of the whole | seconds |",
             "|---|---|---|---|---|---|",
         ]
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text("\n".join([*head, *self.rows, ""]))
+        made = "\n".join([*head, *self.rows])
+        pages.put(options.out, TITLE, TITLE, made, f"{options.model}, ")
 
 
 if __name__ == "__main__":

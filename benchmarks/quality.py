@@ -9,16 +9,18 @@ sections of benchmarks/llama_quantizers.py.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pages
 import torch
-from work import begin
+from shapes import positive
+from work import begin, clocked, kept, seconds
 
 from engine.api import choose_device, parse_dtype
 from engine.artifacts import Evaluation
@@ -39,6 +41,7 @@ from engine.text.samples import read_samples
 
 Samples = list[list[int]]
 RESULT = Path(__file__).parent / "results" / "quality.md"
+TITLE = "# Quality of the quantizers"
 METHODS: dict[str, dict[str, Any]] = {
     "RTN": {"method": "rtn"},
     "RTN, MSE": {"method": "rtn", "clip": "mse"},
@@ -98,9 +101,12 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", help="to calibrate gptq on; the built-in text if not given")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="at most, of that text")
+    parser.add_argument(
+        "--samples", type=positive, default=SAMPLES, help="maximum number of calibration samples"
+    )
     parser.add_argument("--dtype", default="float32", help="that the models are evaluated in")
     parser.add_argument("--llama", type=Path, help="where libggml-base.so lies: compare with it")
+    parser.add_argument("--out", type=Path, default=RESULT, help="default: results/quality.md")
     given = parser.parse_args()
     try:
         study(given)
@@ -109,16 +115,24 @@ def main() -> None:
 
 
 def study(given: argparse.Namespace) -> None:
-    options = {"text": given.text, "samples": given.samples, "dtype": given.dtype}
-    begin(given.work, given.model, options)
-    path = locate(given.model)
+    pages.check(given.out, TITLE)
+    if given.llama is not None:
+        ggml_base(given.llama)
+    dtype, path = parse_dtype(given.dtype), locate(given.model)
     text = load_text(path)
     samples, _ = read_samples(given.text, text, LENGTH, most=given.samples, built_in=mixed_text)
     checkpoint, device = open_checkpoint(path), choose_device(None)
-    decoder = load_decoder(checkpoint, checkpoint.config, device, parse_dtype(given.dtype))
+    options = {"text": given.text, "samples": given.samples, "dtype": given.dtype}
+    begin(given.work, given.model, options)
+    decoder = load_decoder(checkpoint, checkpoint.config, device, dtype)
     replayed = Replayed(decoder)
     own = evaluate(replayed, text, heldout_text())
     rows = []
+
+    def row(name: str, recipe: Recipe, out: Path) -> Row:
+        spent = packed(checkpoint, recipe, samples, out)
+        return judged(name, recipe, out, spent, replayed, text)
+
     for (group, scheme), names in SIZES.items():
         for name in names:
             chosen: dict[str, Any] = {"group": group, "scheme": scheme, "head": None}
@@ -126,36 +140,29 @@ def study(given: argparse.Namespace) -> None:
             stem = f"{name} {group} {scheme}".lower().replace(",", "").replace(" ", "-")
             out = given.work / stem
             note = out.with_suffix(f".{given.dtype}.json")
-            if not note.is_file():
-                seconds = packed(checkpoint, recipe, samples, out)
-                row = judged(name, recipe, out, seconds, replayed, text)
-                note.write_text(json.dumps(asdict(row)))
-            rows.append(Row(**json.loads(note.read_text())))
+            rows.append(kept(note, Row, partial(row, name, recipe, out)))
             print(rows[-1], flush=True)
     write(given, own, bits_of_layers(checkpoint), rows, samples)
     if given.llama is not None:
         script = Path(__file__).with_name("llama_quantizers.py")
         for source in ("on-grid", "off-grid"):
             command = [sys.executable, script, given.work / "llama", "--llama", given.llama]
-            subprocess.run([*command, "--model", given.model, "--source", source], check=True)
+            command += ["--model", given.model, "--source", source, "--out", given.out]
+            if code := subprocess.run(command).returncode:
+                raise InputError(f"{script.name}: ended with exit code {code}")
 
 
 def packed(checkpoint: Checkpoint, recipe: Recipe, samples: Samples, out: Path) -> float:
     """CPU seconds that the directory `out` took to write, now or in an earlier run."""
     file = out.with_suffix(".seconds")
-    seconds = float(file.read_text()) if file.exists() else 0.0
     if not out.exists():
-        start = time.process_time()
-        try:
+        with clocked(file, time.process_time):
             pack(checkpoint, checkpoint.config, out, recipe, samples)
-        finally:  # an interrupted one goes on where it was
-            seconds += time.process_time() - start
-            file.write_text(str(seconds))
-    return seconds
+    return seconds(file)
 
 
 def judged(
-    name: str, recipe: Recipe, out: Path, seconds: float, replayed: Replayed, text: Text
+    name: str, recipe: Recipe, out: Path, spent: float, replayed: Replayed, text: Text
 ) -> Row:
     checkpoint = open_checkpoint(out)
     decoder = load_decoder(checkpoint, checkpoint.config, replayed.device, replayed.dtype)
@@ -171,8 +178,16 @@ def judged(
         found.perplexity,
         found.kl,
         found.top1_agreement,
-        seconds,
+        spent,
     )
+
+
+def ggml_base(directory: Path) -> Path:
+    """The library that llama.cpp's quantizers are in."""
+    library = directory / "libggml-base.so"
+    if not library.is_file():
+        raise InputError(f"{library}: there is no such file; --llama says where it lies")
+    return library
 
 
 def bits_of_layers(checkpoint: Checkpoint) -> float:
@@ -187,8 +202,6 @@ def write(
 ) -> None:
     """The table, with what it depends on; the sections behind it stay."""
     lines = [
-        "# Quality of the quantizers",
-        "",
         f"`{given.model}` with the matrices of its layers in float32 quantized anew; embedding, "
         f"head and norms are the source's. Perplexity and KL to the source, in nats, on "
         f"`engine/data/heldout.txt`: {own.windows} windows of {own.window} tokens "
@@ -207,9 +220,7 @@ def write(
         f"{row.perplexity:.3f} | {row.kl:.5f} | {row.top1_agreement:.1%} | {row.cpu_seconds:.0f} |"
         for row in rows
     ]
-    RESULT.parent.mkdir(exist_ok=True)
-    _, heading, kept = RESULT.read_text().partition("\n## ") if RESULT.exists() else ("",) * 3
-    RESULT.write_text("\n".join(lines) + "\n" + heading + kept)
+    pages.put(given.out, TITLE, TITLE, "\n".join(lines), f"`{given.model}` ")
 
 
 if __name__ == "__main__":

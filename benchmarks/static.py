@@ -1,12 +1,13 @@
 """What compilers make of the kernels of a decode step, for GPUs that are not here: a table of
 registers, shared memory and instructions.
 
-    python benchmarks/static.py            # writes benchmarks/results/static.md
+    python benchmarks/static.py [--out FILE]     # benchmarks/results/static.md
 
 The kernels are those that the list of launches holds (engine/runtime/gpu_step.py, on meta tensors),
 the numbers those of the machine code: no GPU takes part, and nothing here is a speed.
 """
 
+import argparse
 import re
 import sys
 from collections.abc import Hashable, Iterator
@@ -21,11 +22,15 @@ from aot import ARCHS, OPTIONS, Compiled, compile_call
 from roofline import G128, MODELS, step
 from triton.runtime.jit import JITFunction
 
+from engine.commands.common import check_writable
+from engine.commands.output import refuse
+from engine.errors import InputError
 from engine.kernels.layer import cuda as layer_cuda
 from engine.kernels.w4 import cuda as w4_cuda
 from engine.kernels.w4.format import Spec
 from engine.runtime import GPU_RUNTIMES
 from engine.runtime.gpu_step import Launch
+from engine.scratch import write_text
 
 RESULTS = Path(__file__).parent / "results" / "static.md"
 SPECS = {"symmetric g128": G128, "zero g128": Spec(4, 128, "zero")}
@@ -190,12 +195,21 @@ memory is about 283 issue slots on an H100, 198 on an H200, 140 on a B200.
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="default: results/static.md")
+    out = parser.parse_args().out
+    try:
+        check_writable(out)
+        if aot_cuda.nvcc_version() is None:
+            raise InputError("nvcc is neither on PATH nor in CUDA_HOME")
+    except InputError as error:
+        refuse(error)
     lines = []
     for arch in ARCHS:
         for kernel in kernels(arch):
             lines.append(str(row(kernel, arch)))
             print(lines[-1], file=sys.stderr, flush=True)
-    RESULTS.write_text(HEAD + "\n".join(lines) + "\n")
+    write_text(out, HEAD + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
