@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 from cases import MODELS
-from gpu import FLUSH_BYTES, save, time_us
+from gpu import FLUSH_BYTES, gpu_name, output, save, time_us
 
+from engine.commands.output import refuse
+from engine.errors import InputError
 from engine.kernels import native
 from engine.kernels.angular import fused, reference
 
@@ -57,14 +59,20 @@ def measure(model: str, samples: int, dtype: torch.dtype, copy_gb_s: float) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>-angular.json")
-    out = parser.parse_args().out
-    gpu, copy_gb_s = torch.cuda.get_device_name(), native.load("cuda").copy_bandwidth(1 << 30)
+    asked = parser.parse_args()
+    try:
+        gpu = gpu_name()
+        out = output(gpu, asked.out, "-angular")
+    except InputError as error:
+        refuse(error)
+    copy_gb_s = native.load("cuda").copy_bandwidth(1 << 30)
     record = {"gpu": gpu, "torch": torch.__version__, "copy_gb_s": copy_gb_s}
     results = record["angular"] = []
     for case in CASES:
         results.append(measure(*case, copy_gb_s))
         print(LINE.format(**results[-1]))
-    save(record, out, "-angular")
+        save(record, out)
+    print(out)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from cases import MATRICES
 
+from engine.commands.output import refuse
+from engine.errors import InputError
 from engine.kernels import native
 from engine.kernels.w4.cuda import cores_of, describe, launch, matmul
 from engine.kernels.w4.format import Packed, Spec, unpack
 from engine.kernels.w4.launch import stripes
 from engine.kernels.w4.layout_gpu import GpuMatrix, to_gpu
+from engine.scratch import check_target, write_text
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {"4096 x 4096": (4096, 4096), "8192 x 8192": (8192, 8192)}  # (N, K)
@@ -46,6 +49,27 @@ LINE = (
     "{shape:24} {spec:20} M={m} {us:8.2f} us {gb_s:6.0f} GB/s "
     "{share_of_copy:4.0%} of copy, {speedup:5.2f} x float16"
 )
+
+
+def gpu_name() -> str:
+    """The GPU's name; InputError without one."""
+    if not torch.cuda.is_available():
+        raise InputError("torch finds no GPU")
+    return torch.cuda.get_device_name()
+
+
+def output(gpu: str, out: Path | None, kind: str = "") -> Path:
+    """Where a record goes: `out`, else the GPU's own of that kind; InputError where it cannot."""
+    out = out or RESULTS / f"{gpu.lower().replace(' ', '-')}{kind}.json"
+    if out.suffix != ".json":  # another file of that name has the table
+        raise InputError(f"{out}: expected a name that ends in .json")
+    check_target(out)
+    return out
+
+
+def save(record: dict[str, Any], out: Path) -> None:
+    """After every case, so that what comes after cannot lose it."""
+    write_text(out, json.dumps(record, indent=1) + "\n")
 
 
 def random_weights(spec: Spec, n: int, k: int, device: str = "cuda") -> Packed:
@@ -89,14 +113,25 @@ def time_us(calls: Sequence[Callable[[], object]]) -> tuple[float, float, float]
     return statistics.median(times), fifths[0], fifths[3]
 
 
-def prepared(x: torch.Tensor, weights: GpuMatrix, overlap: bool) -> Callable[[], object]:
-    """A launch as a step's list holds it: what it writes is there before."""
+def prepared(
+    x: torch.Tensor, weights: GpuMatrix, overlap: bool
+) -> tuple[Callable[[], object], torch.Tensor]:
+    """(a launch as a step's list holds it, the y that it writes, which is there before)."""
     (n, k), device = weights.shape, x.device
-    y, sizes = torch.empty(len(x), n, dtype=x.dtype, device=device), stripes(n, k, cores_of(device))
+    y = torch.full((len(x), n), torch.nan, dtype=x.dtype, device=device)
+    sizes = stripes(n, k, cores_of(device))
     parts = torch.empty(sizes.part_values(len(x)), device=device)
     counters = torch.zeros(sizes.tiles, dtype=torch.int32, device=device)
     call = describe(x, weights, y, sizes=sizes, parts=parts, counters=counters, overlap=overlap)
-    return partial(launch, call, device)
+    return partial(launch, call, device), y
+
+
+def check(case: str, y: torch.Tensor, expected: torch.Tensor) -> float:
+    """Its RMS ratio: a wrong result has no speed."""
+    ratio = float((y - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+    if not ratio <= 2e-3:
+        raise AssertionError(f"{case}: RMS ratio {ratio}")
+    return ratio
 
 
 def measure(name: str, label: str, m: int, copy_gb_s: float, overlaps: bool) -> dict:
@@ -106,15 +141,17 @@ def measure(name: str, label: str, m: int, copy_gb_s: float, overlaps: bool) -> 
     weights, x = to_gpu(packed), torch.randn(m, k, device="cuda").half()
     dense = unpack(packed).half()
     expected, y = x.float() @ unpack(packed).T, matmul(x, weights, out_dtype=torch.float32)
-    ratio = float((y - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-    if not ratio <= 2e-3:
-        raise AssertionError(f"{name}, {label}, M={m}: RMS ratio {ratio}")
+    case = f"{name}, {label}, M={m}"
+    ratio = check(case, y, expected)
     copies = math.ceil(FLUSH_BYTES / weights.nbytes)
     cycle = [to_gpu(packed) for _ in range(copies)] * math.ceil(16 / copies)
     result: dict[str, Any] = {"shape": name, "n": n, "k": k, "m": m, "spec": label}
     result["rms_ratio"] = ratio
     for overlap in (False, True) if overlaps else (False,):
-        us, low, high = time_us([prepared(x, w, overlap) for w in cycle])
+        launches = [prepared(x, w, overlap) for w in cycle]
+        us, low, high = time_us([call for call, _ in launches])
+        for _, y in launches:
+            check(f"{case}, {overlap=}", y, expected)
         gb_s = (weights.nbytes + x.nbytes + 2 * m * n) / us / 1e3
         prefix = "overlapped_" if overlap else ""
         result |= {f"{prefix}us": us, f"{prefix}us_p20": low, f"{prefix}us_p80": high}
@@ -125,31 +162,28 @@ def measure(name: str, label: str, m: int, copy_gb_s: float, overlaps: bool) -> 
     return result | {"torch_float16_us": us, "speedup": us / result["us"]}
 
 
-def save(record: dict[str, Any], out: Path | None, kind: str = "") -> Path:
-    """Written to `out`, else to the GPU's own record of that kind; where it lies is printed."""
-    out = out or RESULTS / f"{record['gpu'].lower().replace(' ', '-')}{kind}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
-    print(out)
-    return out
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>.json")
-    out = parser.parse_args().out
-    cuda, gpu = native.load("cuda"), torch.cuda.get_device_name()
+    asked = parser.parse_args()
+    try:
+        gpu = gpu_name()
+        out = output(gpu, asked.out)
+    except InputError as error:
+        refuse(error)
+    cuda = native.load("cuda")
     overlaps = torch.cuda.get_device_capability() >= (9, 0)
     copy_gb_s = cuda.copy_bandwidth(1 << 30)
     cases = [(name, "symmetric g128", m) for name in SHAPES for m in (1, 2, 4, 8)]
     cases += [(name, label, 1) for name in list(SHAPES)[:2] for label in list(SPECS)[1:]]
     print(f"{gpu}: copies {copy_gb_s:.0f} GB/s")
-    results = []
+    results: list[dict] = []
+    record = {"gpu": gpu, "torch": torch.__version__, "copy_gb_s": copy_gb_s, "w4_matmul": results}
     for case in cases:
         results.append(measure(*case, copy_gb_s, overlaps))
         print(LINE.format(**results[-1]))
-    record = {"gpu": gpu, "torch": torch.__version__, "copy_gb_s": copy_gb_s, "w4_matmul": results}
-    save(record, out)
+        save(record, out)
+    print(out)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ case ${1:-all} in
         "run_$1" "${@:2}"
         ;;
     all)
-        for name in tests kernels tokens; do benchmarks/gpu.sh "$name"; done
+        status=0  # a failure hides no later measurement
+        for name in tests kernels tokens; do benchmarks/gpu.sh "$name" || status=$?; done
+        exit "$status"
         ;;
     -h | --help) sed -n '2,11s/^# \{0,1\}//p' benchmarks/gpu.sh ;;
     *)

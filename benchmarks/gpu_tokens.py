@@ -8,18 +8,20 @@ bandwidth that the same run measures. `--small` tries the script, interpreted wh
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import save
+from gpu import gpu_name, output, save
 from roofline import G128, JOINED, llama, shapes_of
 
 import engine
 from engine.architecture.config import ModelConfig
 from engine.benchmark.machine import gpu_read_gb_s
 from engine.checkpoint.fetch import DEFAULT, cached
+from engine.commands.output import refuse
 from engine.errors import InputError
 from engine.kernels.dispatch import why_not
 from engine.kernels.w4.format import Packed
@@ -27,6 +29,7 @@ from engine.kernels.w4.layout_gpu import to_gpu
 from engine.runtime import GPU_RUNTIMES
 from engine.runtime.gpu import GpuRuntime
 from engine.runtime.gpu_weights import Layer, Outer, Part, Placement, Projection
+from engine.scratch import check_target, write_text
 
 MODELS = {
     "Llama-3.2-1B": llama(2048, 8192, 32, 8, 16, 128256),
@@ -234,10 +237,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="for real text; default: the default model")
     given = parser.parse_args()
     on_gpu = torch.cuda.is_available()
-    if not on_gpu and not given.small:
-        parser.error("torch finds no GPU; --small tries the script without one")
+    kind = ("" if given.backend == "triton" else f"-{given.backend}") + "-small" * given.small
+    try:
+        gpu = gpu_name() if on_gpu or not given.small else "interpreted"
+        out = output(gpu, given.out, f"-tokens{kind}")
+        check_target(out.with_suffix(".md"))
+    except InputError as error:
+        refuse(error)
     device = torch.device("cuda" if on_gpu else "cpu")
-    gpu = torch.cuda.get_device_name() if on_gpu else "interpreted"
     read_gb_s = gpu_read_gb_s(device) if on_gpu else None
     record: dict[str, Any] = {
         "gpu": gpu, "torch": torch.__version__, "backend": given.backend, "read_gb_s": read_gb_s,
@@ -246,34 +253,43 @@ def main() -> None:
     left_out = record["left_out"] = {}
     lines = [HEAD]
     print(HEAD)
-    for name, config in (SMALL if given.small else MODELS).items():
+
+    @contextmanager
+    def fitting(name: str) -> Iterator[None]:
+        """Models that do not fit are skipped and recorded; what was measured before is kept."""
         try:
+            yield
+        except (torch.OutOfMemoryError, InputError) as error:
+            left_out[name] = str(error).splitlines()[0]
+            print(f"{name}: {left_out[name]}", flush=True)
+        save(record, out)
+        if on_gpu:
+            torch.cuda.empty_cache()
+
+    for name, config in (SMALL if given.small else MODELS).items():
+        with fitting(name):
             for case in measure(name, config, device, given.backend, read_gb_s, given.small):
                 cases.append(asdict(case))
                 lines.append(str(case))
                 print(lines[-1], flush=True)
-        except (torch.OutOfMemoryError, InputError) as error:  # what fits not: left out, and said
-            left_out[name] = str(error).splitlines()[0]
-            print(f"{name}: {left_out[name]}", flush=True)
-        if on_gpu:
-            torch.cuda.empty_cache()
+                save(record, out)
     config, length = (SMALL["small"], 8) if given.small else (MODELS["Llama-3-8B"], PROMPT)
-    record["prefill"] = {"length": length, "tok_s": prefill(config, device, given.backend, length)}
-    if on_gpu:
-        record["prefill"]["torch_bfloat16_tok_s"] = length / torch_s(config, length, bfloat16)
+    with fitting("prefill"):
+        found = record["prefill"] = {"length": length}
+        found["tok_s"] = prefill(config, device, given.backend, length)
+        if on_gpu:
+            found["torch_bfloat16_tok_s"] = length / torch_s(config, length, bfloat16)
     if path := given.model or (None if given.small else cached(DEFAULT)):
         record["text"] = []
-        for found in on_text(path, device, given.small):
-            record["text"].append(found)
-            lines.append(
-                f"\n{TEXT.format(**found)}" if "text" in found else "\n{left_out}".format(**found)
-            )
+        for text in on_text(path, device, given.small):
+            record["text"].append(text)
+            lines.append("\n" + (TEXT if "text" in text else "{left_out}").format(**text))
             print(lines[-1], flush=True)
+            save(record, out)
     else:
         print("The default model is not here: no real text.")
-    kind = "" if given.backend == "triton" else f"-{given.backend}"
-    out = save(record, given.out, f"-tokens{kind}")
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    write_text(out.with_suffix(".md"), "\n".join(lines) + "\n")
+    print(out)
 
 
 if __name__ == "__main__":
