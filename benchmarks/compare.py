@@ -30,13 +30,14 @@ def cases_of(file: Path) -> dict[str, Case]:
     """By name those that record the share of a ceiling."""
     try:
         benchmarks = json.loads(file.read_text())["benchmarks"]
-        infos = {one["fullname"]: one["extra_info"] for one in benchmarks}
+        infos = [(one["fullname"], one["extra_info"]) for one in benchmarks]
+        "".join(name for name, _ in infos).encode()  # raises for what is no text
         found = {
             name: (
                 float(info[f"share_of_{info['ceiling']}"]),
                 {key: info[key] for key in WORK if key in info},
             )
-            for name, info in infos.items()
+            for name, info in infos
             if "ceiling" in info
         }
     except OSError as error:
@@ -45,6 +46,10 @@ def cases_of(file: Path) -> dict[str, Case]:
         ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError
     ) as error:  # fmt: skip
         raise BadInput(f"{file} is not a record of pytest-benchmark ({error!r}).") from error
+    names = [name for name, _ in infos]
+    for name in names:
+        if names.count(name) > 1:
+            raise BadInput(f"{file} holds the case {name} twice.")
     for name, (share, _) in found.items():
         if not 0 < share < math.inf:
             raise BadInput(f"{file}: the share of {name} must be positive, found {share}.")
@@ -106,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     fallen = report(before, after, options.fall)
     print(
         f"{len(fallen)} of {len(before.keys() & after.keys())} cases fell by more than "
-        f"{options.fall:.0%}",
+        f"{100 * options.fall:.3g}%",
         ", ".join(fallen),
         sep=": " if fallen else "",
     )

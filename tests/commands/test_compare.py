@@ -45,6 +45,9 @@ def test_a_fall_of_more_than_a_tenth_fails(write, capsys):
     assert lines[2] == "1 of 2 cases fell by more than 10%: b"
     assert run(before, after, "--fall", 0.15) == 0
     assert run(before, after, "--fall", 0.05) == 1
+    capsys.readouterr()
+    assert run(before, after, "--fall", 0.005) == 1
+    assert "by more than 0.5%: a, b" in capsys.readouterr().out
     assert run(after, before) == 0
 
 
@@ -104,6 +107,9 @@ def test_the_steps_of_a_decoder_are_cases(default_model, tmp_path, capsys):
         ('{"benchmarks": [{"fullname": "a"}]}', "is not a record"),
         ('{"benchmarks": [{"fullname": "a", "extra_info": {"ceiling": "x"}}]}', "share_of_x"),
         ("[" * 100_000, "is not a record"),
+        ('{"benchmarks": [{"fullname": 3, "extra_info": {}}]}', "is not a record"),
+        ('{"benchmarks": [{"fullname": "\\ud800", "extra_info": {}}]}', "is not a record"),
+        (json.dumps({"benchmarks": [{"fullname": "a", "extra_info": {}}] * 2}), "case a twice"),
         (
             json.dumps({"benchmarks": [{"fullname": "a", "extra_info": one(10**400)}]}),
             "is not a record",
