@@ -164,8 +164,8 @@ def blocks(place: Place, generator: torch.Generator) -> Tensor:
     n, k = place.shape
     count, nbytes = n * place.row_shape[-1] // place.tensor.type.nbytes, place.tensor.type.nbytes
     words = torch.empty(count * nbytes // 8 + 1, dtype=torch.int64)
-    made = words.random_(generator=generator).view(torch.uint8)[: count * nbytes]
-    made = made.view(count, nbytes)
+    words.random_(-(2**63), None, generator=generator)  # by default the top bit is never set
+    made = words.view(torch.uint8)[: count * nbytes].view(count, nbytes)
     step = (0.5 + made[:, 16].float() / 255) * k**-0.5
 
     def put(at: int, halves: Tensor) -> None:
