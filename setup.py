@@ -75,9 +75,10 @@ def sources(folder: str) -> list[str]:
 
 def find_nvcc() -> str | None:
     """nvcc of CUDA_HOME, of PATH, in its usual place or of the package nvidia-cuda-nvcc."""
-    home = os.environ.get("CUDA_HOME", "")
+    home = os.environ.get("CUDA_HOME")
     package = Path(sysconfig.get_path("purelib"), "nvidia").glob("*/bin")
-    places = [f"{home}/bin", os.environ["PATH"], "/usr/local/cuda/bin", *map(str, package)]
+    places = [f"{home}/bin"] if home else []  # else an old /bin/nvcc would hide that of PATH
+    places += [os.environ["PATH"], "/usr/local/cuda/bin", *map(str, package)]
     return shutil.which("nvcc", path=os.pathsep.join(places))
 
 

@@ -1,6 +1,7 @@
 """What is built and installed: `engine`, and nothing named `kernels`; and what is said when not."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -162,6 +163,22 @@ def test_setup_names_the_missing_headers(tree):
         "sysconfig.get_path = lambda *_: '/nonexistent'; runpy.run_path('setup.py')"
     )
     only_sentence(run(sys.executable, "-c", without, cwd=tree), "Python.h", "python3-dev")
+
+
+@pytest.mark.parametrize("home", [None, "", "/opt/cuda"])
+def test_nvcc_is_that_of_cuda_home_then_of_path(home, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.delenv("SHALLOW_SANITIZE", raising=False)
+    if home is None:
+        monkeypatch.delenv("CUDA_HOME", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_HOME", home)
+    monkeypatch.setenv("PATH", "/mine")
+    find = runpy.run_path("setup.py")["find_nvcc"]
+    monkeypatch.setattr("shutil.which", lambda name, path: path)
+    first = [f"{home}/bin"] if home else []
+    assert find().split(":")[: len(first) + 1] == [*first, "/mine"]
 
 
 @pytest.mark.parametrize(
