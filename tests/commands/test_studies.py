@@ -11,6 +11,7 @@ import pages
 import plans
 import pytest
 import quality
+import speculation
 import torch
 import work
 
@@ -217,3 +218,16 @@ def test_a_child_that_fails_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="engine plan: ended with exit code 2"):
         heal.Study.engine(None, "plan", "nowhere.json")
+
+
+def test_drafts_are_timed_on_the_cpu(monkeypatch, capsys):
+    """Where there is a GPU too, whose back ends take no --isa."""
+
+    def load(model, **options):
+        assert options["backend"] == "cpu"
+        raise InputError("no model")
+
+    monkeypatch.setattr(speculation.engine, "load", load)
+    assert ended(speculation, monkeypatch) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "engine: no model\n" and not captured.out
