@@ -81,7 +81,7 @@ def compile_call(
     and count as aligned."""
     given = dict(zip(kernel.arg_names, arguments, strict=False)) | dict(options)
     launch = {name: given.pop(name) for name in OPTIONS if name in given}
-    launch.setdefault("enable_fp_fusion", False)  # as Triton's own default will be
+    launch.setdefault("enable_fp_fusion", False)  # the default from Triton 3.10 on
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = {}
     odd: list[str] = []

@@ -1,6 +1,6 @@
 """x @ W.T of 4-bit weights on a CPU: Shallow, torch's bfloat16, and torch's own 4-bit kernel.
 
-    pytest benchmarks/bench_w4.py --benchmark-group-by=param:matrix
+    pytest benchmarks/bench_w4.py --benchmark-group-by=param:case
     pytest benchmarks/bench_w4.py -k "Llama-3-8B or bounds"
     pytest benchmarks/bench_w4.py -m slow       # smaller groups, and a matrix of 2 GB in float32
 
