@@ -81,7 +81,7 @@ def test_what_is_written_by_hand_stays(study, isa, tmp_path, monkeypatch):
     recorded = (Path(peers.__file__).parent / "results" / "cpu.md").read_text()
     before = recorded.split(f"\n## {TITLES[isa]}\n")[1].split("\n## ")[0]
     generated, mark, by_hand = before.partition(f"\n{pages.BY_HAND}\n")
-    assert mark and generated.splitlines()[-1].startswith("Versions: ")
+    assert mark and "\nVersions: " in generated
     others = [part for part in recorded.split("\n## ")[1:] if not part.endswith(before)]
     study.isa = isa
     for processor in (generated.strip().partition(", ")[0], "Another"):

@@ -57,6 +57,15 @@ def test_a_loop_is_read():
     assert static.main_loop(LOOP.replace(".128", ".64")) is None
 
 
+def test_nvcc_is_asked_for_before_the_work(monkeypatch, capsys):
+    monkeypatch.setattr(aot_cuda, "nvcc_version", lambda: None)
+    monkeypatch.setattr(static, "kernels", lambda _: pytest.fail("it was begun"))
+    monkeypatch.setattr("sys.argv", ["static.py"])
+    with pytest.raises(SystemExit) as ended:
+        static.main()
+    assert ended.value.code == 2 and "nvcc is neither on PATH nor" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("weights", MOST)
 def test_gate_and_up(weights):
     """What takes the most instructions."""
