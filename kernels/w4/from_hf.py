@@ -199,7 +199,7 @@ def _nf4_rows(codes, absmax, quant_map, shape, blocksize, name) -> torch.Tensor:
     count = shape[0] * shape[1]
     if codes.dtype != torch.uint8 or codes.numel() != (count + 1) // 2:
         raise ValueError(
-            f"{name}: NF4 codes of {tuple(shape)} are {(count + 1) // 2} uint8, "
+            f"{name}: 4-bit codes of {tuple(shape)} are {(count + 1) // 2} uint8, "
             f"found {codes.numel()} {codes.dtype}"
         )
     _require(name, "absmax", absmax, (-(-count // blocksize),), torch.float32)

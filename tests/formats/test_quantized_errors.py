@@ -141,7 +141,7 @@ def test_parts_that_disagree(case, part, tensor, words, rng, tmp_path):
         ({"quant_type": "fp4"}, "quant_type cannot be 'fp4'"),
         ({"shape": [48]}, r"shape cannot be \[48\]"),
         ({"shape": [48, 1.5]}, "shape cannot be"),
-        ({"shape": [1 << 39, 1 << 39]}, "NF4 codes of .* found 3072"),
+        ({"shape": [1 << 39, 1 << 39]}, "4-bit codes of .* found 3072"),
         ({"blocksize": 0}, "blocksize cannot be 0"),
         ({"blocksize": 1 << 39}, r"absmax must be \(1,\)"),
         ({"nested_blocksize": 1 << 39}, r"nested_absmax must be \(1,\)"),

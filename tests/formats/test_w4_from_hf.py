@@ -156,12 +156,12 @@ def test_gptq_names_what_disagrees(change, error, words):
         (
             lambda z: from_hf.nf4(z(9, 1).byte(), z(2), z(16), (2, 64), blocksize=64),
             ValueError,
-            r"NF4 codes of \(2, 64\) are 64 uint8, found 9",
+            r"4-bit codes of \(2, 64\) are 64 uint8, found 9",
         ),
         (
             lambda z: from_hf.nf4(z(65, 1).byte(), z(2), z(16), (2, 64), blocksize=64),
             ValueError,
-            r"NF4 codes of \(2, 64\) are 64 uint8, found 65",
+            r"4-bit codes of \(2, 64\) are 64 uint8, found 65",
         ),
         (
             lambda z: from_hf.nf4(z(64, 1).byte(), z(3), z(16), (2, 64), blocksize=64),
