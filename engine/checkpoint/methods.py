@@ -211,7 +211,8 @@ class _CompressedTensors(Method):
                 f"an object 'weights', found {group!r}"
             )
         choose("format", group.get("format") or written, ("pack-quantized",))
-        choose("input_activations", group.get("input_activations"), (None,))
+        for key in ("input_activations", "output_activations"):
+            choose(key, group.get(key), (None,))
         choose("type", weights.get("type", "int"), ("int",))
         bits = choose("num_bits", weights.get("num_bits"), (4, 8))
         if choose("strategy", weights.get("strategy"), ("group", "channel")) == "channel":

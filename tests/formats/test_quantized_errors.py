@@ -99,10 +99,11 @@ def test_compressed_weights_that_cannot_be_read(change, words, rng, tmp_path):
     refused(write(tmp_path, parts, config), words)
 
 
-def test_compressed_activations_are_refused(rng, tmp_path):
+@pytest.mark.parametrize("key", ["input_activations", "output_activations"])
+def test_compressed_activations_are_refused(key, rng, tmp_path):
     parts, config, _ = compressed(rng)
-    config["config_groups"]["group_1"]["input_activations"] = {"num_bits": 8}
-    refused(write(tmp_path, parts, config), "input_activations must be None")
+    config["config_groups"]["group_1"][key] = {"num_bits": 8}
+    refused(write(tmp_path, parts, config), f"{key} must be None")
 
 
 @pytest.mark.parametrize(
