@@ -6,7 +6,7 @@ from typing import Any
 
 from engine.architecture import schema
 from engine.architecture.config import LayerConfig, ModelConfig, Rope, yarn_attention
-from engine.architecture.families import FAMILIES, Family, family_of
+from engine.architecture.families import FAMILIES, Family, family_of, model_type
 from engine.errors import InputError
 
 
@@ -16,10 +16,14 @@ def from_hf(raw: Mapping[str, Any], where: str) -> ModelConfig:
     `where` names the file in errors. InputError for an unknown architecture and for a value that
     is absent, of the wrong kind, out of range or at odds with another.
     """
-    architectures = raw.get("architectures")
-    if not isinstance(architectures, list | tuple) or not architectures:
+    architectures, kind = raw.get("architectures"), raw.get("model_type")
+    named = {model_type(family): family for family in FAMILIES}
+    if isinstance(architectures, list | tuple) and architectures:
+        key = family_of(str(architectures[0]), where)
+    elif architectures in (None, []) and isinstance(kind, str) and kind in named:
+        key = named[kind]
+    else:
         raise InputError(f"{where}: expected a list 'architectures', found {architectures!r}")
-    key = family_of(str(architectures[0]), where)
     try:
         return _Reader(raw, key).model()
     except InputError as error:
@@ -183,7 +187,8 @@ class _Reader:
 
     def per_layer(self, name: str, total: int) -> Sequence[Any]:
         values = self.get(name)
-        if len(values) < total:
+        # More types than layers are left where a layer was dropped, whichever that was.
+        if len(values) < total or (name == "layer_types" and len(values) > total):
             raise schema.wrong(name, f"a list of {total} entries", values)
         return values
 
@@ -199,6 +204,9 @@ class _Reader:
             return _Values({"rope_theta": self.get("rope_local_base_freq")})  # never scaled
         theta = {"rope_theta": self.get("rope_theta", 10000.0)}
         given = {key: value for key, value in nested.values.items() if value is not None}
+        if given and any(given.get(key) != value for key, value in scaling.items()):
+            # transformers takes it in the place of all that rope_parameters says, theta too
+            raise schema.wrong("rope_scaling", "none beside another rope_parameters", scaling)
         return _Values(theta | dict(scaling) | given)
 
     def rope_kind(self, rope: "_Values") -> str:

@@ -3,11 +3,13 @@
     adapter_config.json         r, lora_alpha, base_model_name_or_path, ... as peft writes them
     adapter_model.safetensors   base_model.model.MODULE.lora_A.weight (r, K), .lora_B.weight (N, r)
 
-A matrix W of the base is then W + lora_alpha / r * B A. The base is a directory or a .gguf file
-within the adapter's directory: no name in a file becomes a path outside of it, nor a download. What
-`engine heal` writes also says in its metadata which base it learnt on, by lineage hash.
+A matrix W of the base is then W + lora_alpha / r * B A; with rsLoRA by the root of r. The base is a
+directory or a .gguf file within the adapter's directory: no name in a file becomes a path outside,
+nor a download. What `engine heal` writes also says in its metadata which base it learnt on, by
+lineage hash.
 """
 
+import math
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -19,7 +21,7 @@ from engine.architecture.config import ModelConfig
 from engine.architecture.families import layer_parts, layer_tensors
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.files import read_json
-from engine.checkpoint.safetensors import SafetensorsFile
+from engine.checkpoint.safetensors import SafetensorsFile, refuse_pickles
 from engine.errors import InputError
 from engine.kernels.dtypes import DTYPES
 
@@ -33,22 +35,27 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 LINEAGE = "base_lineage"  # in the metadata: hash of the base's norms (weights.lineage_hash)
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_MODULE = re.compile(r"[\w.]+", re.ASCII)  # of the patterns that peft takes, names alone
 _LARGEST = 1e6  # of lora_alpha: far above any use
 # Settings under which W + scale * B A is not what peft computes, by the values that are harmless.
 _UNREAD: dict[str, tuple[Any, ...]] = {
     "use_dora": (None, False),
-    "use_rslora": (None, False),
     "use_qalora": (None, False),
     "use_bdlora": (None,),
     "lora_bias": (None, False),
     "fan_in_fan_out": (None, False),
     "bias": (None, "none"),
     "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
     "layer_replication": (None, []),
     "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
+    # Others take their part out of W (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ).
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "mica"),
+    "alora_invocation_tokens": (None, []),  # from which on it is applied
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
 }
 
 
@@ -178,16 +185,21 @@ def stamps(path: Path) -> list[tuple[str, int, int]]:
 
 def base_path(path: Path) -> Path:
     """Of the model that an adapter's directory is for; InputError where it is not here."""
-    name = read_json(path / CONFIG).get("base_model_name_or_path")
+    said = read_json(path / CONFIG).get("base_model_name_or_path")
     where = f"{path / CONFIG}: base_model_name_or_path"
-    if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+    # Of a path, or of a name on the hub, the last part: nothing outside of the directory.
+    name = Path(said).name if isinstance(said, str) else ""
+    if name in ("", ".."):
         raise InputError(
             f"{where}: expected the name of a directory or .gguf file that lies beside it, found "
-            f"{name!r:.200}; put the base model or a link to it there"
+            f"{said!r:.200}"
         )
     base = os.path.join(path, name)
     if not (os.path.isdir(base) or (base.endswith(".gguf") and os.path.isfile(base))):
-        raise InputError(f"{where}: there is no directory or .gguf file {name!r:.200} beside it")
+        raise InputError(
+            f"{where}: there is no directory or .gguf file {name!r:.200} beside it; put the base "
+            "model or a link to it there"
+        )
     if is_adapter(Path(base)):
         raise InputError(f"{where}: {name!r:.200} is an adapter itself")
     return Path(base)
@@ -199,39 +211,74 @@ def open_adapted(path: Path) -> AdaptedCheckpoint:
     from engine.checkpoint import open_checkpoint
 
     said = read_json(path / CONFIG)
-    rank, alpha = _terms(path / CONFIG, said)
+    terms = _Terms(path / CONFIG, said)
     base = open_checkpoint(base_path(path))
+    if not (path / WEIGHTS).is_file():
+        refuse_pickles(path)
     file = SafetensorsFile(path / WEIGHTS)
     _check_base(path, base, file.metadata.get(LINEAGE))
-    return AdaptedCheckpoint(base, _pairs(path / WEIGHTS, file, rank), alpha / rank, path)
+    return AdaptedCheckpoint(base, _pairs(path / WEIGHTS, file, terms), terms.scale(), path)
 
 
-def _terms(where: Path, said: Mapping[str, Any]) -> tuple[int, float]:
-    """(r, lora_alpha)."""
-    if (kind := said.get("peft_type")) != "LORA":
-        raise InputError(f"{where}: peft_type: expected 'LORA', found {kind!r:.80}")
-    for name, harmless in _UNREAD.items():
-        if (found := said.get(name)) not in harmless:
-            raise InputError(f"{where}: {name}: {found!r:.80} is not supported")
-    rank: Any = said.get("r")
-    alpha: Any = said.get("lora_alpha")
-    if type(rank) is not int or not 0 < rank < 1 << 20:
-        raise InputError(
-            f"{where}: r: expected a rank from 1 to {(1 << 20) - 1}, found {rank!r:.80}"
-        )
-    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    if not number or not 0 < alpha <= _LARGEST:
-        expected = f"a number above 0, at most {_LARGEST:,.0f}"
-        raise InputError(f"{where}: lora_alpha: expected {expected}, found {alpha!r:.80}")
-    return rank, float(alpha)
+class _Terms:
+    """r and lora_alpha, of all modules and of some."""
+
+    def __init__(self, where: Path, said: Mapping[str, Any]) -> None:
+        self.where, self.rooted = where, bool(said.get("use_rslora"))
+        if (kind := said.get("peft_type")) != "LORA":
+            raise InputError(f"{where}: peft_type: expected 'LORA', found {kind!r:.80}")
+        for name, harmless in _UNREAD.items():
+            if (found := said.get(name)) not in harmless:
+                raise InputError(f"{where}: {name}: {found!r:.80} is not supported")
+        self.ranks = {"": self._rank("r", said.get("r"))}
+        self.alphas = {"": self._alpha("lora_alpha", said.get("lora_alpha"))}
+        for key, values, check in (
+            ("rank_pattern", self.ranks, self._rank),
+            ("alpha_pattern", self.alphas, self._alpha),
+        ):
+            patterns = said.get(key) or {}
+            if not isinstance(patterns, dict) or not all(map(_MODULE.fullmatch, patterns)):
+                raise InputError(f"{where}: {key}: {patterns!r:.80} is not supported")
+            values |= {name: check(f"{key} {name}", value) for name, value in patterns.items()}
+
+    def rank(self, module: str) -> int:
+        return _of(module, self.ranks)
+
+    def scale(self, module: str = "") -> float:
+        """What B A is multiplied by."""
+        rank = self.rank(module)
+        return _of(module, self.alphas) / (math.sqrt(rank) if self.rooted else rank)
+
+    def _rank(self, name: str, value: Any) -> int:
+        if type(value) is not int or not 0 < value < 1 << 20:
+            raise InputError(
+                f"{self.where}: {name}: expected a rank from 1 to {(1 << 20) - 1}, "
+                f"found {value!r:.80}"
+            )
+        return value
+
+    def _alpha(self, name: str, value: Any) -> float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value <= _LARGEST:
+            expected = f"a number above 0, at most {_LARGEST:,.0f}"
+            raise InputError(f"{self.where}: {name}: expected {expected}, found {value!r:.80}")
+        return float(value)
 
 
-def _pairs(where: Path, file: SafetensorsFile, rank: int) -> dict[str, Pair]:
+def _of(module: str, values: Mapping[str, Any]) -> Any:
+    """Of the first that names the module or its last parts, as peft looks them up; else of ""."""
+    named = (name for name in values if name and f".{module}".endswith(f".{name}"))
+    return values[next(named, "")]
+
+
+def _pairs(where: Path, file: SafetensorsFile, terms: _Terms) -> dict[str, Pair]:
+    """Of all modules, as `terms.scale()` multiplies them: B of those with another is rescaled."""
     halves: dict[str, dict[str, torch.Tensor]] = {}
     for name, entry in file.entries.items():
         match = _NAME.fullmatch(name)
         if match is None:
             raise InputError(f"{where}: tensor {name!r:.200} is none of a LoRA adapter's")
+        rank = terms.rank(match[1])
         if len(entry.shape) != 2 or entry.shape["AB".index(match[2])] != rank:
             expected = f"({rank}, K)" if match[2] == "A" else f"(N, {rank})"
             raise InputError(f"{where}: {name}: expected shape {expected}, found {entry.shape}")
@@ -246,6 +293,8 @@ def _pairs(where: Path, file: SafetensorsFile, rank: int) -> dict[str, Pair]:
         if len(half) != 2:
             lacking = "B" if "A" in half else "A"
             raise InputError(f"{where}: lacks {PREFIX}{module}.lora_{lacking}.weight")
+        if (own := terms.scale(module) / terms.scale()) != 1:
+            half["B"] = half["B"].float() * own
     return {module: Pair(half["A"], half["B"]) for module, half in halves.items()}
 
 

@@ -1,5 +1,6 @@
 """The gate: what stands behind it may trust a checkpoint's tensors."""
 
+import warnings
 from typing import TYPE_CHECKING
 
 from engine.architecture.families import all_tensors, outer_tensors
@@ -20,6 +21,14 @@ def check_tensors(checkpoint: "Checkpoint") -> None:
     """
     for name, shape in all_tensors(checkpoint.config, checkpoint.names()):
         _check(checkpoint, name, shape)
+    beyond = f"model.layers.{checkpoint.config.total_layers}."
+    more = next((name for name in checkpoint.names() if name.startswith(beyond)), None)
+    if more is not None:
+        warnings.warn(
+            f"{checkpoint.path}: num_hidden_layers is {checkpoint.config.total_layers}, and the "
+            f"layers behind these are left out ({more})",
+            stacklevel=2,
+        )
     if checkpoint.config.tied and HEAD in checkpoint.names():
         _check_tied(checkpoint)
 

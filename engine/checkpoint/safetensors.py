@@ -217,13 +217,18 @@ def _open_files(path: Path) -> dict[str, SafetensorsFile]:
     if files:
         file = SafetensorsFile(named if named in files else files[0])
         return dict.fromkeys(file.entries, file)
+    refuse_pickles(path)
+    raise InputError(f"{path}: there is no safetensors file")
+
+
+def refuse_pickles(path: Path) -> None:
+    """InputError where a directory holds weights as pickles."""
     pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
     if pickles:
         raise InputError(
             f"{path}: weights as Python pickles ({pickles[0]}) are not read, because a pickle can "
             "run code; convert them to safetensors"
         )
-    raise InputError(f"{path}: there is no safetensors file")
 
 
 def _open_shards(index: Path) -> dict[str, SafetensorsFile]:
@@ -242,6 +247,13 @@ def _open_shards(index: Path) -> dict[str, SafetensorsFile]:
             raise InputError(
                 f"{index.parent / shard}: lacks tensor {name!r}, which the index names"
             )
+    for shard, file in shards.items():
+        for name in file.entries:
+            if weight_map.get(name, shard) != shard:
+                raise InputError(
+                    f"{file.path}: holds tensor {name!r}, which the index says is in "
+                    f"{weight_map[name]}"
+                )
     return {name: shards[shard] for name, shard in weight_map.items()}
 
 

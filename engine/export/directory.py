@@ -153,10 +153,12 @@ def sliced_config(config: ModelConfig, dtype: torch.dtype | None = None) -> dict
     left_out = (*_RULES, *_CODE, "quantization_config")
     raw = {key: value for key, value in config.source.items() if key not in left_out}
     for key, value in raw.items():
-        if key not in ("architectures", "eos_token_id") and isinstance(value, list):
+        tokens = key.endswith(("_id", "_ids", "_tokens"))
+        if key != "architectures" and not tokens and isinstance(value, list):
             if len(value) == config.total_layers:
                 raw[key] = [value[layer] for layer in kept]
-    raw["model_type"] = model_type(config.family)  # which some leave out
+    raw["model_type"] = model_type(config.family)  # which some leave out, as the next
+    raw["architectures"] = config.source.get("architectures") or [config.architecture]
     raw["num_hidden_layers"] = len(kept)
     if config.family in _WINDOWED:
         raw["layer_types"] = [

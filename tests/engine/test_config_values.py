@@ -26,6 +26,9 @@ WRONG = [
     ({"rope_parameters": {"full_attention": 3}}, "full_attention: expected an object"),
     ({"rope_parameters": [1]}, "rope_parameters: expected an object"),
     ({"rope_scaling": 3}, "rope_scaling: expected an object"),
+    ({"rope_scaling": YARN}, "rope_scaling: expected none beside another rope_parameters"),
+    ({"architectures": None, "model_type": "mamba"}, "expected a list 'architectures'"),
+    ({"architectures": None, "model_type": ["llama"]}, "expected a list 'architectures'"),
     ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type: expected one of"),
     ({"hidden_act": ["silu"]}, "hidden_act: expected one of"),
     ({"rms_norm_eps": 1e308}, "rms_norm_eps: expected a number"),
@@ -69,6 +72,33 @@ def test_no_config_holds_them(change, raw):
 def test_no_rope_holds_them(change):
     with pytest.raises(InputError, match="expected"):
         Rope(**({"theta": 1e4, "dim": 8} | change))
+
+
+@pytest.mark.parametrize("case", ["llama", "phi2", "gemma3"])
+def test_architectures_left_out(case, tmp_path):
+    tiny.write(case, tmp_path, 1)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    expected = replace(from_hf(raw, "FILE"), source={})
+    del raw["architectures"]
+    for found in (raw, raw | {"architectures": []}):
+        assert replace(from_hf(found, "FILE"), source={}) == expected
+
+
+def test_rope_scaling_that_says_what_rope_parameters_say(raw):
+    same = {"rope_parameters": YARN | {"rope_theta": 1e4}, "rope_scaling": YARN}
+    found = from_hf(raw | same, "FILE")
+    assert found.ropes == from_hf(raw | same | {"rope_scaling": None}, "FILE").ropes
+    assert {rope.kind for rope in found.ropes} == {"yarn"}
+
+
+@pytest.mark.parametrize("case", ["gemma3", "qwen2-window"])
+def test_more_types_than_layers(case, tmp_path):
+    """Left by who drops a layer and edits the count alone: which one went, nobody can say."""
+    tiny.write(case, tmp_path, 1)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    fewer = {"num_hidden_layers": raw["num_hidden_layers"] - 1}
+    with pytest.raises(InputError, match="layer_types: expected a list of"):
+        from_hf(raw | fewer, "FILE")
 
 
 @pytest.mark.parametrize(("case", "factor"), [("llama", 8), ("gemma3", 1)])

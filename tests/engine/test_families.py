@@ -258,7 +258,7 @@ def test_older_config_keys_read_the_same(case, tmp_path):
     ("change", "sentence"),
     [
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.*known are LlamaForCausalLM"),
-        ({"architectures": None}, "expected a list 'architectures'"),
+        ({"architectures": None, "model_type": None}, "expected a list 'architectures'"),
         ({"hidden_size": "48"}, "hidden_size: expected a whole number"),
         ({"num_hidden_layers": 0}, "num_hidden_layers: expected"),
         ({"num_hidden_layers": 5000}, "num_hidden_layers: expected a whole number from 1 to 4096"),

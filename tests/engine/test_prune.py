@@ -139,3 +139,16 @@ def test_values_beyond_float16_are_refused(tmp_path):
     with pytest.raises(InputError, match="layers.2.mlp.up_proj.weight: does not fit"):
         prune(checkpoint, keep_some(checkpoint.config), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_config_leaves_out_and_lists_that_are_not_of_layers(source, tmp_path):
+    path = source("llama").path / "config.json"
+    said = json.loads(path.read_text())
+    said["suppress_tokens"] = list(range(3, 3 + said["num_hidden_layers"]))
+    del said["architectures"]
+    path.write_text(json.dumps(said))
+    checkpoint = open_checkpoint(path.parent)
+    prune(checkpoint, keep_some(checkpoint.config), tmp_path / "out", dtype=torch.float32)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["suppress_tokens"] == said["suppress_tokens"]
+    assert written["architectures"] == ["LlamaForCausalLM"]

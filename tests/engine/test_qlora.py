@@ -302,13 +302,18 @@ FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
         ("a number above 0, at most 1,000,000, found -1", {}, {"lora_alpha": -1}),
         ("lora_alpha: expected a number above 0, at most", {}, {"lora_alpha": float("nan")}),
         ("use_dora: True is not supported", {}, {"use_dora": True}),
-        ("rank_pattern: {'a': 3} is not supported", {}, {"rank_pattern": {"a": 3}}),
+        ("rank_pattern: {'a.*': 3} is not supported", {}, {"rank_pattern": {"a.*": 3}}),
+        ("alpha_pattern: ['a'] is not supported", {}, {"alpha_pattern": ["a"]}),
+        ("rank_pattern a: expected a rank from 1 to", {}, {"rank_pattern": {"a": 0}}),
+        ("alpha_pattern a: expected a number above 0", {}, {"alpha_pattern": {"a": "x"}}),
+        ("expected shape (5, K), found (4, ", {}, {"rank_pattern": {"mlp.down_proj": 5}}),
         ("expected shape (5, K), found (4, ", {}, {"r": 5}),
         ("there is no directory or .gguf file 'gone'", {}, {"base_model_name_or_path": "gone"}),
         ("that lies beside it, found None", {}, {"base_model_name_or_path": None}),
         ("that lies beside it, found '.'", {}, {"base_model_name_or_path": "."}),
         ("that lies beside it, found '..'", {}, {"base_model_name_or_path": ".."}),
-        ("that lies beside it, found '/tmp'", {}, {"base_model_name_or_path": "/tmp"}),
+        ("that lies beside it, found '/'", {}, {"base_model_name_or_path": "/"}),
+        ("there is no directory or .gguf file 'tmp'", {}, {"base_model_name_or_path": "/tmp"}),
         ("lacks " + FIRST, {FIRST: None}, {}),
         ("expected one of float32, float16, bfloat16", {FIRST: torch.zeros(4, 80).long()}, {}),
         ("expected an adapter of (48, 80)", {FIRST: torch.zeros(4, 64)}, {}),
@@ -332,15 +337,39 @@ def test_adapters_that_are_refused(sentence, tensors, config, adapter):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((name, True) for name in ("use_rslora", "use_qalora", "lora_bias", "fan_in_fan_out")),
+        *((name, True) for name in ("use_qalora", "lora_bias", "fan_in_fan_out")),
+        *(("init_lora_weights", each) for each in ("pissa_niter_4", "olora", "loftq", "corda")),
+        *(("alora_invocation_tokens", [5, 6]), ("kasa_config", {}), ("arrow_config", {})),
         *(("use_bdlora", {}), ("bias", "all"), ("modules_to_save", ["lm_head"])),
-        *(("alpha_pattern", {"a": 3}), ("layer_replication", [[0, 1]])),
+        ("layer_replication", [[0, 1]]),
         *(("trainable_token_indices", [1]), ("target_parameters", ["a"])),
     ],
 )
 def test_what_peft_would_compute_otherwise_is_refused(name, value, adapter):
     with pytest.raises(InputError, match=f"{name}: .* is not supported"):
         open_checkpoint(adapter(**{name: value}))
+
+
+@pytest.mark.parametrize("said", ["./{}", "org/{}", "/elsewhere/{}/"])
+def test_a_base_goes_by_the_last_part_of_its_name(said, adapter):
+    out = adapter()
+    name = json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = open_checkpoint(out).base.path
+    assert open_checkpoint(adapter(base_model_name_or_path=said.format(name))).base.path == base
+
+
+def test_rank_stabilized_scales(adapter):
+    """rsLoRA: lora_alpha over the root of r."""
+    scale = open_checkpoint(adapter(r=4, lora_alpha=6)).scale
+    assert scale == 1.5
+    assert open_checkpoint(adapter(r=4, lora_alpha=6, use_rslora=True)).scale == 3
+
+
+def test_pickled_adapters_are_named(adapter):
+    out = adapter()
+    (out / "adapter_model.safetensors").rename(out / "adapter_model.bin")
+    with pytest.raises(InputError, match=r"pickles \(adapter_model.bin\) are not read"):
+        open_checkpoint(out)
 
 
 def test_an_adapter_of_another_model_is_refused(adapter, rng, tmp_path):

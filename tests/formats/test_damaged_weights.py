@@ -127,6 +127,17 @@ def test_damaged_tensors(damage, backend, tmp_path):
     assert str(tmp_path) in str(caught.value)
 
 
+def test_layers_behind_the_last_are_told(tmp_path):
+    """They are left out, as transformers does."""
+    tiny.write("llama", tmp_path, 1)
+    path = tmp_path / "config.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps(said | {"num_hidden_layers": said["num_hidden_layers"] - 1}))
+    with pytest.warns(UserWarning, match="the layers behind these are left out"):
+        model = engine.load(tmp_path)
+    assert len(model.config.layers) == said["num_hidden_layers"] - 1
+
+
 @every_backend
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_without_their_weights(rule, backend, tmp_path):

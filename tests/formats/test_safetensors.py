@@ -135,6 +135,13 @@ def test_generation_config_says_what_ends_a_text(sharded):
     assert open_checkpoint(directory).config.eos_ids == (2, 5)
 
 
+def double(directory, name):
+    """Puts a tensor of the name into a shard that has it not."""
+    shards = map(safetensors.torch.load_file, files := sorted(directory.glob("*.safetensors")))
+    file, tensors = next(pair for pair in zip(files, shards, strict=True) if name not in pair[1])
+    safetensors.torch.save_file(tensors | {name: torch.ones(2)}, file)
+
+
 def first_shard(directory):
     return sorted(directory.glob("model-*.safetensors"))[0]
 
@@ -170,6 +177,10 @@ DIRECTORIES = {
     "tensor in no shard": (
         lambda d: edit_index(d, lambda i: i["weight_map"].update(x=i["weight_map"][EMBEDDING])),
         "lacks tensor 'x', which the index names",
+    ),
+    "tensor in two shards": (
+        lambda d: double(d, EMBEDDING),
+        f"holds tensor '{EMBEDDING}', which the index says is in model-0000",
     ),
     "no index": (lambda d: (d / INDEX).unlink(), "several safetensors files and no"),
     "generation config": (
