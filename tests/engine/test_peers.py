@@ -193,3 +193,11 @@ def test_work_that_only_transformers_does(change, says):
     with pytest.raises(InputError, match=says):
         work_of("ik", model, batch, 8)
     assert work_of("transformers", model, batch, 8)["layers"] == list(range(len(layers)))
+
+
+def test_no_peer_is_given_an_adapter(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    config = SimpleNamespace(layers=[], total_layers=0)
+    model = SimpleNamespace(path=tmp_path, config=config, runtime=None)
+    with pytest.raises(InputError, match="--compare transformers: expected a whole model, found"):
+        work_of("transformers", model, 1, 8)

@@ -15,6 +15,7 @@ from typing import Any
 
 from engine.api import Model
 from engine.benchmark.peers.known import KNOWN, Setting
+from engine.checkpoint.adapter import is_adapter
 from engine.errors import InputError
 from engine.generation import Timings
 from engine.kernels.dtypes import name_of
@@ -156,6 +157,11 @@ def work_of(name: str, model: Model, batch: int, context: int) -> dict[str, Any]
             raise InputError(f"--compare {name} runs every layer of a file: drop none")
         if batch != 1:
             raise InputError(f"--compare {name} runs one sequence: expected --batch 1, not {batch}")
+    if is_adapter(model.path):  # peers would look for its base elsewhere
+        raise InputError(
+            f"--compare {name}: expected a whole model, found an adapter, {model.path}; `engine "
+            "export --to hf` makes one of it"
+        )
     return {
         "model": str(model.path),
         "threads": runtime.threads,
