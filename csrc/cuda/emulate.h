@@ -355,7 +355,7 @@ inline void __syncwarp(unsigned mask = ~0u, emulate::Site site = EMULATE_SITE) {
     emulate::exchange("__syncwarp", site, mask, {});
 }
 
-inline void __threadfence() {}  // blocks run one after another
+inline void __threadfence() {}  // blocks run one after another: no race in global memory is seen
 
 inline int atomicAdd(int* to, int value) {
     const int before = *to;

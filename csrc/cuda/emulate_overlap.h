@@ -28,6 +28,9 @@ public:
             fail("memory cannot be protected");
     }
     bool holds(const char* address) const { return address >= pages_ && address < pages_ + size_; }
+    bool guards(const char* address) const {
+        return address >= pages_ + size_ && address < pages_ + size_ + page_;
+    }
 
 private:
     char* pages_;
@@ -41,9 +44,11 @@ inline bool outputs_protected = false;
 // Async-signal-safe but for printing, after which the process ends.
 inline void on_fault(int signal, siginfo_t* info, void*) {
     const char* address = static_cast<const char*>(info->si_addr);
-    for (const Output* output : outputs)
+    for (const Output* output : outputs) {
         if (outputs_protected && output->holds(address))
             fail("touches what the kernel before writes, and has not waited for it");
+        if (output->guards(address)) fail("touches memory behind what the kernel before writes");
+    }
     ::signal(signal, SIG_DFL);  // another fault: again, and out
 }
 

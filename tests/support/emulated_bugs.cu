@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <string>
 #include <vector>
 
 #include "cuda/kernel.h"
@@ -54,6 +55,8 @@ __global__ void shuffle_of_a_missing_lane(int*) {
     if (threadIdx.x < 16) __shfl_sync(0xffffu, 1, 20);
 }
 
+__global__ void shuffle_in_half_a_warp(int*) { __shfl_xor_sync(kAll, 1, 1); }
+
 __global__ void shuffle_by_two_masks(int*) {
     __shfl_sync(threadIdx.x % 2 ? kAll : 0x55555555u, 1, 0);
 }
@@ -82,6 +85,11 @@ __global__ void shared_out_of_bounds(int*) {
     values[threadIdx.x] = 1;
 }
 
+__global__ void shared_before_its_first(int*) {
+    __shared__ Shared<int, 64> values;
+    values[static_cast<int>(threadIdx.x) - 1] = 1;
+}
+
 __global__ void dynamic_shared_out_of_bounds(int*) {
     shallow::dynamic_shared<int>()[threadIdx.x] = 1;
 }
@@ -108,7 +116,7 @@ __global__ void two_writers(int*) {
 __global__ void global_out_of_bounds(int* result) { result[threadIdx.x * 32] = 1; }
 
 __global__ void load_off_its_alignment(int* result) {
-    result[0] = shallow::load_stream(result + 1).x;
+    result[0] = shallow::load_stream(result + 2).x;
 }
 
 __global__ void order_of_blocks(int* result) {
@@ -165,18 +173,45 @@ __global__ void copy_read_without_a_barrier(int* result) {
     result[0] = value.x;
 }
 
+// Its thread may read what it waited for, others after one more barrier.
+__global__ void copy_waited_for_behind_a_barrier(int* result) {
+    __shared__ Shared<uint4, 64> values;
+    shallow::copy_async(values, threadIdx.x, result + 16);
+    shallow::commit_copies();
+    __syncthreads();
+    shallow::wait_copies<0>();
+    if (threadIdx.x != 1) return;
+    const uint4 value = values[0];
+    result[0] = value.x;
+}
+
 __global__ void too_much_static_memory(int*) {
-    __shared__ Shared<uint4, 3200> values;
+    __shared__ Shared<uint4, 1600> values, others;
+    values[threadIdx.x] = uint4{};
+    others[threadIdx.x] = uint4{};
+}
+
+__global__ void static_and_dynamic_memory(int*) {
+    __shared__ Shared<uint4, 2560> values;
     values[threadIdx.x] = uint4{};
 }
+
+__global__ void more_memory_than_announced(int*) {}
 
 __global__ void too_much_shared_memory(int*) { shallow::dynamic_shared<int>()[threadIdx.x] = 1; }
 
 __global__ void too_many_threads(int*) {}
 
+__global__ void too_many_rows_of_blocks(int*) {}
+
 __global__ void sound_overlap(int* result) {
     shallow::wait_for_previous_kernel();
     if (threadIdx.x == 0) result[blockIdx.x] = result[2] + 1;
+}
+
+__global__ void overlap_out_of_bounds(int* result) {
+    shallow::wait_for_previous_kernel();
+    if (threadIdx.x == 7) result[64] = 1;
 }
 
 __global__ void read_before_the_wait(int* result) {
@@ -215,11 +250,13 @@ const struct {
     KERNEL(shuffle_without_a_lane),
     KERNEL(shuffle_outside_the_mask),
     KERNEL(shuffle_of_a_missing_lane),
+    KERNEL(shuffle_in_half_a_warp),
     KERNEL(shuffle_by_two_masks),
     KERNEL(mma_by_half_a_warp),
     KERNEL(unwritten_shared),
     KERNEL(unwritten_in_the_next_block),
     KERNEL(shared_out_of_bounds),
+    KERNEL(shared_before_its_first),
     KERNEL(dynamic_shared_out_of_bounds),
     KERNEL(read_without_a_barrier),
     KERNEL(write_without_a_barrier),
@@ -232,10 +269,15 @@ const struct {
     KERNEL(copy_without_a_group),
     KERNEL(write_over_a_copy),
     KERNEL(copy_read_without_a_barrier),
+    KERNEL(copy_waited_for_behind_a_barrier),
     KERNEL(too_much_static_memory),
+    KERNEL(static_and_dynamic_memory),
     KERNEL(too_much_shared_memory),
+    KERNEL(more_memory_than_announced),
     KERNEL(too_many_threads),
+    KERNEL(too_many_rows_of_blocks),
     KERNEL(sound_overlap),
+    KERNEL(overlap_out_of_bounds),
     KERNEL(read_before_the_wait),
     KERNEL(write_before_the_wait),
     KERNEL(another_threads_wait),
@@ -244,18 +286,26 @@ const struct {
 
 constexpr int kLaunches = 16;  // each with its blocks in another order
 
-void run(const char* name, void (*kernel)(int*)) {
-    const std::size_t shared_bytes =
-        std::strcmp(name, "too_much_shared_memory") ? 63 * sizeof(int) : 100 << 10;
-    const unsigned threads = std::strcmp(name, "too_many_threads") ? 64 : 1056;
-    const bool overlap = std::strstr(name, "overlap") || std::strstr(name, "the_wait") ||
-                         std::strstr(name, "threads_wait") || std::strstr(name, "exit_without");
-    const shallow::Launch where{2, threads, shared_bytes, shared_bytes, nullptr, overlap};
+shallow::Launch launch_of(const std::string& name) {
+    shallow::Launch where{2, 64, 63 * sizeof(int), 63 * sizeof(int), nullptr, false};
+    if (name == "static_and_dynamic_memory") where.shared_bytes = 60 << 10;
+    if (name == "too_much_shared_memory") where.shared_bytes = 100 << 10;
+    where.max_shared_bytes = where.shared_bytes;
+    if (name == "more_memory_than_announced") where.max_shared_bytes -= sizeof(int);
+    if (name == "shuffle_in_half_a_warp") where.block = 48;
+    if (name == "too_many_threads") where.block = 1056;
+    if (name == "too_many_rows_of_blocks") where.grid = dim3(1, 65536);
+    for (const char* word : {"overlap", "the_wait", "threads_wait", "exit_without"})
+        where.overlap = where.overlap || name.find(word) != std::string::npos;
+    return where;
+}
+
+void run(const shallow::Launch& where, void (*kernel)(int*)) {
     std::vector<int> first;
     for (int launch = 0; launch < kLaunches; ++launch) {
         const emulate::Output output(64 * sizeof(int), 0);
         std::vector<int> heap(64, -1);
-        int* result = overlap ? reinterpret_cast<int*>(output.data()) : heap.data();
+        int* result = where.overlap ? reinterpret_cast<int*>(output.data()) : heap.data();
         std::fill_n(result, 64, -1);
         shallow::launch(where, kernel, result);
         const std::vector<int> found(result, result + 2);
@@ -270,7 +320,7 @@ void run(const char* name, void (*kernel)(int*)) {
 int main(int count, char** arguments) {
     for (const auto& entry : kKernels) {
         if (count != 2 || std::strcmp(entry.name, arguments[1])) continue;
-        run(entry.name, entry.kernel);
+        run(launch_of(entry.name), entry.kernel);
         return 0;
     }
     std::fprintf(stderr, "no such kernel\n");
