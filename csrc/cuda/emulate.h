@@ -3,7 +3,8 @@
 // the other lanes of a shuffle or an mma. Blocks run one after another, in a new order every launch.
 // What a GPU leaves undefined ends the process with a message that names the thread and the line:
 //   a barrier, shuffle or mma that a thread of the block, or lane of the mask, never reaches
-//   a shuffle from a lane outside the mask; a 16-byte load off its alignment
+//   a shuffle from a lane outside the mask; a load of 16 bytes, or of elements at once, off its
+//   alignment
 //   shared memory read before this block wrote it, indexed out of bounds, or touched by two threads
 //   (one of them writing) with no barrier between
 //   more threads or shared memory than the smallest supported GPU allows
@@ -279,6 +280,13 @@ T shuffle(const char* what, Site site, unsigned mask, T value, int source) {
     return value;
 }
 
+// The address of so many bytes that are loaded at once.
+inline const void* aligned(const void* address, std::size_t bytes) {
+    if (reinterpret_cast<std::uintptr_t>(address) % bytes)
+        fail("%zu-byte load from %p, off its alignment", bytes, address);
+    return address;
+}
+
 // ---- launches ----
 
 inline void run_block(uint3 index) {
@@ -327,6 +335,7 @@ inline std::vector<uint3> shuffled_blocks(dim3 grid) {
 
 }  // namespace emulate
 
+#include "cuda/emulate_numbers.h"
 #include "cuda/emulate_overlap.h"
 #include "cuda/emulate_shared.h"
 
@@ -338,6 +347,8 @@ inline std::vector<uint3> shuffled_blocks(dim3 grid) {
 #define gridDim (::emulate::block.grid)
 
 #define EMULATE_SITE {__builtin_FILE(), __builtin_LINE()}
+
+#define __builtin_assume_aligned(address, bytes) (::emulate::aligned(address, bytes))
 
 inline void __syncthreads(emulate::Site site = EMULATE_SITE) { emulate::barrier(site); }
 
@@ -368,58 +379,6 @@ T __ldcg(const T* from) {
     return *from;
 }
 
-inline std::uint32_t __float_as_uint(float value) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return bits;
-}
-
-inline float __uint_as_float(std::uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-inline std::uint32_t __byte_perm(std::uint32_t x, std::uint32_t y, std::uint32_t selector) {
-    const std::uint64_t bytes = static_cast<std::uint64_t>(y) << 32 | x;
-    std::uint32_t picked = 0;
-    for (int i = 0; i < 4; ++i) {
-        const std::uint32_t byte = bytes >> 8 * (selector >> 4 * i & 7) & 255;
-        picked |= (selector >> 4 * i & 8 ? (byte & 128 ? 255u : 0u) : byte) << 8 * i;
-    }
-    return picked;
-}
-
-template <typename T>
-T min(T a, T b) {
-    return b < a ? b : a;
-}
-
-template <typename T>
-T max(T a, T b) {
-    return a < b ? b : a;
-}
-
-inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
-inline float __expf(float value) { return std::exp(value); }
-
-// Rounded once: float64 holds the product, and the sum but for bits far below the result's last.
-inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
-    const auto fma = [](__half x, __half y, __half z) {
-        return __double2half(static_cast<double>(__half2float(x)) * __half2float(y) +
-                             __half2float(z));
-    };
-    return {fma(a.x, b.x, c.x), fma(a.y, b.y, c.y)};
-}
-
-inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
-    const auto fma = [](__nv_bfloat16 x, __nv_bfloat16 y, __nv_bfloat16 z) {
-        return __double2bfloat16(static_cast<double>(__bfloat162float(x)) * __bfloat162float(y) +
-                                 __bfloat162float(z));
-    };
-    return {fma(a.x, b.x, c.x), fma(a.y, b.y, c.y)};
-}
-
 // ---- kernel.h's names ----
 
 namespace shallow {
@@ -433,9 +392,7 @@ inline std::uint32_t and_or(std::uint32_t v, std::uint32_t mask, std::uint32_t b
 }
 
 inline uint4 load_stream(const void* address) {
-    if (reinterpret_cast<std::uintptr_t>(address) % 16)
-        emulate::fail("16-byte load from %p, off its alignment", address);
-    return *static_cast<const uint4*>(address);
+    return *static_cast<const uint4*>(emulate::aligned(address, 16));
 }
 
 template <typename Array>

@@ -27,6 +27,7 @@ REPORTS = {
     "two_writers": r"element 0 is written, and another thread .* a race",
     "global_out_of_bounds": r"AddressSanitizer: heap-buffer-overflow",
     "load_off_its_alignment": r"16-byte load from .* off its alignment",
+    "pair_off_its_alignment": r"8-byte load from .* off its alignment",
     "order_of_blocks": r"results differ with the order of blocks",
     "copy_without_a_wait": r"element 0 is read before the copy to it is waited for",
     "copy_without_a_group": r"element 0 is read before the copy to it is waited for",

@@ -85,6 +85,8 @@ BEFORE = [
     getattr(Call, name).offset
     for name in ("x", "delta", "stream", "gate", "add", "y", "sums", "parts", "counters")
 ]
+# What may be a view of a larger tensor, as x and y.
+BESIDE = ("delta", "post", "stream", "norm", "norm_bias", "bias", "gate", "add")
 
 
 def arrays_of(case: Matmul) -> dict[int, torch.Tensor]:
@@ -99,12 +101,13 @@ def arrays_of(case: Matmul) -> dict[int, torch.Tensor]:
 
 def encode(case: Matmul, call: Call) -> bytes:
     """The call as tests/support/emulated.cpp reads it."""
-    moved = (Call.x.offset, Call.y.offset)
+    moved = {getattr(Call, name).offset: case.offset for name in ("x", "y")}
+    moved |= {getattr(Call, name).offset: case.offset // 2 for name in BESIDE}
     written = [getattr(Call, name).offset for name in ("y", "stream", "out_sums", "counters")]
     return encode_arrays(
         call,
         [
-            Array(place, tensor, place in written, place in BEFORE, case.offset * (place in moved))
+            Array(place, tensor, place in written, place in BEFORE, moved.get(place, 0))
             for place, tensor in arrays_of(case).items()
         ],
     )

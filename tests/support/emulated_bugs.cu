@@ -119,6 +119,12 @@ __global__ void load_off_its_alignment(int* result) {
     result[0] = shallow::load_stream(result + 2).x;
 }
 
+__global__ void pair_off_its_alignment(int* result) {
+    int two[2];
+    std::memcpy(two, __builtin_assume_aligned(result + 1, sizeof two), sizeof two);
+    result[0] = two[0] + two[1];
+}
+
 __global__ void order_of_blocks(int* result) {
     if (threadIdx.x) return;
     if (blockIdx.x == 0) result[1] = 7;
@@ -263,6 +269,7 @@ const struct {
     KERNEL(two_writers),
     KERNEL(global_out_of_bounds),
     KERNEL(load_off_its_alignment),
+    KERNEL(pair_off_its_alignment),
     KERNEL(order_of_blocks),
     KERNEL(sound_copy),
     KERNEL(copy_without_a_wait),

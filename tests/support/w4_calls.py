@@ -22,7 +22,8 @@ EDGES_N, EDGES_K = (1, 2, 15, 16, 17, 34), (1, 3, 4, 15, 16, 17, 63, 64, 65, 127
 
 @dataclass(frozen=True, eq=False)
 class Matmul:
-    """One call; x and y lie `offset` elements off a multiple of 16 bytes."""
+    """One call; x and y lie `offset` elements off a multiple of 16 bytes, what stands around half
+    as many."""
 
     name: str
     x: torch.Tensor
