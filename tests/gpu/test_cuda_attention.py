@@ -14,7 +14,17 @@ from support.attention_calls import (
     random_case,
     without_results,
 )
-from support.emulated import attention_error, kernels, run_attention
+from support.emulated import (
+    Array,
+    attention_error,
+    encode_arrays,
+    kernels,
+    message_of,
+    run_attention,
+    run_encoded,
+)
+
+from engine.kernels.layer.cuda import Call
 
 EDGES = (0, 1, 15, 16, 17, 63, 64, 65)
 
@@ -51,6 +61,35 @@ def test_random_options(executable, rng, tmp_path):
     check_all(executable, [random_case(rng, dtype) for dtype in BOUND for _ in range(6)], tmp_path)
 
 
+def test_windows_that_begin_anywhere_in_a_page(executable, rng, tmp_path):
+    positions = list(range(14, 50))
+    cases = [
+        make(rng, torch.float16, (2, 1, 16), positions, window=17, splits=splits)
+        for splits in (1, 2)
+    ]
+    check_all(executable, cases, tmp_path)
+
+
+@pytest.mark.parametrize("splits", (1, 3))
+def test_what_is_no_number_stays_none(executable, rng, tmp_path, splits):
+    """In the one head that it is in, and in both that mix it as a value."""
+    case = make(rng, torch.float16, (4, 2, 16), [40, 40], splits=splits)
+    case.qkv[0, 3] = torch.nan  # a query of the first head
+    case.qkv[1, -1] = torch.inf  # a value of the second key
+    run_attention(executable, [case], tmp_path)
+    first, second = case.y[:2].unflatten(1, (4, 16))
+    assert first[0].isnan().all() and first[1:].isfinite().all()
+    assert second[:2].isfinite().all() and not second[2:, -1].isfinite().any()
+
+
+@pytest.mark.parametrize("scope", ("head", "all"))
+def test_heads_without_a_variance(executable, rng, tmp_path, scope):
+    """The mean of squares less the square of the mean may be below zero."""
+    case = make(rng, torch.float16, (4, 2, 80), [20], scope=scope, norm="layer")
+    case.qkv[:, : 6 * 80] = 1999.0
+    check_all(executable, [case], tmp_path)
+
+
 @pytest.mark.slow
 def test_sweep(executable, rng, tmp_path):
     check_all(executable, [random_case(rng, d) for d in BOUND for _ in range(100)], tmp_path)
@@ -77,12 +116,24 @@ def test_native_errors(executable, rng, tmp_path):
     assert "multiple of those of keys" in error(heads=5)
     assert "heads must be 1 to 256 wide, found 257" in error(width=257)
     assert "multiple of 16 positions, found 24" in error(page=24)
+    assert "multiple of 16 positions, found 0" in error(page=0)
+    assert "a launch needs a sequence" in error(batch=0)
     assert "no such slot" in error(slot=2)
+    assert "no such slot" in error(slot=-1)
+    assert "window must be 0 or more" in error(window=-1)
     assert "an even part of a head, found 18" in error(rope=18)
     assert "needs its angles" in error(rope=16)
     assert "splits must be 1 to 32, found 33" in error(splits=33)
     assert "a norm needs its weights" in error(scope=1)
     assert "type must be float16 or bfloat16" in error(type=2)
+    normed = make(rng, torch.float16, (4, 2, 16), [3], scope="head").call()
+    normed.norm_kind = 0
+    assert "a norm needs its weights" in attention_error(executable, case, normed, tmp_path)
+    case = replace(case, parts=None)
+    assert "splits need parts and counters" in error(splits=2)
+    store = Array(Call.store.offset, case.store, written=True, before=False, offset=4)
+    data = run_encoded(executable, [encode_arrays(case.call(), [store])], tmp_path)
+    assert "store must lie on a multiple of 16 bytes" in message_of(data)
 
 
 def test_python_errors(rng):
