@@ -1,7 +1,9 @@
 """The list of launches of a decode step at real shapes, on meta tensors: counts and bytes."""
 
-from contextlib import contextmanager
+import ctypes
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +11,11 @@ from roofline import GPUS, MODELS, step, step_us
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
+from engine.kernels import native
+from engine.kernels.layer import cuda as layer_cuda
+from engine.kernels.w4 import cuda as w4_cuda
 from engine.runtime import GPU_RUNTIMES, gpu_step
-from engine.runtime.gpu_step import StepList
+from engine.runtime.gpu_step import StepList, split_count
 
 LLAMA = MODELS["Llama-3-8B"]
 
@@ -114,6 +119,67 @@ def test_a_step_runs_on_the_device_of_its_model(monkeypatch):
     monkeypatch.setattr(gpu_step.Launch, "__call__", lambda launch: ran.extend(current))
     launches.run()
     assert len(ran) == len(launches.launches) and all(each is launches.store for each in ran)
+
+
+def test_a_capture_leaves_no_trace(monkeypatch):
+    """Each kernel runs once before it, for nobody; what was to run is what is replayed."""
+    launches, device, seen = step(LLAMA, slots=[3]), torch.device("cuda:1"), []
+    inputs = launches.buffers.inputs = torch.ones(5, 1, dtype=torch.int32)
+    launches.store = SimpleNamespace(device=device)
+
+    @contextmanager
+    def graph(_, stream):
+        seen.append(("capture", stream))
+        yield
+        seen.append("end")
+
+    class Graph:
+        def replay(self):
+            seen.append(("replay", bool(inputs.all())))
+
+    monkeypatch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seen.append(("wait", device)))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(
+        gpu_step.Launch, "__call__", lambda launch: seen.append((launch.name, bool(inputs.any())))
+    )
+    launches.run()
+    launches.run()
+    each = [(launch.name, False) for launch in launches.launches]
+    captured = [*each, ("wait", device), ("capture", device), *each, "end"]
+    assert seen == [*captured, ("replay", True), ("replay", True)]
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(w4_cuda, "w4_matmul"), (layer_cuda, "decode_attention")]
+)
+def test_cuda_kernels_run_on_their_device(monkeypatch, module, name):
+    """And on its stream, while another device is the present one."""
+    device, present, ran, call = torch.device("cuda:1"), [torch.device("cuda:0")], [], module.Call()
+
+    @contextmanager
+    def on(chosen):
+        present.append(chosen)
+        yield
+        present.pop()
+
+    def stream_of(chosen=None):
+        return SimpleNamespace(cuda_stream=f"stream of {chosen or present[-1]}")
+
+    extension = SimpleNamespace(**{name: lambda *given: ran.append((*given, present[-1]))})
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream_of)
+    monkeypatch.setattr(native, "load", lambda _: extension)
+    module.launch(call, device)
+    assert ran == [(ctypes.addressof(call), "stream of cuda:1", device)]
+
+
+def test_programs_that_share_a_context_keep_a_gpu_busy():
+    """Two a multiprocessor, as many as the kernels take at most."""
+    found = [split_count(batch, 8, 132) for batch in (1, 2, 4, 8, 16, 32)]
+    assert found == [32, 16, 8, 4, 2, 1] and split_count(32, 32, 132) == 1
 
 
 def test_a_roofline_orders_gpus_and_halves():
