@@ -1,5 +1,6 @@
 """The CUDA decode attention against float64, run on a CPU under AddressSanitizer and UBSan."""
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,6 +135,13 @@ def test_native_errors(executable, rng, tmp_path):
     store = Array(Call.store.offset, case.store, written=True, before=False, offset=4)
     data = run_encoded(executable, [encode_arrays(case.call(), [store])], tmp_path)
     assert "store must lie on a multiple of 16 bytes" in message_of(data)
+
+
+def test_a_call_keeps_its_tensors(rng):
+    call = make(rng, torch.float16, (4, 2, 16), [3], rope=16, scope="head", splits=2).call()
+    gc.collect()
+    given = {name: getattr(call, name) for name in Call.POINTERS if not name.endswith("_bias")}
+    assert given == {name: tensor.data_ptr() for name, tensor in call.borrowed.items()}
 
 
 def test_python_errors(rng):

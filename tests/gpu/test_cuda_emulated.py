@@ -124,6 +124,7 @@ def around_step(rng, dtype, wide: bool = False) -> tuple[Matmul, torch.Tensor, t
     n, k = (560, 1100) if wide else (n, k)
     permuted, norm = bool(below(2)), ("", "rms", "layer")[below(3)]
     options = {"permuted": permuted, "bias": True, "offset": below(8), "cores": 6 if wide else 1}
+    options["beside"] = beside = below(3)
     case = make(rng, specs[below(len(specs))], dtype, m, n, k, **options)
     activation, gate = ACTIVATIONS[below(len(ACTIVATIONS))], ("", "stacked", "apart")[below(3)]
     outputs = n // 2 if gate == "stacked" else n
@@ -134,8 +135,8 @@ def around_step(rng, dtype, wide: bool = False) -> tuple[Matmul, torch.Tensor, t
     if wide or below(2):
         options |= {"delta": real(m, k), "post": real(k), "stream": torch.full((m, k), torch.nan)}
     if gate == "apart":
-        options["gate"] = real(m, outputs)
-    options |= {"cap": (0.0, 3.0)[below(2)], "add": real(m, outputs)}
+        options["gate"] = real(m, outputs + beside)[:, :outputs]
+    options |= {"cap": (0.0, 3.0)[below(2)], "add": real(m, outputs + beside)[:, :outputs]}
     options["live"] = torch.randint(0, 2, (m,), generator=rng).int()
     case = dataclasses.replace(
         case, x=real(m, k), products=dtype, fusion=Fusion(**options), out_dtype=torch.float32
@@ -242,10 +243,18 @@ def test_python_errors(rng):
     raises(TypeError, "y must be torch.float16 or torch.float32", y=y.bfloat16())
     raises(ValueError, r"y must be a contiguous \(2, 16\)", y=y[:, :8])
     raises(ValueError, r"bias must be a contiguous \(16,\) torch.float16", bias=torch.zeros(16))
+    odd = to_gpu(make(rng, G128, torch.float16, 2, 15, 128).packed)
+    raises(ValueError, "even number of rows, found 15", weights=odd, fusion=Fusion(gated=True))
+    moved = {name: tensor.to("meta") for name, tensor in weights.tensors().items()}
+    elsewhere = dataclasses.replace(weights, **moved)
+    raises(ValueError, "weight is on meta, x is on cpu", weights=elsewhere)
+    raises(ValueError, r"live must be a contiguous \(2,\)", fusion=Fusion(live=torch.ones(3).int()))
     raises(ValueError, "norm must be a contiguous", fusion=Fusion("rms", 1e-5, torch.zeros(64)))
     raises(ValueError, "y is on meta, x is on cpu", y=y.to("meta"))
     three = dataclasses.replace(case.sizes, slices=3)
     raises(ValueError, r"parts must be a contiguous \(96,\)", sizes=three, parts=torch.zeros(95))
+    raises(ValueError, "parts must be", sizes=three, parts=torch.zeros(192)[::2])
+    raises(ValueError, "parts is on meta", sizes=three, parts=torch.zeros(96, device="meta"))
     raises(ValueError, "counters must be a contiguous", sizes=three, counters=torch.zeros(9))
     raises(ValueError, r"sums must be a contiguous \(0, 2, 2\)", sums=torch.zeros(4, 2, 3))
     raises(ValueError, r"out_sums must be a contiguous \(1, 2, 2\)", out_sums=torch.zeros(0, 2, 2))

@@ -34,13 +34,15 @@ class Matmul:
     offset: int = 0
     products: torch.dtype | None = None  # their dtype, that of x unless it is float32
     cores: int = 1  # multiprocessors that blocks are to keep busy
+    beside: int = 0  # columns between a row of y and the next
     sums: torch.Tensor | None = None
     out_sums: torch.Tensor | None = None
 
     def output(self) -> torch.Tensor:
         """NaN, of the output's shape and dtype."""
         n = self.packed.shape[0] // (2 if self.gated else 1)
-        return torch.full((len(self.x), n), torch.nan, dtype=self.out_dtype or self.dtype)
+        shape = len(self.x), n + self.beside
+        return torch.full(shape, torch.nan, dtype=self.out_dtype or self.dtype)[:, :n]
 
     @property
     def gated(self) -> bool:
@@ -73,7 +75,7 @@ class Matmul:
 
 def make(rng, spec: Spec, dtype, m: int, n: int, k: int, **options) -> Matmul:
     """x and x @ w.T of about unit RMS. Options: permuted, bias, norm (one of NORMS), gated,
-    out_dtype, offset, strided, cores; what else stands around the product is `step`'s."""
+    out_dtype, offset, strided, cores, beside; what else stands around the product is `step`'s."""
     taken = dict(options)
     packed = random_packed(rng, n, k, spec, permuted=taken.pop("permuted", False))
     width = k + 3 if taken.pop("strided", False) else k
@@ -113,6 +115,7 @@ def random_case(rng, m: int, n: int, k: int) -> Matmul:
         "offset": below(8),
         "strided": bool(below(2)),
         "cores": 1 + below(40),
+        "beside": below(3),
     }
     return make(rng, specs[below(len(specs))], list(BOUND)[below(2)], m, n, k, **options)
 
