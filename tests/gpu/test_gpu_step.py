@@ -16,6 +16,7 @@ from engine.kernels.layer import cuda as layer_cuda
 from engine.kernels.w4 import cuda as w4_cuda
 from engine.runtime import GPU_RUNTIMES, gpu_step
 from engine.runtime.gpu_step import StepList, split_count
+from engine.runtime.gpu_weights import Part, stacked
 
 LLAMA = MODELS["Llama-3-8B"]
 
@@ -33,6 +34,13 @@ def test_five_launches_a_layer(family, backend):
 def test_what_cannot_be_stacked_takes_a_launch_each():
     names = [launch.name for launch in step(LLAMA, slots=[0], stacked=False).launches]
     assert names[1:-2] == ["qkv"] * 3 + ["attention", "o", "gate", "up", "down"]
+
+
+def test_what_has_a_bias_is_not_stacked_on_what_has_none():
+    plain, biased = Part(torch.zeros(2, 4)), Part(torch.zeros(3, 4), torch.arange(3))
+    found = stacked([plain, plain, biased, biased, plain])
+    assert [len(part.matrix) for part in found] == [4, 6, 2]
+    assert found[1].bias.tolist() == [0, 1, 2, 0, 1, 2] and found[0].bias is found[2].bias is None
 
 
 @pytest.mark.parametrize("backend", GPU_RUNTIMES)

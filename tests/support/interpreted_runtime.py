@@ -271,6 +271,26 @@ def test_an_arena_that_grows(rng, pair):
         both.judge("after a growth")
 
 
+def test_which_lists_are_kept(rng, pair, monkeypatch):
+    """The latest, while what they point to stays where it is."""
+    monkeypatch.setattr("engine.runtime.gpu.KEPT_STEPS", 2)
+    gpu, _ = pair("llama", torch.float16, kinds=(Spec(4, 32, "zero"),))
+    cache = gpu.new_cache(1)
+
+    def ran(*slots: int):
+        cache.truncate(0)
+        gpu.forward(draw(rng, 1, 1), cache, slots)
+        return gpu._steps[1, slots]
+
+    first = ran(0)
+    ran(1)
+    assert ran(0) is first
+    latest = ran(0, 1)
+    assert list(gpu._steps.values()) == [first, latest]
+    gpu.angles.version += 1
+    assert ran(0) is not first and len(gpu._steps) == 1
+
+
 def test_draws_are_those_of_logits(rng, pair):
     """From uniforms that are sent with the tokens; a finished sequence draws nothing."""
     gpu, _ = pair("llama", torch.float16, kinds=(Spec(4, 32, "zero"),))
