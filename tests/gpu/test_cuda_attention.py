@@ -73,14 +73,17 @@ def test_windows_that_begin_anywhere_in_a_page(executable, rng, tmp_path):
 
 @pytest.mark.parametrize("splits", (1, 3))
 def test_what_is_no_number_stays_none(executable, rng, tmp_path, splits):
-    """In the one head that it is in, and in both that mix it as a value."""
-    case = make(rng, torch.float16, (4, 2, 16), [40, 40], splits=splits)
+    """In the head whose query has it, and in those that read a key or a value that has it."""
+    case = make(rng, torch.float16, (4, 2, 16), [40, 40, 40], splits=splits)
     case.qkv[0, 3] = torch.nan  # a query of the first head
-    case.qkv[1, -1] = torch.inf  # a value of the second key
+    case.qkv[1, -1] = torch.inf  # the token's value, of the second key
+    page = int(case.table[2, 1])
+    case.store[page, case.options["slot"], 0, 1, 5, 2] = torch.nan  # one of many keys
     run_attention(executable, [case], tmp_path)
-    first, second = case.y[:2].unflatten(1, (4, 16))
-    assert first[0].isnan().all() and first[1:].isfinite().all()
-    assert second[:2].isfinite().all() and not second[2:, -1].isfinite().any()
+    query, value, key = case.y[:3].unflatten(1, (4, 16))
+    assert query[0].isnan().all() and query[1:].isfinite().all()
+    assert value[:2].isfinite().all() and not value[2:, -1].isfinite().any()
+    assert key[:2].isfinite().all() and key[2:].isnan().all()
 
 
 @pytest.mark.parametrize("scope", ("head", "all"))
