@@ -44,6 +44,8 @@ def small(case: str) -> dict:
     if "layer_types" in settings:
         kinds = settings["layer_types"]
         sizes["layer_types"] = [kinds[0], kinds[-1]]
+    if case == "gemma2":  # caps that so small a model reaches
+        sizes |= {"attn_logit_softcapping": 0.2, "final_logit_softcapping": 0.5}
     return sizes
 
 
