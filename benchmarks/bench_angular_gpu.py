@@ -1,17 +1,13 @@
 """Measures the Triton kernel of the angular distances beside a batched torch einsum. Run by gpu.sh;
 writes benchmarks/results/<gpu>-angular.json."""
 
-import argparse
 import math
 from functools import partial
-from pathlib import Path
 
 import torch
 from cases import MODELS
-from gpu import FLUSH_BYTES, gpu_name, output, save, time_us
+from gpu import FLUSH_BYTES, begin, save, time_us
 
-from engine.commands.output import refuse
-from engine.errors import InputError
 from engine.kernels import native
 from engine.kernels.angular import fused, reference
 
@@ -57,14 +53,7 @@ def measure(model: str, samples: int, dtype: torch.dtype, copy_gb_s: float) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>-angular.json")
-    asked = parser.parse_args()
-    try:
-        gpu = gpu_name()
-        out = output(gpu, asked.out, "-angular")
-    except InputError as error:
-        refuse(error)
+    gpu, out = begin(__doc__, "-angular")
     copy_gb_s = native.load("cuda").copy_bandwidth(1 << 30)
     record = {"gpu": gpu, "torch": torch.__version__, "copy_gb_s": copy_gb_s}
     results = record["angular"] = []

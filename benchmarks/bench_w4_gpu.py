@@ -2,7 +2,6 @@
 what the table in kernels/w4/launch.py should say. Run by gpu.sh; writes
 benchmarks/results/<gpu>-triton.json."""
 
-import argparse
 import math
 import os
 import subprocess
@@ -10,16 +9,14 @@ import sys
 import tempfile
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from gpu import (
     FLUSH_BYTES,
     SHAPES,
     SPECS,
+    begin,
     check,
-    gpu_name,
-    output,
     random_weights,
     save,
     time_us,
@@ -27,8 +24,6 @@ from gpu import (
 from torch.nn.functional import linear
 from triton.runtime.errors import OutOfResources
 
-from engine.commands.output import refuse
-from engine.errors import InputError
 from engine.kernels.w4 import launch
 from engine.kernels.w4.dequantize import Format
 from engine.kernels.w4.format import unpack
@@ -129,14 +124,7 @@ def first_call_s() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>-triton.json")
-    asked = parser.parse_args()
-    try:
-        gpu = gpu_name()
-        out = output(gpu, asked.out, "-triton")
-    except InputError as error:
-        refuse(error)
+    gpu, out = begin(__doc__, "-triton")
     record = {"gpu": gpu, "torch": torch.__version__, "first_call_s": first_call_s()}
     print(f"{gpu}: first call {record['first_call_s']:.2f} s")
     results = record["w4_triton"] = []

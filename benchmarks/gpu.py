@@ -67,6 +67,19 @@ def output(gpu: str, out: Path | None, kind: str = "") -> Path:
     return out
 
 
+def begin(about: str | None, kind: str = "") -> tuple[str, Path]:
+    """(the GPU's name, where the record goes) of a script whose one option is `--out`; where there
+    is neither, it ends with the reason."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--out", type=Path, help=f"default: benchmarks/results/<gpu>{kind}.json")
+    asked = parser.parse_args()
+    try:
+        gpu = gpu_name()
+        return gpu, output(gpu, asked.out, kind)
+    except InputError as error:
+        refuse(error)
+
+
 def save(record: dict[str, Any], out: Path) -> None:
     """After every case, so that what comes after cannot lose it."""
     write_text(out, json.dumps(record, indent=1) + "\n")
@@ -163,14 +176,7 @@ def measure(name: str, label: str, m: int, copy_gb_s: float, overlaps: bool) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>.json")
-    asked = parser.parse_args()
-    try:
-        gpu = gpu_name()
-        out = output(gpu, asked.out)
-    except InputError as error:
-        refuse(error)
+    gpu, out = begin(__doc__)
     cuda = native.load("cuda")
     overlaps = torch.cuda.get_device_capability() >= (9, 0)
     copy_gb_s = cuda.copy_bandwidth(1 << 30)

@@ -204,7 +204,7 @@ class _Reader:
             return _Values({"rope_theta": self.get("rope_local_base_freq")})  # never scaled
         theta = {"rope_theta": self.get("rope_theta", 10000.0)}
         given = {key: value for key, value in nested.values.items() if value is not None}
-        if given and any(given.get(key) != value for key, value in scaling.items()):
+        if scaling and given and _spelt(theta | dict(scaling)) != _spelt(theta | given):
             # transformers takes it in the place of all that rope_parameters says, theta too
             raise schema.wrong("rope_scaling", "none beside another rope_parameters", scaling)
         return _Values(theta | dict(scaling) | given)
@@ -287,6 +287,13 @@ class _Values:
         if len(found) != dim // 2:
             raise schema.wrong(name, f"a list of {dim // 2} numbers", found)
         return tuple(map(float, found))
+
+
+def _spelt(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """One way of the several to write the same."""
+    kind = rope.get("rope_type", rope.get("type")) or "default"
+    found = {key: value for key, value in rope.items() if key != "type" and value is not None}
+    return found | {"rope_type": kind}
 
 
 def _checked(name: str, value: Any, kind: schema.Kind) -> Any:

@@ -157,7 +157,7 @@ def sliced_config(config: ModelConfig, dtype: torch.dtype | None = None) -> dict
         if key != "architectures" and not tokens and isinstance(value, list):
             if len(value) == config.total_layers:
                 raw[key] = [value[layer] for layer in kept]
-    raw["model_type"] = model_type(config.family)  # which some leave out, as the next
+    raw["model_type"] = model_type(config.family)  # some leave out this, or what follows
     raw["architectures"] = config.source.get("architectures") or [config.architecture]
     raw["num_hidden_layers"] = len(kept)
     if config.family in _WINDOWED:

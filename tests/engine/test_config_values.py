@@ -27,6 +27,7 @@ WRONG = [
     ({"rope_parameters": [1]}, "rope_parameters: expected an object"),
     ({"rope_scaling": 3}, "rope_scaling: expected an object"),
     ({"rope_scaling": YARN}, "rope_scaling: expected none beside another rope_parameters"),
+    ({"rope_scaling": YARN, "rope_parameters": YARN | {"rope_theta": 1e6}}, "rope_scaling: exp"),
     ({"architectures": None, "model_type": "mamba"}, "expected a list 'architectures'"),
     ({"architectures": None, "model_type": ["llama"]}, "expected a list 'architectures'"),
     ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type: expected one of"),
@@ -86,9 +87,11 @@ def test_architectures_left_out(case, tmp_path):
 
 def test_rope_scaling_that_says_what_rope_parameters_say(raw):
     same = {"rope_parameters": YARN | {"rope_theta": 1e4}, "rope_scaling": YARN}
-    found = from_hf(raw | same, "FILE")
-    assert found.ropes == from_hf(raw | same | {"rope_scaling": None}, "FILE").ropes
-    assert {rope.kind for rope in found.ropes} == {"yarn"}
+    older = {"type": "yarn", "factor": 4.0, "mscale": None}
+    for scaling in (YARN, older):
+        found = from_hf(raw | same | {"rope_scaling": scaling}, "FILE")
+        assert found.ropes == from_hf(raw | same | {"rope_scaling": None}, "FILE").ropes
+        assert {rope.kind for rope in found.ropes} == {"yarn"}
 
 
 @pytest.mark.parametrize("case", ["gemma3", "qwen2-window"])
