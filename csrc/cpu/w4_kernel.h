@@ -5,7 +5,9 @@
 // V names its vector F of V::lanes floats (16, 8 or 4 rows of a tile), V::max_rows rows of x that meet
 // a block at once (V::most_rows<C> of int8), whether it gains from unpacked tiles (V::unpacks),
 // whether its registers hold a block's codes (V::keeps_codes), whether it has products of 16 bits
-// (V::words), and the functions used below.
+// (V::words), whether a lone row keeps what a K-quant's groups have in common (V::keeps_supers) and,
+// where codes pass by, meets them with both its planes at once (V::joins_planes<C>), and the functions
+// used below.
 #pragma once
 
 #include "cpu/features.h"
@@ -49,15 +51,26 @@ template <class V, Codes C, int First, int Last, class T>
 SHALLOW_INLINE void add_to_sums(const TileView& w, const uint8_t* block, const Planes<T>& x,
                                 const typename V::F (&scale)[kParts<V>],
                                 typename V::F (&total)[kParts<V>][1]) {
-    const auto add = [&](const T* q, float x_scale) __attribute__((always_inline)) {
-        typename V::F dots[kParts<V>][1];
-        V::template dots<C, First, Last>(w, block, q + 16 * First, dots);
-        for (int p = 0; p < kParts<V>; ++p)
-            total[p][0] = V::fma(dots[p][0], V::mul(scale[p], V::set(x_scale)), total[p][0]);
+    const auto add = [&](int plane, auto planes) __attribute__((always_inline)) {
+        constexpr int kPlanes = planes();
+        typename V::F dots[kParts<V>][kPlanes];
+        const T* const q = x.q + plane * x.plane * kBlock + 16 * First;
+        V::template dots<C, First, Last>(w, block, q, dots, x.plane * kBlock);
+        for (int i = 0; i < kPlanes; ++i)
+            for (int p = 0; p < kParts<V>; ++p) {
+                const auto x_scale = V::set(x.scales[(plane + i) * x.plane]);
+                total[p][0] = V::fma(dots[p][i], V::mul(scale[p], x_scale), total[p][0]);
+            }
     };
-    add(x.q, x.scales[0]);
-    if constexpr (sizeof(T) == 1)
-        if (x.scales[x.plane] > 0) add(x.q + x.plane * kBlock, x.scales[x.plane]);
+    using One = std::integral_constant<int, 1>;
+    if constexpr (sizeof(T) != 1) return add(0, One());
+    const bool second = x.scales[x.plane] > 0;
+    if constexpr (V::template joins_planes<C>) {
+        if (second) return add(0, std::integral_constant<int, 2>());
+        return add(0, One());
+    }
+    add(0, One());
+    if (second) add(1, One());
 }
 
 // The products with R rows of x of the tile that lies `by` behind a stream's, block by block. Split: group
@@ -67,8 +80,11 @@ template <class V, Codes C, int R, bool Split, Params P>
 struct TileSums {
     using F = typename V::F;
 
+    static constexpr bool kKeeps = R == 1 && P == Params::kquant && V::keeps_supers;
+
     Behind by;
     F total[kParts<V>][R], scale[1 + Split][kParts<V>];
+    std::conditional_t<kKeeps, Kept<V>, char> kept{};
 
     TileSums() = default;
     SHALLOW_INLINE explicit TileSums(Behind by) : by(by) {
@@ -78,7 +94,10 @@ struct TileSums {
     // sums: of rows of x over the group, times what a minimum is of its scale where all are alike.
     SHALLOW_INLINE void enter_group(const Stream<V, C>& stream, int half, const F (&sums)[R]) {
         F min[kParts<V>];
-        stream.template params8<P>(scale[half], min, by);
+        if constexpr (kKeeps)
+            stream.params_kept(kept, scale[half], min, by);
+        else
+            stream.template params8<P>(scale[half], min, by);
         const auto& by_sums = minimum_of_scale<P> ? scale[half] : min;
         for (int p = 0; p < kParts<V>; ++p)
 #pragma GCC unroll 16

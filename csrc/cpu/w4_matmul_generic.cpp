@@ -31,7 +31,7 @@ float to_float(const void* p, ScaleType type) {
 struct Generic {
     using F = Floats;
     static constexpr int lanes = 4, max_rows = 4;
-    static constexpr bool unpacks = false, keeps_codes = true, words = false;
+    static constexpr bool unpacks = false, keeps_codes = true, keeps_supers = false, words = false;
     template <Codes C>
     static constexpr int most_rows = max_rows;
 

@@ -60,6 +60,20 @@ SHALLOW_INLINE void by_params(Params kind, const Call& call) {
     call(std::integral_constant<Params, Params::any>());
 }
 
+// A K-quant's d and -dmin for the tile's rows from `lane` on, and under them a group's scale and min.
+template <class V>
+SHALLOW_INLINE void load_super(const std::uint16_t* super, int lane, typename V::F& d,
+                               typename V::F& dmin) {
+    d = V::load_half(super + lane);
+    dmin = V::mul(V::load_half(super + kTileRows + lane), V::set(-1.0f));
+}
+template <class V>
+SHALLOW_INLINE void load_under(const uint8_t* record, int lane, typename V::F d, typename V::F dmin,
+                               typename V::F& scale, typename V::F& min) {
+    scale = V::mul(d, V::load_bytes(record + lane));
+    min = V::mul(dmin, V::load_bytes(record + kTileRows + lane));
+}
+
 // The group's scale and min for the tile's rows from `lane` on: value = scale * code + min.
 template <class V, Codes C, Params P>
 SHALLOW_INLINE void load_params(const TileView& w, const uint8_t* record,
@@ -79,10 +93,9 @@ SHALLOW_INLINE void load_params(const TileView& w, const uint8_t* record,
         return;
     }
     if (P == Params::kquant || (P == Params::any && w.scheme == Scheme::kquant)) {
-        scale = V::mul(V::load_half(super + lane), V::load_bytes(record + lane));
-        min = V::mul(V::load_half(super + 16 + lane), V::load_bytes(record + 16 + lane));
-        min = V::mul(min, V::set(-1.0f));
-        return;
+        typename V::F d, dmin;
+        load_super<V>(super, lane, d, dmin);
+        return load_under<V>(record, lane, d, dmin, scale, min);
     }
     if (P == Params::stepped || (P == Params::any && w.scheme == Scheme::stepped)) {
         scale = V::mul(V::load_half(super + lane), V::load_steps(record + lane));
@@ -113,6 +126,12 @@ SHALLOW_INLINE void load_params(const TileView& w, const uint8_t* record,
 // A tile so many behind that of a stream.
 struct Behind {
     int64_t tiles = 0, bytes = 0;
+};
+
+// What a K-quant's groups have in common.
+template <class V>
+struct Kept {
+    typename V::F d[kParts<V>], dmin[kParts<V>];
 };
 
 // Walks one tile, or the rest of it from a block on, and others behind it in step: the parameters of
@@ -154,13 +173,23 @@ public:
     SHALLOW_INLINE void params(typename V::F* scale, typename V::F* min, Behind by = {}) const {
         const std::uint16_t* super = nullptr;
         if constexpr (P == Params::kquant)
-            super = super_ + by.tiles * supers() + (group_ - 1) / 8 * 32;
+            super = kquant_super(by);
         else if constexpr (P == Params::stepped)
             super = super_ + by.tiles * supers() + (group_ - 1) / 16 * 16;
         else if (P == Params::any && w_.supers)
             super = super_ + by.tiles * supers() + (group_ - 1) / w_.super_groups * w_.super_halves;
         for (int p = 0; p < kParts<V>; ++p)
             load_params<V, C, P>(w_, record_ + by.bytes, super, p * V::lanes, scale[p], min[p]);
+    }
+    // The same of a K-quant whose d and -dmin are kept for the eight groups that they are of.
+    SHALLOW_INLINE void params_kept(Kept<V>& kept, typename V::F* scale, typename V::F* min,
+                                    Behind by) const {
+        for (int p = 0; p < kParts<V>; ++p) {
+            const int lane = p * V::lanes;
+            if ((group_ - 1) % 8 == 0)
+                load_super<V>(kquant_super(by), lane, kept.d[p], kept.dmin[p]);
+            load_under<V>(record_ + by.bytes, lane, kept.d[p], kept.dmin[p], scale[p], min[p]);
+        }
     }
     // For int8 products, where a codebook is a table of bytes around 128.
     template <Params P = Params::any>
@@ -194,6 +223,9 @@ private:
     const uint8_t *next_, *at_, *record_ = nullptr;
     const std::uint16_t* super_;
 
+    SHALLOW_INLINE const std::uint16_t* kquant_super(Behind by) const {
+        return super_ + by.tiles * supers() + (group_ - 1) / 8 * 2 * kTileRows;
+    }
     SHALLOW_INLINE int64_t supers() const {  // of a tile
         return (w_.blocks + 7) / 8 * w_.super_halves;
     }

@@ -15,7 +15,9 @@ struct Avx2 {
     static constexpr int lanes = 8, max_rows = 8;
     template <Codes C>
     static constexpr int most_rows = 4;  // 8 of 16 registers are their sums
-    static constexpr bool unpacks = false, keeps_codes = false, words = true;
+    static constexpr bool unpacks = false, keeps_codes = false, keeps_supers = true, words = true;
+    template <Codes C>
+    static constexpr bool joins_planes = C == Codes::six;  // which are long in unpacking
 
     static F set(float v) { return _mm256_set1_ps(v); }
     static F add(F a, F b) { return _mm256_add_ps(a, b); }
@@ -129,14 +131,13 @@ struct Avx2 {
     }
     // Chunk j of the four of half a block of sixes.
     static __m256i six(const uint8_t* half, int j) {
-        const auto bits = [](__m256i bytes, char which) {
-            return _mm256_and_si256(bytes, _mm256_set1_epi8(which));
+        const __m256i low = _mm256_set1_epi8(63);
+        if (j < 3) return _mm256_and_si256(load_32_bytes(half + 64 * j), low);
+        const auto high = [&](int i) {
+            return _mm256_andnot_si256(low, load_32_bytes(half + 64 * i));
         };
-        if (j < 3) return bits(load_32_bytes(half + 64 * j), 63);
-        const __m256i a = bits(_mm256_srli_epi16(load_32_bytes(half), 2), 48);
-        const __m256i b = bits(_mm256_srli_epi16(load_32_bytes(half + 64), 4), 12);
-        const __m256i c = bits(_mm256_srli_epi16(load_32_bytes(half + 128), 6), 3);
-        return _mm256_or_si256(_mm256_or_si256(a, b), c);
+        const __m256i a = _mm256_srli_epi16(high(0), 2), b = _mm256_srli_epi16(high(1), 4);
+        return _mm256_or_si256(_mm256_or_si256(a, b), _mm256_srli_epi16(high(2), 6));
     }
     static __m256i nibble(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
 
@@ -167,10 +168,10 @@ struct Avx2 {
     // bits: of nibbles 8 chunks reach 8 * 2 * 15 * 127 = 30480, of high bits what write_bounds() allows.
     template <Codes C, int First, int Last, int P, int R>
     SHALLOW_INLINE static void dots(const TileView&, const uint8_t* block, const int8_t* q,
-                                    F (&out)[P][R]) {
+                                    F (&out)[P][R], int64_t apart = kBlock) {
         load_anew(block, q);
         if constexpr (C == Codes::six || C == Codes::unpacked)
-            return dots_of_sixes<C, First, Last>(block, q, out);
+            return dots_of_sixes<C, First, Last>(block, q, out, apart);
         __m256i pairs[P][R];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
@@ -180,7 +181,7 @@ struct Avx2 {
             for (int half = First; half < Last; ++half) {
 #pragma GCC unroll 8
                 for (int i = 0; i < R; ++i) {
-                    const __m256i x = word(q + i * kBlock + 16 * (half - First) + 4 * j);
+                    const __m256i x = word(q + i * apart + 16 * (half - First) + 4 * j);
                     for (int p = 0; p < P; ++p) {
                         const __m256i more = _mm256_maddubs_epi16(code[p][half], x);
                         const bool first = j == 0 && half == First;
@@ -197,8 +198,8 @@ struct Avx2 {
     }
     // The same of sixes, or the bytes that unpack() made of them: two chunks reach 4 * 63 * 127 = 32004.
     template <Codes C, int First, int Last, int P, int R>
-    SHALLOW_INLINE static void dots_of_sixes(const uint8_t* block, const int8_t* q,
-                                             F (&out)[P][R]) {
+    SHALLOW_INLINE static void dots_of_sixes(const uint8_t* block, const int8_t* q, F (&out)[P][R],
+                                             int64_t apart) {
         __m256i sums[P][R];
 #pragma GCC unroll 4
         for (int j = 4 * First; j < 4 * Last; j += 2) {
@@ -207,7 +208,7 @@ struct Avx2 {
                 for (int i = 0; i < 2; ++i) code[p][i] = codes<C>(block, j / 4, j % 4 + i, p);
 #pragma GCC unroll 8
             for (int i = 0; i < R; ++i) {
-                const int8_t* const at = q + i * kBlock + 4 * (j - 4 * First);
+                const int8_t* const at = q + i * apart + 4 * (j - 4 * First);
                 const __m256i x = word(at), other = word(at + 4);
                 for (int p = 0; p < P; ++p) {
                     const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(code[p][0], x),
@@ -226,7 +227,7 @@ struct Avx2 {
     // magnitude and sign, took half as long again.
     template <Codes C, int First, int Last, int P, int R>
     SHALLOW_INLINE static void dots(const TileView& w, const uint8_t* block, const int16_t* q,
-                                    F (&out)[P][R]) {
+                                    F (&out)[P][R], int64_t apart = kBlock) {
         load_anew(block, q);
         __m256i sums[P][R];
 #pragma GCC unroll 4
@@ -244,7 +245,7 @@ struct Avx2 {
                 }
 #pragma GCC unroll 8
                 for (int i = 0; i < R; ++i) {
-                    const int16_t* const at = q + i * kBlock + 16 * (half - First) + 4 * j;
+                    const int16_t* const at = q + i * apart + 16 * (half - First) + 4 * j;
                     const __m256i x = word(at), other = word(at + 2);
                     for (int p = 0; p < P; ++p) {
                         const __m256i more = _mm256_madd_epi16(even[p], x);

@@ -14,7 +14,7 @@ namespace {
 struct Avx512 {
     using F = __m512;
     static constexpr int lanes = 16, max_rows = 16;
-    static constexpr bool unpacks = true, keeps_codes = true, words = false;
+    static constexpr bool unpacks = true, keeps_codes = true, keeps_supers = true, words = false;
     template <Codes C>
     static constexpr int most_rows = max_rows;
 

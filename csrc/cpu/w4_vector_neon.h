@@ -16,7 +16,7 @@ template <Bytes B>
 struct Neon {
     using F = float32x4_t;
     static constexpr int lanes = 4, max_rows = 4;  // 16 sums and 8 vectors of codes: 32 registers
-    static constexpr bool unpacks = false, keeps_codes = true, words = false;
+    static constexpr bool unpacks = false, keeps_codes = true, keeps_supers = false, words = false;
     template <Codes C>
     static constexpr int most_rows = max_rows;
 
