@@ -201,10 +201,12 @@ def test_two_threads(model):
 
 
 def test_more_threads():
-    """Two threads stream weights faster than one; prints what the parts of their steps predict for
-    more."""
+    """Two threads stream weights faster than one; prints the parts of their steps, and what these
+    predict for more."""
     one, nbytes, items = scaling.measured(DEFAULT, 1)
     two, _, _ = scaling.measured(DEFAULT, 2)
+    print("\nmeasured:")
+    print("\n".join(scaling.parts_table(one, two)))
     print("\nmeasured on 1 and 2 threads, else predicted; tok/s by what memory is assumed to give:")
     print("\n".join(scaling.table(one, two, nbytes, items)))
     assert two.stream < one.stream

@@ -9,7 +9,7 @@ a page lies beside the thread that reads it: the engine itself says nothing of w
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from engine.api import Model, load
 from engine.generation import Options, Step, generate
@@ -79,6 +79,19 @@ def predicted(one: Parts, two: Parts, nbytes: int, items: int, threads: int, gb_
     share = -(-items // threads) / -(-items // 2)  # of the busiest thread, over two threads'
     barriers = two.barriers * math.log2(threads)
     return Parts(stream, two.attention * share, barriers, two.rest)
+
+
+def parts_table(one: Parts, two: Parts) -> Sequence[str]:
+    """What was measured, in Markdown."""
+    names = [field.name for field in fields(Parts)]
+    lines = [
+        f"| threads | {' | '.join(names)} | ms a step |",
+        "|---:|" + "---:|" * (len(names) + 1),
+    ]
+    for threads, parts in ((1, one), (2, two)):
+        cells = [f"{getattr(parts, name):.2f}" for name in names]
+        lines.append(f"| {threads} | {' | '.join(cells)} | {parts.whole:.2f} |")
+    return lines
 
 
 def table(one: Parts, two: Parts, nbytes: int, items: int) -> Sequence[str]:

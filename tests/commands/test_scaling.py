@@ -1,0 +1,33 @@
+"""What benchmarks/scaling.py makes of the parts of a step, made up here."""
+
+import pytest
+from scaling import SOCKETS, THREADS, Parts, parts_table, predicted, table
+
+ONE = Parts(stream=8.0, attention=0.6, barriers=0.0, rest=0.25)
+TWO = Parts(stream=4.0, attention=0.3, barriers=0.1, rest=0.25)
+NBYTES, ITEMS = 120_000_000, 6  # 2 ms at 60 GB/s
+
+
+def test_the_measured_parts_are_shown():
+    lines = parts_table(ONE, TWO)
+    assert lines[0] == "| threads | stream | attention | barriers | rest | ms a step |"
+    assert lines[2:] == [
+        "| 1 | 8.00 | 0.60 | 0.00 | 0.25 | 8.85 |",
+        "| 2 | 4.00 | 0.30 | 0.10 | 0.25 | 4.65 |",
+    ]
+
+
+def test_what_is_predicted_from_them():
+    assert predicted(ONE, TWO, NBYTES, ITEMS, 1, 60.0) is ONE
+    assert predicted(ONE, TWO, NBYTES, ITEMS, 2, 60.0) is TWO
+    four = predicted(ONE, TWO, NBYTES, ITEMS, 4, 60.0)
+    assert four == Parts(2.0, pytest.approx(0.2), pytest.approx(0.2), 0.25)
+    many = predicted(ONE, TWO, NBYTES, ITEMS, 32, 60.0)  # an item each, all that memory gives
+    assert many == Parts(2.0, pytest.approx(0.1), pytest.approx(0.5), 0.25)
+
+
+def test_a_row_by_threads_and_a_column_by_memory():
+    lines = table(ONE, TWO, NBYTES, ITEMS)
+    assert len(lines) == 2 + len(THREADS)
+    assert lines[2] == "| 1 |" + " 113 |" * len(SOCKETS)
+    assert lines[4].startswith("| 4 | 377 |")
