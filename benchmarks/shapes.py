@@ -172,7 +172,9 @@ def blocks(place: Place, generator: torch.Generator) -> Tensor:
         made[:, at : at + 2] = halves.half().view(torch.uint8).view(-1, 2)
 
     if place.type == "Q4_0":
-        put(0, step / 4.6)  # the RMS of codes 0..15 less 8
+        # Of either sign: the codes' mean of half a step would leave one text, whatever the prompt.
+        sign = 1 - 2 * (made[:, 0] & 1).float()
+        put(0, sign * step / 4.6)  # the RMS of codes 0..15 less 8
     elif place.type == "Q4_K":  # every minimum is 7.5 of its step: four bytes twice, then nibbles
         put(0, step / (4.6 * 36.8))  # the RMS of 0..63
         put(2, 7.5 * step / (4.6 * 36.8))
