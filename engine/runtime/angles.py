@@ -30,8 +30,9 @@ class Angles:
         """Of at least `length` positions, rotated as in a sequence of that length."""
         tables = [self._table(rope, length) for rope in self._ropes]
         reach = min(map(len, tables), default=self._limit)
-        self.held = Tables(reach, tables, [native.span(table) for table in tables])
-        return self.held
+        found = Tables(reach, tables, [native.span(table) for table in tables])
+        self.held = found  # not read back: another thread may have put its own there
+        return found
 
     def _table(self, rope: Rope, length: int) -> torch.Tensor:
         kind: int | None = None
