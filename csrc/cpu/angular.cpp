@@ -11,6 +11,7 @@
 #include "cpu/bindings.h"
 #include "cpu/isa.h"
 #include "cpu/borrowed.h"
+#include "cpu/released.h"
 #include "cpu/threads.h"
 
 namespace shallow {
@@ -85,7 +86,7 @@ void bind_angular(pybind11::module_& m) {
                                  doubles(sums, "sums", 4 * P),
                                  doubles(squares, "squares", R * B),
                                  doubles(values, "values", B * P)};
-            pybind11::gil_scoped_release release;
+            const Released released;
             angular(job, threads, isa);
         },
         "rows"_a, "strides"_a, "dtype"_a, "B"_a, "D"_a, "weights"_a, "sums"_a, "squares"_a,

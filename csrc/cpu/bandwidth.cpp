@@ -11,6 +11,7 @@
 #include "cpu/bindings.h"
 #include "cpu/features.h"
 #include "cpu/pages.h"
+#include "cpu/released.h"
 #include "cpu/threads.h"
 
 namespace shallow {
@@ -111,7 +112,7 @@ double read_bandwidth(int64_t bytes, int threads, int passes) {
 void bind_bandwidth(pybind11::module_& m) {
     namespace py = pybind11;
     using shallow::Reader;
-    using release = py::call_guard<py::gil_scoped_release>;
+    using release = py::call_guard<shallow::Released>;
     py::class_<Reader>(m, "Reader", "Memory that is read to find the bandwidth, time and again.")
         .def(py::init<int64_t, int>(), release(), py::arg("bytes"), py::arg("threads"))
         .def("gb_s", &Reader::pass, release(), "GB/s (1e9) of one pass over all bytes.");

@@ -7,6 +7,7 @@
 #include "cpu/bindings.h"
 #include "cpu/decoder.h"
 #include "cpu/borrowed.h"
+#include "cpu/released.h"
 
 namespace py = pybind11;
 
@@ -88,9 +89,9 @@ std::int64_t run(Decoder& decoder, Call& call, const Tensor& lengths,
             static_cast<const float*>(Borrowed(table, "angles").of("float32", size)));
         call.angle_sizes.push_back(size);
     }
-    const py::gil_scoped_release release;
-    return decoder.forward(call, [] {
-        const py::gil_scoped_acquire acquire;
+    Released released;
+    return decoder.forward(call, [&] {
+        const Released::Held held(released);
         if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     });
 }
@@ -159,7 +160,7 @@ std::vector<std::int64_t> greedy(Decoder& decoder, KvCache& cache,
 // Of the first thread by part, seconds; what each part reads of the weights in a step, bytes.
 py::dict times(Decoder& decoder) {
     const Times measured = [&] {
-        const py::gil_scoped_release free;
+        const Released free;
         return decoder.times();
     }();
     py::dict seconds, bytes;
@@ -265,7 +266,7 @@ void bind_decoder(py::module_& m) {
              "or\n"
              "one of the row is NaN.")
         // Without the interpreter, which a call between two chunks waits for.
-        .def("measure", &Decoder::measure, py::arg("on"), py::call_guard<py::gil_scoped_release>(),
+        .def("measure", &Decoder::measure, py::arg("on"), py::call_guard<shallow::Released>(),
              "From now on, or no longer; clears what was measured.")
         .def("times", &times,
              "{\"seconds\": {part: of the first thread, while measured}, \"bytes\": {product: of\n"

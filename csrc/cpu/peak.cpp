@@ -7,6 +7,7 @@
 
 #include "cpu/bindings.h"
 #include "cpu/isa.h"
+#include "cpu/released.h"
 #include "cpu/threads.h"
 
 namespace shallow {
@@ -63,6 +64,6 @@ double int8_peak(const std::string& isa, int threads, int passes) {
 void bind_peak(pybind11::module_& m) {
     namespace py = pybind11;
     m.def("int8_peak", shallow::int8_peak, py::arg("isa"), py::arg("threads"),
-          py::arg("passes") = 8, py::call_guard<py::gil_scoped_release>(),
+          py::arg("passes") = 8, py::call_guard<shallow::Released>(),
           "1e9 int8 multiplications and additions a second that `isa` does from registers alone.");
 }

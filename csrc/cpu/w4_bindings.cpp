@@ -3,6 +3,7 @@
 
 #include "cpu/bindings.h"
 #include "cpu/borrowed.h"
+#include "cpu/released.h"
 #include "cpu/threads.h"
 #include "cpu/w4_gguf.h"
 #include "cpu/w4_matmul.h"
@@ -64,7 +65,7 @@ TiledMatrix borrow(std::int64_t n, std::int64_t k, std::int32_t bits, std::int32
                        static_cast<std::uint8_t*>(Borrowed(tiles, "tiles").need("uint8", size)));
 }
 
-using release = py::call_guard<py::gil_scoped_release>;
+using release = py::call_guard<Released>;
 
 void bind_tiled_matrix(py::module_& m) {
     py::class_<TiledMatrix>(m, "TiledMatrix", py::buffer_protocol(), py::dynamic_attr(),

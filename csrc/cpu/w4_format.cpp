@@ -6,6 +6,7 @@
 
 #include "cpu/bindings.h"
 #include "cpu/borrowed.h"
+#include "cpu/released.h"
 
 namespace py = pybind11;
 
@@ -101,7 +102,7 @@ w4::Matrix describe_matrix(std::int64_t n, std::int64_t k, std::int32_t bits, st
 }
 
 void bind_w4_format(py::module_& m) {
-    using release = py::call_guard<py::gil_scoped_release>;
+    using release = py::call_guard<shallow::Released>;
     py::class_<w4::Matrix>(m, "Packed", "A packed matrix that borrows; the caller keeps it alive.")
         .def(py::init(&matrix), py::kw_only(), py::arg("codes"), py::arg("scales"),
              py::arg("zeros") = py::none(), py::arg("mins") = py::none(),

@@ -1,4 +1,7 @@
-"""The CPU runtime in a program that goes on for long: threads that share a model."""
+"""The CPU runtime in a program that goes on for long: threads that share a model, and its end."""
+
+import subprocess
+import sys
 
 import pytest
 from support import tiny
@@ -34,3 +37,34 @@ def test_angles_of_a_length_are_not_those_that_another_thread_asked_for(tmp_path
     (found,) = angles.tables(90).tables
     assert found.equal(expected)
     assert not angles.held.tables[0].equal(expected)
+
+
+DAEMONS = """
+import sys, threading, time
+import torch
+from pathlib import Path
+from engine.checkpoint import open_checkpoint
+from engine.runtime.cpu import CpuRuntime
+
+checkpoint = open_checkpoint(Path(sys.argv[1]))
+runtime = CpuRuntime.load(checkpoint, checkpoint.config, 1)
+
+def decode():
+    cache = runtime.new_cache(64)
+    while True:
+        cache.lengths.zero_()
+        for _ in range(200):
+            runtime.greedy([5] * 64, cache)
+
+for _ in range(3):
+    threading.Thread(target=decode, daemon=True).start()
+time.sleep(0.5)
+"""
+
+
+def test_a_program_ends_while_daemon_threads_decode(tmp_path):
+    tiny.write("llama", tmp_path, 1)
+    command = [sys.executable, "-c", DAEMONS, str(tmp_path)]
+    for _ in range(3):
+        ended = subprocess.run(command, timeout=120, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
