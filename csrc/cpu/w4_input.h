@@ -50,7 +50,8 @@ struct RowRounding {
             squares += scale * scale;
         });
         if constexpr (sizeof(T) > 1) return;
-        const float limit = to.fine ? squares / static_cast<float>(blocks) : INFINITY;
+        // Equal steps are all their RMS, on whatever side of it the sum was rounded to.
+        const float limit = to.fine ? (1 - 1e-4f) * squares / static_cast<float>(blocks) : INFINITY;
         each_block([&](int64_t b, float* sum) {
             const int64_t at = b * to.panel;
             scales[to.plane + at] = 0;

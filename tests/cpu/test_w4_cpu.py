@@ -70,6 +70,15 @@ def test_every_size(rng, isa, mode, spec):
 
 
 @every_isa
+@pytest.mark.parametrize("k", [96, 288, 2048, 2304, 3072])
+def test_blocks_of_equal_steps_are_all_rounded_twice(rng, isa, k):
+    packed, x = random_packed(rng, 17, k, Q4_1), randn(rng, 3, k)
+    x[:, ::32] = 100
+    expected = x.double() @ unpack(packed).double().T
+    assert_close("equal", expected, matmul(x, CpuWeight.from_packed(packed, isa)), 1e-3)
+
+
+@every_isa
 @every_kind
 def test_few_rows_of_a_matrix_long_enough_for_four_streams(rng, isa, spec):
     n, k = 16 * (4 * 34 + 2) + 5, 1056  # 139 tiles, over 512 KiB in each half; three left of fours
