@@ -80,7 +80,7 @@ class Scratch:
 def forget_bare(copied: Iterable[str]) -> None:
     """Removes what this process has begun and holds where no run could go on from it: where no
     file is in it but of the names `copied`, which every run writes anew."""
-    names = {MARKER, *copied}
+    names = {MARKER, f".{MARKER}", *copied}  # the second: the disk was full at once
     for held in list(_held.values()):
         if all(file.name in names for file in held.path.rglob("*") if not file.is_dir()):
             held.remove()

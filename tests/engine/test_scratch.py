@@ -16,7 +16,7 @@ from engine.checkpoint.safetensors import save_tensors
 from engine.errors import InputError
 from engine.export.hf import prune
 from engine.reference.stream import storage
-from engine.scratch import MARKER, Scratch, allocate, replacing, write_text
+from engine.scratch import MARKER, Scratch, allocate, forget_bare, replacing, write_text
 
 
 @pytest.fixture
@@ -114,6 +114,13 @@ def test_no_room(small_disk, tmp_path):
     for place in (tmp_path / "flat", None):
         with pytest.raises(InputError, match="400,000 bytes are needed"):
             storage(100_000, torch.float32, 0, place)
+
+
+def test_no_room_for_a_marker_leaves_nothing(small_disk, tmp_path):
+    with pytest.raises(InputError, match="out.partial: File too large"):
+        Scratch(tmp_path / "out.partial", "k" * 30_000)
+    forget_bare(())
+    assert not list(tmp_path.iterdir())
 
 
 def test_room_is_taken_at_once(tmp_path):
