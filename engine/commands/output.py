@@ -166,11 +166,11 @@ def refuse(error: Exception | str) -> NoReturn:
 def _tidy() -> None:
     """Takes away what a refused run has only begun."""
     if "torch" in sys.modules:  # else it has not begun anything
-        from engine.artifacts import HEAL
-        from engine.export.directory import TOKENIZER_FILES
-        from engine.scratch import forget_bare
+        with suppress(OSError):  # also of an import, where no file can be opened any more
+            from engine.artifacts import HEAL
+            from engine.export.directory import TOKENIZER_FILES
+            from engine.scratch import forget_bare
 
-        with suppress(OSError):
             forget_bare(("config.json", HEAL, *TOKENIZER_FILES))
 
 

@@ -1,5 +1,6 @@
 """How commands speak: --version, --quiet, --verbose, progress without a terminal, start-up."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from support.commands import call
 import engine
 from engine import progress
 from engine.commands import output
+from engine.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,24 @@ def test_too_little_memory(error, monkeypatch):
     monkeypatch.setattr("engine.commands.doctor.examine", examine)
     said = "engine: there is not enough memory for this: a smaller batch or context needs less\n"
     assert call("doctor") == (2, "", said)
+
+
+def test_a_refusal_where_no_file_can_be_opened_any_more(monkeypatch, capsys):
+    """Not even to import what would tidy up."""
+
+    def refused(standalone_mode: bool) -> None:
+        raise InputError("out: Too many open files")
+
+    class Exhausted:
+        def find_spec(self, name, *_):
+            if name == "engine.export.directory":
+                raise OSError(errno.EMFILE, "Too many open files", name)
+
+    monkeypatch.delitem(sys.modules, "engine.export.directory", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Exhausted(), *sys.meta_path])
+    with pytest.raises(SystemExit) as exit:
+        output.execute(refused)
+    assert exit.value.code == 2 and capsys.readouterr().err == "engine: out: Too many open files\n"
 
 
 def test_quiet_and_verbose_exclude_each_other(model):
