@@ -125,7 +125,8 @@ def execute(app: Callable[..., Any]) -> None:
 
         if isinstance(error, BackendUnavailable):
             refuse(error)
-        if "can't allocate memory" in str(error):  # torch's word, which has no class on a CPU
+        words = "can't allocate memory", "Cannot allocate memory"
+        if any(each in str(error) for each in words):  # torch's, which have no class on a CPU
             refuse(TOO_LITTLE)
         from engine.runtime.gpu_cache import lacks_memory, out_of_memory
 
