@@ -177,43 +177,48 @@ struct Q6_K {
     }
 };
 
-// One part into its place in the tiles.
+// Where a tile has what it keeps of one block of each of its rows: found once for all of them, since
+// divisions took longer than what they lead to.
 template <class Type>
-void write(const TileView& w, int64_t row, int64_t block, const Part& part) {
-    constexpr int64_t element = w4::has_supers(Type::scheme) ? 1 : 2;
-    const int64_t tile = row / kTileRows, lane = row % kTileRows;
-    auto* const codes = const_cast<uint8_t*>(w.block(tile, block)) + lane * 4;
-    uint8_t sixes[24];
-    if constexpr (Type::bits == 6) join_sixes(part.codes, sixes);
-    const uint8_t* const from = Type::bits == 6 ? sixes : part.codes;
-    for (int i = 0; i < Type::bits; ++i) std::memcpy(codes + i * 64, from + i * 4, 4);
-    constexpr int64_t groups = 32 / Type::group;
-    for (int64_t i = 0; i < groups; ++i) {
-        auto* const record =
-            const_cast<uint8_t*>(w.record(tile, block * groups + i)) + lane * element;
-        std::memcpy(record, part.scales[i], element);
-        if (Type::scheme == w4::Scheme::minimum || Type::scheme == w4::Scheme::kquant)
-            std::memcpy(record + kTileRows * element, part.minimum, element);
-    }
-}
+struct Place {
+    static constexpr int64_t parts = Type::weights / 32, groups = 32 / Type::group;
+    uint8_t *codes[parts], *records[parts][groups];
+    uint16_t* super;
 
-// Block `b` of a row; whether its scales are finite.
+    Place(const TileView& w, int64_t tile, int64_t b) {
+        for (int64_t i = 0; i < parts; ++i) {
+            codes[i] = const_cast<uint8_t*>(w.block(tile, b * parts + i));
+            for (int64_t g = 0; g < groups; ++g)
+                records[i][g] = const_cast<uint8_t*>(w.record(tile, (b * parts + i) * groups + g));
+        }
+        if constexpr (w4::has_supers(Type::scheme))
+            super = const_cast<uint16_t*>(w.supers) +
+                    (tile * w4::ceil_div(w.blocks, parts) + b) * w.super_halves;
+    }
+};
+
+// A block of the tile's row `lane`; whether its scales are finite.
 template <class Type>
-bool copy(const TileView& w, int64_t row, int64_t b, const uint8_t* block) {
-    constexpr int64_t parts = Type::weights / 32;
+bool copy(const Place<Type>& to, int64_t lane, const uint8_t* block) {
+    constexpr int64_t element = w4::has_supers(Type::scheme) ? 1 : 2;
     bool all = true;
-    for (int i = 0; i < parts; ++i) {
+    for (int i = 0; i < to.parts; ++i) {
         Part part;
         all &= Type::read(block, i, part);
-        write<Type>(w, row, b * parts + i, part);
+        uint8_t sixes[24];
+        if constexpr (Type::bits == 6) join_sixes(part.codes, sixes);
+        const uint8_t* const from = Type::bits == 6 ? sixes : part.codes;
+        for (int j = 0; j < Type::bits; ++j)
+            std::memcpy(to.codes[i] + lane * 4 + j * 64, from + j * 4, 4);
+        for (int64_t g = 0; g < to.groups; ++g) {
+            uint8_t* const record = to.records[i][g] + lane * element;
+            std::memcpy(record, part.scales[g], element);
+            if (Type::scheme == w4::Scheme::minimum || Type::scheme == w4::Scheme::kquant)
+                std::memcpy(record + kTileRows * element, part.minimum, element);
+        }
     }
-    if constexpr (w4::has_supers(Type::scheme)) {
-        auto* const super = const_cast<uint16_t*>(w.supers) +
-                            (row / kTileRows * w4::ceil_div(w.blocks, parts) + b) * w.super_halves +
-                            row % kTileRows;
-        super[0] = half_at(block + Type::super);
-        if (Type::scheme == w4::Scheme::kquant) super[kTileRows] = half_at(block + 2);
-    }
+    if constexpr (w4::has_supers(Type::scheme)) to.super[lane] = half_at(block + Type::super);
+    if (Type::scheme == w4::Scheme::kquant) to.super[kTileRows + lane] = half_at(block + 2);
     return all;
 }
 
@@ -244,11 +249,16 @@ bool fill(const TileView& w, const uint8_t* blocks, int threads) {
     std::atomic<bool> good{true};
     parallel_for(threads, w.tiles, 4, [&](int64_t begin, int64_t end) {
         bool all = true;
-        for (int64_t tile = begin; tile < end; ++tile)
-            for (int64_t b = 0; b < in_row; ++b)
-                for (int64_t row = tile * kTileRows; row < std::min(w.n, (tile + 1) * kTileRows);
-                     ++row)
-                    all &= copy<Type>(w, row, b, blocks + (row * in_row + b) * Type::bytes);
+        for (int64_t tile = begin; tile < end; ++tile) {
+            const int64_t first = tile * kTileRows,
+                          rows = std::min<int64_t>(w.n - first, kTileRows);
+            const uint8_t* from = blocks + first * in_row * Type::bytes;
+            for (int64_t b = 0; b < in_row; ++b, from += Type::bytes) {
+                const Place<Type> to(w, tile, b);
+                for (int64_t lane = 0; lane < rows; ++lane)
+                    all &= copy<Type>(to, lane, from + lane * in_row * Type::bytes);
+            }
+        }
         if (!all) good = false;
     });
     return good;
