@@ -30,6 +30,24 @@ uint16_t half_at(const uint8_t* bytes) {
 
 bool finite(uint16_t half) { return (half & 0x7c00) != 0x7c00; }
 
+// Bytes side by side in one number, for what is done to each alike and leaves its neighbours alone.
+template <class Bytes = std::uint64_t>
+constexpr Bytes each(uint8_t byte) {
+    return static_cast<Bytes>(byte * 0x0101010101010101u);
+}
+
+template <class Bytes = std::uint64_t>
+Bytes bytes_at(const uint8_t* from) {
+    Bytes bytes;
+    std::memcpy(&bytes, from, sizeof bytes);
+    return bytes;
+}
+
+template <class Bytes>
+void put(uint8_t* to, Bytes bytes) {
+    std::memcpy(to, &bytes, sizeof bytes);
+}
+
 // Adds bit `i` of `bits` to code i, as its bit 4.
 void add_fifth(uint8_t* codes, std::uint32_t bits) {
     for (int i = 0; i < 32; ++i) codes[i] |= static_cast<uint8_t>((bits >> i & 1) << 4);
@@ -41,14 +59,19 @@ void spread_nibbles(const uint8_t* pairs, uint8_t* codes) {
 
 // 32 codes below 16 -> 16 bytes.
 void join_nibbles(const uint8_t* codes, uint8_t* pairs) {
-    for (int i = 0; i < 16; ++i) pairs[i] = static_cast<uint8_t>(codes[i] | codes[i + 16] << 4);
+    for (int i = 0; i < 16; i += 8)
+        put(pairs + i, bytes_at(codes + i) | bytes_at(codes + i + 16) << 4);
 }
 
 // 32 codes below 64 -> 24 bytes: of each 16 the last four in the high bits of the others.
 void join_sixes(const uint8_t* codes, uint8_t* bytes) {
-    for (int half = 0; half < 2; ++half, codes += 16, bytes += 12)
-        for (int i = 0; i < 12; ++i)
-            bytes[i] = static_cast<uint8_t>(codes[i] | codes[12 + i % 4] >> (4 - i / 4 * 2) << 6);
+    using Four = std::uint32_t;
+    for (int half = 0; half < 2; ++half, codes += 16, bytes += 12) {
+        const Four last = bytes_at<Four>(codes + 12);
+        put(bytes, bytes_at<Four>(codes) | (last & each<Four>(0x30)) << 2);
+        put(bytes + 4, bytes_at<Four>(codes + 4) | (last & each<Four>(0x0c)) << 4);
+        put(bytes + 8, bytes_at<Four>(codes + 8) | (last & each<Four>(0x03)) << 6);
+    }
 }
 
 // The 6-bit scale and minimum of part `i` of a K-quant's 12 bytes.
@@ -129,7 +152,7 @@ struct Q8_0 : Q4_0 {
 // Nibbles of a K-quant's part `i`: two parts share 32 bytes, the first the low halves.
 void read_pairs(const uint8_t* low, int i, uint8_t* codes) {
     const uint8_t* const bytes = low + i / 2 * 32;
-    for (int j = 0; j < 32; ++j) codes[j] = i & 1 ? bytes[j] >> 4 : bytes[j] & 15;
+    for (int j = 0; j < 32; j += 8) put(codes + j, bytes_at(bytes + j) >> (i & 1) * 4 & each(15));
 }
 
 struct Q4_K {
@@ -152,8 +175,10 @@ struct Q5_K : Q4_K {
     static bool read(const uint8_t* block, int i, Part& part) {
         std::tie(part.scales[0][0], part.minimum[0]) = sub_scale(block + 4, i);
         read_pairs(block + 48, i, part.codes);
-        for (int j = 0; j < 32; ++j)
-            part.codes[j] |= static_cast<uint8_t>((block[16 + j] >> i & 1) << 4);
+        for (int j = 0; j < 32; j += 8) {
+            const auto fifth = (bytes_at(block + 16 + j) >> i & each(1)) << 4;
+            put(part.codes + j, bytes_at(part.codes + j) | fifth);
+        }
         return finite(half_at(block)) && finite(half_at(block + 2));
     }
 };
@@ -168,11 +193,9 @@ struct Q6_K {
         const int run = i / 4, quarter = i % 4;  // of 128 weights, of which two share a nibble
         const uint8_t* const low = block + run * 64 + quarter % 2 * 32;
         const uint8_t* const high = block + 128 + run * 32;
-        for (int j = 0; j < 32; ++j) {
-            const int code = (low[j] >> (quarter < 2 ? 0 : 4) & 15) | (high[j] >> 2 * quarter & 3)
-                                                                          << 4;
-            part.codes[j] = static_cast<uint8_t>(code);
-        }
+        for (int j = 0; j < 32; j += 8)
+            put(part.codes + j, (bytes_at(low + j) >> quarter / 2 * 4 & each(15)) |
+                                    (bytes_at(high + j) >> quarter * 2 & each(3)) << 4);
         return finite(half_at(block + 208));
     }
 };
