@@ -1,15 +1,17 @@
 """What a decode step would cost on more threads than are at hand: a prediction from measured parts.
 
 A step is weights streamed, attention, barriers, and what every thread does for itself. One and two
-threads are measured, the fastest of several runs; beyond them the stream grows with the threads up
-to what the memory gives, attention as its items divide, one of a kv head and a span of positions,
-and waiting at barriers with every doubling of the threads. What memories give is assumed, and that
-a page lies beside the thread that reads it: the engine itself says nothing of where pages lie.
+threads are measured, by the fastest quarter of several runs' steps, since a thread that others hold
+up makes the rest wait as if at a barrier; beyond them the stream grows with the threads up to what
+the memory gives, attention as its items divide, one of a kv head and a span of positions, and
+waiting at barriers with every doubling of the threads. What memories give is assumed, and that a
+page lies beside the thread that reads it: the engine itself says nothing of where pages lie.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from statistics import fmean
 
 from engine.api import Model, load
 from engine.generation import Options, Step, generate
@@ -42,32 +44,41 @@ class Parts:
 
 
 def measured(ref: str, threads: int) -> tuple[Parts, int, int]:
-    """(parts, bytes of weights, items of attention) on so many threads, of the fastest run."""
+    """(parts, bytes of weights, items of attention) on so many threads."""
     with load(ref, backend="cpu", threads=threads) as model:
-        parts = min((_run(model) for _ in range(RUNS)), key=lambda found: found.whole)
+        parts = fastest([step for _ in range(RUNS) for step in _steps(model)])
         spans = min(-(-(CONTEXT + STEPS // 2) // PAGE), MOST_SPANS)
         return parts, model.runtime.weight_bytes_per_token, spans * model.config.kv_heads
 
 
-def _run(model: Model) -> Parts:
-    took: list[int] = []
+def _steps(model: Model) -> list[Parts]:
+    steps: list[Parts] = []
     runtime = model.runtime
     assert isinstance(runtime, Timed)
 
     def after(step: Step) -> None:
-        if not took:
-            runtime.measure(True)
-        took.append(step.elapsed_ns)
+        seconds = runtime.times().seconds
+        if any(seconds.values()):  # not the prefill, before which nothing was measured
+            steps.append(_parts(seconds, step.elapsed_ns / 1e6))
+        runtime.measure(True)
 
     options = Options(max_new_tokens=STEPS, ignore_eos=True)
     generate(runtime, model.text, [[1] * CONTEXT], options, after)
-    times = runtime.times()
     runtime.measure(False)
-    ms = {name: seconds * 1e3 / (STEPS - 1) for name, seconds in times.seconds.items()}
-    step_ms = sum(took[1:]) / 1e6 / (STEPS - 1)
+    return steps
+
+
+def _parts(seconds: Mapping[str, float], step_ms: float) -> Parts:
+    ms = {name: took * 1e3 for name, took in seconds.items()}
     stream = sum(ms[name] for name in STREAM)
     rest = step_ms - stream - ms["attention"] - ms["wait"]
     return Parts(stream, ms["attention"], ms["wait"], rest)
+
+
+def fastest(steps: Sequence[Parts]) -> Parts:
+    """The mean of the fastest quarter."""
+    best = sorted(steps, key=lambda step: step.whole)[: max(len(steps) // 4, 1)]
+    return Parts(*(fmean(getattr(step, field.name) for step in best) for field in fields(Parts)))
 
 
 def predicted(one: Parts, two: Parts, nbytes: int, items: int, threads: int, gb_s: float) -> Parts:

@@ -1,7 +1,7 @@
 """What benchmarks/scaling.py makes of the parts of a step, made up here."""
 
 import pytest
-from scaling import SOCKETS, THREADS, Parts, parts_table, predicted, table
+from scaling import SOCKETS, THREADS, Parts, fastest, parts_table, predicted, table
 
 ONE = Parts(stream=8.0, attention=0.6, barriers=0.0, rest=0.25)
 TWO = Parts(stream=4.0, attention=0.3, barriers=0.1, rest=0.25)
@@ -15,6 +15,14 @@ def test_the_measured_parts_are_shown():
         "| 1 | 8.00 | 0.60 | 0.00 | 0.25 | 8.85 |",
         "| 2 | 4.00 | 0.30 | 0.10 | 0.25 | 4.65 |",
     ]
+
+
+def test_a_thread_that_was_held_up_is_no_barrier():
+    held_up = Parts(8.0, 0.6, 20.0, 0.25)
+    assert fastest([held_up, ONE, held_up, held_up]) == ONE
+    assert fastest([ONE]) == ONE
+    two = fastest([held_up] * 6 + [TWO, ONE])
+    assert two == Parts(6.0, pytest.approx(0.45), pytest.approx(0.05), 0.25)
 
 
 def test_what_is_predicted_from_them():
