@@ -145,9 +145,10 @@ public:
           group_(w_.group_blocks ? first / w_.group_blocks : 2 * first),
           next_(w_.record(tile, group_)), at_(w_.block(tile, first)),
           super_(w_.supers ? w_.supers + tile * supers() : nullptr) {
-        const int64_t entered = group_ % w_.run_groups;
-        left_ = entered ? w_.run_groups - entered : 0;
-        if (!entered) at_ = next_;
+        // Of the blocks of a run's first group only the first has the run's records before it.
+        const bool begins = first % w_.run_blocks == 0;
+        left_ = begins ? 0 : w_.run_groups - group_ % w_.run_groups;
+        if (begins) at_ = next_;
     }
 
     // The next group. Does a run begin with it?

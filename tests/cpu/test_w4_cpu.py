@@ -79,6 +79,16 @@ def test_blocks_of_equal_steps_are_all_rounded_twice(rng, isa, k):
 
 
 @every_isa
+@every_mode
+@every_kind
+def test_many_rows_of_columns_that_are_met_in_slices(rng, isa, mode, spec):
+    """By AMX, up to 18 blocks at a time: those of 35 begin within a group."""
+    packed, x = random_packed(rng, 37, 35 * 32 - 5, spec), randn(rng, 33, 35 * 32 - 5)
+    got = matmul(x, CpuWeight.from_packed(packed, isa), mode=mode)
+    assert_close("slices", x.double() @ unpack(packed).double().T, got, BOUND[mode])
+
+
+@every_isa
 @every_kind
 def test_few_rows_of_a_matrix_long_enough_for_four_streams(rng, isa, spec):
     n, k = 16 * (4 * 34 + 2) + 5, 1056  # 139 tiles, over 512 KiB in each half; three left of fours
