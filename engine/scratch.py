@@ -43,7 +43,7 @@ class Scratch:
             if not made and _marker(self.path) == text:
                 _clear(self.path, lambda name: name.startswith("."))  # halves of files
                 return
-            _clear(self.path)
+            _clear(self.path, lambda name: name != MARKER)  # last, as a kill here leaves it ours
             beside = self.path / f".{MARKER}"
             with open(beside, "x", encoding="utf-8") as file:
                 file.write(text)

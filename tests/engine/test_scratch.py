@@ -154,6 +154,27 @@ def test_another_run_begins_anew(tmp_path):
     assert json.loads((tmp_path / "a" / MARKER).read_text())["key"] == "two"
 
 
+def test_a_kill_while_it_is_cleared_leaves_it_ours(tmp_path, monkeypatch):
+    first = Scratch(tmp_path / "a", "one")
+    (first.path / "half").mkdir()
+    first.release()
+    listed = Path.iterdir  # its marker first, as a system may
+
+    def in_order(self):
+        return sorted(listed(self), key=lambda entry: entry.name != MARKER)
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "iterdir", in_order)
+    monkeypatch.setattr("engine.scratch.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Scratch(tmp_path / "a", "two")
+    monkeypatch.undo()
+    Scratch(tmp_path / "a", "two").remove()
+    assert not any(tmp_path.iterdir())
+
+
 def test_tensors_are_for_whom_the_umask_lets(tmp_path):
     held = os.umask(0o027)
     try:
