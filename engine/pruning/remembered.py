@@ -7,7 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Protocol
 
-from engine.scratch import write_text
+from engine.scratch import write_errors, write_text
 
 Kept = tuple[int, ...]
 Line = tuple[Kept, Kept, float, bool]  # anchor, kept, score, whole
@@ -53,7 +53,7 @@ class Remembered:
             found = self.score(kept)
             line = self.anchor, kept, found, self.score.whole
             self._known[self.anchor, kept] = found, self.score.whole
-            with self.path.open("a") as file:
+            with write_errors(self.path), self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         return found
 

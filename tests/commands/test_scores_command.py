@@ -152,6 +152,19 @@ def test_what_another_run_left_is_not_believed(other, tree, tmp_path, monkeypatc
     assert seen[:3] == first and len(seen) == 5 + 4
 
 
+def test_a_disk_that_is_full(tree, tmp_path, monkeypatch):
+    opened = Path.open
+
+    def full(self, *how, **options):
+        return opened(Path("/dev/full") if self.name == SCORES else self, *how, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    scores = tmp_path / "plan.json.partial" / SCORES
+    asked = "--quiet", *arguments(tree, tmp_path / "plan.json")
+    refused(f"{scores}: No space left on device", *asked)
+    assert not (tmp_path / "plan.json").exists()
+
+
 def test_without_the_extension_the_reference_runs_and_says_so(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(native, "error", lambda name: "it was not built")
     code, out, _ = call(*arguments(tree, tmp_path / "plan.json"))
