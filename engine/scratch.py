@@ -49,9 +49,11 @@ class Scratch:
                 file.write(text)
             os.rename(beside, self.path / MARKER)
 
-    def remove(self) -> None:
-        """All of it, where it is still there; the marker last, so that a kill leaves it ours."""
+    def remove(self, late: str = MARKER) -> None:
+        """All of it, where it is still there; the marker last, so that a kill leaves it ours, and
+        `late` just before it, by which `clear_behind` knows what is left."""
         if self.path.exists():
+            _clear(self.path, lambda name: name not in (late, MARKER))
             _clear(self.path, lambda name: name != MARKER)
             shutil.rmtree(self.path)
         self.release()
@@ -115,7 +117,7 @@ def clear_behind(out: Path, work: Path, name: str) -> None:
     except OSError:
         return
     if same:
-        Scratch(work).remove()
+        Scratch(work).remove(name)
 
 
 def write_text(path: Path, text: str) -> None:

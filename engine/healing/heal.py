@@ -136,7 +136,7 @@ def heal(
     write_text(work / HEAL, beside[HEAL])
     write(beside=beside)
     processes.wait(device)
-    scratch.remove()
+    scratch.remove(HEAL)
     return record
 
 

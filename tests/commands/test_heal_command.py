@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +63,28 @@ def test_the_result_goes_on_through_the_other_commands(tree, tmp_path):
 QLORA = (
     "--method", "qlora", "--window", 16, "--batch-tokens", 32, "--steps", 3, "--check-every", 2,
 )  # fmt: skip
+
+
+def test_what_a_kill_leaves_behind_a_result_goes(tree, tmp_path, monkeypatch):
+    """In whatever order the system lists it: its record first."""
+    listed, removed = Path.iterdir, shutil.rmtree
+    work = tmp_path / "healed.healing"
+
+    def in_order(self):
+        return sorted(listed(self), key=lambda entry: entry.name != "heal.json")
+
+    def killed(path):
+        if Path(path).parent == work:
+            raise KeyboardInterrupt
+        removed(path)
+
+    monkeypatch.setattr(Path, "iterdir", in_order)
+    monkeypatch.setattr("engine.scratch.shutil.rmtree", killed)
+    assert call(*asked(tree, tmp_path / "healed", "--drop", "2", *TRAINED))[0] == 130
+    monkeypatch.undo()
+    assert work.exists() and (tmp_path / "healed").exists()
+    refused("exists already", *asked(tree, tmp_path / "healed", "--drop", "2", *TRAINED))
+    assert [file.name for file in tmp_path.iterdir()] == ["healed"]
 
 
 def test_adapters_within_the_weights_and_beside_their_base(tree, tmp_path):
