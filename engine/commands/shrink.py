@@ -159,7 +159,7 @@ class Run:
 
     def __init__(self, asked: Asked, out: Path) -> None:
         self.asked, self.out = asked, out
-        self.work = out.with_name(out.name + ".shrink")
+        self.work = out.parent / f"{out.name}.shrink"  # of "." and "/" too, which have no name
         check_parent(out)
         self.path, checkpoint = common.open_checkpoint(asked.model)
         self.config = checkpoint.config

@@ -12,7 +12,7 @@ CACHED = (".", "teacher-", "streams-", "written-")  # what the names in a cache 
 
 def place_of(out: Path) -> Path:
     """Of the run that writes the directory `out`."""
-    return out.with_name(out.name + ".healing")
+    return out.parent / f"{out.name}.healing"  # of "." and "/" too, which have no name
 
 
 def check_new(out: Path) -> None:

@@ -279,6 +279,8 @@ def test_refusals_of_what_is_named(tree, tmp_path):
     dropped = *TRAINED, "--drop", 2
     refused("exists already", *asked(tree, tmp_path, *dropped))
     refused("there is no directory", *asked(tree, tmp_path / "no" / "out", *dropped))
+    for nameless in ("", ".", "/"):
+        refused("exists already; name a new one", *asked(tree, nameless, *dropped))
     refused("text: expected a text to learn from", "heal", tree / "model", out, *dropped)
     text = tree / "model" / ".." / "text.txt"
     for option in ("--text", "--held-out"):
