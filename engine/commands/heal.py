@@ -225,7 +225,7 @@ def heal(
     check_files(out, text or [], held_out)
     check_column([*(text or []), *([held_out] if held_out else [])], column)
     if cache is not None:
-        check_cache(cache)
+        check_cache(cache, out)
     chosen = common.dropped(plan, drop)
     path, checkpoint = common.open_checkpoint(model)
     config = choose_layers(checkpoint, chosen)

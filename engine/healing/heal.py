@@ -96,7 +96,7 @@ def heal(
     check_model(settings, config, teacher is not None)
     check_place(source, config, out)
     if cache is not None:
-        check_cache(cache)
+        check_cache(cache, out)
     if settings.train == "scales":
         check_packed(pupil)
     settings = settings.on(device)

@@ -22,8 +22,13 @@ def check_new(out: Path) -> None:
     scratch.check_beside(out.with_name(out.name + ".partial"))
 
 
-def check_cache(cache: Path) -> None:
-    """InputError for anything but a directory of what the teacher says, or a name for one."""
+def check_cache(cache: Path, out: Path) -> None:
+    """InputError for anything but a directory of what the teacher says, or a name for one, and for
+    a place where the run that writes `out` would clear it, or find it in its way."""
+    found = Path(os.path.realpath(cache))
+    for taken in (out, place_of(out), out.with_name(out.name + ".partial")):
+        if found.is_relative_to(os.path.realpath(taken)):
+            raise InputError(f"cache: expected a directory of its own, found {taken}, of this run")
     place = next(each for each in (cache, *cache.absolute().parents) if os.path.lexists(each))
     if not place.is_dir():
         raise InputError(f"cache: expected a directory, {place} is a file")

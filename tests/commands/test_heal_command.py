@@ -293,6 +293,9 @@ def test_refusals_of_what_is_named(tree, tmp_path):
         "linear: a norm follows the down projection in gemma3",
         *asked(tree, out, *dropped, model="gemma3"),
     )
+    for taken in ("out", "out/taught", "out.healing", "out.healing/taught", "out.partial"):
+        own = "cache: expected a directory of its own, found "
+        refused(own, *asked(tree, out, *dropped, "--cache", tmp_path / taken))
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine").write_text("mine")
     refused("out.partial: is in the way", *asked(tree, out, *dropped))
