@@ -44,8 +44,8 @@ def heal(
         list[str] | None,
         typer.Option(
             metavar="SOURCE",
-            help="Training text: file, directory, .jsonl, .parquet or hub:NAME; repeatable. "
-            "Default: built-in prose.",
+            help="Training text, which has no default: file, directory, .jsonl, .parquet or "
+            "hub:NAME; repeatable.",
         ),
     ] = None,
     column: common.Column = "text",

@@ -282,6 +282,7 @@ def test_refusals_of_what_is_named(tree, tmp_path):
     for nameless in ("", ".", "/"):
         refused("exists already; name a new one", *asked(tree, nameless, *dropped))
     refused("text: expected a text to learn from", "heal", tree / "model", out, *dropped)
+    assert "built-in" not in call("heal", "--help")[1]
     text = tree / "model" / ".." / "text.txt"
     for option in ("--text", "--held-out"):
         refused("../text.txt: the text is given twice", *asked(tree, out, *dropped, option, text))
