@@ -84,7 +84,8 @@ class Scores:
         self.scorer = PrefixScorer(streams, torch.tensor(windows), asked.metric)
         weights = stamps(self.checkpoint.path)
         known = [lineage, weights, self.found.architecture, self.found.layers, self.text_hash]
-        key = json.dumps([*known, asked.metric, asked.patch, where])
+        others = hashlib.sha256(repr([each.tolist() for each in self.others]).encode()).hexdigest()
+        key = json.dumps([*known, others, asked.metric, asked.patch, where])
         self.place = Scratch(work, key)
         self.scores = Remembered(self.scorer, self._prepare, self.place.path / SCORES)
 

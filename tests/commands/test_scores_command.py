@@ -152,6 +152,23 @@ def test_what_another_run_left_is_not_believed(other, tree, tmp_path, monkeypatc
     assert seen[:3] == first and len(seen) == 5 + 4
 
 
+def test_patches_that_another_text_made_are_not_believed(tree, tmp_path, monkeypatch):
+    """Of the same rows to score, and others to fit on."""
+    numbers = torch.randint(3, tiny.VOCAB, (12, 64), generator=torch.Generator().manual_seed(1))
+    rows = [json.dumps({"text": " ".join(map(str, row.tolist()))}) for row in numbers]
+    source = tmp_path / "rows.jsonl"
+    asked = arguments(tree, tmp_path / "plan.json", "--patch", "--text", source)
+    source.write_text("\n".join(rows[:8]))
+    first = killed_after(monkeypatch, 7)
+    with pytest.raises(Killed):
+        call(*asked)
+    monkeypatch.undo()
+    source.write_text("\n".join(rows[:4] + rows[8:]))
+    seen = killed_after(monkeypatch, 1000)
+    assert call(*asked)[0] == 0
+    assert seen[:5] == first[:5] and len(seen) == 5 + 4
+
+
 def test_a_disk_that_is_full(tree, tmp_path, monkeypatch):
     opened = Path.open
 
