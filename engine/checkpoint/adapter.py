@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from engine.architecture.config import ModelConfig
 from engine.architecture.families import layer_parts, layer_tensors
 from engine.checkpoint import Checkpoint
-from engine.checkpoint.files import read_json
+from engine.checkpoint.files import TOKENIZER_FILES, read_json
 from engine.checkpoint.safetensors import SafetensorsFile, refuse_pickles
 from engine.errors import InputError
 from engine.kernels.dtypes import DTYPES
@@ -177,7 +177,8 @@ def weight_files(path: Path) -> list[Path]:
 
 def stamps(path: Path) -> list[tuple[str, int, int]]:
     """What tells this model from others that lay or will lie in the same place."""
-    read = [place / name for place in directories(path) for name in ("config.json", CONFIG)]
+    names = "config.json", CONFIG, *TOKENIZER_FILES
+    read = [place / name for place in directories(path) for name in names]
     files = [*weight_files(path), *filter(Path.is_file, read)]
     found = [(file.resolve(), file.stat()) for file in files]
     return [(str(file), stat.st_mtime_ns, stat.st_size) for file, stat in found]

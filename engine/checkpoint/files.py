@@ -17,6 +17,17 @@ from engine.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+TOKENIZER_FILES = (  # of a directory, and what else says how text is read and ends
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 _MAP_NORESERVE = 0x4000  # Linux; the mmap module names it only since Python 3.13
 
 

@@ -169,7 +169,7 @@ def _tidy() -> None:
     if "torch" in sys.modules:  # else it has not begun anything
         with suppress(OSError):  # also of an import, where no file can be opened any more
             from engine.artifacts import HEAL
-            from engine.export.directory import TOKENIZER_FILES
+            from engine.checkpoint.files import TOKENIZER_FILES
             from engine.scratch import forget_bare
 
             forget_bare(("config.json", HEAL, *TOKENIZER_FILES))

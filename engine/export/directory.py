@@ -17,6 +17,7 @@ from engine.architecture.config import ModelConfig
 from engine.architecture.families import model_type
 from engine.checkpoint import safetensors
 from engine.checkpoint.adapter import stamps
+from engine.checkpoint.files import TOKENIZER_FILES
 from engine.checkpoint.safetensors import SafetensorsFile
 from engine.checkpoint.weights import Stored, values
 from engine.errors import InputError
@@ -26,17 +27,6 @@ from engine.text import load_text
 from engine.text.load import tokenizer_path
 
 SHARD_BYTES = 5_000_000_000
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 # Rules that count layers from 0 would mean other layers after a cut; they become explicit lists.
 _RULES = ("sliding_window_pattern", "max_window_layers", "no_rope_layer_interval")
 _WINDOWED = ("qwen2", "qwen3", "gemma2", "gemma3", "smollm3")

@@ -87,6 +87,23 @@ def test_what_a_kill_leaves_behind_a_result_goes(tree, tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["healed"]
 
 
+def test_a_tokenizer_that_changed_after_a_kill_is_the_one_written(tree, tmp_path, monkeypatch):
+    shutil.copytree(tree / "model", tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text("old")
+    command = asked(tree, tmp_path / "healed", "--drop", "2", *TRAINED, model=tmp_path / "model")
+
+    def killed(*given, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("engine.healing.heal.distil", killed)
+    assert call(*command)[0] == 130
+    monkeypatch.undo()
+    template.write_text("new")
+    assert call(*command)[0] == 0
+    assert (tmp_path / "healed" / "chat_template.jinja").read_text() == "new"
+
+
 def test_adapters_within_the_weights_and_beside_their_base(tree, tmp_path):
     pytest.importorskip("peft")
     out, beside = tmp_path / "healed", tmp_path / "beside"
