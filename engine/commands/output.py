@@ -170,9 +170,10 @@ def _tidy() -> None:
         with suppress(OSError):  # also of an import, where no file can be opened any more
             from engine.artifacts import HEAL
             from engine.checkpoint.files import TOKENIZER_FILES
+            from engine.export.packed import PLAN
             from engine.scratch import forget_bare
 
-            forget_bare(("config.json", HEAL, *TOKENIZER_FILES))
+            forget_bare(("config.json", HEAL, PLAN, *TOKENIZER_FILES))
 
 
 def _silence() -> None:

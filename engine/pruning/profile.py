@@ -297,4 +297,4 @@ def _update(
     try:
         sums.update(boundaries, weights)
     except ValueError as error:
-        raise InputError(f"samples from {first} on: {error}") from error
+        raise NotFiniteError(f"samples from {first} on: {error}") from error

@@ -70,10 +70,10 @@ def test_commands_on_them(not_a_number, tmp_path):
     text.write_text(" ".join(str(n % 150) for n in range(100)))
     refused(WORDS, "run", "--model", not_a_number, "--prompt", "3 1", "--raw", "--new-tokens", 2)
     refused(WORDS, "eval", not_a_number, "--text", text, "--window", 16)
-    code, _, said = call(
-        "profile", not_a_number, "--out", tmp_path / "p", "--text", text, "--length", 16
-    )
-    assert code == 2 and "is not finite" in said.splitlines()[-1]
+    profiled = "profile", not_a_number, "--out", tmp_path / "p", "--text", text, "--length", 16
+    for streamed in ((), ("--stream",)):
+        code, _, said = call(*profiled, *streamed)
+        assert code == 2 and "is not finite" in said.splitlines()[-1]
     learnt = "--drop", 2, "--text", text, "--window", 16
     for asked in (
         ("prune", "--drop", 2),
@@ -83,6 +83,10 @@ def test_commands_on_them(not_a_number, tmp_path):
         ("heal", *learnt, "--method", "linear"),
     ):
         refused(f"{UP}: does not fit", asked[0], not_a_number, tmp_path / "out", *asked[1:])
+    rounded = "--method", "rtn", "--group", 16
+    for keep in ("1-2", "1-3"):
+        kept = not_a_number, tmp_path / "out", "--keep", keep
+        refused(f"{UP}: holds NaN", "quantize", *kept, *rounded)
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
