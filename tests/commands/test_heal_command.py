@@ -311,6 +311,7 @@ def test_refusals_of_what_is_named(tree, tmp_path):
         "linear: a norm follows the down projection in gemma3",
         *asked(tree, out, *dropped, model="gemma3"),
     )
+    refused("; name a place outside it", *asked(tree, tree / "out", *dropped, "--text", tree))
     for taken in ("out", "out/taught", "out.healing", "out.healing/taught", "out.partial"):
         own = "cache: expected a directory of its own, found "
         refused(own, *asked(tree, out, *dropped, "--cache", tmp_path / taken))

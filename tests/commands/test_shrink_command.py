@@ -128,6 +128,7 @@ def test_refusals(tree, tmp_path):
         refused("pipe: is read several times: expected a file, no pipe", *piped)
     (tmp_path / "pipe").unlink()
     refused("there is no directory", *arguments(tree, tmp_path / "no" / "small"))
+    refused("; name a place outside it", *arguments(tree, tree / "small", "--text", tree))
     for nameless in ("", ".", "/"):
         refused("exists already; name a new directory", *arguments(tree, nameless))
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
