@@ -14,7 +14,7 @@ from engine.artifacts import HEAL, RECORDS
 from engine.commands import common, output
 from engine.commands.shrunk import RECORD, collect, table
 from engine.errors import InputError
-from engine.scratch import Scratch, check_parent, write_text
+from engine.scratch import Scratch, check_parent, write_errors, write_text
 
 if TYPE_CHECKING:
     from engine.evaluate import Asked as Judging
@@ -367,12 +367,12 @@ class Run:
         copies["scales"] = self.scaled / HEAL
         copies |= {file.stem: file for file in judged.iterdir()}
         for name, file in copies.items():
-            shutil.copyfile(file, records / f"{name}.json")
+            _copy(file, records / f"{name}.json")
         found = collect(self.asked.model, self.path, self.scaled)
         from engine.export.packed import PLAN
         from engine.report.shrunk import quality_rows, save
 
-        shutil.copyfile(self.plan, self.scaled / PLAN)  # as beside any other packed model
+        _copy(self.plan, self.scaled / PLAN)  # as beside any other packed model
         save(found, self.scaled / REPORT)
         rows = [*found.sizes, *quality_rows(found), *found.speeds]
         write_text(self.scaled / RECORD, json.dumps({"key": self.key, "rows": rows}, indent=1))
@@ -418,6 +418,11 @@ def judge_one(asked: Asked, name: str, label: str, ref: str, directory: Path) ->
     options = Options(max_new_tokens=new, ignore_eos=True)
     record = benchmark(opened, ids, options, name=label, load_ms=load_ms, repeats=3)
     record.save(directory / f"{name}-speed.json")
+
+
+def _copy(file: Path, target: Path) -> None:
+    with write_errors(target):  # the system's own words name what is read
+        shutil.copyfile(file, target)
 
 
 def _kept(total: int, drop: str) -> list[int]:

@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shutil
 
 import pytest
 import torch
@@ -93,6 +94,21 @@ def test_a_finished_run_is_found_and_settings_tell_runs_apart(tree, tmp_path, mo
     ):
         (out / "shrink.json").write_text(json.dumps(damaged))
         refused(sentence, *arguments(tree, out))
+
+
+def test_a_disk_that_is_full_at_the_end(tree, tmp_path, monkeypatch):
+    copied = shutil.copyfile
+
+    def full(source, target):
+        if target.parent.name == "records":
+            raise OSError(28, "No space left on device", str(source), None, str(target))
+        return copied(source, target)
+
+    monkeypatch.setattr("engine.commands.shrink.shutil.copyfile", full)
+    code, _, err = call(*arguments(tree, tmp_path / "small"))
+    assert code == 2 and err.endswith("records/profile.json: No space left on device\n")
+    monkeypatch.undo()
+    assert call(*arguments(tree, tmp_path / "small"))[0] == 0
 
 
 def test_refusals(tree, tmp_path):
