@@ -46,6 +46,14 @@ sanitize-address sanitize-thread: .venv/test
 	    $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m slow tests/cpu/test_threads.py
 
+# AVX-VNNI and AMX run by AVX-512 and its bfloat16 (csrc/cpu/emulate.h), in a build of its own: the
+# tests of the CPU kernels and of the CPU runtime.
+emulate-x86: .venv/test
+	SHALLOW_EMULATE=1 $(BIN)/python setup.py -q build --build-base build/$@ --build-lib build/$@/lib
+	PYTHONPATH=build/$@/lib $(BIN)/python -P -c "from engine.kernels.w4.cpu import isas; \
+	    exit('amx' not in isas() and 'This processor has no AVX-512 with bfloat16 to emulate by.')"
+	PYTHONSAFEPATH=1 $(PYTEST) -o pythonpath="build/$@/lib tests benchmarks" tests/cpu $(PYTEST_ARGS)
+
 # 20,000 damaged files of every kind through their readers, from a new seed: ordinary and, without
 # the bound of memory, under AddressSanitizer. FUZZ_ARGS="--seed N --count N" repeats one.
 FUZZ := tests/fuzz/harness.py $(FUZZ_ARGS)
@@ -61,7 +69,8 @@ fuzz-address: .venv/test
 	    --no-memory
 
 # What takes too long for every change, in one command.
-nightly: test-slow sanitize-address sanitize-thread fuzz-address
+nightly: test-slow sanitize-address sanitize-thread fuzz-address \
+    $(if $(shell grep -m1 -o avx512_bf16 /proc/cpuinfo),emulate-x86)
 
 lint: $(BIN)/ruff $(BIN)/clang-format $(BIN)/mypy .venv/test  # mypy reads what is imported
 	$(BIN)/ruff check .
@@ -92,4 +101,4 @@ $(BIN)/pip:
 	    need 'a C++ compiler (Debian: apt install g++)'
 	$(PYTHON) -m venv .venv
 
-.PHONY: run test test-slow test-peers sanitize-address sanitize-thread fuzz fuzz-address nightly lint
+.PHONY: run test test-slow test-peers sanitize-address sanitize-thread emulate-x86 fuzz fuzz-address nightly lint

@@ -15,6 +15,12 @@ namespace {
 constexpr const char* kNames[kIsas] = {"generic", "avx2", "avxvnni", "avx512",
                                        "amx",     "neon", "dotprod", "i8mm"};
 
+#if defined(SHALLOW_EMULATE)
+constexpr bool kEmulates = true;  // AVX-VNNI and AMX, by AVX-512 (cpu/emulate.h)
+#else
+constexpr bool kEmulates = false;
+#endif
+
 // Linux grants the 8 KiB of tile state only to a process that asks.
 bool tiles_granted() {
 #if defined(SHALLOW_X86) && defined(__linux__)
@@ -33,11 +39,11 @@ bool detect(Isa isa) {
     switch (isa) {
         case Isa::generic: return true;
         case Isa::avx2: return avx2;
-        case Isa::avxvnni: return avx2 && f.avx_vnni;
+        case Isa::avxvnni: return kEmulates ? avx512 : avx2 && f.avx_vnni;
         case Isa::avx512: return avx512;
         case Isa::amx:
-            return avx512 && f.amx_tile && f.amx_int8 && f.amx_bf16 && f.avx512_bf16 &&
-                   tiles_granted();
+            return avx512 && f.avx512_bf16 &&
+                   (kEmulates || (f.amx_tile && f.amx_int8 && f.amx_bf16 && tiles_granted()));
         case Isa::neon: return f.neon;
         case Isa::dotprod: return f.neon && f.neon_dotprod;
         case Isa::i8mm: return f.neon && f.neon_dotprod && f.neon_i8mm;

@@ -113,7 +113,8 @@ def test_the_largest_products_do_not_overflow(isa, name):
     for m, sign in product((1, 3, 4, 8, 33), (1, -1)):
         x = torch.full((m, wide.shape[1]), 127.0 * sign)
         expected = x.double() @ wide.double().T
-        assert rms_ratio(expected, matmul(x, weight)) < 1e-6, (m, sign)
+        rounds = isa == "amx" and m == 33  # weights to bfloat16, which has no 31 * 63 - 63
+        assert rms_ratio(expected, matmul(x, weight)) < (2**-8 if rounds else 1e-6), (m, sign)
 
 
 @pytest.mark.parametrize("name", SIXES)
