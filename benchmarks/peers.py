@@ -95,13 +95,31 @@ class Contender:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m", help="a .gguf file")
-    parser.add_argument("--shape", action="append", default=[], choices=shapes.FILES)
-    parser.add_argument("--isa", choices=isas(), default=isas()[0])
-    parser.add_argument("--compare", default=",".join(KNOWN))
-    parser.add_argument("--peer-python", action="append", default=[], metavar="PEER=PATH")
-    parser.add_argument("--threads", type=shapes.positive, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=shapes.positive, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu.md")
+    add = parser.add_argument
+    add(
+        "--shape",
+        action="append",
+        default=[],
+        choices=shapes.FILES,
+        help="also random weights in this model's shape; repeatable",
+    )
+    add("--isa", choices=isas(), default=isas()[0], help="what ours and the peers may use")
+    add("--compare", default=",".join(KNOWN), help="the peers, by commas (default: all)")
+    add(
+        "--peer-python",
+        action="append",
+        default=[],
+        metavar="PEER=PATH",
+        help="the interpreter of the environment that has this peer; repeatable",
+    )
+    add("--threads", type=shapes.positive, default=torch.get_num_threads(), help="of each engine")
+    add("--repeats", type=shapes.positive, default=5, help="turns (default: 5)")
+    add(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "results" / "cpu.md",
+        help="the record whose section is written (default: benchmarks/results/cpu.md)",
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     try:

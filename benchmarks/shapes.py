@@ -47,10 +47,10 @@ LARGE_EVERY, LARGE = 192, 16.0  # columns of a norm, and their weight
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=FILES)
-    parser.add_argument("directory", type=Path)
+    parser.add_argument("name", choices=FILES, help="whose shape, and how its weights are stored")
+    parser.add_argument("directory", type=Path, help="in which NAME.gguf is written")
     parser.add_argument("--layers", type=positive, help="the model's own number by default")
-    parser.add_argument("--packed", action="store_true")
+    parser.add_argument("--packed", action="store_true", help="a packed directory beside it, too")
     asked = parser.parse_args()
     try:
         path = write(asked.name, asked.directory, asked.layers)
