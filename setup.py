@@ -42,7 +42,7 @@ CXX_FLAGS = "-std=c++17 -O3 -g0 -fvisibility=hidden -pthread".split()
 # it cannot take together, and a block of 8 rows of AVX-VNNI takes 31 ns instead of 26.
 CXX_FLAGS += ["-fno-tree-slp-vectorize"]
 LINK_FLAGS = ["-pthread"]
-if os.environ.get("SHALLOW_EMULATE"):  # AVX-VNNI and AMX by AVX-512: see the Makefile
+if emulates := os.environ.get("SHALLOW_EMULATE"):  # AVX-VNNI and AMX by AVX-512: see the Makefile
     CXX_FLAGS += ["-DSHALLOW_EMULATE"]
     EMULATED = [*AVX512, "-mavx512bf16", "-include", "cpu/emulate.h"]
     X86_FLAGS |= {"avxvnni": EMULATED, "amx": EMULATED}
@@ -143,7 +143,7 @@ class Sdist(sdist):
         link.symlink_to("../kernels")
 
 
-NVCC = None if sanitizer or "SHALLOW_EMULATE" in os.environ else find_nvcc()
+NVCC = None if sanitizer or emulates else find_nvcc()
 headers = ["setup.py", *(str(path) for path in Path("csrc").rglob("*.*h"))]
 cuda = Extension("engine._cuda", sources("csrc/cuda"), depends=headers, optional=True)
 setup(

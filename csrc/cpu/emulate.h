@@ -1,9 +1,9 @@
 // AMX's tiles and AVX-VNNI on a processor with AVX-512, for tests: setup.py compiles what is meant for
-// either with this header before it (SHALLOW_EMULATE, `make emulate-x86`). An instruction set that
-// the machine at hand lacks then runs as it is written, a tile product at a sixteenth of AMX's speed.
+// either with this header before it (SHALLOW_EMULATE, `make emulate-x86`), so that what the machine at
+// hand lacks runs all the same, slowly. AddressSanitizer sees what tiles read and write here.
 //
-// Ends the process with a message: a tile that is used and not configured, and more of it than there is.
-// Unlike AMX, denormals are kept.
+// What faults on AMX ends the process with a message: a tile that is not configured, or more of it than
+// there is, and products of tiles whose sizes do not go together. Unlike AMX, denormals are kept.
 #pragma once
 
 #include <immintrin.h>
@@ -13,7 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#define __AVXVNNI__ 1
+#define __AVXVNNI__ 1  // as by the compiler where it may use them
 #define _mm256_dpbusd_avx_epi32 _mm256_dpbusd_epi32
 #define _mm256_dpwssd_avx_epi32 _mm256_dpwssd_epi32
 
