@@ -95,6 +95,13 @@ def check_once(texts: Iterable[str | Path]) -> None:
         seen.add(place)
 
 
+def check_outside(out: Path, text: str | None) -> None:
+    """InputError for a directory in one that is read as text: what lies beside it would be read,
+    too, so that a rerun would find another text and begin anew."""
+    if text and not text.startswith("hub:") and Path(text).resolve() in out.resolve().parents:
+        raise InputError(f"{out}: lies in the text {text}; name a place outside it")
+
+
 def hand_out(record: "Artifact", file: Path | None, show: Callable[[], None]) -> None:
     """Shows tables, then the record as the last line, JSON, and in `file` where --json names one,
     which is there even where nothing can be printed."""

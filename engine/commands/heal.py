@@ -331,12 +331,9 @@ def check_files(out: Path, text: list[str], held_out: str | None) -> None:
     sources = [*text, *([held_out] if held_out else [])]
     common.check_once(sources)
     for source in sources:
-        if source.startswith("hub:"):
-            continue
-        if not Path(source).exists():
+        if not source.startswith("hub:") and not Path(source).exists():
             raise InputError(f"{source}: expected a text file, found none")
-        if Path(source).resolve() in out.resolve().parents:  # what lies beside OUT would be learnt
-            raise InputError(f"{out}: lies in the text {source}; name a place outside it")
+        common.check_outside(out, source)
 
 
 def open_teacher(ref: str, pupil: "Checkpoint", text: "Text") -> "Checkpoint":

@@ -122,6 +122,7 @@ def quantize(
     tokens: list[list[int]] = []
     if recipe.method == "gptq":
         check_column([text], column)
+        common.check_outside(out, text)
         tokens, _ = read_samples(
             text,
             load_text(path),

@@ -237,6 +237,8 @@ def test_places_and_texts_that_are_refused(model, tmp_path):
         quantize(model, tmp_path / "out", "--method", "rtn", "--column", "body")
     with pytest.raises(InputError, match=r"column: goes with .*, found the built-in text"):
         quantize(model, tmp_path / "out", "--column", "body")
+    with pytest.raises(InputError, match="out: lies in the text .*; name a place outside it"):
+        quantize(model, tmp_path / "there" / "out", "--text", tmp_path)
 
 
 def test_one_line_and_exit_code_2(model, tmp_path):
