@@ -126,6 +126,11 @@ def shrink(
         output.say(f"{out} is there already")
     else:
         run.check()
+        if not drop.isdecimal():
+            output.leave_out(context, ("windows",), f"scores no layers, --drop {drop} names them")
+        elif rule not in ("greedy", "search"):
+            why = f"goes with --rule greedy or search, found --rule {rule}"
+            output.leave_out(context, ("windows",), why)
         if not asked.text:
             output.say(
                 f"heals on the built-in text and {written:,} tokens that {model} writes; more text "

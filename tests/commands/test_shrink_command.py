@@ -121,6 +121,8 @@ def test_refusals(tree, tmp_path):
         ("drop: layer 9 is out of range", ("--drop", "3-9")),
         ("rule: expected one of similarity", ("--rule", "best")),
         ("rule: chooses no layers, --drop 3-4 names them", ("--drop", "3-4", "--rule", "search")),
+        ("windows: scores no layers, --drop 3-4 names them", ("--drop", "3-4")),
+        ("windows: goes with --rule greedy or search, found --rule simple", ("--rule", "simple")),
         ("bits", ("--bits", 3)),
         ("prompts: expected 1 to", ("--prompts", 100_000)),
         ("seed: expected 0 to", ("--seed", 10**22)),
