@@ -145,7 +145,17 @@ def check_new(path: Path) -> None:
     """InputError where something lies at `path`, or nothing can, before any work is done."""
     if os.path.lexists(path):
         raise InputError(f"{path}: exists already; name a new one")
+    check_name(path)
     check_parent(path)
+
+
+def check_name(path: str | Path) -> None:
+    """InputError for a directory whose name is no text: torch, safetensors and tokenizers open no
+    file in it, and a record that holds it cannot be read again."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path}: expected a name in UTF-8, found bytes that are none") from None
 
 
 def check_parent(path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from engine.checkpoint.fetch import DEFAULT, fetch
 from engine.errors import InputError
+from engine.scratch import check_name
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<file>.+\.gguf))?")
 # Weights as safetensors, config, tokenizer; never pickles. "*/*" is whatever lies in a folder, and
@@ -25,6 +26,7 @@ def locate(ref: str) -> Path:
     """
     if ref == DEFAULT.name:
         return fetch(DEFAULT)
+    check_name(ref)
     path = os.path.expanduser(ref)
     if os.path.isdir(path) or (os.path.isfile(path) and path.endswith(".gguf")):
         return Path(path)

@@ -14,7 +14,7 @@ from engine.artifacts import HEAL, RECORDS
 from engine.commands import common, output
 from engine.commands.shrunk import RECORD, collect, table
 from engine.errors import InputError
-from engine.scratch import Scratch, check_parent, write_errors, write_text
+from engine.scratch import Scratch, check_name, check_parent, write_errors, write_text
 
 if TYPE_CHECKING:
     from engine.evaluate import Asked as Judging
@@ -165,6 +165,7 @@ class Run:
     def __init__(self, asked: Asked, out: Path) -> None:
         self.asked, self.out = asked, out
         self.work = out.parent / f"{out.name}.shrink"  # of "." and "/" too, which have no name
+        check_name(out)
         check_parent(out)
         self.path, checkpoint = common.open_checkpoint(asked.model)
         self.config = checkpoint.config

@@ -25,6 +25,7 @@ def check_new(out: Path) -> None:
 def check_cache(cache: Path, out: Path) -> None:
     """InputError for anything but a directory of what the teacher says, or a name for one, and for
     a place where the run that writes `out` would clear it, or find it in its way."""
+    scratch.check_name(cache)
     found = Path(os.path.realpath(cache))
     for taken in (out, place_of(out), out.with_name(out.name + ".partial")):
         if found.is_relative_to(os.path.realpath(taken)):

@@ -1,5 +1,8 @@
 """`engine export` and `engine prune` of what is quantized: what they write, say and refuse."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from support import llama_files, vocabularies
@@ -60,6 +63,13 @@ def test_refusals_are_one_sentence_and_write_nothing(packed, tmp_path):
     )
     refused("keeps the bits that it has", "prune", packed, tmp_path / "o", "--dtype", "float16")
     refused("Missing option '--to'", "export", packed, out)
+    no_text = Path(os.fsdecode(os.fsencode(tmp_path / "name") + b"\xff"))
+    expected, drop = "expected a name in UTF-8", ("--drop", 0)
+    refused(expected, "prune", packed, no_text, *drop)
+    refused(expected, "prune", no_text, tmp_path / "o", *drop)
+    refused(expected, "shrink", packed, no_text)
+    cached = "--steps", 1, "--text", __file__, "--cache", no_text
+    refused(expected, "heal", packed, tmp_path / "o", *drop, *cached)
     assert sorted(tmp_path.iterdir()) == before
 
 
