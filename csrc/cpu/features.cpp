@@ -91,10 +91,10 @@ bool by_amd() { return false; }
 enum class Core { zen, zen4, zen5, other };
 
 Core core() {
-    static const Core found = !by_amd()             ? Core::other
-                              : features().avx_vnni ? Core::zen5
-                              : features().avx512f  ? Core::zen4
-                                                    : Core::zen;
+    static const Core found = kEmulates || !by_amd() ? Core::other
+                              : features().avx_vnni  ? Core::zen5
+                              : features().avx512f   ? Core::zen4
+                                                     : Core::zen;
     return found;
 }
 

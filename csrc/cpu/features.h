@@ -48,6 +48,13 @@ int page_bytes_ahead(std::int64_t positions, std::int64_t most);
 // (benchmarks/results/decoder.md).
 int long_streams(std::int64_t rows);
 
+// A build in which AVX-512 runs AVX-VNNI and AMX (cpu/emulate.h): any core is taken for one of Intel's.
+#if defined(SHALLOW_EMULATE)
+constexpr bool kEmulates = true;
+#else
+constexpr bool kEmulates = false;
+#endif
+
 // Asked once, on first use. AMX on Linux also needs a permission per process (arch_prctl).
 const Features& features();
 

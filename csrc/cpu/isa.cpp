@@ -15,12 +15,6 @@ namespace {
 constexpr const char* kNames[kIsas] = {"generic", "avx2", "avxvnni", "avx512",
                                        "amx",     "neon", "dotprod", "i8mm"};
 
-#if defined(SHALLOW_EMULATE)
-constexpr bool kEmulates = true;  // AVX-VNNI and AMX, by AVX-512 (cpu/emulate.h)
-#else
-constexpr bool kEmulates = false;
-#endif
-
 // Linux grants the 8 KiB of tile state only to a process that asks.
 bool tiles_granted() {
 #if defined(SHALLOW_X86) && defined(__linux__)
