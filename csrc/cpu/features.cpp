@@ -113,7 +113,13 @@ int bytes_ahead(bool twice) {
     }
 }
 
-bool far_into_l1() { return core() == Core::zen5; }
+bool fetches_twice(bool holds_codes, std::int64_t rows) {
+    switch (core()) {
+        case Core::zen5: return false;
+        case Core::other: return !holds_codes || (features().avx512f && rows > 1);
+        default: return !holds_codes;
+    }
+}
 
 bool unpacks_nibbles() { return core() == Core::other; }
 

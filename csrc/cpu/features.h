@@ -25,10 +25,11 @@ struct Features {
 // (fetch_codes() of w4_stream.h).
 int bytes_ahead(bool twice);
 
-// Whether to prefetch from memory straight into L1 from that far ahead, instead of into L2 and then into
-// L1 from 1 KiB ahead. True of Zen 5, whose L1 has 48 KiB: one thread reads up to a fifth faster
-// (benchmarks/results/decoder.md).
-bool far_into_l1();
+// Whether the weights of so many rows are prefetched into L2 from that far ahead, and into L1 from 1 KiB
+// ahead, or straight into L1. Once on Zen 5, whose L1 has 48 KiB: one thread reads up to a fifth faster.
+// Where kernels hold a block's codes (AVX-512) twice on Intel's cores alone, for several rows, which then
+// take a twentieth less (benchmarks/results/decoder.md).
+bool fetches_twice(bool holds_codes, std::int64_t rows);
 
 // Whether nibbles are unpacked to bytes in memory, once for several rows. With three vector units (Intel)
 // masks and shifts compete with the products; with four (AMD) two are free for them, and storing and

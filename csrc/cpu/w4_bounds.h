@@ -92,7 +92,7 @@ void bound_tiles(const TileView& w, const Int8Input& x, const Output& tops, int6
                  int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
         Place at = place_of(w, tile);
-        at.twice = !far_into_l1();
+        at.twice = fetches_twice(false, x.m);
         panels<BoundRun<V>>(w, x, tops, at);
     }
 }

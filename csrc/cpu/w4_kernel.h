@@ -107,8 +107,7 @@ struct TileSums {
     SHALLOW_INLINE void add(const TileView& w, const uint8_t* block, const Place& at,
                             const Planes<T>& x) {
         block += by.bytes;
-        if constexpr (C != Codes::unpacked)
-            fetch_codes<C>(block, at.ahead, !V::keeps_codes && at.twice);
+        if constexpr (C != Codes::unpacked) fetch_codes<C>(block, at.ahead, at.twice);
         if constexpr (Split) {
             add_half<0, 1>(w, block, x, scale[0]);
             add_half<1, 2>(w, block, x, scale[1]);
@@ -294,7 +293,7 @@ template <class V, Codes C, class T>
 void int_tiles_of(const TileView& w, const IntInput<T>& x, const Output& y, int64_t begin,
                   int64_t end, uint8_t* scratch) {
     const bool is_long = (end - begin) / 2 * w.tile_bytes >= kLong;
-    const bool twice = !V::keeps_codes && !far_into_l1();
+    const bool twice = fetches_twice(V::keeps_codes, x.m);
     if (x.m == 1 || (is_long && x.m <= kInStreams<V>)) {
         for (int streams = is_long ? long_streams(x.m) : 2; streams > 1; streams /= 2) {
             const int64_t each = (end - begin) / streams;

@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kAhead = 8192, kAheadOfPlain = 2048;
 constexpr int64_t kLong = 512 << 10;  // bytes of a stream
 // Where codes pass by (AVX2) they are fetched into L2 first, and from so near into L1: from memory
-// 12 % faster than into L1 at once, from L2 and L3 7-9 %; but see far_into_l1().
+// 12 % faster than into L1 at once, from L2 and L3 7-9 %; but see fetches_twice().
 constexpr int64_t kNear = 1024;
 
 template <class V>
