@@ -233,6 +233,8 @@ def _rope_fields(config: ModelConfig) -> dict[str, Any]:
         }
         usual = yarn_attention(rope.factor)  # which a reader multiplies by what is said
         if not math.isclose(rope.attention_factor, usual, rel_tol=1e-6):
+            if len(config.ropes) > 1:  # it goes to Gemma's layers with a window too
+                raise Unsupported("GGUF has one attention factor for the rotations of all layers")
             fields["rope.scaling.attn_factor"] = rope.attention_factor / usual
     elif rope.kind == "longrope":
         fields |= {

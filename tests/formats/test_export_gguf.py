@@ -168,6 +168,22 @@ def test_yarn_is_told_by_the_keys_that_llama_cpp_reads(tmp_path):
         assert replace(said, attention_factor=rope.attention_factor) == rope
 
 
+def test_an_attention_factor_is_of_all_layers(tmp_path):
+    """llama.cpp multiplies the rotations of Gemma's layers with a window by it, scaled or not."""
+    whole = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    whole["original_max_position_embeddings"] = 64
+    local = {"rope_type": "default", "rope_theta": 1e4}
+    for name, more in (("usual", {}), ("other", {"attention_factor": 1.7})):
+        ropes = {"full_attention": whole | more, "sliding_attention": local}
+        sizes = SAYABLE["gemma3"] | {"vocab_size": VOCAB, "rope_parameters": ropes}
+        tiny.write("gemma3", tmp_path / name, 1, **sizes)
+        save_tokenizer(tmp_path / name)
+    usual, other = (open_checkpoint(tmp_path / name) for name in ("usual", "other"))
+    export(usual, usual.config, tmp_path / "usual.gguf", "gguf")
+    with pytest.raises(InputError, match="one attention factor for the rotations of all layers"):
+        export(other, other.config, tmp_path / "other.gguf", "gguf")
+
+
 @pytest.mark.parametrize("case", ["gemma3", "qwen3"])
 def test_added_tokens_without_an_embedding_are_left_out(case, tmp_path):
     """Gemma 3 1B has one, of the family's larger models: <image_soft_token>."""
