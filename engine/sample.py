@@ -57,6 +57,12 @@ def sample(
         return draw(logits, sampling, uniforms)
 
 
+def threads() -> int:
+    """What torch has outside of one_thread(); inside of another's call a new thread finds 1."""
+    with _lock:
+        return max(torch.get_num_threads(), _threads if _inside else 1)
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Keeps torch's threads asleep: once they shared an operation they spin for milliseconds, on

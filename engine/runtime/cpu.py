@@ -30,6 +30,7 @@ from engine.reference.decoder import (
 from engine.runtime import Times
 from engine.runtime.angles import Angles, Tables
 from engine.sample import NOT_FINITE
+from engine.sample import threads as torch_threads
 
 CACHE_DTYPES = ("float32", "float16", "int8")
 
@@ -91,7 +92,7 @@ class CpuRuntime:
         `engine.kernels.w4.cpu.matmul` does on avx2 and amx; "exact" keeps float32. `isa`: the best
         by default, else one of `isas()`.
         """
-        threads = torch.get_num_threads() if threads is None else threads
+        threads = torch_threads() if threads is None else threads
         if isinstance(threads, bool) or not isinstance(threads, Integral) or threads < 1:
             raise InputError(f"threads: expected a whole number, at least 1, found {threads!r}")
         if threads > (most := native.load("cpu").pool_threads()):

@@ -21,6 +21,7 @@ from engine.sample import (
     one_thread,
     penalise,
     sample,
+    threads,
 )
 
 finite = st.floats(-20, 20, width=32)
@@ -286,3 +287,18 @@ def test_a_forked_child_is_inside_of_nothing():
 def test_top_p_takes_the_lowest_ids_of_equals():
     kept = filter_logits(torch.zeros(1, 4096), Sampling(temperature=1.0, top_p=0.25))[0].isfinite()
     assert kept[:1024].all() and not kept[1024:].any()
+
+
+def test_a_new_thread_takes_the_threads_of_torch_while_another_is_inside():
+    """Else a model that a service opens beside an answer would run by one for good."""
+    before, found = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        with one_thread():
+            for asked in (torch.get_num_threads, threads):
+                new = threading.Thread(target=lambda asked=asked: found.append(asked()))
+                new.start()
+                new.join()
+        assert found == [1, 3] and threads() == 3
+    finally:
+        torch.set_num_threads(before)
