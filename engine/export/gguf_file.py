@@ -5,7 +5,7 @@ that is whole.
 """
 
 import hashlib
-import tempfile
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -81,8 +81,7 @@ def write_gguf(
     `source`, `config` and the header are what a run that was killed must have had to be gone on
     with. InputError where the file exists or the disk is full.
     """
-    with write_errors(out), tempfile.TemporaryDirectory() as work:
-        header = _header(Path(work) / "header", fields, places)
+    header = _header(fields, places)
     digest = hashlib.sha256(header).hexdigest()
     partial = directory.begin_empty(out, source, config, digest)
     alignment = _alignment(fields)
@@ -122,8 +121,9 @@ def require_name(out: Path) -> None:
         )
 
 
-def _header(path: Path, fields: Mapping[str, Value], places: Sequence[Place]) -> bytes:
-    """Everything before the tensors, by way of `path`: the package writes to files alone."""
+def _header(fields: Mapping[str, Value], places: Sequence[Place]) -> bytes:
+    """Everything before the tensors, in memory: the package opens files alone, and one elsewhere
+    than beside the output asks for room on another disk."""
     import gguf
     import numpy as np
 
@@ -136,8 +136,10 @@ def _header(path: Path, fields: Mapping[str, Value], places: Sequence[Place]) ->
     for place in places:
         kind, rows = gguf.GGMLQuantizationType[place.type], np.dtype(np.uint8)
         writer.add_tensor_info(place.name, place.row_shape, rows, place.tensor.nbytes, kind)
-    writer.write_header_to_file(path)
+    held = io.BytesIO()
+    writer.fout = [io.BufferedWriter(held)]
+    writer.state = gguf.gguf_writer.WriterState.EMPTY  # as behind opening a file
+    writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    writer.close()
-    return path.read_bytes()
+    return held.getvalue()

@@ -1,6 +1,7 @@
 """Exported GGUFs: blocks by the gguf package, models tensor by tensor as llama.cpp's converter has
 them, tokenizers by their ids; what GGUF has no word for is refused."""
 
+import tempfile
 import unicodedata
 from dataclasses import replace
 
@@ -408,3 +409,12 @@ def test_a_split_without_a_name_is_refused(tmp_path):
     text = load_text(tmp_path)
     with pytest.raises(InputError, match="expected a tokenizer that GGUF has a name for"):
         to_gguf(text, text.vocab_size)
+
+
+def test_no_other_disk_needs_room(tmp_path, monkeypatch):
+    """That of TMPDIR may be full, or not there."""
+    llama_files.write_tiny(tmp_path / "source.gguf")
+    checkpoint = open_checkpoint(tmp_path / "source.gguf")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    prune(checkpoint, checkpoint.config, tmp_path / "out.gguf")
+    assert GgufFile(tmp_path / "out.gguf").tensors.keys() == checkpoint.file.tensors.keys()
