@@ -33,6 +33,8 @@ def watch() -> None:
             os.fstat(standard)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:  # closed: print() would take that for standard output
+        sys.stderr = open(os.devnull, "w")
     signal.signal(signal.SIGINT, _stop)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)

@@ -178,3 +178,12 @@ def test_a_full_output(model, tmp_path):
         assert (done.returncode, done.stderr[-len(said) :]) == (2, said)
         assert json.loads(record.read_text())
         record.unlink()
+
+
+def test_a_closed_standard_error():
+    """What would be said there is not said on standard output, which may be a path or a record."""
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "engine", "fetch", "/nowhere"],
+        stdout=subprocess.PIPE,
+    )
+    assert (done.returncode, done.stdout) == (2, b"")
