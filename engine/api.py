@@ -83,7 +83,7 @@ class Model:
     """
 
     def __init__(self, path: Path, runtime: Runtime[Any]) -> None:
-        self.path = path
+        self.path = path.absolute()  # the program may go elsewhere before the text is read
         self._runtime: Runtime[Any] | None = runtime
 
     @property

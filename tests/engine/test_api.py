@@ -177,3 +177,10 @@ def test_one_call(directory):
     model = engine.load(directory, keep="0,2", dtype="float32")
     got = engine.generate("3 14", directory, keep="0,2", dtype="float32", max_new_tokens=3)
     assert got.token_ids == model.generate("3 14", max_new_tokens=3).token_ids
+
+
+def test_a_program_that_goes_elsewhere_finds_the_text(directory, monkeypatch):
+    monkeypatch.chdir(directory.parent)
+    with engine.load(directory.name) as model:
+        monkeypatch.chdir("/")
+        assert model.text.encode("5 6") == [5, 6]
