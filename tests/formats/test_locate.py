@@ -307,3 +307,35 @@ def test_progress_reports_both_stages(model, monkeypatch):
     fetch(model)
     assert [stage for stage, *_ in seen][0] == "download"
     assert seen[-1] == ("extract", len(CONTENT), len(CONTENT))
+
+
+# What is there and others' own
+
+
+@pytest.fixture
+def closed(tmp_path):
+    """A directory that this process may not look into."""
+    (tmp_path / "closed" / "model").mkdir(parents=True)
+    (tmp_path / "closed").chmod(0)
+    root = os.geteuid() == 0
+    try:
+        if root:
+            os.seteuid(65534)
+    except OSError:
+        pytest.skip("root may look into everything, and cannot become anybody else here")
+    yield tmp_path / "closed"
+    if root:
+        os.seteuid(0)
+    (tmp_path / "closed").chmod(0o700)
+
+
+def test_what_may_not_be_looked_into_is_not_said_to_be_absent(closed):
+    for ref in (closed, closed / "model", closed / "model.gguf"):
+        with pytest.raises(InputError, match=f"^{ref}: Permission denied$"):
+            locate(str(ref))
+
+
+def test_a_cache_that_may_not_be_looked_into(model, closed, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(closed))
+    with pytest.raises(InputError, match="cannot fetch tiny into .*closed.*Permission denied"):
+        fetch(model)
