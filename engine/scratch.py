@@ -126,6 +126,16 @@ def write_text(path: Path, text: str) -> None:
         beside.write_bytes(data)
 
 
+def copy(source: Path, path: Path) -> None:
+    """The file `source` as `path`, which is not to blame where that cannot be read."""
+    try:
+        file = open(source, "rb")
+    except OSError as error:
+        raise InputError(f"{source}: {error.strerror}") from error
+    with file, replacing(path) as beside, open(beside, "wb") as copied:
+        shutil.copyfileobj(file, copied)
+
+
 def allocate(path: Path, nbytes: int) -> None:
     """A file of so many bytes that the disk has room for: what is mapped sparse dies of a signal
     where there is none. One that has that size already stays as it is."""

@@ -5,7 +5,6 @@ opened the directory opens the shallower one.
 """
 
 import re
-import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from engine.checkpoint.safetensors import SafetensorsCheckpoint
 from engine.errors import InputError
 from engine.export import directory
 from engine.export.packed import PLAN, cut_plan
-from engine.scratch import replacing
+from engine.scratch import copy
 
 BESIDE = ("quantize_config.json", "quant_config.json")
 _LAYER = re.compile(r"(model\.layers\.)(\d{1,6})(\..*|$)", re.ASCII | re.DOTALL)
@@ -62,8 +61,7 @@ def prune(
     directory.index_shards(partial, files)
     for name in BESIDE:
         if (checkpoint.path / name).is_file():
-            with replacing(partial / name) as copy:
-                shutil.copyfile(checkpoint.path / name, copy)
+            copy(checkpoint.path / name, partial / name)
     if (checkpoint.path / PLAN).is_file():
         cut_plan(checkpoint.path / PLAN, config).save(partial / PLAN)
     directory.finish(partial, out)

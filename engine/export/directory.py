@@ -5,7 +5,6 @@ interrupted finds its finished files again; another model or other settings begi
 """
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +21,7 @@ from engine.checkpoint.safetensors import SafetensorsFile
 from engine.checkpoint.weights import Stored, values
 from engine.errors import InputError
 from engine.kernels.dtypes import name_of
-from engine.scratch import Scratch, check_new, replacing, write_text
+from engine.scratch import Scratch, check_new, write_text
 from engine.text import load_text
 from engine.text.load import tokenizer_path
 
@@ -79,8 +78,7 @@ def copy_tokenizer(source: Path, out: Path) -> None:
         return
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            with replacing(out / name) as beside:
-                shutil.copyfile(source / name, beside)
+            scratch.copy(source / name, out / name)
 
 
 def shard_name(index: int, count: int) -> str:

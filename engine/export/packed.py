@@ -7,7 +7,6 @@ says what a tensor was before.
 
 import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from engine.errors import InputError
 from engine.export.directory import index_shards
 from engine.kernels.w4 import store
 from engine.kernels.w4.format import Packed
-from engine.scratch import Scratch, check_new, replacing, write_text
+from engine.scratch import Scratch, check_new, copy, write_text
 
 PLAN = "plan.json"
 _SOURCE = ".source"
@@ -94,8 +93,7 @@ def rewrite(
             new = {name: changed.get(name, tensor) for name, tensor in tensors.items()}
             write_shard(partial.path / file.name, new, sources)
         elif file.is_file():
-            with replacing(partial.path / file.name) as copy:
-                shutil.copyfile(file, copy)
+            copy(file, partial.path / file.name)
     _renew(partial.path)
     for name, text in beside.items():
         write_text(partial.path / name, text)

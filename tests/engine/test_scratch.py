@@ -16,7 +16,7 @@ from engine.checkpoint.safetensors import save_tensors
 from engine.errors import InputError
 from engine.export.hf import prune
 from engine.reference.stream import storage
-from engine.scratch import MARKER, Scratch, allocate, forget_bare, replacing, write_text
+from engine.scratch import MARKER, Scratch, allocate, copy, forget_bare, replacing, write_text
 
 
 @pytest.fixture
@@ -182,3 +182,13 @@ def test_tensors_are_for_whom_the_umask_lets(tmp_path):
     finally:
         os.umask(held)
     assert (tmp_path / "t.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_what_cannot_be_read_is_named_and_not_its_copy(tmp_path):
+    with pytest.raises(InputError, match="absent: No such file or directory"):
+        copy(tmp_path / "absent", tmp_path / "copy")
+    (tmp_path / "there").write_bytes(b"bytes")
+    copy(tmp_path / "there", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"bytes"
+    with pytest.raises(InputError, match="nowhere/copy: there is no directory"):
+        copy(tmp_path / "there", tmp_path / "nowhere" / "copy")
