@@ -1,5 +1,6 @@
 """`engine budget`: what dropping layers and bits saves, as a table and as JSON."""
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -119,7 +120,7 @@ def read_model(ref: str) -> "tuple[ModelConfig, dict[str, int] | None]":
 
     if (found := built_in(ref)) is not None:
         return found, None
-    path = Path(ref).expanduser()
+    path = Path(os.path.expanduser(ref))
     if path.is_dir() and not list(path.glob("*.safetensors")):
         path = path / "config.json"
     if path.suffix == ".json":

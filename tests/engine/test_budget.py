@@ -209,3 +209,7 @@ def test_packed_matrices_take_the_bytes_of_their_tiles(bits, group):
         for n, k in ((1, 1), (16, 32), (17, 33), (48, 80), (576, 576), (1536, 576), (100, 8960)):
             taken = sum(packed_bytes((n, k), bits, group, scale_bits))
             assert taken == -(-n // 16) * tile_bytes(Spec(bits, group, scheme), k), (n, k, scheme)
+
+
+def test_a_home_of_nobody():
+    refused("~nobody-of-this-name/model: no such file", "budget", "~nobody-of-this-name/model")
