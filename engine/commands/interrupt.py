@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 
 GRACE_SECONDS = 2.0
@@ -39,7 +40,8 @@ def watch() -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    threading.Thread(target=_wait, args=(reading,), daemon=True).start()
+    with suppress(RuntimeError):  # the user has as many as may be: then it is an exception alone
+        threading.Thread(target=_wait, args=(reading,), daemon=True).start()
     sys.unraisablehook = _unraisable
 
 

@@ -187,3 +187,21 @@ def test_a_closed_standard_error():
         stdout=subprocess.PIPE,
     )
     assert (done.returncode, done.stdout) == (2, b"")
+
+
+NO_THREADS = """
+import sys, threading
+
+def start(self):
+    raise RuntimeError("can't start new thread")
+
+threading.Thread.start, sys.argv = start, ["engine", "--version"]
+from engine.__main__ import main
+
+main()
+"""
+
+
+def test_no_thread_is_to_be_had():
+    done = subprocess.run([sys.executable, "-c", NO_THREADS], capture_output=True)
+    assert (done.returncode, done.stdout[:8], done.stderr) == (0, b"shallow ", b"")
