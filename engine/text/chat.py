@@ -89,13 +89,15 @@ class _Helper:
 
     def _started(self) -> "subprocess.Popen[bytes]":
         if self._process is None or self._process.poll() is not None:
-            paths = os.pathsep.join(path for path in sys.path if path)
+            # As arguments: before the standard library a program's own resource.py would hide that
+            # of the system. Whatever is no text is none to Python's imports either.
+            paths = [path for path in sys.path if path and isinstance(path, str)]
             self._process = subprocess.Popen(
-                [sys.executable, "-P", str(Path(__file__).with_name("template.py"))],
+                [sys.executable, "-P", str(Path(__file__).with_name("template.py")), *paths],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": paths},
+                env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
                 process_group=0,  # Ctrl-C is for us
                 bufsize=0,
             )

@@ -1,7 +1,8 @@
 """Renders chat templates in a process of its own, which may take little time and memory.
 
 A template is a program from the checkpoint. This file is run as a script, by chat.py: a line of
-JSON {template, values} in, a line {text} or {error} out. It imports nothing of the engine.
+JSON {template, values} in, a line {text} or {error} out. It imports nothing of the engine. Its
+arguments are where packages may lie, behind what is found without them.
 """
 
 import json
@@ -10,6 +11,9 @@ import sys
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
+
+if __name__ == "__main__":
+    sys.path += sys.argv[1:]
 
 from jinja2 import Template, TemplateError, nodes
 from jinja2.exceptions import SecurityError

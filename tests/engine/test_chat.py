@@ -1,6 +1,7 @@
 """Chat templates render as in transformers; bad messages and bad templates are one sentence."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -81,6 +82,28 @@ def test_a_process_with_many_open_files():
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 1200:
         pytest.skip("this system allows a process fewer open files")
     done = subprocess.run([sys.executable, "-c", MANY_FILES], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("heard\n", "")
+
+
+BESIDE = """
+import sys
+from pathlib import Path
+sys.path.append(Path("elsewhere"))
+from engine.text.chat import render
+print(render("{{ messages[0].content }}", [{"role": "user", "content": "heard"}], {}, "here"))
+"""
+
+
+def test_a_program_with_modules_and_paths_of_its_own(tmp_path):
+    """One named as the system's `resource` is not taken for it; a Path is none of Python's."""
+    (tmp_path / "resource.py").touch()
+    (tmp_path / "program.py").write_text(BESIDE)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "program.py"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+    )
     assert (done.stdout, done.stderr) == ("heard\n", "")
 
 
