@@ -83,6 +83,7 @@ def profile(
         why = "is of a model that is measured; leave it out with --show and --merge"
         output.leave_out(context, MEASURED, why)
     found: Sequence[Shown]
+    part: ProfilePart | None = None
     if show:
         if merge or out is not None:
             raise InputError("profile: --show excludes --merge and --out")
@@ -108,19 +109,20 @@ def profile(
                 paths[0], out, part_of, text, length, tokens, stream, threads, sampling, chosen
             )
             found = finish(part, out)
-            say_peak(part)
         except NotFiniteError:  # as it would be again
             from engine.scratch import Scratch
 
             Scratch.held(_work(out)).remove()
             raise
-    for artefact in found:
-        if isinstance(artefact, Profile):
-            show_profile(artefact)
-    if report is not None:
+    if report is not None:  # it is there even where nothing can be printed
         from engine.report.page import save
 
         save(found, report)
+    if part is not None and out is not None:
+        say_part(part, out)
+    for artefact in found:
+        if isinstance(artefact, Profile):
+            show_profile(artefact)
 
 
 def read_all(paths: list[str], any_kind: bool) -> "list[Shown]":
@@ -178,9 +180,13 @@ def run(
     return part
 
 
-def say_peak(part: "ProfilePart") -> None:
+def say_part(part: "ProfilePart", out: Path) -> None:
     from engine.benchmark.machine import peak_rss_bytes
 
+    if part.source.shard[1] > 1:
+        output.say(
+            f"{out}: a part; join all of them with `engine profile --merge PARTS --out FILE`"
+        )
     output.say(f"peak memory {peak_rss_bytes() / 1e6:,.0f} MB, {part.tokens_used:,} tokens")
 
 
@@ -191,9 +197,6 @@ def finish(part: "ProfilePart", out: Path) -> "list[Profile]":
 
     if part.source.shard[1] > 1:
         part.save(out)
-        output.say(
-            f"{out}: a part; join all of them with `engine profile --merge PARTS --out FILE`"
-        )
         found = []
     else:
         found = [merge([part])]

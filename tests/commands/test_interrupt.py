@@ -180,6 +180,25 @@ def test_a_full_output(model, tmp_path):
         record.unlink()
 
 
+def test_a_full_output_leaves_a_whole_profile(model, tmp_path):
+    """With its report, and without the work directory, whole or in parts."""
+    (tmp_path / "text.txt").write_text(" ".join(map(str, range(3, 60))))
+    profile = [sys.executable, "-m", "engine", "profile", model, "--out", tmp_path / "out.json"]
+    read = ["--text", tmp_path / "text.txt", "--length", "16"]
+    for asked, beside in (
+        (["--report", tmp_path / "out.html"], {"out.html"}),
+        (["--shard=0/2"], set()),
+    ):
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(
+                [*profile, *read, *asked], stdout=full, stderr=subprocess.PIPE, timeout=120
+            )
+        assert (done.returncode, b"No space left" in done.stderr) == (2, True)
+        assert {each.name for each in tmp_path.iterdir()} == {"text.txt", "out.json"} | beside
+        for name in ("out.json", *beside):
+            (tmp_path / name).unlink()
+
+
 def test_a_closed_standard_error():
     """What would be said there is not said on standard output, which may be a path or a record."""
     done = subprocess.run(
