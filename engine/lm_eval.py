@@ -155,7 +155,8 @@ class ShallowLM(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         """Neighbours with one context, the choices of a question, run it once."""
-        cut = [_cut(context, tail, self.max_length) for _, context, tail in requests]
+        blank = [self.prefix_token_id]  # lm-eval gives a space before the continuation to that
+        cut = [_cut(context or blank, tail, self.max_length) for _, context, tail in requests]
         order = sorted(range(len(cut)), key=lambda i: (-len(cut[i][0]), cut[i][0]))
         groups = [list(group) for _, group in groupby(order, key=lambda i: cut[i][0])]
         encoded = [Encoded(cut[group[0]][0], [cut[i][1] for i in group]) for group in groups]

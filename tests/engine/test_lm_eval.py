@@ -206,6 +206,19 @@ def test_an_empty_text_has_no_likelihood(model):
     assert one < 0 and none == 0
 
 
+def test_a_blank_context_is_an_empty_one(model):
+    """Also among others, where it was scored behind what nothing had predicted."""
+    from engine.lm_eval import ShallowLM
+
+    own = ShallowLM(pretrained=str(model), dtype="float32")
+    own.add_bos_token = False
+    pairs = [(" ", "w5 w6"), ("w8 w9", " w5"), ("", "w5 w6")]
+    asked = [SimpleNamespace(args=pair) for pair in pairs]
+    (blank, _, empty), (alone,) = own.loglikelihood(asked), own.loglikelihood(asked[:1])
+    assert blank[0] == pytest.approx(empty[0], abs=1e-4)
+    assert alone[0] == pytest.approx(empty[0], abs=1e-4)
+
+
 def test_without_lm_eval_its_command_says_what_to_install(tmp_path):
     (tmp_path / "lm_eval.py").write_text("raise ImportError")
     places = os.pathsep.join([str(tmp_path), *sys.path])
