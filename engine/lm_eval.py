@@ -86,6 +86,8 @@ class ShallowLM(TemplateLM):
             raise InputError(f"batch_size: expected a number of at least 1, found {batch_size}")
         if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
             raise InputError(f"max_length: expected at least 2 tokens, found {max_length!r}")
+        if type(max_gen_toks) is not int or max_gen_toks < 1:
+            raise InputError(f"max_gen_toks: expected at least 1 token, found {max_gen_toks!r}")
         if str(device).startswith("cuda") and not torch.cuda.is_available():
             logger.warning("no GPU here: %s, lm-eval's default, becomes cpu", device)
             device = "cpu"
@@ -220,7 +222,13 @@ class ShallowLM(TemplateLM):
 
     def _options(self, asked: dict[str, Any]) -> Options:
         given = {name: value for name, value in asked.items() if NEUTRAL.get(name) != value}
-        given = dict(normalize_gen_kwargs(given, self.max_gen_toks))
+        try:
+            given = dict(normalize_gen_kwargs(given, self.max_gen_toks))
+        except (TypeError, ValueError):
+            raise InputError(
+                "gen_kwargs: expected numbers for temperature and max_gen_toks, found "
+                f"{asked!r:.200}"
+            ) from None
         length, until = given.pop("max_gen_toks"), given.pop("until")
         if unknown := sorted(given.keys() - {"do_sample", "repetition_penalty", *SAMPLING}):
             raise InputError(f"gen_kwargs: {unknown[0]!r} is not known")

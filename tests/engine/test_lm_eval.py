@@ -168,6 +168,9 @@ def test_generation_is_what_a_task_asks_for(model):
     assert own._options({"do_sample": True}).seed != first.seed
     assert own._options({"temperature": 0.5, "top_p": 0.9}).top_p == 0.9
     assert own._options({"do_sample": False, "top_p": 0.9}).temperature == 0
+    for name, value in (("temperature", "warm"), ("max_gen_toks", "all"), ("max_tokens", [3])):
+        with pytest.raises(InputError, match=f"gen_kwargs: expected numbers .*, found .*{name}"):
+            own._options({name: value})
     for name, value in (("num_beams", 4), ("typo_p", 0.3)):
         with pytest.raises(InputError, match=f"gen_kwargs: '{name}' is not known"):
             own._options({"do_sample": True, name: value})
@@ -269,6 +272,9 @@ def test_refusals(model, tmp_path):
         ShallowLM(pretrained=str(model), batch_size="auto")
     with pytest.raises(InputError, match="max_length: expected at least 2 tokens, found -5"):
         ShallowLM(pretrained=str(model), max_length=-5)
+    for count in (0, "all"):
+        with pytest.raises(InputError, match=f"max_gen_toks: expected at least 1 .* {count!r}"):
+            ShallowLM(pretrained=str(model), max_gen_toks=count)
     with pytest.raises(InputError, match="device: expected one like 'cpu' .*, found 'mps'"):
         ShallowLM(pretrained=str(model), device="mps")
     with pytest.raises(InputError, match="layer 9 is out of range"):
