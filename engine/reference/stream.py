@@ -172,8 +172,8 @@ def open_states(
         if (most := int(tokens.max())) >= config.vocab_size:
             raise InputError(f"tokens: expected ids below {config.vocab_size}, found {most}")
     digest = hashlib.sha256(repr((config.layers, dtype)).encode())
-    for tokens in batches:
-        digest.update(tokens.numpy().tobytes())
+    for tokens in batches:  # by shape: the same text may be cut into samples of another length
+        digest.update(repr(tokens.shape).encode() + tokens.numpy().tobytes())
     shapes = [(*tokens.shape, config.hidden_size) for tokens in batches]
     states = HiddenStates(shapes, dtype, limit_bytes, directory, digest.hexdigest())
     if states.slot < 0:

@@ -13,7 +13,7 @@ from support.profiles import Case, angles, largest_difference
 
 from engine.artifacts import Profile
 from engine.errors import InputError
-from engine.pruning.profile import ProfilePart, measure, measure_streamed, merge
+from engine.pruning.profile import ProfilePart, describe, measure, measure_streamed, merge
 from engine.text.samples import read_samples
 
 
@@ -132,6 +132,26 @@ def test_a_killed_stream_goes_on(lost, cut, tmp_path):
     again = merge([run(progress=lambda boundary, _: seen.append(boundary))])
     assert again == whole
     assert seen[0] == (0 if lost else 3), "the run did not go on where it was"
+
+
+def test_a_killed_stream_of_samples_of_another_length_begins_anew(tmp_path):
+    """They hold the same text, and all of its tokens are measured: files of the same sizes."""
+    case, text = Case("llama", tmp_path, 1), list(range(3, 67))
+
+    def run(length, **options):
+        samples = [text[at : at + length] for at in range(0, len(text), length)]
+        source = describe("m", case.checkpoint, case.config, samples, "all")
+        given = case.checkpoint, case.config, samples, source
+        return merge([measure_streamed(*given, **options)])
+
+    def kill(boundary: int, _: int) -> None:
+        if boundary == 3:
+            raise Killed
+
+    (tmp_path / "work").mkdir()
+    with pytest.raises(Killed):
+        run(16, directory=tmp_path / "work", progress=kill)
+    assert run(32, directory=tmp_path / "work") == run(32)
 
 
 def test_shards_join_exactly(case):
