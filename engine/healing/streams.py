@@ -47,8 +47,9 @@ class Streams:
         config: ModelConfig = teacher.config.keep(range(max(ends)))
         self.decoder = load_decoder(teacher, config, device, dtype)
         directory.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256(f"{name} {self.ends} {dtype}".encode()).hexdigest()[:16]
-        shape = len(windows), len(ends), windows.shape[1], config.hidden_size
+        width = windows.shape[1]  # in the name, too: the same text may be cut otherwise
+        digest = hashlib.sha256(f"{name} {width} {self.ends} {dtype}".encode()).hexdigest()[:16]
+        shape = len(windows), len(ends), width, config.hidden_size
         self.values, self.done = marked(
             directory / f"streams-{digest}", len(windows), values=(torch.bfloat16, shape)
         )

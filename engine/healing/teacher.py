@@ -74,7 +74,8 @@ class Teacher:
         self.windows, self.top = windows, min(top, vocab_size - 1)
         directory.mkdir(parents=True, exist_ok=True)
         count, width = windows.shape
-        digest = hashlib.sha256(f"{name} {self.top}".encode()).hexdigest()[:16]
+        # By width, too: the same text may be cut into windows of another length.
+        digest = hashlib.sha256(f"{name} {width} {self.top}".encode()).hexdigest()[:16]
         self.values, self.indices, self.done = marked(
             directory / f"teacher-{digest}",
             count,

@@ -53,6 +53,20 @@ def test_the_bins_hold_the_whole_loss(rng, tmp_path):
     assert asked == [2, 0, 2]
 
 
+def test_windows_of_another_length_are_asked_for_anew(tmp_path):
+    """They hold the same text, whose files in the cache have the same sizes."""
+    text, asked = torch.arange(4 * WINDOW), []
+
+    def ask(tokens):
+        asked.append(tokens.tolist())
+        return torch.zeros(1, tokens.shape[1], 9)
+
+    for width in (WINDOW // 2, WINDOW, WINDOW // 2):
+        windows = text.view(-1, width)
+        Teacher(windows, 4, 9, tmp_path, "text and teacher")(1, ask)
+    assert asked == [[text[WINDOW // 2 : WINDOW].tolist()], [text[WINDOW : 2 * WINDOW].tolist()]]
+
+
 @pytest.mark.parametrize("kind", ["values", "indices", "done"])
 @pytest.mark.parametrize("damage", ["gone", "short"])
 def test_what_a_damaged_cache_lacks_is_asked_for_again(kind, damage, rng, tmp_path):

@@ -80,6 +80,8 @@ def test_a_window_is_asked_once_ever(source, rng, tmp_path, monkeypatch):
     assert len(asked) == 1
     other = of_teacher(checkpoint, [2], windows, tmp_path, "another text")
     assert not other.done.any() and first.done.tolist()[:5] == [0, 0, 0, 1, 1]
+    halves = of_teacher(checkpoint, [2], windows.reshape(-1, WINDOW // 2), tmp_path)
+    assert not halves.done.any(), "the same text in shorter windows was taken for the same"
 
 
 def test_the_error_is_relative_to_every_token(rng):
