@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ def shrink(
         tuple(judge_text or ()), choices, prompts, seed, threads,
     )  # fmt: skip
     run = Run(asked, out)
-    if out.exists():
+    if os.path.lexists(out):
         record = out / RECORD
         said = read_raw(record) if record.is_file() else None
         if not isinstance(said, dict) or said.get("key") != run.key:

@@ -150,3 +150,6 @@ def test_refusals(tree, tmp_path):
     for nameless in ("", ".", "/"):
         refused("exists already; name a new directory", *arguments(tree, nameless))
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+    (tmp_path / "small").symlink_to("nowhere")  # what a directory cannot be renamed to
+    alone = "shrink", tree / "llama", tmp_path / "small"  # without a text, which would be checked
+    refused("small: exists already; name a new directory", *alone)
