@@ -157,6 +157,8 @@ def read_windows(
 
     check_column([asked.text], asked.column)
     size = min(WINDOW, config.max_context)
+    if size < 2:
+        raise InputError(f"{asked.model}: a context of 1 token leaves none to predict and score")
     read = partial(read_samples, asked.text, text, size, column=asked.column, full=True)
     whole, _ = read(count=asked.windows)
     if not asked.patch:

@@ -240,6 +240,19 @@ def test_what_cannot_be_patched_is_refused(tree, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_context_in_which_nothing_is_predicted(tree, tmp_path):
+    tiny.write("llama", tmp_path / "model", 1, max_position_embeddings=1)
+    tiny.save_tokenizer(tmp_path / "model")
+    (tmp_path / "few.txt").write_text("3 4 5 6")
+    text, profile = ("--text", tmp_path / "few.txt"), tmp_path / "profile.json"
+    assert call("profile", tmp_path / "model", *text, "--length", 1, "--out", profile)[0] == 0
+    asked = "plan", profile, *text, "--rule", "greedy", "--count", 1, "--protect", "none", "--out"
+    for windows in (1, 3):
+        sentence = "model: a context of 1 token leaves none to predict and score"
+        refused(sentence, *asked, tmp_path / "plan", "--windows", windows)
+    assert not list(tmp_path.glob("plan*"))
+
+
 def test_windows_are_the_first_rows_that_are_long_enough_and_begin_as_the_tokenizer_does(tree, rng):
     text, size = load_text(tree / "llama"), 64
     numbers = torch.randint(3, tiny.VOCAB, (9, size), generator=rng).tolist()
