@@ -5,6 +5,7 @@
 #include <chrono>
 #include <set>
 #include <stdexcept>
+#include <thread>
 #include <utility>
 
 namespace shallow {
@@ -185,14 +186,34 @@ Decoder::Working& Decoder::working() {
     return *working_;
 }
 
+// One at a time. A signal's handler, which the pause of a call runs, would wait for that call.
+class Decoder::Turn {
+public:
+    explicit Turn(Working& working) : working_(working) {
+        if (working.runner.load() == std::this_thread::get_id())
+            throw std::runtime_error("this model is running already, in this very thread");
+        working.mutex.lock();
+        working.runner.store(std::this_thread::get_id());
+    }
+    ~Turn() {
+        working_.runner.store({});
+        working_.mutex.unlock();
+    }
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+
+private:
+    Working& working_;
+};
+
 void Decoder::measure(bool on) {
-    const std::lock_guard lock(working().mutex);
+    const Turn turn(working());
     measured_ = on;
     times_ = {};
 }
 
 Times Decoder::times() {
-    const std::lock_guard lock(working().mutex);
+    const Turn turn(working());
     return times_;
 }
 
@@ -231,7 +252,7 @@ void Decoder::check(const Call& call) const {
 
 std::int64_t Decoder::forward(Call& call, const std::function<void()>& pause) {
     Working& w = working();
-    const std::lock_guard lock(w.mutex);
+    const Turn turn(w);
     const auto start = std::chrono::steady_clock::now();
     check(call);
     w.rows.clear();

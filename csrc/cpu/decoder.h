@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cpu/step.h"
@@ -52,7 +53,8 @@ public:
     void add_layer(Weights weights, std::int64_t window, int rope, std::int64_t rope_dim);
 
     // `pause` is called between chunks of a long prompt; what it throws ends the call. Throws
-    // std::invalid_argument where the call breaks a rule, std::bad_alloc. One call at a time runs.
+    // std::invalid_argument where the call breaks a rule, std::bad_alloc. One call at a time runs;
+    // std::runtime_error where `pause` makes another.
     // Returns how many rows of logits were written.
     std::int64_t forward(Call& call, const std::function<void()>& pause);
 
@@ -69,6 +71,7 @@ private:
     // What a call works in; one call at a time.
     struct Working {
         std::mutex mutex;
+        std::atomic<std::thread::id> runner{};  // who has it
         std::vector<Row> rows;
         Chunk chunk;
         Sizes sizes;
@@ -77,6 +80,7 @@ private:
         std::vector<Queue> queues;
     };
     Working& working();
+    class Turn;
 
     void check(const Call& call) const;
     void run_chunk(const Call& call, Working& w, std::size_t begin, std::size_t end,

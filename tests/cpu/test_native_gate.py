@@ -328,6 +328,40 @@ def test_measuring_beside_a_call_of_several_chunks(checkpoint):
     assert subprocess.run(command, timeout=120).returncode == 0
 
 
+INTERRUPTED = """
+import signal, sys, time, torch
+from pathlib import Path
+from engine.checkpoint import open_checkpoint
+from engine.runtime.cpu import CpuRuntime
+
+checkpoint = open_checkpoint(Path(sys.argv[1]))
+runtime = CpuRuntime.load(checkpoint, checkpoint.config, 1)
+tokens = torch.randint(3, checkpoint.config.vocab_size, (40, 60))  # more than one chunk
+refused = []
+
+def again(*_):
+    for call in (lambda: runtime.forward(tokens[:1], runtime.new_cache(1)), runtime.times):
+        try:
+            call()
+        except RuntimeError as error:
+            refused.append(str(error))
+
+expected = runtime.forward(tokens, runtime.new_cache(40))
+signal.signal(signal.SIGALRM, again)
+until = time.monotonic() + 60
+while len(refused) < 2 and time.monotonic() < until:
+    signal.setitimer(signal.ITIMER_REAL, 1e-3)
+    assert torch.equal(runtime.forward(tokens, runtime.new_cache(40)), expected)
+assert len(refused) == 2 and set(refused) == {"this model is running already, in this very thread"}
+"""
+
+
+def test_a_signal_amid_a_call_of_several_chunks(checkpoint):
+    """Whose handler asks the same model, and would wait for a call that waits for it."""
+    command = [sys.executable, "-c", INTERRUPTED, str(checkpoint.path)]
+    assert subprocess.run(command, timeout=120).returncode == 0
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_fork_while_another_thread_generates(runtime):
