@@ -13,7 +13,7 @@ import torch
 
 from engine import scratch
 from engine.architecture.config import ModelConfig
-from engine.architecture.families import model_type
+from engine.architecture.families import FAMILIES, model_type
 from engine.checkpoint import safetensors
 from engine.checkpoint.adapter import stamps
 from engine.checkpoint.files import TOKENIZER_FILES
@@ -28,7 +28,6 @@ from engine.text.load import tokenizer_path
 SHARD_BYTES = 5_000_000_000
 # Rules that count layers from 0 would mean other layers after a cut; they become explicit lists.
 _RULES = ("sliding_window_pattern", "max_window_layers", "no_rope_layer_interval")
-_WINDOWED = ("qwen2", "qwen3", "gemma2", "gemma3", "smollm3")
 _T = TypeVar("_T")
 
 
@@ -148,7 +147,7 @@ def sliced_config(config: ModelConfig, dtype: torch.dtype | None = None) -> dict
     raw["model_type"] = model_type(config.family)  # some leave out this, or what follows
     raw["architectures"] = config.source.get("architectures") or [config.architecture]
     raw["num_hidden_layers"] = len(kept)
-    if config.family in _WINDOWED:
+    if FAMILIES[config.family].windows == "types":
         raw["layer_types"] = [
             "full_attention" if entry.window is None else "sliding_attention"
             for entry in config.layers
