@@ -78,13 +78,11 @@ def _single(prompt: Any) -> Prompt:
 def _unpadded(ids: list[Any], mask: Any) -> tuple[list[Prompt], bool]:
     """The ids that the mask leaves, of every row."""
     rows = _rows(ids)
-    several = bool(ids) and isinstance(ids[0], list | tuple)
     if mask is not None:
         masks = _checked(_rows(listed(mask, "attention_mask")), rows)
         pairs = [zip(row, real, strict=True) for row, real in zip(rows, masks, strict=True)]
         rows = [[token for token, real in pair if real] for pair in pairs]
-    prompts = [_single(row) for row in rows]
-    return prompts, several or not ids
+    return [_single(row) for row in rows], isinstance(ids[0], list | tuple)
 
 
 def _input_ids(encoding: Mapping[str, Any]) -> list[Any]:

@@ -6,12 +6,11 @@ Q5_1, Q5_K and Q6_K became go back into these.
 
 import torch
 
-from engine.checkpoint.gguf_blocks import BLOCK_TYPES, GgufBlocks
+from engine.checkpoint.gguf_blocks import GgufBlocks
 from engine.export.quantized import as_half
 from engine.kernels.w4.format import IQ4_NL, SUPER, Packed, unpack_codes
 
 BLOCK = 32
-TYPES = {kind.name: number for number, kind in BLOCK_TYPES.items()}
 
 
 def to_blocks(packed: Packed) -> GgufBlocks | str:
@@ -158,4 +157,4 @@ def _factors(
             d, waiting = torch.where(found, tried, d), waiting & ~found
         if not waiting.any():
             return d.half(), groups / torch.where(d == 0, 1, d)[..., None]
-    return (d.half(), torch.zeros_like(groups)) if not waiting.any() else None
+    return None
