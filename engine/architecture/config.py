@@ -10,12 +10,13 @@ Shape letters, used in every docstring:
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from engine.architecture import schema
+from engine.architecture.layers import format_layers
 from engine.errors import InputError
 
 _DIVISORS = {"divisors": ("longrope", "divisors"), "long_divisors": ("longrope",)}  # whose kind
@@ -175,12 +176,7 @@ class ModelConfig:
         missing = [layer for layer in layers if layer not in by_number]
         if missing or list(layers) != sorted(set(layers)) or not layers:
             raise InputError(
-                f"kept layers: expected ascending numbers out of {_ranges(by_number)}, "
+                f"kept layers: expected ascending numbers out of {format_layers([*by_number])}, "
                 f"found {list(layers)}"
             )
         return replace(self, layers=tuple(by_number[layer] for layer in layers))
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    numbers = sorted(numbers)
-    return f"{numbers[0]}-{numbers[-1]}" if numbers else "none"

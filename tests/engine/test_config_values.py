@@ -94,6 +94,12 @@ def test_rope_scaling_that_says_what_rope_parameters_say(raw):
         assert {rope.kind for rope in found.ropes} == {"yarn"}
 
 
+def test_keep_names_the_layers_that_are_left(raw):
+    left = from_hf(raw, "FILE").keep([0, 1, 3])
+    with pytest.raises(InputError, match=r"^kept layers: .* out of 0-1,3, found \[2\]$"):
+        left.keep([2])
+
+
 @pytest.mark.parametrize("case", ["gemma3", "qwen2-window"])
 def test_more_types_than_layers(case, tmp_path):
     """Left by who drops a layer and edits the count alone: which one went, nobody can say."""
