@@ -200,6 +200,8 @@ def search(
     """
     if evaluations is None and seconds is None:
         raise InputError("search: expected a budget of evaluations or seconds, found neither")
+    if seconds is not None and not seconds >= 0:  # NaN would never be over
+        raise InputError(f"seconds: expected a number of at least 0, found {seconds}")
     rng = random.Random(seed)
     parent = start.drop
     best = score(_complement(parent, total))

@@ -112,6 +112,9 @@ def test_search_respects_protection_and_time(draw):
     assert not protect & set(found.drop)
     with pytest.raises(InputError, match="budget"):
         rules.search(score, 8, start, evaluations=None)
+    for seconds in (-1.0, float("nan")):
+        with pytest.raises(InputError, match="seconds: expected a number of at least 0"):
+            rules.search(score, 8, start, evaluations=None, seconds=seconds)
 
 
 def test_largest_count(draw):
