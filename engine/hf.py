@@ -31,7 +31,6 @@ from engine.kernels.w4.lora import adapt
 
 __all__ = ["ShallowConfig", "ShallowQuantizer", "W4Embedding", "adapt"]
 
-METHOD = "shallow"
 _PARTS = rf"\.weight\.({'|'.join(store.PARTS)})$"
 
 
@@ -44,19 +43,19 @@ class _Awaited(nn.Module):
         self.scale = float(getattr(linear, "scalar_embed_scale", 1.0))
 
 
-@register_quantization_config(METHOD)
+@register_quantization_config(store.METHOD)
 class ShallowConfig(QuantizationConfigMixin):
     """What a packed directory's config.json says of quantization, in the present version."""
 
     def __init__(self, **said: Any) -> None:
         self.__dict__.update(said | {"version": store.VERSION})
-        self.quant_method: Any = METHOD  # transformers' own are of an enumeration
+        self.quant_method: Any = store.METHOD  # transformers' own are of an enumeration
 
     def to_dict(self) -> dict[str, Any]:
         return deepcopy(self.__dict__)
 
 
-@register_quantizer(METHOD)
+@register_quantizer(store.METHOD)
 class ShallowQuantizer(HfQuantizer):
     """Reads the packed matrices itself; transformers loads what is left."""
 

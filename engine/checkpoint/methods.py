@@ -364,5 +364,5 @@ METHODS: dict[str, Callable[[Parts, dict[str, Any]], Method]] = {
     "awq": _Awq,
     "compressed-tensors": _CompressedTensors,
     "bitsandbytes": _BitsAndBytes,
-    "shallow": _Packed,
+    store.METHOD: _Packed,
 }

@@ -46,6 +46,12 @@ class Entry:
     nbytes: int
 
 
+def is_packed(config: ModelConfig) -> bool:
+    """Whether it was read from a packed directory."""
+    quantization = config.source.get("quantization_config") or {}
+    return quantization.get("quant_method") == store.METHOD
+
+
 def cut_plan(path: Path, config: ModelConfig) -> Plan:
     """The plan of a packed directory, of the layers that `config` keeps of it."""
     plan = Plan.load(path)

@@ -11,6 +11,7 @@ from engine.architecture.config import ModelConfig
 from engine.architecture.families import layer_parts, outer_tensors
 from engine.checkpoint import Checkpoint
 from engine.errors import InputError
+from engine.export.packed import is_packed
 from engine.healing.assemble import assemble
 from engine.healing.settings import Settings
 from engine.healing.student import Student
@@ -21,8 +22,7 @@ from engine.kernels.w4.learning import LearningEmbedding, LearningLinear
 
 def check_packed(pupil: Checkpoint) -> None:
     """InputError unless it is a packed directory of `engine quantize`."""
-    quantization = pupil.config.source.get("quantization_config") or {}
-    if quantization.get("quant_method") != "shallow":
+    if not is_packed(pupil.config):
         raise InputError(
             f"{pupil.path}: --train scales expected a packed directory; "
             "engine quantize makes one, with --method keep in the bits that are there"

@@ -18,7 +18,15 @@ from engine.checkpoint import Checkpoint
 from engine.checkpoint.weights import Observed, Weights, layer_weights, lineage_hash, values
 from engine.errors import InputError
 from engine.export import directory
-from engine.export.packed import PLAN, Entry, cut_plan, read_shard, summary, write_shard
+from engine.export.packed import (
+    PLAN,
+    Entry,
+    cut_plan,
+    is_packed,
+    read_shard,
+    summary,
+    write_shard,
+)
 from engine.quantize.recipe import Recipe, pack_layer, pack_outer
 from engine.reference.stream import (
     DEFAULT_LIMIT_BYTES,
@@ -87,8 +95,7 @@ def plan_of(
     """
     kept = tuple(entry.layer for entry in config.layers)
     earlier = checkpoint.path / PLAN
-    ours = (config.source.get("quantization_config") or {}).get("quant_method") == "shallow"
-    if ours and earlier.is_file():
+    if is_packed(config) and earlier.is_file():
         return cut_plan(earlier, config)
     if given is not None or len(kept) == config.total_layers:
         return given

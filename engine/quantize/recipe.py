@@ -101,7 +101,7 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """What a packed directory's `quantization_config` says."""
         said = {"method": self.method, "head": self.head} if self.method == "keep" else asdict(self)
-        return {"quant_method": "shallow", "version": store.VERSION} | said
+        return {"quant_method": store.METHOD, "version": store.VERSION} | said
 
 
 def default_scheme(method: str, bits: int, group: int) -> str:

@@ -14,6 +14,7 @@ import torch
 from engine.kernels.w4.format import Packed, Spec, expected_tensors, validate
 from engine.kernels.w4.tiled import SIXES, Tiled, expected_parts
 
+METHOD = "shallow"  # the quant_method of directories that hold them
 VERSION = 3
 PARTS = ("tiles", "supers", "codebook", "perm", "codes", "scales", "zeros", "mins")
 
