@@ -257,8 +257,7 @@ def unpack(packed: Packed) -> torch.Tensor:
     k, scheme, parts = packed.shape[1], packed.spec.scheme, packed.tensors()
     scales = packed.scales.float()
     if scheme == "kquant":
-        supers = parts["supers"].float().repeat_interleave(SUPER // packed.group, 1)
-        supers = supers[:, : packed.groups]
+        supers = spread(parts["supers"].float(), packed)
         scales, mins = supers[..., 0] * scales, supers[..., 1] * parts["mins"]
     values = steps(packed).mul_(scales[..., None])
     if scheme == "minimum":
@@ -267,6 +266,11 @@ def unpack(packed: Packed) -> torch.Tensor:
         values = values.sub_(mins[..., None])
     values = values.flatten(1)[:, :k]
     return values.contiguous() if packed.perm is None else values[:, packed.perm.argsort()]
+
+
+def spread(supers: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """(N, ceil(K / 256), ...) of a kquant's super-scales -> (N, G, ...): what each group has."""
+    return supers.repeat_interleave(SUPER // packed.group, 1)[:, : packed.groups]
 
 
 def steps(packed: Packed) -> torch.Tensor:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from engine.kernels.w4.format import SUPER, Packed, take, unpack
+from engine.kernels.w4.format import Packed, spread, take, unpack
 from engine.kernels.w4.ops import Prepared, matmul
 
 
@@ -84,8 +84,8 @@ class LearningLinear(nn.Module):
         scales, mins = self._learnt(given)
         scheme = given.spec.scheme
         if mins is not None and given.mins is not None and scheme == "kquant":
-            scales = _spread(scales, given) * given.scales
-            mins = -_spread(mins, given) * given.mins
+            scales = spread(scales, given) * given.scales
+            mins = -spread(mins, given) * given.mins
             scheme = "minimum"
         spec = replace(given.spec, scheme=scheme, scale_dtype=torch.float32)
         return replace(given, spec=spec, scales=scales, mins=mins, supers=None)
@@ -109,11 +109,6 @@ def _reals(packed: Packed) -> tuple[Tensor, Tensor | None]:
     if packed.supers is None:
         return packed.scales, packed.mins
     return packed.supers[..., 0], packed.supers[..., 1]
-
-
-def _spread(supers: Tensor, packed: Packed) -> Tensor:
-    """(N, ceil(K / 256)) -> (N, G)."""
-    return supers.repeat_interleave(SUPER // packed.group, 1)[:, : packed.groups]
 
 
 def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
