@@ -42,8 +42,7 @@ class GpuMatrix:
 
     def __post_init__(self) -> None:
         expected = expected_tensors(self.spec, self.shape)
-        row_bytes = -(-self.spec.row_bytes(self.shape[1]) // CHUNK_BYTES) * CHUNK_BYTES
-        expected["codes"] = ((self.shape[0], row_bytes), torch.uint8)
+        expected["codes"] = (codes_shape(self.spec, self.shape), torch.uint8)
         if self.perm is not None:
             expected["perm"] = ((self.shape[1],), torch.int32)
         check_tensors(self.tensors(), expected, self.codes.device, "GPU matrix")
@@ -56,6 +55,12 @@ class GpuMatrix:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+def codes_shape(spec: Spec, shape: tuple[int, int]) -> tuple[int, int]:
+    """(N, CHUNK_BYTES * chunks): of the codes of a matrix (N, K) in GPU order."""
+    n, k = shape
+    return n, -(-spec.row_bytes(k) // CHUNK_BYTES) * CHUNK_BYTES
 
 
 def to_gpu(packed: Packed) -> GpuMatrix:

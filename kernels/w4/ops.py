@@ -25,7 +25,7 @@ from engine.kernels.dtypes import name_of
 from engine.kernels.w4 import cpu, cuda, reference
 from engine.kernels.w4.cpu import CpuWeight
 from engine.kernels.w4.format import Packed, Spec, expected_tensors, unpack, validate
-from engine.kernels.w4.layout_gpu import CHUNK_BYTES, GpuMatrix, from_gpu, to_gpu
+from engine.kernels.w4.layout_gpu import GpuMatrix, codes_shape, from_gpu, to_gpu
 
 MATRIX = (
     "Tensor[] weight, int n, int k, int bits, int group, str scheme, ScalarType scale_dtype, "
@@ -235,7 +235,7 @@ def _check(matrix: Prepared) -> None:
     spec, (n, k) = matrix.spec, matrix.shape
     sizes = expected_tensors(spec, (n, k)) | {"perm": ((k,), torch.int32)}
     if matrix.backend not in PLAIN:
-        sizes["codes"] = (n, -(-spec.row_bytes(k) // CHUNK_BYTES) * CHUNK_BYTES), torch.uint8
+        sizes["codes"] = codes_shape(spec, matrix.shape), torch.uint8
     for name, tensor in matrix.tensors.items():
         size, dtype = sizes[name]
         if tensor.shape != size or tensor.dtype != dtype or not tensor.is_contiguous():
