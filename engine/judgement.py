@@ -104,6 +104,7 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     return max(0.0, (middle - margin) / (1 + z2)), min(1.0, (middle + margin) / (1 + z2))
 
 
+WINDOW = 512  # tokens of text at once
 PROMPTS = 200
 NEW_TOKENS = 256  # of each
 LAST, LONGEST = 64, 32  # a loop: so many last tokens have a period of at most so many

@@ -37,13 +37,13 @@ from engine.commands.common import (
     open_model,
 )
 from engine.errors import InputError
+from engine.options import Options
 
 if TYPE_CHECKING:
     from engine.api import Model
     from engine.benchmark.peers.process import Peer
     from engine.benchmark.speed import RunRecord
     from engine.generation import Prompt
-    from engine.options import Options
     from engine.text import Text
 
 PROMPT = "Explain in a few sentences why the sky is blue and why sunsets are red."
@@ -69,7 +69,7 @@ def run(
     ] = None,
     new_tokens: Annotated[
         int, typer.Option(min=1, help="Maximum number of tokens to generate.")
-    ] = 128,
+    ] = Options.max_new_tokens,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Ignore the model's EOS tokens.")
     ] = False,
@@ -246,7 +246,7 @@ def as_prompt(text: "Text", prompt: str, chat: bool | None) -> str | list[dict[s
 
 @contextmanager
 def opened_peers(
-    asked: dict[str, str | None], model: "Model", prompt: "Prompt", options: "Options", batch: int
+    asked: dict[str, str | None], model: "Model", prompt: "Prompt", options: Options, batch: int
 ) -> Iterator[list["Peer"]]:
     """Yields the peers that are installed, on the same work, each in its fastest setting.
 

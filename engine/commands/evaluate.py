@@ -9,7 +9,7 @@ import typer
 
 from engine.commands import common, output
 from engine.errors import InputError
-from engine.judgement import NEW_TOKENS, PROMPTS
+from engine.judgement import NEW_TOKENS, PROMPTS, WINDOW
 
 if TYPE_CHECKING:
     from engine.judgement import Judgement
@@ -26,7 +26,7 @@ def evaluate(
             rich_help_panel=_TEXT,
         ),
     ] = None,
-    window: Annotated[int, typer.Option(help="Tokens a window.", rich_help_panel=_TEXT)] = 512,
+    window: Annotated[int, typer.Option(help="Tokens a window.", rich_help_panel=_TEXT)] = WINDOW,
     count: Annotated[
         int | None, typer.Option(help="Number of windows. Default: all.", rich_help_panel=_TEXT)
     ] = None,

@@ -8,7 +8,7 @@ import typer
 from engine.commands import common, output
 from engine.errors import InputError
 from engine.healing.place import check_cache, check_new
-from engine.healing.recipe import STEPS
+from engine.healing.recipe import STEPS, WINDOWS
 from engine.healing.settings import RATES, Settings, check_model
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def heal(
             help="What distil trains. all; around: layers beside a cut, embedding and head; norms; "
             "lora; scales: those of a packed MODEL, with --teacher, at the same size.",
         ),
-    ] = "all",
+    ] = Settings.train,
     minutes: Annotated[
         float | None,
         typer.Option(
@@ -110,12 +110,12 @@ def heal(
         typer.Option(
             rich_help_panel=_TRAINING, help="Steps between held-out checks, each a checkpoint."
         ),
-    ] = 20,
+    ] = Settings.check_every,
     batch_tokens: Annotated[
         int | None,
         typer.Option(
             rich_help_panel=_TRAINING,
-            help=f"Tokens a step. Default: {Settings.batch_tokens}; qlora: 16 windows.",
+            help=f"Tokens a step. Default: {Settings.batch_tokens}; qlora: {WINDOWS} windows.",
         ),
     ] = None,
     written: Annotated[
@@ -126,7 +126,7 @@ def heal(
             rich_help_panel=_TRAINING,
             help="Also train on N tokens of text that the teacher generates.",
         ),
-    ] = 0,
+    ] = Settings.written,
     own: Annotated[
         int,
         typer.Option(
@@ -135,7 +135,7 @@ def heal(
             help="Second round on N tokens of text that the healed model generates, so that it "
             "repeats itself less: at most a quarter as long, at half the rate and at most 5e-5.",
         ),
-    ] = 0,
+    ] = Settings.own,
     residual: Annotated[
         float,
         typer.Option(
@@ -144,7 +144,7 @@ def heal(
             help="distil: weight of the squared error of the residual stream after every cut, "
             "added to the KL of the logits.",
         ),
-    ] = 0.0,
+    ] = Settings.residual,
     precision: Annotated[
         str,
         typer.Option(
@@ -152,14 +152,14 @@ def heal(
             help="Matmul precision in training: float32, bfloat16, or auto: bfloat16 where it is "
             "faster (a GPU, AMX, AVX512-BF16).",
         ),
-    ] = "auto",
+    ] = Settings.precision,
     seed: Annotated[
         int,
         typer.Option(
             rich_help_panel=_TRAINING,
             help="Random seed: text order, LoRA initialisation, dropout, generated text.",
         ),
-    ] = 0,
+    ] = Settings.seed,
     teacher: Annotated[
         str | None,
         typer.Option(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from engine.commands import common, output
+from engine.commands.budget import GROUP
 from engine.commands.scores import WINDOW, Asked, Scores, check_same
 from engine.errors import InputError
 
@@ -38,7 +39,7 @@ def plan(
     bits: Annotated[int, typer.Option(help="With --target-memory: bits of the weights.")] = 4,
     group: Annotated[
         int, typer.Option(help="With --target-memory: weights that share a scale.")
-    ] = 64,
+    ] = GROUP,
     rule: Annotated[str, typer.Option(help=f"One of {', '.join(RULES)}.")] = "similarity",
     protect: Annotated[
         str,
@@ -52,13 +53,13 @@ def plan(
         typer.Option(help="Model to score, or to fit into memory. Default: the profiled one."),
     ] = None,
     text: common.TextSource = None,
-    column: common.Column = "text",
+    column: common.Column = Asked.column,
     windows: Annotated[
         int, typer.Option(min=1, help=f"Windows of {WINDOW} tokens that greedy and search score.")
-    ] = 8,
+    ] = Asked.windows,
     metric: Annotated[
         str, typer.Option(help="Score: 'kl' to the unpruned model, or 'loss'.")
-    ] = "kl",
+    ] = Asked.metric,
     seed: Annotated[int, typer.Option(help="Random seed of search.")] = 0,
     evaluations: Annotated[
         int | None,

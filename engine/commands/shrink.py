@@ -13,6 +13,7 @@ import typer
 
 from engine.artifacts import HEAL, RECORDS
 from engine.commands import common, output
+from engine.commands.scores import Asked as Scored
 from engine.commands.shrunk import RECORD, collect, table
 from engine.errors import InputError
 from engine.scratch import Scratch, check_name, check_parent, write_errors, write_text
@@ -84,7 +85,7 @@ def shrink(
     ] = None,
     own: Annotated[int, typer.Option(metavar="N", help="As in heal; 0: no second round.")] = OWN,
     rule: Annotated[str, typer.Option(help="As in plan.")] = "greedy",
-    windows: Annotated[int, typer.Option(min=1, help="As in plan.")] = 8,
+    windows: Annotated[int, typer.Option(min=1, help="As in plan.")] = Scored.windows,
     window: Annotated[
         int | None, typer.Option(help=f"Tokens a window of text. Default: {WINDOW}.")
     ] = None,
@@ -203,7 +204,6 @@ class Run:
         """Refuses what a later stage would refuse."""
         from engine.commands.plan import RULES
         from engine.commands.quantize import LENGTH, as_recipe
-        from engine.commands.scores import Asked as Scored
         from engine.commands.scores import read_windows
         from engine.evaluate.judge import check
         from engine.healing.data import read_data
@@ -396,7 +396,7 @@ def judging(asked: Asked, context: int) -> "Judging":
     new_tokens = min(NEW_TOKENS, context - 64)
     return Judging(
         read_texts(list(asked.judge_text)),
-        window=min(512, context),
+        window=min(Judging.window, context),
         questions=() if asked.choices is None else tuple(read_questions(asked.choices)),
         questions_file=str(asked.choices),
         prompts=asked.prompts if asked.prompts and new_tokens >= LAST else None,

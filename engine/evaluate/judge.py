@@ -8,7 +8,7 @@ from typing import Any
 from engine.evaluate.choices import encode_questions, judge_choices
 from engine.evaluate.health import encode_prompts, judge_health
 from engine.evaluate.perplexity import check_vocabularies, cut_windows, evaluate
-from engine.judgement import BUILT_IN, NEW_TOKENS, Choices, Judgement
+from engine.judgement import BUILT_IN, NEW_TOKENS, WINDOW, Choices, Judgement
 from engine.progress import Report
 from engine.runtime import Runtime
 from engine.text import Text
@@ -23,7 +23,7 @@ class Asked:
     """What a model is to be judged by."""
 
     texts: Mapping[str | None, str]  # by the file it is from, None for the built-in one
-    window: int = 512
+    window: int = WINDOW
     count: int | None = None  # windows of each text; None: all
     bos: bool | None = None  # None: as the tokenizer does
     questions: tuple[Question, ...] = ()

@@ -10,7 +10,7 @@ import torch
 from engine.architecture.layers import format_layers
 from engine.artifacts import Evaluation
 from engine.errors import InputError, NotFiniteError
-from engine.judgement import geometric_mean
+from engine.judgement import WINDOW, geometric_mean
 from engine.runtime import Runtime, at_once
 from engine.sample import NOT_FINITE
 from engine.text import Text
@@ -27,7 +27,7 @@ def evaluate(
     *,
     name: str = "",
     rule: str | None = None,
-    window: int = 512,
+    window: int = WINDOW,
     count: int | None = None,
     bos: bool | None = None,
     source: str | None = None,

@@ -32,7 +32,7 @@ class Settings:
     train: str = "all"
     steps: int | None = None
     minutes: float | None = None
-    lr: float = 1e-4
+    lr: float = RATES["weights"]
     seed: int = 0
     window: int = 512  # tokens a window
     batch_tokens: int = 2048  # tokens a step, in whole windows
