@@ -73,8 +73,11 @@ class _Helper:
                 self.stop()
                 raise
             if found is None:
+                from engine.text.template import CPU_SECONDS
+
                 self.stop()
-                return {"error": f"it takes more than {SECONDS:.0f} s, or 5 s of a processor"}
+                limits = f"{SECONDS:.0f} s, or {CPU_SECONDS} s of a processor"
+                return {"error": f"it takes more than {limits}"}
             return found
 
     def stop(self) -> None:
