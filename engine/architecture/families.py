@@ -22,6 +22,7 @@ _LLAMA = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+MLP = ("gate", "up", "gate_up", "down")  # roles; gate and up may be one matrix
 _QK_NORM = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 _GEMMA = _LLAMA | {
     "attn_post_norm": "post_attention_layernorm",

@@ -7,15 +7,13 @@ from typing import Any
 import torch
 
 from engine.architecture.config import ModelConfig
-from engine.architecture.families import FAMILIES
+from engine.architecture.families import FAMILIES, MLP
 from engine.checkpoint import open_checkpoint
 from engine.checkpoint.adapter import PREFIX
 from engine.errors import InputError
 from engine.healing.randomness import own_randomness
 from engine.healing.settings import Settings, find_cuts
 from engine.kernels.dtypes import dtype_of
-
-FFN = ("gate", "up", "gate_up", "down")  # roles that LoRA adapts, as the paper does
 
 
 class Student:
@@ -120,9 +118,10 @@ def learns(name: str, config: ModelConfig, train: str) -> bool:
 
 
 def targets(config: ModelConfig) -> list[str]:
-    """Last names of the modules that LoRA adapts."""
+    """Last names of the modules that LoRA adapts: those of the feed-forward part, as in the paper
+    (Gromov et al., 2403.17887)."""
     names = FAMILIES[config.family].names
-    return [names[role].rpartition(".")[2] for role in FFN if role in names]
+    return [names[role].rpartition(".")[2] for role in MLP if role in names]
 
 
 def _load(directory: Path, dtype: torch.dtype) -> Any:

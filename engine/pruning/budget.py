@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 
 from engine.architecture.config import ModelConfig
 from engine.architecture.families import (
+    MLP,
     check_v_bits,
     layer_parts,
     layer_tensors,
@@ -21,7 +22,6 @@ from engine.artifacts import Artifact
 from engine.errors import InputError
 
 PARTS = ("embedding", "attention", "mlp", "norms", "head", "scales")
-_MLP = ("gate", "up", "gate_up", "down")
 MOST = 10**30  # of anything counted: what is more than any config and context give
 MOST_CONTEXT = 10**12
 
@@ -231,7 +231,7 @@ def _part(role: str) -> str:
     base = role.partition(".")[0]
     if base in ("embedding", "head"):
         return base
-    return "norms" if "norm" in base else "mlp" if base in _MLP else "attention"
+    return "norms" if "norm" in base else "mlp" if base in MLP else "attention"
 
 
 def budget(
