@@ -190,6 +190,11 @@ def check_target(path: Path, reads: Iterable[str | Path | None] = ()) -> None:
             raise InputError(f"{path}: is an input of this command; name another file")
 
 
+def partial_of(out: Path) -> Path:
+    """Where the directory `out`, or a file that takes long, lies before it is whole."""
+    return out.with_name(f"{out.name}.partial")
+
+
 def _beside(path: Path) -> Path:
     """Where a file is written before it is whole."""
     return path.with_name(f".{path.name}.partial")
@@ -274,7 +279,7 @@ def _made(path: Path) -> bool:
         path.mkdir()
         return True
     except FileNotFoundError:
-        named = path.with_name(path.name.removesuffix(".partial"))
+        named = path.with_name(path.name.removesuffix(".partial"))  # undoes partial_of
         raise InputError(f"{named}: there is no directory {path.parent}") from None
     except FileExistsError:
         if path.is_symlink() or not path.is_dir():

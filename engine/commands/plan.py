@@ -80,6 +80,7 @@ def plan(
     from engine.artifacts import Profile
     from engine.pruning import plan as rules
     from engine.runtime import check_backend
+    from engine.scratch import partial_of
     from engine.text.samples import source_files
 
     if rule not in RULES:
@@ -119,7 +120,7 @@ def plan(
             choice = getattr(rules, rule)(found, wanted, protected)
         else:
             options = Asked(ref, text, column, windows, metric, backend, patch, threads)
-            scores = Scores(found, options, protected, out.with_name(out.name + ".partial"))
+            scores = Scores(found, options, protected, partial_of(out))
             place, text_hash, choice = scores.place, scores.text_hash, scores.greedy(wanted)
             if rule == "search":
                 most = 200 if evaluations is None and seconds is None else evaluations

@@ -16,7 +16,14 @@ from engine.commands import common, output
 from engine.commands.scores import Asked as Scored
 from engine.commands.shrunk import RECORD, collect, table
 from engine.errors import InputError
-from engine.scratch import Scratch, check_name, check_parent, write_errors, write_text
+from engine.scratch import (
+    Scratch,
+    check_name,
+    check_parent,
+    partial_of,
+    write_errors,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from engine.evaluate import Asked as Judging
@@ -358,7 +365,7 @@ class Run:
 
     def _judge(self, out: Path) -> None:
         """A directory with what both were judged by and how fast they ran."""
-        beside = out.with_name(out.name + ".partial")
+        beside = partial_of(out)
         beside.mkdir(exist_ok=True)
         model, becomes = self.asked.model, str(self.out)
         for name, label, ref in (("before", model, model), ("after", becomes, str(self.scaled))):

@@ -51,7 +51,7 @@ def begin(
 def begin_empty(out: Path, source: Path, config: ModelConfig, described: str) -> Path:
     """The same without a file in it but the note of what the run is."""
     check_new(out)
-    partial = out.with_name(out.name + ".partial")
+    partial = scratch.partial_of(out)
     layers = [entry.layer for entry in config.layers]
     key = {"source": stamps(source), "layers": layers, "config": described}
     Scratch(partial, json.dumps(key))

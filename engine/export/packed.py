@@ -23,7 +23,7 @@ from engine.errors import InputError
 from engine.export.directory import index_shards
 from engine.kernels.w4 import store
 from engine.kernels.w4.format import Packed
-from engine.scratch import Scratch, check_new, copy, write_text
+from engine.scratch import Scratch, check_new, copy, partial_of, write_text
 
 PLAN = "plan.json"
 _SOURCE = ".source"
@@ -91,7 +91,7 @@ def rewrite(
     """The packed directory `source` as `out`, with `changed` in the place of matrices of the same
     names and specs, and the text files `beside` by name; written beside and renamed."""
     check_new(out)
-    partial = Scratch(out.with_name(out.name + ".partial"), json.dumps(stamps(source)))
+    partial = Scratch(partial_of(out), json.dumps(stamps(source)))
     for file in sorted(source.iterdir()):
         if file.suffix == ".safetensors":
             tensors, said = read_shard(file), SafetensorsFile(file).metadata

@@ -12,7 +12,7 @@ from engine.checkpoint.adapter import CONFIG, LINEAGE, PREFIX, WEIGHTS, AdaptedC
 from engine.checkpoint.safetensors import save_tensors
 from engine.checkpoint.weights import lineage_hash
 from engine.healing.settings import Settings
-from engine.scratch import Scratch, check_new, write_text
+from engine.scratch import Scratch, check_new, partial_of, write_text
 
 BASE = "base"  # in the directory of an adapter
 
@@ -36,7 +36,7 @@ def write(
     moved there, and the text files `beside` by name."""
     check_new(out)
     base = adapted.base
-    partial = Scratch(out.with_name(out.name + ".partial"), str(base.path.resolve()))
+    partial = Scratch(partial_of(out), str(base.path.resolve()))
     tensors = {}
     for module, pair in adapted.pairs.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = pair.a.contiguous()

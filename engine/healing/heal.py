@@ -36,7 +36,7 @@ from engine.kernels.dtypes import dtype_of
 from engine.kernels.w4.format import Packed, unpack
 from engine.reference.cache import KVCache
 from engine.reference.decoder import Decoder, load_decoder
-from engine.scratch import Scratch, write_text
+from engine.scratch import Scratch, partial_of, write_text
 
 # (what is to become a 4-bit base, its layers, a new directory)
 Pack = Callable[[Checkpoint, ModelConfig, Path], object]
@@ -131,7 +131,7 @@ def heal(
         after = healing.perplexity(healed, kept)
     record = healing.record((name, teacher_name or name), standing, (before, after))
     # What an earlier run left there may be shards of other weights under the same names.
-    Scratch(out.with_name(out.name + ".partial")).remove()
+    Scratch(partial_of(out)).remove()
     beside = {HEAL: json.dumps(record.to_json(), indent=1) + "\n"}
     write_text(work / HEAL, beside[HEAL])
     write(beside=beside)

@@ -19,7 +19,7 @@ def check_new(out: Path) -> None:
     """InputError where `out` is there already; what a kill left behind it is removed."""
     scratch.clear_behind(out, place_of(out), HEAL)
     scratch.check_new(out)
-    scratch.check_beside(out.with_name(out.name + ".partial"))
+    scratch.check_beside(scratch.partial_of(out))
 
 
 def check_cache(cache: Path, out: Path) -> None:
@@ -27,7 +27,7 @@ def check_cache(cache: Path, out: Path) -> None:
     a place where the run that writes `out` would clear it, or find it in its way."""
     scratch.check_name(cache)
     found = Path(os.path.realpath(cache))
-    for taken in (out, place_of(out), out.with_name(out.name + ".partial")):
+    for taken in (out, place_of(out), scratch.partial_of(out)):
         if found.is_relative_to(os.path.realpath(taken)):
             raise InputError(f"cache: expected a directory of its own, found {taken}, of this run")
     place = next(each for each in (cache, *cache.absolute().parents) if os.path.lexists(each))
