@@ -95,6 +95,7 @@ class Model:
 
     @property
     def config(self) -> ModelConfig:
+        """What the model is, with the layers that were loaded; InputError once it is closed."""
         return self.runtime.config
 
     @cached_property
@@ -118,6 +119,7 @@ class Model:
         self.close()
 
     def locating_nan(self) -> AbstractContextManager[None]:
+        """A NotFiniteError raised inside says which tensor of the files holds NaN or infinity."""
         return locating_nan(self.path)
 
     def __repr__(self) -> str:

@@ -43,6 +43,7 @@ class Artifact:
 
     @classmethod
     def from_json(cls, raw: Any, where: str) -> Self:
+        """From what a JSON file holds; InputError that begins with `where`, as for `load`."""
         found = raw.get("kind") if isinstance(raw, Mapping) else type(raw).__name__
         if found != cls.kind:
             raise InputError(f"{where}: expected {_a(cls.kind)}, found {found!r}")
@@ -226,6 +227,7 @@ class Plan(Artifact):
 
     @property
     def drop(self) -> tuple[int, ...]:
+        """The layers that go, ascending; those that the profile had left out are among them."""
         kept = set(self.keep)
         return tuple(layer for layer in range(self.total_layers) if layer not in kept)
 

@@ -48,6 +48,7 @@ class Timings:
 
     @property
     def prefill_tok_s(self) -> float:
+        """Prompt tokens of all sequences over the time of the prompt's step."""
         return self.prompt_tokens / self.prefill_ms * 1e3
 
     def decode_tok_s(self, quantile: float = 0.5) -> float | None:
@@ -68,8 +69,8 @@ class Generation:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str  # "stop": a stop token or stop string; "length": max_new_tokens reached
-    prompt_tokens: int
-    timings: Timings
+    prompt_tokens: int  # of this prompt, with the special tokens that were added
+    timings: Timings  # of the whole batch
 
 
 def generate(

@@ -57,6 +57,7 @@ class Divergence(torch.autograd.Function):
 
 
 def divergence(logits: torch.Tensor, teacher: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """A scalar: see `Divergence`."""
     found: torch.Tensor = Divergence.apply(logits, teacher, indices)
     return found
 

@@ -50,6 +50,8 @@ class CpuCache(Lengths):
 
 
 class CpuRuntime:
+    """The native decoder with its layers; activations between products are float32."""
+
     name = "cpu"
     device = torch.device("cpu")
     dtype = torch.float32

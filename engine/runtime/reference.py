@@ -13,6 +13,8 @@ from engine.reference.decoder import Decoder, Tap, load_decoder
 
 
 class ReferenceRuntime:
+    """A `Decoder`; weights, activations, keys and values have one dtype, quantized ones too."""
+
     name = "reference"
     prefill_chunk = 512
 

@@ -119,6 +119,7 @@ def check_operand(name: str, x: Tensor, width: int, weight: GpuMatrix) -> None:
 def run_gemv(
     x: Tensor, weight: GpuMatrix, bias: Tensor | None, y: Tensor, gated: bool, sizes: Launch
 ) -> None:
+    """Writes y (M, N), or (M, N / 2) with a gate, of x (M, K) that is `aligned`."""
     (n, k), m, kind = weight.shape, len(x), format_of(weight, x.shape[1], 1)
     grid = sizes.grid(m, n, k, kind, gated)
     parts = torch.empty(sizes.part_values(m, grid), dtype=torch.float32, device=x.device)
@@ -141,6 +142,7 @@ def gemv_options(sizes: Launch) -> dict[str, int | None]:
 def run_gemm(
     x: Tensor, weight: GpuMatrix, bias: Tensor | None, y: Tensor, gated: bool, sizes: Launch
 ) -> None:
+    """As `run_gemv`."""
     n, splits = weight.shape[0], sizes.SPLITS
     parts = y
     if splits > 1:
@@ -159,6 +161,7 @@ def run_gemm(
 def run_dense(
     x: Tensor, weight: GpuMatrix, bias: Tensor | None, y: Tensor, gated: bool, sizes: Launch
 ) -> None:
+    """As `run_gemv`."""
     product = y
     if gated or bias is not None or y.dtype != x.dtype:
         product = torch.empty(len(x), weight.shape[0], dtype=x.dtype, device=x.device)
@@ -191,6 +194,7 @@ RUN = {"gemv": run_gemv, "gemm": run_gemm, "dense": run_dense}
 
 
 def reduce(parts: Tensor, bias: Tensor | None, y: Tensor, gated: bool) -> None:
+    """Writes y, as `run_gemv`, of products in parts (splits, M, N) that are added up."""
     splits, m, n = parts.shape
     gemm.reduce_kernel[(m, triton.cdiv(y.shape[1], REDUCE_BLOCK))](
         parts, bias, y, m, n, GATED=gated, SPLITS=splits, BLOCK_N=REDUCE_BLOCK,

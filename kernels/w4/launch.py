@@ -12,6 +12,8 @@ from engine.kernels.w4.dequantize import Format
 
 @dataclass(frozen=True)
 class Launch:
+    """A kernel and its sizes."""
+
     kernel: str  # "gemv", "gemm", or "dense": dequantize, then torch.matmul
     BLOCK_M: int  # rows of x of a program
     WARPS: int  # of 16 rows of W each
