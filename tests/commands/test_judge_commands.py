@@ -130,7 +130,7 @@ def test_records_side_by_side(records, tree, evaluated, tmp_path):
     assert (code, out.count("\n"), err) == (0, 1, "")
 
 
-def test_multiples_are_of_the_same_windows(records, tree, tmp_path):
+def test_multiples_are_of_the_same_windows(records):
     whole, pruned, _, _ = records
     rows = dict(side_by_side(Comparison.of((whole, pruned))))
     for name, text in pruned.texts.items():

@@ -117,7 +117,7 @@ def test_refusals_come_before_the_hub(model, tmp_path):
     )
 
 
-def test_the_card_alone(source, tmp_path):
+def test_the_card_alone(source):
     whole = source("llama")
     (whole.path / "README.md").write_text("---\nlicense: mit\n---\n")
     code, out, _ = call("push", whole.path, REPO, "--card")

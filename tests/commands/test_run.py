@@ -307,7 +307,7 @@ def test_a_gpu_without_enough_memory_is_one_line(capfd):
     )
 
 
-def test_a_fault_of_the_engine_is_not_hidden(capfd):
+def test_a_fault_of_the_engine_is_not_hidden():
     def app(standalone_mode):
         raise RuntimeError("a bug")
 

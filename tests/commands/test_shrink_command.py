@@ -79,7 +79,7 @@ def test_all_stages_and_the_page(tree, tmp_path):
     assert "Its scales have learnt once more" in card and ".shrink/" not in card
 
 
-def test_a_finished_run_is_found_and_settings_tell_runs_apart(tree, tmp_path, monkeypatch):
+def test_a_finished_run_is_found_and_settings_tell_runs_apart(tree, tmp_path):
     out = tmp_path / "small"
     code, first, err = call(*arguments(tree, out))
     assert code == 0, err

@@ -78,7 +78,7 @@ def test_logits_of_models(rng, config):
         assert torch.equal(*ids)
 
 
-def test_names_that_were_left_alone_say_why(rng):
+def test_names_that_were_left_alone_say_why():
     class Shared(nn.Module):
         def __init__(self):
             super().__init__()

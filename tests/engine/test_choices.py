@@ -77,7 +77,7 @@ def test_a_choice_is_encoded_with_its_question(default_model):
         assert begun == Encoded([text.bos_id, *alone], expected)
 
 
-def test_no_more_at_once_than_a_runtime_decodes(rng):
+def test_no_more_at_once_than_a_runtime_decodes():
     """Questions of one token each: a decode step where nothing bounds them."""
     encoded = [Encoded([at], [[at + 1, at]]) for at in range(20)]
     every = list(log_likelihoods(FakeRuntime(1), encoded, 64))

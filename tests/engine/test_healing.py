@@ -142,7 +142,7 @@ def test_in_bfloat16_it_learns_as_well(source, rng, tmp_path):
     assert [record.settings["precision"] for record in found] == ["float32", "bfloat16"]
 
 
-def test_text_that_the_teacher_writes(rng, tmp_path):
+def test_text_that_the_teacher_writes(tmp_path):
     """Rows that the teacher goes on with from the text and from BOS; a killed run keeps batches."""
     windows, asked = torch.arange(30 * WINDOW).view(30, WINDOW), []
 
@@ -355,7 +355,7 @@ def test_a_cache_that_is_none(cache, sentence, source, rng, tmp_path, monkeypatc
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_order_is_every_window_once_an_epoch(rng):
+def test_the_order_is_every_window_once_an_epoch():
     data = Data(torch.zeros(10, 2), torch.zeros(1, 2))
     order = [window for step in range(10) for window in data.batch(step, 3, seed=4)]
     for epoch in range(3):

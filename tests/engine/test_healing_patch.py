@@ -152,7 +152,7 @@ def layer_of(decoder, config, slot, x, cache):
 
 
 @pytest.mark.parametrize("case", ["gemma2", "gemma3", "olmo2"])
-def test_a_norm_behind_the_mlp_refuses_a_patch(case, source, rng, tmp_path):
+def test_a_norm_behind_the_mlp_refuses_a_patch(case, source, tmp_path):
     checkpoint = source(case)
     for method in ("linear", "scale"):
         settings = Settings((method,), window=WINDOW)

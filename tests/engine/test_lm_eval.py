@@ -261,7 +261,7 @@ def test_a_length_beyond_the_context_is_cut_with_a_warning(model, caplog):
     assert ShallowLM(pretrained=str(model), max_length=16).max_length == 16
 
 
-def test_refusals(model, tmp_path):
+def test_refusals(model):
     from engine.lm_eval import ShallowLM
 
     with pytest.raises(InputError, match="model_args: 'foo' is not known"):

@@ -55,7 +55,7 @@ def test_batches_do_not_matter(case):
 
 
 @pytest.mark.parametrize("tokens", ["last", "all"])
-def test_streaming_gives_the_same(case, tokens, tmp_path):
+def test_streaming_gives_the_same(case, tokens):
     plain = _table(case.profile(tokens))
     source = case.source(tokens)
     memory = measure_streamed(case.checkpoint, case.config, case.samples, source)

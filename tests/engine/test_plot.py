@@ -280,7 +280,7 @@ def test_judgements_stand_beside_each_other_on_the_page(tmp_path):
     assert page.text.count("45.0000 (1.500x)") == 2 and "b.txt: perplexity" in page.text
 
 
-def test_names_are_text(draw, profile, evaluations, budget):
+def test_names_are_text(profile, evaluations, budget):
     name = 'a/<b>$x_1$ & "two" --> \n $\\frac'
     artefacts = [replace(profile, model=name), replace(budget, model=name)]
     artefacts += [replace(e, model=name, rule=e.rule and f"{e.rule}$<i>") for e in evaluations]

@@ -372,7 +372,7 @@ def test_pickled_adapters_are_named(adapter):
         open_checkpoint(out)
 
 
-def test_an_adapter_of_another_model_is_refused(adapter, rng, tmp_path):
+def test_an_adapter_of_another_model_is_refused(adapter, tmp_path):
     out = tmp_path / "out"
     tiny.write("llama", tmp_path / "other", 1, num_hidden_layers=3)
     (out / "other").symlink_to("../other")

@@ -316,7 +316,7 @@ def test_what_appears_meanwhile_is_not_replaced(source, tmp_path):
     assert out.read_text() == "mine"
 
 
-def test_blocks_of_a_gguf_pass_through(tmp_path, rng):
+def test_blocks_of_a_gguf_pass_through(tmp_path):
     def quantize(fields, tensors):
         for name, kind in (("attn_q", "Q5_0"), ("attn_k", "Q8_0"), ("ffn_up", "Q4_1")):
             kind, name = gguf.GGMLQuantizationType[kind], f"blk.0.{name}.weight"

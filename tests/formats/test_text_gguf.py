@@ -17,7 +17,7 @@ from tokenizers import Regex, pre_tokenizers
 from engine.text import heldout_text, load_text, text_from_gguf
 
 
-def test_gguf_splits_equal_transformers(tmp_path):
+def test_gguf_splits_equal_transformers():
     """Every pre-tokenizer that transformers knows by name, on one vocabulary."""
     from transformers.integrations.gguf.gguf_tokenizer_mapping import (
         GGUF_PRE_TOKENIZER_SPLITS,

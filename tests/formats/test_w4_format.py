@@ -79,7 +79,7 @@ def test_cpp_unpacks_the_same_bits(spec, permuted, shape, rng):
     assert out[-guard:].isnan().all(), "wrote past the end"
 
 
-def test_cpp_reads_every_half_and_bfloat(rng):
+def test_cpp_reads_every_half_and_bfloat():
     """All 65536 bit patterns as scales of one-code rows, subnormals and infinities included."""
     cpu = native.load("cpu")
     patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)

@@ -358,7 +358,7 @@ def test_stacked_and_permuted_matrices(rng, tmp_path, permuted):
     assert 0 < gpu.weight_bytes_per_token < gpu.weight_bytes
 
 
-def test_bad_calls_leave_the_model_usable(rng, pair):
+def test_bad_calls_leave_the_model_usable(pair):
     both, one = Both(pair("llama", torch.bfloat16), 2), torch.tensor([[5], [5]])
     gpu, cache = both.runtimes[0], both.caches[0]
     strange = Arena(gpu.config, gpu.device, gpu.dtype)
