@@ -30,7 +30,7 @@ def plan(
         str | None, typer.Option(metavar="25%", help="Share of the layers to drop.")
     ] = None,
     max_distance: Annotated[
-        float | None, typer.Option(help="Drop the largest block whose distance stays below this.")
+        float | None, typer.Option(help="Drop the largest block whose distance is at most this.")
     ] = None,
     target_memory: Annotated[
         str | None,
