@@ -103,7 +103,7 @@ class Settings:
         import torch  # whose older releases do not tell
 
         able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = str(device) != "cpu" or able.get("amx_bf16") or able.get("avx512_bf16")
+        fast = torch.device(device).type != "cpu" or able.get("amx_bf16") or able.get("avx512_bf16")
         return replace(self, precision="bfloat16" if fast else "float32")
 
     @property

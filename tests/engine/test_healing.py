@@ -130,6 +130,12 @@ def test_a_healed_model_is_nearer_and_an_ordinary_directory(case, source, rng, t
         assert_close("transformers", ours, peer(data.held_out, use_cache=False).logits, 1e-4)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cpu:0", torch.device("cpu", 0)])
+def test_a_processor_without_bfloat16_trains_in_float32(device, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    assert replace(SETTINGS, precision="auto").on(device).precision == "float32"
+
+
 def test_in_bfloat16_it_learns_as_well(source, rng, tmp_path):
     checkpoint = source("llama")
     config, data = shortened(checkpoint), draw(checkpoint, rng)
