@@ -27,7 +27,8 @@ def remarks(record: RunRecord) -> list[str]:
         if "wrong" in peer
     ]
     if record.ceiling_gb_s is None:
-        found.append(f"no ceiling: {ceiling_missing(torch.device(record.device))}")
+        full = f"{record.device} has no room for what would be read"
+        found.append(f"no ceiling: {ceiling_missing(torch.device(record.device)) or full}")
     return found
 
 

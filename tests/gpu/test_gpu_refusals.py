@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from operator import index
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import triton
 
 from engine import api
 from engine.benchmark import machine
+from engine.benchmark.tables import remarks
 from engine.errors import InputError
 from engine.healing.qlora import check_gpu
 from engine.kernels import dispatch
@@ -47,6 +49,8 @@ def test_a_reading_that_does_not_fit_is_none(monkeypatch):
 
     monkeypatch.setattr(machine, "gpu_read_gb_s", full)
     assert machine.ceiling_gb_s(CUDA, 1) is None
+    record = SimpleNamespace(compare=(), ceiling_gb_s=None, device="cuda:0")
+    assert remarks(record) == ["no ceiling: cuda:0 has no room for what would be read"]
 
 
 def test_what_qlora_cannot_do_on_a_gpu():
