@@ -74,12 +74,11 @@ def export(
 ) -> None:
     """Writes the layers that `config` keeps to `out`, in one of FORMATS.
 
-    The others hold quantized matrices to the bit; "hf" rounds their values to 16 bits.
-
-    A directory, or a file for "gguf". It is written beside, a layer in memory at a time, goes on
-    where a killed run was, and is renamed at the end. `dtype` is of what is not quantized: the
-    stored one if not given (in 16 bits for "hf"). InputError for a model that the format cannot
-    hold, with the reason and the nearest format that can.
+    "hf" rounds the values of quantized matrices to 16 bits, the others hold them to the bit. `out`
+    is a new directory, or a file for "gguf": written beside, a layer in memory at a time, taken up
+    where a killed run was, and renamed at the end. `dtype` is of what is not quantized: the stored
+    one if not given (in 16 bits for "hf"). InputError for a model that the format cannot hold, with
+    the reason and the nearest format that can.
     """
     out = Path(out)
     if to not in FORMATS:
