@@ -38,7 +38,7 @@ def budget(
         bool, typer.Option("--minimum", help="Groups store a minimum beside the scale.")
     ] = False,
     context: Annotated[
-        int | None, typer.Option(help="Positions in the KV cache. Default: up to 4096.")
+        int | None, typer.Option(help=f"Positions in the KV cache. Default: up to {CONTEXT}.")
     ] = None,
     bandwidth: Annotated[
         float | None,
@@ -73,7 +73,7 @@ def budget(
     storage = Storage.of(bits, group, "minimum" if minimum else "symmetric", head, v)
     kept = kept_config(config, plan, drop, keep, model)
     file = None if sizes is None else file_bytes(config, sizes)
-    positions = min(CONTEXT, config.max_context) if context is None else context
+    positions = usual_context(config) if context is None else context
     found = compute(model, config, kept, storage, positions, file)
 
     def tables() -> None:
@@ -82,6 +82,11 @@ def budget(
             show_paper(found)
 
     common.hand_out(found, json_file, tables)
+
+
+def usual_context(config: "ModelConfig") -> int:
+    """Positions in the KV cache where nobody says how many."""
+    return min(CONTEXT, config.max_context)
 
 
 def check_group(group: int) -> None:

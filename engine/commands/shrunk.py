@@ -20,7 +20,7 @@ def collect(model: str, path: Path, packed: Path) -> "Shrunk":
     from engine.artifacts import HealRecord, Plan, Profile
     from engine.benchmark.speed import RunRecord
     from engine.checkpoint.files import read_json
-    from engine.commands.budget import CONTEXT, read_model
+    from engine.commands.budget import read_model, usual_context
     from engine.judgement import Judgement
     from engine.pruning.budget import Storage, budget, file_bytes
     from engine.report.shrunk import Shrunk
@@ -31,8 +31,7 @@ def collect(model: str, path: Path, packed: Path) -> "Shrunk":
     how = read_json(packed / "config.json")["quantization_config"]
     storage = Storage.of(*(how.get(name) for name in ("bits", "group", "scheme", "head", "v")))
     file = None if sizes is None else file_bytes(config, sizes)
-    context = min(CONTEXT, config.max_context)
-    cost = budget(model, config, config.keep(plan.keep), storage, context, file)
+    cost = budget(model, config, config.keep(plan.keep), storage, usual_context(config), file)
     was, now = (RunRecord.load(records / f"{name}-speed.json") for name in ("before", "after"))
     counts = [f"{side['total_parameters']:,}" for side in (cost.before, cost.after)]
     return Shrunk(
