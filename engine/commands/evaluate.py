@@ -9,7 +9,7 @@ import typer
 
 from engine.commands import common, output
 from engine.errors import InputError
-from engine.judgement import NEW_TOKENS, PROMPTS, WINDOW
+from engine.judgement import LAST, NEW_TOKENS, PROMPTS, WINDOW
 
 if TYPE_CHECKING:
     from engine.judgement import Judgement
@@ -60,7 +60,7 @@ def evaluate(
     new_tokens: Annotated[
         int | None,
         typer.Option(
-            help=f"Tokens to generate from each prompt, 64 or more. Default: {NEW_TOKENS}.",
+            help=f"Tokens to generate from each prompt, {LAST} or more. Default: {NEW_TOKENS}.",
             rich_help_panel=_HEALTH,
         ),
     ] = None,

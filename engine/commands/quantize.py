@@ -43,7 +43,8 @@ def quantize(
         str | None,
         typer.Option(
             help="symmetric, zero, minimum or codebook (IQ4_NL's). Default: codebook with gptq, "
-            "minimum in groups of 16 and 32; minimum with hqq; symmetric with rtn and in 8 bits."
+            "but minimum in groups of 16 and 32 and symmetric in 8 bits; minimum with hqq; "
+            "symmetric with rtn."
         ),
     ] = None,
     scale_dtype: Annotated[
