@@ -304,15 +304,15 @@ def load(
     checkpoint = open_checkpoint(path)
     config = choose_layers(checkpoint, drop, keep)
     if backend == "cpu":
-        from engine.runtime.cpu import CpuRuntime
+        from engine.runtime.cpu import CpuRuntime, usual
 
-        exact = dtype is not None or not is_quantized(checkpoint)
+        mode, keys_dtype = usual(exact=dtype is not None or not is_quantized(checkpoint))
         runtime: Runtime[CpuCache] = CpuRuntime.load(
             checkpoint,
             config,
             threads,
-            mode="exact" if exact else "int8",
-            cache_dtype=("float32" if exact else "float16") if cache_dtype is None else cache_dtype,
+            mode=mode,
+            cache_dtype=keys_dtype if cache_dtype is None else cache_dtype,
             isa=isa,
             progress=progress,
         )

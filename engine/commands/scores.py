@@ -182,17 +182,13 @@ def open_streams(
 
     device, reason = choose_device(None), why_not("cpu")
     if choose_backend(asked.backend, device) == "cpu":
-        from engine.runtime.cpu import CpuRuntime
+        from engine.runtime.cpu import CpuRuntime, usual
         from engine.runtime.streams import CpuStreams
 
-        exact = not is_quantized(checkpoint)
+        mode, cache_dtype = usual(exact=not is_quantized(checkpoint))
         try:
             runtime = CpuRuntime.load(
-                checkpoint,
-                config,
-                asked.threads,
-                mode="exact" if exact else "int8",
-                cache_dtype="float32" if exact else "float16",
+                checkpoint, config, asked.threads, mode=mode, cache_dtype=cache_dtype
             )
             return CpuStreams(runtime), f"the CPU runtime ({runtime.precision})"
         except InputError:

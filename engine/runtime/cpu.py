@@ -293,6 +293,11 @@ class CpuRuntime:
         return held if cache.reach <= held.reach else self._angles.tables(cache.reach)
 
 
+def usual(exact: bool) -> tuple[str, str]:
+    """(mode, cache dtype) where nothing else is asked for; `exact`: float32 throughout."""
+    return ("exact", "float32") if exact else ("int8", "float16")
+
+
 def native_layer(
     checkpoint: Checkpoint, config: ModelConfig, layer: int
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
