@@ -75,7 +75,7 @@ SPLITS = {
 }
 _SPLIT_OF = {name: split for names, split in SPLITS.items() for name in names.split()}
 
-_SPECIAL = {
+SPECIAL = {  # as templates know them -> tokenizer.ggml. ...
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
     "unk_token": "unknown_token_id",
@@ -217,7 +217,7 @@ def text_from_gguf(metadata: Mapping[str, Any], where: str) -> Text:
     """
     data = _Metadata(metadata, where)
     defaults = {"bos_token": 1, "eos_token": 2, "unk_token": 0} if data.is_sentencepiece else {}
-    named = {name: data.token(key, defaults.get(name)) for name, key in _SPECIAL.items()}
+    named = {name: data.token(key, defaults.get(name)) for name, key in SPECIAL.items()}
     special = {name: token for name, token in named.items() if token is not None}
     found = special.get("eos_token"), data.token("eot_token_id"), data.token("eom_token_id")
     ends = {token for token in found if token is not None}

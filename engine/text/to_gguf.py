@@ -16,10 +16,9 @@ from tokenizers.pre_tokenizers import PreTokenizer
 from engine.checkpoint.gguf_names import END_TOKENS
 from engine.errors import InputError
 from engine.text import spm
-from engine.text.gguf import SPLITS, text_from_gguf
+from engine.text.gguf import SPECIAL, SPLITS, text_from_gguf
 from engine.text.text import Text
 
-_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _SENTENCEPIECE_SPACE = "▁"
 # Numbers, contractions, white space, marks, scripts with and without case and spaces, emoji.
 PROBES = (
@@ -159,10 +158,10 @@ def _vocabulary(
 def _ends(text: Text, size: int) -> dict[str, Any]:
     """The special tokens by name, those that end a text, and which of them go around one."""
     fields: dict[str, Any] = {}
-    for name, key in _NAMES.items():
+    for name, key in SPECIAL.items():
         index = text.tokenizer.token_to_id(text.special.get(name, ""))
         if index is not None and index < size:
-            fields[f"tokenizer.ggml.{key}_token_id"] = index
+            fields[f"tokenizer.ggml.{key}"] = index
     known = {
         fields.get("tokenizer.ggml.eos_token_id"),
         *map(text.tokenizer.token_to_id, END_TOKENS),
