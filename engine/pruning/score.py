@@ -16,7 +16,7 @@ from engine.reference.decoder import Decoder
 from engine.reference.stream import DEFAULT_LIMIT_BYTES, step, storage
 from engine.sample import NOT_FINITE
 
-# Of logits that are computed at once: 24 MB, which the C library keeps for the next ones, where
+# Of logits that are computed at once: 24 MiB, which the C library keeps for the next ones, where
 # the pages of larger blocks come and go.
 LOGITS = 6 << 20
 ROWS = 16  # positions whose softmax is taken at once: 3 MB of a vocabulary of 49,152
