@@ -78,10 +78,15 @@ def _from_hub(ref: str, repo: str, file: str | None) -> Path:
             f"{ref}: no such file or directory, not in the hub's cache, and {why}"
         ) from error
     except (errors.HTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{ref}: the Hugging Face hub: {reason[0]}") from error
+        raise hub_refused(ref, error) from error
     if not any(Path(path).glob("*.safetensors")):
         raise InputError(
             f"{ref}: this hub model has no safetensors; name a GGUF file as {repo}:FILE.gguf"
         )
     return Path(path)
+
+
+def hub_refused(ref: str, error: Exception) -> InputError:
+    """What the hub says, or why it cannot be reached, in one line."""
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return InputError(f"{ref}: the Hugging Face hub: {reason[0]}")

@@ -54,6 +54,7 @@ def upload(model: Path, repo: str, text: str, private: bool) -> None:
     import huggingface_hub
     from huggingface_hub import CommitOperationAdd, errors
 
+    from engine.checkpoint.locate import hub_refused
     from engine.scratch import MARKER
 
     files = sorted(model.glob("[!.]*")) if model.is_dir() else [model]
@@ -73,5 +74,4 @@ def upload(model: Path, repo: str, text: str, private: bool) -> None:
     except errors.LocalTokenNotFoundError as error:
         raise InputError(f"{repo}: log in with `hf auth login` first") from error
     except (errors.HTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{repo}: the Hugging Face hub: {reason[0]}") from error
+        raise hub_refused(repo, error) from error
