@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.kernels.w4.format import Packed, spread, take, unpack
-from engine.kernels.w4.ops import Prepared, matmul
+from engine.kernels.w4.ops import Prepared, autocast, matmul
 
 
 class LearningLinear(nn.Module):
@@ -47,9 +47,7 @@ class LearningLinear(nn.Module):
         return replace(given, scales=scales, mins=mins)
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
+        x = autocast(x)
         wide = self._wide()
         matrix = Prepared(wide.spec, wide.shape, "dense", wide.tensors())
         return matmul(x, matrix, None if self.bias is None else self.bias.to(x.dtype))

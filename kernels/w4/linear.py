@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.kernels.w4.format import Packed, Spec, expected_tensors, validate, zeros
-from engine.kernels.w4.ops import Prepared, matmul, prepare, restore
+from engine.kernels.w4.ops import Prepared, autocast, matmul, prepare, restore
 
 
 class W4Linear(nn.Module):
@@ -104,9 +104,7 @@ class W4Linear(nn.Module):
         self.layout, self.parts = prepared.backend, tuple(prepared.tensors)
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
+        x = autocast(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return matmul(x, self.prepared, bias, self.exact)
 

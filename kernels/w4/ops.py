@@ -92,6 +92,13 @@ def matmul(x: Tensor, matrix: Prepared, bias: Tensor | None = None, exact: bool 
     return w4_matmul(x, *matrix.arguments(), bias, exact)
 
 
+def autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype where that is on, as `nn.Linear` has it."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return x.to(torch.get_autocast_dtype(kind)) if on else x
+
+
 @torch.library.custom_op(
     "shallow::w4_matmul",
     mutates_args=(),
