@@ -59,6 +59,7 @@ def endpoint(monkeypatch):
         monkeypatch.setenv("HF_TOKEN", "hf_of_a_stub")
         monkeypatch.setattr(constants, "ENDPOINT", url)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
     return speak
 

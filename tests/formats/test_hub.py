@@ -26,8 +26,10 @@ def away_from_home(tmp_path, monkeypatch):
 def hub(tmp_path, monkeypatch):
     """huggingface-hub whose downloads are a function of the test's choosing; the calls made."""
     import huggingface_hub
+    from huggingface_hub import constants
 
     calls = []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # where it is set here
 
     def serve(answer):
         def download(repo, *file, **options):
