@@ -57,7 +57,7 @@ class Recipe:
             "scale_dtype": DTYPES,
             "clip": ("minmax", "mse"),
             "head": (4, 8, 16, None),
-            "v": (*{self.bits, 8}, None),
+            "v": (*sorted({self.bits, 8}), None),
         }
         for name, allowed in choices.items():
             if (found := getattr(self, name)) not in allowed:
