@@ -4,7 +4,6 @@ The base is a packed directory; transformers' model stands over it with a `W4Lin
 every quantized matrix, peft's LoRA on the feed-forward ones, and transformers' Trainer teaches it.
 """
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from engine.healing.assemble import assemble
 from engine.healing.data import Data
 from engine.healing.randomness import own_randomness
 from engine.healing.settings import Settings
-from engine.healing.student import targets
+from engine.healing.student import adapted, targets
 from engine.kernels.dtypes import dtype_of
 from engine.kernels.w4.embedding import W4Embedding
 from engine.kernels.w4.format import Packed
@@ -85,9 +84,7 @@ def adapted_model(base: Checkpoint, settings: Settings, backend: str | None = No
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(settings.seed)
-    with warnings.catch_warnings():  # peft asks transformers by names that are on their way out
-        warnings.simplefilter("ignore", FutureWarning)
-        return peft.get_peft_model(model, adapt(lora))
+    return adapted(model, adapt(lora))
 
 
 def pairs(model: Any) -> dict[str, Pair]:

@@ -1,5 +1,6 @@
 """The student: transformers' model of a pruned directory, and which of its weights learn."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -155,10 +156,19 @@ def check_peft() -> None:
         raise InputError("train: lora needs peft: pip install 'shallow[heal]'") from None
 
 
+def adapted(model: Any, lora: Any) -> Any:
+    """peft's model over transformers' own, with the adapters of a `LoraConfig`."""
+    import peft
+
+    with warnings.catch_warnings():  # peft asks transformers by names that are on their way out
+        warnings.simplefilter("ignore", FutureWarning)
+        return peft.get_peft_model(model, lora)
+
+
 def _adapt(model: Any, config: ModelConfig, settings: Settings) -> Any:
     import peft
 
-    adapters = peft.LoraConfig(
+    lora = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.rank,
         target_modules=targets(config),
@@ -166,4 +176,4 @@ def _adapt(model: Any, config: ModelConfig, settings: Settings) -> Any:
     )
     with own_randomness():
         torch.manual_seed(settings.seed)
-        return peft.get_peft_model(model, adapters)
+        return adapted(model, lora)

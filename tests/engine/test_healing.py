@@ -299,6 +299,7 @@ def test_the_rate_rises_and_falls():
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # of peft, which a user cannot help
 @pytest.mark.parametrize("train", ["norms", "around", "lora"])
 def test_only_what_is_asked_for_learns(train, source, rng, tmp_path, monkeypatch):
     falling = iter(range(9, 0, -1))  # the last weights are the best
