@@ -118,9 +118,11 @@ def _add_tokens(tokenizer: Tokenizer, config: Mapping[str, Any], where: Path) ->
 
 
 def _eos_ids(path: Path, model: Mapping[str, Any]) -> set[int]:
-    """What ends a generation: generation_config.json, or else config.json (`model`)."""
-    settings = _read_json(path / "generation_config.json") or model
-    ids = _entry(settings, "eos_token_id", (int, list), path)
+    """What ends a generation, by generation_config.json or where that does not say by config.json
+    (`model`): as the checkpoint has it (engine/checkpoint/safetensors.py)."""
+    ids = _entry(_read_json(path / "generation_config.json"), "eos_token_id", (int, list), path)
+    if ids is None:
+        ids = _entry(model, "eos_token_id", (int, list), path)
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
     if not all(isinstance(index, int) for index in ids):
         raise InputError(f"{path}: expected token ids under 'eos_token_id', found {ids}")

@@ -74,6 +74,7 @@ def test_special_tokens_map_stands_in_for_the_config(tmp_path):
     path = save(byte_level(), tmp_path, tokenizer_class="PreTrainedTokenizerFast")
     (path / "special_tokens_map.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
     (path / "config.json").write_text('{"eos_token_id": 3, "max_position_embeddings": 99}')
+    (path / "generation_config.json").write_text('{"do_sample": true}')
     text, other = load_text(path), AutoTokenizer.from_pretrained(path)
     same_as_transformers(text, other)
     assert (text.bos_id, text.eos_ids, text.max_length) == (1, (2, 3), 99)
