@@ -110,6 +110,16 @@ def test_one_token_has_no_decode_speed(model):
     assert record.decode_tok_s is None and record.achieved_gb_s is None
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="of what Linux hands on to a child")
+def test_the_peak_is_of_this_process_alone():
+    """Whatever the program took that started it, a notebook say."""
+    own = "from engine.benchmark.machine import peak_rss_bytes as peak; print(peak())"
+    parent = "import subprocess, sys; held = b'x' * 1_000_000_000; subprocess.run(sys.argv[1:])"
+    argv = [sys.executable, "-c", parent, sys.executable, "-c", own]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert 2**24 < int(done.stdout) < 900_000_000
+
+
 def test_a_seed_reproduces_the_text(model):
     arguments = ("run", "--temperature", "2", "--new-tokens", "20", "--seed")
     first, again, other = (invoke(*arguments, seed).split("\n")[0] for seed in "112")
