@@ -48,7 +48,7 @@ def speeds(record: RunRecord) -> Table:
         "decode, p5": figure(r.decode_tok_s_p5, "tok/s"),
         "decode, p95": figure(r.decode_tok_s_p95, "tok/s"),
         "a token": figure(r.ms_per_token, "ms"),
-        "weights read a token": figure(r.weight_bytes_per_token / 1e6, "MB"),
+        "weights read a step": figure(r.weight_bytes_per_token / 1e6, "MB"),
         "achieved": figure(r.achieved_gb_s, "GB/s") + share,
         "ceiling, measured": figure(r.ceiling_gb_s, "GB/s"),
         "weights": figure(r.weight_bytes / 1e6, "MB"),
@@ -58,7 +58,7 @@ def speeds(record: RunRecord) -> Table:
     if r.drafted is not None:
         rows["drafts"] = f"{r.accepted} of {r.drafted} tokens right"
     if r.launches_per_token is not None:
-        rows["launches a token"] = str(r.launches_per_token)
+        rows["launches a step"] = str(r.launches_per_token)
     if r.peak_vram_bytes is not None:
         rows["peak VRAM"] = figure(r.peak_vram_bytes / 1e6, "MB")
     out = Table(show_header=False, pad_edge=False)

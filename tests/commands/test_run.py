@@ -105,6 +105,15 @@ def test_chat_where_there_is_a_template(flag, template, chat, model, monkeypatch
     assert asked == ([[{"role": "user", "content": "hi"}]] if chat else [])
 
 
+def test_bytes_and_launches_are_of_a_step(model, monkeypatch):
+    """Which gives a token of every sequence, or several with drafts."""
+    monkeypatch.setattr(model.runtime, "launches_per_token", 7, raising=False)
+    output = invoke("run", "--new-tokens", "4", "--batch", "3")
+    shown = " ".join(output.replace("│", " ").split())
+    megabytes = record_of(output).weight_bytes_per_token / 1e6
+    assert f"weights read a step {megabytes:,.2f} MB" in shown and "launches a step 7" in shown
+
+
 def test_one_token_has_no_decode_speed(model):
     record = record_of(invoke("run", "--new-tokens", "1"))
     assert record.decode_tok_s is None and record.achieved_gb_s is None
