@@ -60,7 +60,14 @@ def cut_plan(path: Path, config: ModelConfig) -> Plan:
             f"{path}: expected a plan that keeps {config.total_layers} layers, found "
             f"{len(plan.keep)}"
         )
-    return replace(plan, keep=tuple(plan.keep[entry.layer] for entry in config.layers))
+    keep = tuple(plan.keep[entry.layer] for entry in config.layers)
+    if keep == plan.keep:
+        return plan
+    # What it says of rule, score and text holds for its own layers alone.
+    return replace(
+        plan, keep=keep, rule="manual", note="", score=None, protect=(), profile=None,
+        text_hash=None,
+    )  # fmt: skip
 
 
 def write_shard(

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import gguf
 import pytest
@@ -239,6 +240,11 @@ def test_layers_keep_their_numbers_in_the_plan(source, tmp_path):
     first = open_checkpoint(tmp_path / "first")
     again = plan_of(first, first.config.keep([1, 2]), "m")
     assert (again.keep, again.total_layers, again.lineage) == ((2, 3), 4, plan.lineage)
+    chosen = replace(plan, rule="greedy", score=0.5, protect=(0,), profile="p", text_hash="t")
+    chosen.save(tmp_path / "first" / "plan.json")
+    assert plan_of(first, first.config, "m") == chosen
+    # Of what a second cut leaves the rule knows nothing.
+    assert plan_of(first, first.config.keep([1, 2]), "m") == replace(plan, keep=(2, 3))
     (tmp_path / "first" / "plan.json").write_text(json.dumps(plan.to_json() | {"keep": [0]}))
     with pytest.raises(InputError, match=r"plan\.json: expected a plan that keeps 3 layers"):
         plan_of(first, first.config, "m")
