@@ -268,8 +268,10 @@ def _blocks(profile: Profile) -> int:
 
 def _conditions(profile: Profile) -> str:
     """What the figure depends on: the winner changes with the samples, their length and BOS."""
+    shorter = profile.tokens_used < profile.samples * profile.length  # some, of rows
     return (
-        f"{short(profile.model)}\n{profile.samples} samples of {profile.length} tokens, "
+        f"{short(profile.model)}\n{profile.samples} samples of "
+        f"{'up to ' if shorter else ''}{profile.length} tokens, "
         f"{'all tokens' if profile.tokens == 'all' else 'last token'}, "
         f"{'with BOS' if profile.bos else 'no BOS'}"
     )

@@ -79,6 +79,12 @@ def test_the_heat_map_is_the_rescaled_triangle(profile):
     labels_are_layers(axes, profile)
 
 
+def test_samples_that_are_shorter_than_the_longest_are_said(profile):
+    for draw in (figures.heat_map, figures.curves):
+        title = draw(replace(profile, tokens_used=39)).axes[0].get_title(loc="left")
+        assert "4 samples of up to 10 tokens" in title
+
+
 def labels_are_layers(axes, profile):
     ticks = [
         (int(t), label.get_text())
