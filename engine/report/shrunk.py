@@ -87,7 +87,7 @@ def _healed(shrunk: Shrunk) -> Section:
     record = shrunk.healing
     facts = {
         "methods": ", ".join(record.methods),
-        "steps": f"{record.steps:,}, the best after {record.best_step:,}",
+        "steps": f"{record.steps:,}; the weights are those of step {record.best_step:,}",
         "minutes": f"{record.minutes:.1f}",
         "ended": record.stopped or "-",
         "held-out perplexity": f"{record.perplexity_before:,.4f} before, "

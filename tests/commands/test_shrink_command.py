@@ -69,6 +69,7 @@ def test_all_stages_and_the_page(tree, tmp_path):
     for heading in ("What it was", "How well it speaks", "How fast it runs", "How it healed"):
         assert f"<h2>{heading}" in page
     assert page.count("<svg") == 3 and f"{speed.decode_tok_s:,.1f} tok/s" in page
+    assert f"the weights are those of step {healed.best_step}<" in page
     assert f"{before.perplexity:,.4f}" in page and f"{speed.weight_bytes / 1e6:,.1f} MB" in said
     assert call("eval", out, "--text", tree / "text.txt", "--window", 16)[0] == 0
     code, card, err = call("push", out, "org/name", "--license", "mit", "--card")
