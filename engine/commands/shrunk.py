@@ -49,8 +49,8 @@ def collect(model: str, path: Path, packed: Path) -> "Shrunk":
             ("weights in memory", _mb(was.weight_bytes), _mb(now.weight_bytes)),
         ],
         speeds=speed_rows(was, now),
-        conditions=f"{now.device_name}, {now.threads} threads, {now.backend}, {now.dtype}: "
-        f"{now.prompt_tokens} tokens in, {now.new_tokens} out, batch 1",
+        conditions=f"{now.device_name}, {now.threads} threads: {now.prompt_tokens} tokens in, "
+        f"{now.new_tokens} out, batch 1",
     )
 
 
@@ -64,6 +64,7 @@ def speed_rows(was: "RunRecord", now: "RunRecord") -> list[tuple[str, str, str]]
         row("prefill", "prefill_tok_s", "tok/s"),
         row("decode", "decode_tok_s", "tok/s"),
         row("time to first token", "ttft_ms", "ms"),
+        ("computed by", f"{was.backend}, {was.dtype}", f"{now.backend}, {now.dtype}"),
     ]
 
 

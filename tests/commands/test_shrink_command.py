@@ -70,6 +70,10 @@ def test_all_stages_and_the_page(tree, tmp_path):
         assert f"<h2>{heading}" in page
     assert page.count("<svg") == 3 and f"{speed.decode_tok_s:,.1f} tok/s" in page
     assert f"the weights are those of step {healed.best_step}<" in page
+    computed = RunRecord.load(records / "before-speed.json").dtype, speed.dtype
+    assert computed[0] != computed[1]  # floats are not rounded, what multiplies 4 bits is
+    cells = "".join(f"<td>cpu, {each}</td>" for each in computed)
+    assert f"<td>computed by</td>{cells}" in page
     assert f"{before.perplexity:,.4f}" in page and f"{speed.weight_bytes / 1e6:,.1f} MB" in said
     assert call("eval", out, "--text", tree / "text.txt", "--window", 16)[0] == 0
     code, card, err = call("push", out, "org/name", "--license", "mit", "--card")
