@@ -300,7 +300,7 @@ class HealRecord(Artifact):
     losses: tuple[float, ...]  # one a step: nats a token, with --residual the streams' error added
     checks: tuple[float, ...]  # held-out perplexity along the training
     perplexity_before: float  # held-out, of the pruned model
-    perplexity_after: float
+    perplexity_after: float  # and of what was written, in its dtype
     text_hash: str  # of the token ids that were learnt from
     seed: int
     check_steps: tuple[int, ...] = ()  # of `checks`; records of earlier versions lack them

@@ -24,7 +24,7 @@ from engine.healing.own import avoiding, digest, mixed, own_windows, second
 from engine.healing.patch import patch
 from engine.healing.place import check_cache, check_new, place_of
 from engine.healing.qlora import check_gpu, check_installed, qlora
-from engine.healing.replaced import Replaced
+from engine.healing.replaced import Replaced, Rounded
 from engine.healing.scales import ScaleStudent, check_packed
 from engine.healing.settings import TRAINED, Settings, check_model, find_cuts
 from engine.healing.state import Standing, joined
@@ -123,11 +123,15 @@ def heal(
         write = partial(packed.rewrite, pupil.path, out, changed)
     else:
         healed, kept, standing = healing.healed(run, cache or work, pack)
-        write = partial(hf.prune, healed, kept, out, dtype=dtype)
         if settings.adapter and isinstance(healed, AdaptedCheckpoint):
             write = partial(adapters.write, healed, settings, out)
+        else:
+            if dtype != torch.float32:
+                healed = Rounded(healed, dtype)
+            write = partial(hf.prune, healed, kept, out, dtype=dtype)
     after = standing.best
-    if settings.methods[-1] != "distil" or settings.precision != "float32":  # as before it
+    exact = settings.precision == "float32" and not isinstance(healed, Rounded)
+    if settings.methods[-1] != "distil" or not exact:  # in float32 as before it, of what is written
         after = healing.perplexity(healed, kept)
     record = healing.record((name, teacher_name or name), standing, (before, after))
     # What an earlier run left there may be shards of other weights under the same names.

@@ -1,5 +1,6 @@
-"""A checkpoint some of whose tensors are other ones, held in memory."""
+"""A checkpoint some of whose tensors are other ones, held in memory, or all of them rounded."""
 
+import math
 from collections.abc import Collection, Mapping
 
 import torch
@@ -37,6 +38,35 @@ class Replaced:
 
     def packed(self, name: str) -> GgufBlocks | Packed | None:
         return None if name in self.tensors else self.base.packed(name)
+
+    def forget(self) -> None:
+        self.base.forget()
+
+
+class Rounded:
+    """`base` as `engine.export.hf` writes it in `to`: every tensor, quantized ones too."""
+
+    def __init__(self, base: Checkpoint, to: torch.dtype) -> None:
+        self.base, self.to = base, to
+        self.path, self.config = base.path, base.config
+
+    def names(self) -> Collection[str]:
+        return self.base.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.base.shape(name)
+
+    def dtype(self, name: str) -> str | None:
+        return name_of(self.to)
+
+    def nbytes(self, name: str) -> int:
+        return math.prod(self.shape(name)) * self.to.itemsize
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.base.read(name).to(self.to)
+
+    def packed(self, name: str) -> None:
+        return None
 
     def forget(self) -> None:
         self.base.forget()

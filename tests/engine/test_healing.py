@@ -20,7 +20,7 @@ from engine.checkpoint import open_checkpoint
 from engine.errors import InputError
 from engine.export.hf import prune
 from engine.healing import distil, state
-from engine.healing.data import Data, read_data
+from engine.healing.data import Data, perplexity, read_data
 from engine.healing.heal import heal
 from engine.healing.settings import Settings
 from engine.healing.student import learns
@@ -206,6 +206,19 @@ def test_other_weights_in_the_same_place_begin_anew(source, rng, tmp_path):
     again = heal(changed, config, data, tmp_path / "a", SETTINGS, **kept)
     anew = heal(changed, config, data, tmp_path / "b", SETTINGS)
     assert (again.lineage, again.losses) == (anew.lineage, anew.losses)
+
+
+@pytest.mark.parametrize("methods", [("linear",), ("distil",)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_perplexity_after_is_of_what_is_written(dtype, methods, source, rng, tmp_path):
+    """Rounding to 16 bits takes a part of what was learnt."""
+    checkpoint = source("llama")
+    data, settings = draw(checkpoint, rng), replace(SETTINGS, methods=methods, precision="float32")
+    out = tmp_path / "out"
+    record = heal(checkpoint, shortened(checkpoint), data, out, settings, dtype=dtype)
+    written = open_checkpoint(out)
+    found = perplexity(partial(logits, written, written.config), data.held_out)
+    assert record.perplexity_after == pytest.approx(found, rel=1e-6)
 
 
 def test_a_loss_that_is_no_number_ends_it_with_the_last_good_weights(
