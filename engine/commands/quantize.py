@@ -56,7 +56,10 @@ def quantize(
         typer.Option(help="Range of a group in rtn and gptq: minmax or mse. Default: mse in gptq."),
     ] = None,
     head: Annotated[
-        str | None, typer.Option(help="Bits of the head: 4, 8, 16 or keep. Default: 8.")
+        str | None,
+        typer.Option(
+            help="Bits of the head: 4, 8, 16 or keep. Default: 8, but keep with --method keep."
+        ),
     ] = None,
     v: Annotated[
         int | None,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.commands import call
 from support.directories import assert_same, stored
 from support.profiles import Case
 from support.vocabularies import byte_level
@@ -51,6 +52,12 @@ def quantize(*arguments: object) -> str:
 
 
 SHORT = ("--samples", "4", "--length", "32")
+
+
+def test_the_help_says_that_keep_keeps_the_head():
+    said = " ".join(call("quantize", "--help")[1].replace("│", " ").split())
+    assert "Default: 8, but keep with --method keep." in said
+    assert as_recipe({}).head == 8 and as_recipe({"method": "keep"}).head is None
 
 
 def test_by_default_gptq_in_4_bits_with_a_head_of_8(model, tmp_path):
