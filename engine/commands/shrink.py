@@ -74,13 +74,20 @@ def shrink(
         list[str] | None,
         typer.Option(
             metavar="SOURCE",
-            help="Text to choose layers by and to train on; repeatable. Default: built-in prose.",
+            help="Text to train on; repeatable. Layers are chosen by the first, which also "
+            "calibrates. Default: built-in prose.",
         ),
     ] = None,
     minutes: Annotated[
         float | None, typer.Option(help=f"Minutes of healing. Default: {MINUTES:g}.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of healing instead.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps of healing instead, of the weights and of the scales each; the second "
+            "round takes up to a quarter more."
+        ),
+    ] = None,
     written: Annotated[
         int | None,
         typer.Option(

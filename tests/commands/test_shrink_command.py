@@ -84,6 +84,26 @@ def test_all_stages_and_the_page(tree, tmp_path):
     assert "Its scales have learnt once more" in card and ".shrink/" not in card
 
 
+def test_what_the_help_says_of_texts_and_steps(tree, tmp_path):
+    """A second text is trained on, and neither chooses layers nor calibrates."""
+    said = " ".join(call("shrink", "--help")[1].replace("│", " ").split())
+    assert "Layers are chosen by the first, which also calibrates." in said
+    assert "of the weights and of the scales each; the second round takes up to a quarter" in said
+    (tmp_path / "more.txt").write_text("5 6 7 8 9 " * 400)
+    found = []
+    for out, more in (("a", ()), ("b", ("--text", tmp_path / "more.txt"))):
+        code, _, err = call(*arguments(tree, tmp_path / out, "--steps", 8, *more))
+        assert code == 0, err
+        records = tmp_path / out / "records"
+        heal, scales = (HealRecord.load(records / f"{name}.json") for name in ("heal", "scales"))
+        assert (heal.steps, scales.steps) == (8 + 2, 8)
+        config = json.loads((tmp_path / out / "config.json").read_text())
+        plan = Plan.load(records / "plan.json")
+        found.append((plan.text_hash, config["quantization_config"]["calibration"], heal.text_hash))
+    (plan, calibration, learnt), other = found
+    assert (plan, calibration) == other[:2] and learnt != other[2]
+
+
 def test_a_finished_run_is_found_and_settings_tell_runs_apart(tree, tmp_path):
     out = tmp_path / "small"
     code, first, err = call(*arguments(tree, out))
