@@ -133,10 +133,11 @@ def _summary(made: Made) -> str:
 
 
 def _healed(heal: HealRecord) -> str:
+    # What is fitted takes no steps, and its minutes are not recorded.
+    took = f" ({heal.steps} steps, {heal.minutes:.1f} minutes)" if heal.steps else ""
     return (
-        f"Healed by {', '.join(heal.methods)} ({heal.steps} steps, {heal.minutes:.0f} minutes) "
-        f"from `{_plain(heal.teacher)}`: perplexity on held-out text "
-        f"{heal.perplexity_before:.2f} before and {heal.perplexity_after:.2f} after."
+        f"Healed by {', '.join(heal.methods)}{took} from `{_plain(heal.teacher)}`: perplexity on "
+        f"held-out text {heal.perplexity_before:.2f} before and {heal.perplexity_after:.2f} after."
     )
 
 

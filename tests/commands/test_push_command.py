@@ -5,7 +5,7 @@ from support import hub as stub
 from support.commands import call, refused
 from support.exported import packed_model
 
-from engine.artifacts import Evaluation, Plan
+from engine.artifacts import Evaluation, HealRecord, Plan
 from engine.judgement import Judgement
 
 REPO = "org/shallower"
@@ -124,6 +124,25 @@ def test_the_card_alone(source):
     code, out, _ = call("push", whole.path, REPO, "--card")
     assert code == 0 and "license: mit" in out
     assert f"\n{len(whole.config.layers)} layers, matrices as float32" in out
+
+
+@pytest.mark.parametrize(
+    ("methods", "steps", "said"),
+    [
+        (("linear",), 0, "Healed by linear from `org/whole`: perplexity on held-out text 9.00"),
+        (("linear", "distil"), 7, "by linear, distil (7 steps, 0.4 minutes) from `org/whole`"),
+    ],
+)
+def test_what_was_fitted_took_no_steps(methods, steps, said, model):
+    record = HealRecord(
+        "org/whole", "org/whole", "b", 4, (0, 1, 3), methods, {}, steps=steps, best_step=steps,
+        minutes=steps / 18, stopped="", losses=(), checks=(), perplexity_before=9.0,
+        perplexity_after=8.0, text_hash="t", seed=0,
+    )  # fmt: skip
+    record.save(model / "heal.json")
+    code, card, err = call("push", model, REPO, "--card", "--license", "mit")
+    assert code == 0, err
+    assert said in card and "8.00 after" in card
 
 
 @pytest.mark.parametrize("licence", ["mit\nfoo: bar", "a: b #c", "", "-"])
