@@ -58,3 +58,18 @@ def _check(checkpoint: "Checkpoint", name: str, shape: tuple[int, ...]) -> None:
         raise InputError(f"{checkpoint.path}: {name}: expected floats, found a quantized vector")
     if dtype is not None and "float" not in dtype:
         raise InputError(f"{checkpoint.path}: {name}: expected floats, found {dtype}")
+    if dtype is not None and dtype.startswith("float8"):
+        _check_unscaled(checkpoint, name, dtype)
+
+
+def _check_unscaled(checkpoint: "Checkpoint", name: str, dtype: str) -> None:
+    """InputError for 8-bit floats beside a scale that no configuration speaks of (modelopt's, say,
+    describes them in a file of its own): as they are, they stand for other weights."""
+    module = name.removesuffix("weight")
+    beside = (each.removeprefix(module) for each in checkpoint.names() if each.startswith(module))
+    scale = min((part for part in beside if "scale" in part), default=None)
+    if scale is not None:
+        raise InputError(
+            f"{checkpoint.path}: {name}: {dtype} beside a scale ({scale}) is not read; take the "
+            "model in 16 bits, or in 4 as GGUF, GPTQ, AWQ or compressed-tensors"
+        )

@@ -164,6 +164,21 @@ def test_floats_that_no_kernel_has(dtype, backend, tmp_path):
 
 
 @every_backend
+@pytest.mark.parametrize("part", ["weight_scale", "weight_scale_inv", "scale_weight"])
+def test_eight_bit_floats_beside_a_scale(part, backend, tmp_path):
+    """As modelopt writes them, whose config.json need not say so."""
+    tiny.write("llama", tmp_path, 1)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors |= {Q: tensors[Q].to(torch.float8_e4m3fn), Q.replace("weight", part): torch.tensor(0.5)}
+    save_file(tensors, file, {"format": "pt"})
+    words = rf"{Q}: float8_e4m3fn beside a scale \({part}\)"
+    with pytest.raises(InputError, match=words) as caught:
+        engine.load(tmp_path, backend=backend)
+    assert str(tmp_path) in str(caught.value)
+
+
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_head_that_is_its_embedding(dtype, backend, tmp_path):
     """What tied models' directories may hold twice: other tools write it."""
