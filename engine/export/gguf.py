@@ -5,6 +5,7 @@ of a GGUF pass through, plain ones stay as they are. Vectors and norms are float
 wants them. q and k rows are interleaved and Gemma's norms offset as its converter does.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -144,12 +145,14 @@ class Gguf:
         return f"blk.{item.slot}.{LAYER_NAMES[role]}.{suffix}"
 
     def _named(self, tokenizer: dict[str, Value]) -> str:
-        """llama.cpp knows Phi-3's tags, behind which white space is left out, by this name."""
+        """llama.cpp knows Phi-3's tags, behind which white space is left out, by this name, and
+        opens no other model that is called so."""
         name = self.checkpoint.path.name.removesuffix(".gguf")
+        if not _PHI3_TOKENS.issubset(tokenizer["tokenizer.ggml.tokens"].value):
+            return re.sub(r"(?i)(phi)-?(?=3)", r"\1 ", name)
         if architecture(self.config) != "phi3" or "phi3" in name.lower().replace("-", ""):
             return name
         tagged = tokenizer["tokenizer.ggml.model"].value == "llama"  # Phi-4's are not
-        tagged &= _PHI3_TOKENS.issubset(tokenizer["tokenizer.ggml.tokens"].value)
         return f"Phi-3 {name}" if tagged else name
 
     def _tokenizer(self) -> dict[str, Value]:

@@ -119,6 +119,17 @@ def test_a_phi3_is_named_so(tmp_path):
         assert open_checkpoint(out).file.metadata["general.name"] == named
 
 
+@pytest.mark.parametrize("name, said", [("Phi-3-like", "Phi 3-like"), ("tinyphi3", "tinyphi 3")])
+def test_a_model_without_phi3s_tokens_is_not_named_so(name, said, tmp_path):
+    """llama.cpp would ask for them, and not open it."""
+    tokenizer = byte_level()
+    tiny.write("llama", tmp_path / name, 1, vocab_size=tokenizer.get_vocab_size())
+    opened(tokenizer, tmp_path / name)
+    source, out = open_checkpoint(tmp_path / name), tmp_path / "out.gguf"
+    export(source, source.config, out, "gguf")
+    assert open_checkpoint(out).file.metadata["general.name"] == said
+
+
 @pytest.mark.parametrize("ends", [[2], [2, 3], [3, 2, 9], [2, 3, 9, 11]])
 def test_several_ends_of_a_text(ends, tmp_path):
     text = opened(byte_level(), tmp_path, eos_token_id=ends)
