@@ -4,13 +4,16 @@ Nothing is computed: codes, scales and whatever lies beside them keep their byte
 opened the directory opens the shallower one.
 """
 
+import json
 import re
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from engine.architecture.config import ModelConfig
 from engine.checkpoint import Checkpoint
+from engine.checkpoint.files import read_json
 from engine.checkpoint.safetensors import SafetensorsCheckpoint
 from engine.errors import InputError
 from engine.export import directory
@@ -20,7 +23,7 @@ from engine.scratch import copy
 BESIDE = ("quantize_config.json", "quant_config.json")
 _LAYER = re.compile(r"(model\.layers\.)(\d{1,6})(\..*|$)", re.ASCII | re.DOTALL)
 _REPEATS_REPEATS = re.compile(r"[*+?}|][^()]*\)[*+{]")  # (a+)+, (a|b)*
-_NUMBERED = re.compile(r"layers\\?\.\D{0,3}\d")  # a pattern that speaks of certain layers
+_NUMBER = re.compile(r"\d|\\d")  # without one, a pattern means the same of every layer
 
 
 def prune(
@@ -44,6 +47,7 @@ def prune(
     described = directory.sliced_config(config)
     if (said := config.source.get("quantization_config")) is not None:
         described["quantization_config"] = cut(said, slots, names)
+    renewed = _renewed(checkpoint.path, slots, names)
     partial = directory.begin(out, checkpoint.path, config, described)
     metadata = {
         new: text
@@ -60,7 +64,9 @@ def prune(
             progress(index + 1, len(shards))
     directory.index_shards(partial, files)
     for name in BESIDE:
-        if (checkpoint.path / name).is_file():
+        if name in renewed:
+            directory.write_text(partial / name, renewed[name])
+        elif (checkpoint.path / name).is_file():
             copy(checkpoint.path / name, partial / name)
     if (checkpoint.path / PLAN).is_file():
         cut_plan(checkpoint.path / PLAN, config).save(partial / PLAN)
@@ -79,11 +85,11 @@ def renumbered(name: str, slots: Mapping[int, int]) -> str | None:
 def cut(said: Any, slots: Mapping[int, int], names: Mapping[str, str]) -> Any:
     """`quantization_config` with the modules that it names renumbered.
 
-    A pattern ("re:...") that speaks of certain layers becomes the names of what it means.
+    A pattern ("re:...") that would mean other modules then becomes the names of what it means.
     """
     if isinstance(said, dict):
         for key in said:
-            if _NUMBERED.search(key) and not _LAYER.match(key):
+            if not _LAYER.match(key) and _moves(key.removeprefix("+:").removeprefix("-:"), names):
                 raise InputError(
                     f"quantization_config: expected rules for all layers or for modules by name, "
                     f"found {key!r:.200}; `engine export --to hf` writes a directory without it"
@@ -96,14 +102,36 @@ def cut(said: Any, slots: Mapping[int, int], names: Mapping[str, str]) -> Any:
     for value in said:
         if not isinstance(value, str):
             found.append(cut(value, slots, names))
-        elif value.startswith("re:") and _NUMBERED.search(value):
-            pairs = names.items()
-            modules = {name.rpartition(".")[0]: new.rpartition(".")[0] for name, new in pairs}
-            meant = _pattern(value)
-            found += [new for module, new in modules.items() if meant.match(module)]
+        elif value.startswith("re:") and _moves(value.removeprefix("re:"), names):
+            meant = _pattern(value.removeprefix("re:"))
+            found += [new for module, new in _modules(names).items() if meant.match(module)]
         elif (new := renumbered(value, slots)) is not None:
             found.append(new)
     return found
+
+
+def _renewed(path: Path, slots: Mapping[int, int], names: Mapping[str, str]) -> dict[str, str]:
+    """The files of BESIDE, which others read before config.json, that name modules by layer."""
+    found = {}
+    for name in BESIDE:
+        said: dict[str, Any] = {}
+        with suppress(InputError):  # absent, or nothing that anyone reads
+            said = read_json(path / name)
+        if (new := cut(said, slots, names)) != said:
+            found[name] = json.dumps(new, indent=2)
+    return found
+
+
+def _modules(names: Mapping[str, str]) -> dict[str, str]:
+    return {name.rpartition(".")[0]: new.rpartition(".")[0] for name, new in names.items()}
+
+
+def _moves(pattern: str, names: Mapping[str, str]) -> bool:
+    """Whether it means other modules once they are renumbered."""
+    if _NUMBER.search(pattern) is None:
+        return False
+    meant, modules = _pattern(pattern), _modules(names).items()
+    return any(bool(meant.match(old)) != bool(meant.match(new)) for old, new in modules)
 
 
 def _pattern(value: str) -> re.Pattern[str]:
@@ -113,7 +141,7 @@ def _pattern(value: str) -> re.Pattern[str]:
             f"what repeats, which may take for ever, found {value!r:.200}"
         )
     try:
-        return re.compile(value.removeprefix("re:"))
+        return re.compile(value)
     except (re.error, RecursionError, OverflowError) as error:
         raise InputError(
             f"quantization_config: expected a pattern behind 're:', found {value!r:.200} ({error})"

@@ -117,6 +117,30 @@ def test_modules_that_a_config_names_are_renumbered():
         copied.cut({"dynamic": {r"-:.*layers\.2\..*up_proj": {}}}, slots, names)
 
 
+def test_rules_without_the_word_layers_are_not_of_others_then():
+    """As GPTQModel's README has them: by the number between two dots."""
+    slots = {layer: slot for slot, layer in enumerate(KEEP)}
+    names = {f"model.layers.{old}.mlp.up_proj.qweight": f"model.layers.{new}.mlp.up_proj.qweight"
+             for old, new in slots.items()}  # fmt: skip
+    for rule in (r"+:.*\.2\..*up.*", r".*\.2\..*up.*", r"-:.*\.\d*[1-2]\..*"):
+        with pytest.raises(InputError, match="rules for all layers or for modules by name"):
+            copied.cut({"dynamic": {rule: {"bits": 8}}}, slots, names)
+    assert copied.cut([r"re:.*\.2\.mlp.*"], slots, names) == ["model.layers.1.mlp.up_proj"]
+    of_the_first = {"dynamic": {r"+:.*\.0\..*up.*": {"bits": 8}}, "ignore": [r"re:.*\.0\..*"]}
+    assert copied.cut(of_the_first, slots, names) == of_the_first
+
+
+def test_what_lies_beside_is_renumbered(source, rng, tmp_path):
+    """GPTQModel reads it before config.json."""
+    checkpoint = quantized("gptq", source("llama", **WIDE), rng, tmp_path)
+    path = checkpoint.path / "quantize_config.json"
+    rules = {f"model.layers.{layer}.mlp.up_proj": {"bits": 4 + layer} for layer in (1, 2)}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dynamic": rules}))
+    copied.prune(checkpoint, checkpoint.config.keep(KEEP), tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+    assert said["dynamic"] == {"model.layers.1.mlp.up_proj": {"bits": 6}} and said["bits"] == 4
+
+
 @pytest.mark.parametrize("pattern", ["re:layers.0.(*", "re:layers.0" + "(" * 9999])
 def test_a_pattern_that_is_none_is_named(pattern):
     with pytest.raises(InputError, match=r"quantization_config: expected a pattern behind 're:'"):
