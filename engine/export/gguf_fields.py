@@ -237,8 +237,7 @@ def _rope_fields(config: ModelConfig) -> dict[str, Any]:
                 raise Unsupported("GGUF has one attention factor for the rotations of all layers")
             fields["rope.scaling.attn_factor"] = rope.attention_factor / usual
     elif rope.kind == "longrope":
-        fields |= {
-            "rope.scaling.type": "longrope",
+        fields |= {  # no type: its divisors tell, and ik_llama.cpp dies of a word for it
             "rope.scaling.original_context_length": rope.original_context,
             "rope.scaling.attn_factor": rope.attention_factor,
         }

@@ -169,6 +169,19 @@ def test_yarn_is_told_by_the_keys_that_llama_cpp_reads(tmp_path):
         assert replace(said, attention_factor=rope.attention_factor) == rope
 
 
+@pytest.mark.filterwarnings("ignore:llama.cpp has no windows")
+def test_longrope_is_told_by_its_divisors_alone(tmp_path):
+    """ik_llama.cpp dies of a type that it does not know; llama.cpp's converter writes none."""
+    tiny.write("phi3-longrope", tmp_path / "hf", 1, vocab_size=VOCAB)
+    save_tokenizer(tmp_path / "hf")
+    checkpoint, out = open_checkpoint(tmp_path / "hf"), tmp_path / "out.gguf"
+    export(checkpoint, checkpoint.config, out, "gguf")
+    again = open_checkpoint(out)
+    assert "phi3.rope.scaling.type" not in again.file.metadata
+    ours, theirs = (each.config.layers[0].rope for each in (checkpoint, again))
+    assert theirs.kind == "longrope" and theirs.long_divisors == ours.long_divisors
+
+
 def test_an_attention_factor_is_of_all_layers(tmp_path):
     """llama.cpp multiplies the rotations of Gemma's layers with a window by it, scaled or not."""
     whole = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
