@@ -6,6 +6,7 @@ wants them. q and k rows are interleaved and Gemma's norms offset as its convert
 """
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,7 +28,7 @@ from engine.export.gguf_blocks import to_blocks
 from engine.export.gguf_fields import architecture, model_fields, require_said, rope_tensors
 from engine.export.gguf_file import Place, Progress, Value, require_name, typed_fields, write_gguf
 from engine.export.tensors import Item, Unsupported, stored_tensors
-from engine.kernels.w4.format import Packed
+from engine.kernels.w4.format import Packed, unpack_codes
 from engine.text import load_text
 from engine.text.to_gguf import to_gguf
 
@@ -52,6 +53,7 @@ class Gguf:
             self.source = checkpoint
         self.places: dict[int | None, list[Place]] = {}  # by slot
         self.fields: dict[str, Value] = {}
+        self.lowest = ""  # a matrix with a code of -128
         self.rows = config.vocab_size  # of embedding and head; fewer where they are padded
         if self.source is None:
             self.vectors = rope_tensors(config)
@@ -59,11 +61,19 @@ class Gguf:
     def look(self, item: Item, stored: Stored) -> None:
         if self.source is None:
             kind, _ = self._encoded(item, stored)
+            if kind == "Q8_0" and isinstance(stored, Packed) and not unpack_codes(stored).all():
+                self.lowest = item.source
             self.places.setdefault(item.slot, []).append(Place(self._name(item), kind, item.shape))
 
     def ready(self) -> None:
         if self.source is not None:
             return gguf_copy.require_cut(self.source, self.config)
+        if self.lowest:
+            warnings.warn(
+                f"{self.checkpoint.path}: {self.lowest} has codes of -128, which no quantizer of "
+                "llama.cpp's writes: ik_llama.cpp takes them for others on AVX-512",
+                stacklevel=2,
+            )
         name, tokenizer = architecture(self.config), self._tokenizer()
         places = [place for slot in self.places.values() for place in slot]
         kinds = Counter(place.type for place in places if len(place.shape) == 2)

@@ -33,7 +33,7 @@ class Grid:
     shift: torch.Tensor
 
     def encode(self, values: torch.Tensor) -> torch.Tensor:
-        """(N, G, g) -> the nearest codes, as float32."""
+        """(N, G, g) -> the nearest codes, as float32; of 8 symmetric bits none is -128."""
         if self.spec.scheme == "codebook":
             table = codebook(values.device)
             middles = (table[1:] + table[:-1]) / 2
@@ -42,7 +42,9 @@ class Grid:
             codes = (values - self.shift) / nonzero(self.scale)
         else:
             codes = values / nonzero(self.scale) + self.shift
-        return codes.round_().clamp_(0, (1 << self.spec.bits) - 1)
+        # -128 is as far from the end of the range as -127, and what reads GGUFs may not know it.
+        least = 1 if (self.spec.scheme, self.spec.bits) == ("symmetric", 8) else 0
+        return codes.round_().clamp_(least, (1 << self.spec.bits) - 1)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """The format's formula."""

@@ -3,6 +3,7 @@ them, tokenizers by their ids; what GGUF has no word for is refused."""
 
 import tempfile
 import unicodedata
+import warnings
 from dataclasses import replace
 
 import gguf
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support import llama_files, tiny, vocabularies
-from support.exported import assert_same_matrices, logits, packed_model
+from support.exported import WIDE, assert_same_matrices, logits, packed_model
 from support.packed import every_spec, random_packed, spec_id
 from tokenizers import Regex, normalizers, pre_tokenizers
 
@@ -19,8 +20,10 @@ from engine.checkpoint.gguf_blocks import GgufBlocks
 from engine.checkpoint.gguf_file import GgufFile
 from engine.errors import InputError
 from engine.export.formats import export, prune
+from engine.export.gguf import Gguf
 from engine.export.gguf_blocks import to_blocks
 from engine.export.gguf_file import typed_fields
+from engine.export.tensors import stored_tensors
 from engine.kernels.w4.format import Spec, unpack
 from engine.kernels.w4.from_gguf import BLOCKS, from_blocks
 from engine.quantize.packing import pack
@@ -295,6 +298,28 @@ def test_packed_models_keep_their_bits(recipe, source, rng, tmp_path):
             for file, t in ((first, tensor), (second, other))
         ]
         assert tensor.type == other.type and torch.equal(*data), name
+
+
+def test_eight_bits_have_no_code_that_llama_cpp_never_writes(source, rng, tmp_path):
+    """-128, which ik_llama.cpp misreads; in what others quantized it is told."""
+    whole = source("llama", **WIDE, vocab_size=VOCAB)
+    save_tokenizer(whole.path)
+    ours = packed_model(whole, tmp_path / "ours", rng, bits=8, head=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export(ours, ours.config, tmp_path / "out.gguf", "gguf")
+    tensors = gguf.GGUFReader(tmp_path / "out.gguf").tensors
+    found = [t.data for t in tensors if t.tensor_type == gguf.GGMLQuantizationType.Q8_0]
+    codes = np.concatenate([data.reshape(-1, 34)[:, 2:].view(np.int8).ravel() for data in found])
+    assert (codes.min(), codes.max()) == (-127, 127)
+    theirs = Gguf(whole, whole.config, None)
+    for slot in (None, *range(len(whole.config.layers))):
+        for item, stored in stored_tensors(whole, whole.config, slot):
+            if item.role == "up":
+                stored = random_packed(rng, *item.shape, Spec(8, 32, "symmetric"))
+            theirs.look(item, stored)
+    with pytest.warns(UserWarning, match=r"mlp\.up_proj\.weight has codes of -128"):
+        theirs.ready()
 
 
 def test_a_run_killed_behind_any_tensor_goes_on(source, tmp_path):
