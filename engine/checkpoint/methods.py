@@ -197,8 +197,10 @@ class _CompressedTensors(Method):
         groups = config.get("config_groups")
         if not isinstance(groups, dict) or not groups:
             raise InputError(f"{tensors.path}: quantization_config: config_groups is missing")
-        for key in ("transform_config", "sparsity_config"):
-            tensors.choose(key, config.get(key) or None, (None,))
+        tensors.choose("transform_config", config.get("transform_config") or None, (None,))
+        sparsity = config.get("sparsity_config") or None  # "dense": no more than a count of zeros
+        dense = isinstance(sparsity, dict) and sparsity.get("format") == "dense"
+        tensors.choose("sparsity_config", None if dense else sparsity, (None,))
         self.settings = [self._setting(group, config.get("format")) for group in groups.values()]
 
     def _setting(self, group: Any, written: Any) -> tuple[int, int]:

@@ -193,6 +193,8 @@ def _config(path: Path) -> dict:
         hint = f"; to open a GGUF, name the file: {', '.join(ggufs)}" if ggufs else ""
         raise InputError(f"{path}: there is no config.json{hint}")
     config = read_json(path / "config.json")
+    if "compression_config" in config:  # what compressed-tensors wrote until it was transformers'
+        config.setdefault("quantization_config", config.pop("compression_config"))
     if (path / "generation_config.json").is_file():
         generation = read_json(path / "generation_config.json")
         if generation.get("eos_token_id") is not None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import tiny
 from support.packed import every_spec, random_packed, spec_id
-from support.quantized import CASES, HEAD, MODULE, gptq, plain_names, values, write
+from support.quantized import CASES, HEAD, MODULE, compressed, gptq, plain_names, values, write
 
 from engine.checkpoint import open_unchecked
 from engine.kernels.w4 import store
@@ -46,6 +46,15 @@ def test_older_gptq_keeps_its_settings_in_a_file_of_its_own(rng, tmp_path):
     for key in ("quant_method", "checkpoint_format", "pack_dtype"):
         del config[key]
     (tmp_path / "quantize_config.json").write_text(json.dumps(config))
+    assert torch.equal(open_unchecked(tmp_path).read(f"{MODULE}.weight"), weight)
+
+
+def test_older_compressed_tensors_have_another_key(rng, tmp_path):
+    parts, config, weight = compressed(rng)
+    write(tmp_path, parts, config)
+    described = json.loads((tmp_path / "config.json").read_text())
+    described["compression_config"] = described.pop("quantization_config")
+    (tmp_path / "config.json").write_text(json.dumps(described))
     assert torch.equal(open_unchecked(tmp_path).read(f"{MODULE}.weight"), weight)
 
 

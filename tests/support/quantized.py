@@ -169,6 +169,13 @@ def compressed(rng, bits=4, group=32, symmetric=True, actorder=False):
     return parts, config, (q - z[:, g_idx]) * scale.float()[:, g_idx]
 
 
+def dense(rng):
+    """As llm-compressor wrote it in 2024: how many zeros there are, beside the rules."""
+    parts, config, weight = compressed(rng)
+    counted = {"format": "dense", "global_sparsity": 0.14, "ignore": [MODULE]}
+    return parts, config | {"sparsity_config": counted}, weight
+
+
 def nf4(rng, nested=False, k=128, blocksize=64, kind="nf4", storage=torch.uint8):
     q, table = draw(rng, 16, N, k), torch.tensor(NF4)
     if kind == "fp4":
@@ -216,6 +223,7 @@ CASES = {
     "compressed-asymmetric": lambda rng: compressed(rng, symmetric=False),
     "compressed-channel": lambda rng: compressed(rng, group=-1, symmetric=False),
     "compressed-8bit": lambda rng: compressed(rng, bits=8),
+    "compressed-dense": dense,
     "compressed-actorder": lambda rng: compressed(rng, symmetric=False, actorder=True),
     "nf4": nf4,
     "nf4-nested": lambda rng: nf4(rng, nested=True),
