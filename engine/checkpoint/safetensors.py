@@ -181,6 +181,12 @@ def quantization_config(path: Path, config: dict[str, Any]) -> dict[str, Any] | 
         found = {"quant_method": "gptq"} | read_json(path / "quantize_config.json")
     if found is None and (path / "quanto_qmap.json").is_file():
         found = {"quant_method": "quanto"}  # which optimum-quanto's directories do not say
+    if found is None and (path / "hf_quant_config.json").is_file():
+        said = read_json(path / "hf_quant_config.json").get("quantization")
+        if isinstance(said, dict) and said.get("quant_algo"):  # else of keys and values alone
+            found = {"quant_method": "modelopt"}
+    if (said := config.get("quantization")) and found in (None, said):
+        found = {"quant_method": "mlx"}  # whose keys are its own, one of them twice
     if found is not None and not isinstance(found, dict):
         raise InputError(f"{path}: quantization_config must be an object, found {found!r}")
     return found

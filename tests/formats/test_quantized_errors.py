@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import tiny
 from support.gguf_blocks import random_blocks
 from support.packed import random_packed
 from support.quantized import CASES, MODULE, compressed, nf4, write
 from support.runtimes import HERE
 
 import engine
-from engine.checkpoint import open_unchecked
+from engine.checkpoint import open_checkpoint, open_unchecked
 from engine.errors import InputError
 from engine.kernels.w4 import store
 from engine.kernels.w4.format import Spec
@@ -73,12 +74,37 @@ def test_configuration_that_cannot_be_read(case, change, words, rng, tmp_path):
     refused(write(tmp_path, parts, config | change), words)
 
 
-def test_quanto_is_named(rng, tmp_path):
-    """Its directories have no quantization_config."""
+@pytest.mark.parametrize(
+    "file, text, method",
+    [
+        ("quanto_qmap.json", "{}", "quanto"),
+        ("hf_quant_config.json", '{"quantization": {"quant_algo": "NVFP4"}}', "modelopt"),
+    ],
+)
+def test_methods_that_a_file_of_their_own_tells(file, text, method, rng, tmp_path):
+    """Their directories have no quantization_config."""
     parts, _, _ = CASES["gptq"](rng)
     write(tmp_path, parts, None)
-    (tmp_path / "quanto_qmap.json").write_text("{}")
-    refused(tmp_path, "quant_method must be one of .*, found 'quanto'")
+    (tmp_path / file).write_text(text)
+    refused(tmp_path, f"quant_method must be one of .*, found '{method}'")
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_mlx_is_named(twice, rng, tmp_path):
+    """Its config.json has a key of its own, and later a copy under the usual one."""
+    write(tmp_path, {"weight": torch.zeros(48, 13).int()}, None)
+    config = json.loads((tmp_path / "config.json").read_text())
+    said = {"group_size": 64, "bits": 4}
+    config |= {"quantization": said} | ({"quantization_config": said} if twice else {})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(tmp_path, "quant_method must be one of .*, found 'mlx'")
+
+
+def test_modelopts_keys_and_values_are_none_of_the_weights(tmp_path):
+    tiny.write("llama", tmp_path, 1)
+    said = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(said))
+    open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
