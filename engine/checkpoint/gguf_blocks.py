@@ -46,13 +46,26 @@ BLOCK_TYPES = {
     30: BlockType("BF16", 1, 2, "bfloat16"),
 }
 
+# ik_llama.cpp's own types, from 133 on; 200 more than a type is that with its rows interleaved.
+_OF_IK = (
+    *("Q6_0", "IQ1_BN", "IQ2_BN", "Q8_K64", "IQ2_K", "IQ3_K", "IQ4_K", "IQ5_K", "IQ6_K", "IQ2_TN"),
+    *("IQ1_TN", "IQ4_KS", "IQ2_KS", "IQ4_KSS", "Q8_K16", "Q8_K32", "Q8_KR8", "Q8_K128", "Q8_KV"),
+    *("IQ5_KS", "IQ2_KT", "IQ3_KT", "IQ4_KT", "IQ3_KS", "IQ2_KL", "IQ1_KT"),
+)
+
 
 def type_name(number: int) -> str:
-    """What ggml calls a type, the number itself for one that it does not have."""
+    """What ggml or ik_llama.cpp calls a type, the number itself for one that neither has."""
     from gguf import GGMLQuantizationType
 
-    known = {int(kind): kind.name for kind in GGMLQuantizationType}
-    return known.get(number, str(number))
+    ggml = {int(kind): kind.name for kind in GGMLQuantizationType}
+    of_ik = dict(enumerate(_OF_IK, 133))
+    if number in ggml:
+        return ggml[number]
+    if number in of_ik:
+        return f"{of_ik[number]} of ik_llama.cpp"
+    plain = (ggml | of_ik).get(number - 200)
+    return str(number) if plain is None else f"{plain} as ik_llama.cpp interleaves it"
 
 
 def dequantize(blocks: GgufBlocks) -> "torch.Tensor":
