@@ -21,6 +21,7 @@ from engine.checkpoint.gguf_names import (
 )
 from engine.errors import InputError
 
+_OTHER_KINDS = ("adapter", "imatrix", "mmproj")  # general.type of what goes with a model
 _CONTROL = 3  # tokenizer.ggml.token_type
 WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6}  # the last of so many layers sees everything
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}  # scores scaled by D / H, in the others by E
@@ -35,6 +36,9 @@ def family_of(file: GgufFile) -> str:
         raise InputError(
             f"{file.path}: one of {parts} parts; join them with `llama-gguf-split --merge` first"
         )
+    kind = file.metadata.get("general.type")
+    if kind in _OTHER_KINDS:
+        raise InputError(f"{file.path}: expected a model, found a GGUF of the type {kind!r}")
     architecture = file.metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)

@@ -98,6 +98,7 @@ def test_a_file_cut_anywhere_in_its_header(tmp_path):
 # What edits a sound file's metadata and tensors before they are written -> words of the error.
 MISFITS = {
     "architecture": (lambda f, t: f.update({"general.architecture": "mamba"}), "'mamba'.*phi3"),
+    "adapter": (lambda f, t: f.update({"general.type": "adapter"}), "a model, .* type 'adapter'"),
     "parts": (lambda f, t: f.update({"split.count": 3}), "one of 3 parts"),
     "no heads": (lambda f, t: f.pop("llama.attention.head_count"), "attention.head_count: expect"),
     "heads": (lambda f, t: f.update({"llama.attention.head_count": 7}), "do not divide"),
