@@ -43,30 +43,21 @@ class Replaced:
         self.base.forget()
 
 
-class Rounded:
+class Rounded(Replaced):
     """`base` as `engine.export.hf` writes it in `to`: every tensor, quantized ones too."""
 
     def __init__(self, base: Checkpoint, to: torch.dtype) -> None:
-        self.base, self.to = base, to
-        self.path, self.config = base.path, base.config
+        super().__init__(base, {})
+        self.to = to
 
-    def names(self) -> Collection[str]:
-        return self.base.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.base.shape(name)
-
-    def dtype(self, name: str) -> str | None:
+    def dtype(self, name: str) -> str:
         return name_of(self.to)
 
     def nbytes(self, name: str) -> int:
         return math.prod(self.shape(name)) * self.to.itemsize
 
     def read(self, name: str) -> torch.Tensor:
-        return self.base.read(name).to(self.to)
+        return super().read(name).to(self.to)
 
     def packed(self, name: str) -> None:
         return None
-
-    def forget(self) -> None:
-        self.base.forget()
