@@ -69,6 +69,7 @@ class ShallowLM(TemplateLM):
         device: str | None = None,
         threads: int | None = None,
         cache_dtype: str | None = None,
+        isa: str | None = None,
         batch_size: int | str = 8,
         max_length: int | None = None,
         max_gen_toks: int = 256,
@@ -100,6 +101,7 @@ class ShallowLM(TemplateLM):
             device=device,
             threads=threads,
             cache_dtype=cache_dtype,
+            isa=isa,
         )
         self.name, self.batch_size, self.max_gen_toks = pretrained, int(batch_size), max_gen_toks
         self.max_length = longest = self.opened.config.max_context

@@ -24,6 +24,7 @@ from engine.commands.common import (
     Backend,
     Drop,
     Dtype,
+    Isa,
     JsonFile,
     Keep,
     PlanFile,
@@ -87,12 +88,7 @@ def run(
         ),
     ] = None,
     threads: Threads = None,
-    isa: Annotated[
-        str | None,
-        typer.Option(
-            help="Instruction set of the cpu backend: avx512, avx2 ... Default: the best here."
-        ),
-    ] = None,
+    isa: Isa = None,
     temperature: Annotated[
         float | None, typer.Option(rich_help_panel=_SAMPLING, help="0 is greedy, the default.")
     ] = None,

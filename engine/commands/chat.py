@@ -40,12 +40,20 @@ def chat(
         float | None, typer.Option(help="Against tokens seen before; 1: off.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed. Default: random.")] = None,
+    speculate: Annotated[
+        str | None,
+        typer.Option(
+            help="ngram: draft tokens from the conversation so far. Faster where answers repeat "
+            "it; the same answers except at near ties."
+        ),
+    ] = None,
     plan: common.PlanFile = None,
     drop: common.Drop = None,
     keep: common.Keep = None,
     backend: common.Backend = None,
     dtype: common.Dtype = None,
     threads: common.Threads = None,
+    isa: common.Isa = None,
 ) -> None:
     """Chat with a model; answers are streamed. /help lists the commands."""
     asked: dict[str, Any] = {
@@ -54,11 +62,12 @@ def chat(
         "top_p": top_p,
         "repetition_penalty": repetition_penalty,
         "seed": seed,
+        "speculate": speculate,
     }
     common.as_options(**asked)  # refused before anything is opened
     chosen = common.dropped(plan, drop, keep)
     opened, _ = common.open_model(
-        model, threads, drop=chosen, keep=keep, backend=backend, dtype=dtype
+        model, threads, drop=chosen, keep=keep, backend=backend, dtype=dtype, isa=isa
     )
     if opened.text.chat_template is None:
         raise InputError(f"{model}: has no chat template; `engine run --raw` completes plain text")

@@ -40,6 +40,12 @@ Threads = Annotated[
     int | None,
     typer.Option(min=1, max=MOST_THREADS, help="CPU threads. Default: one a core."),
 ]
+Isa = Annotated[
+    str | None,
+    typer.Option(
+        help="Instruction set of the cpu backend: avx512, avx2 ... Default: the best here."
+    ),
+]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the record to a file.")
 ]

@@ -77,6 +77,7 @@ def evaluate(
     backend: common.Backend = None,
     dtype: common.Dtype = None,
     threads: common.Threads = None,
+    isa: common.Isa = None,
     json_file: common.JsonFile = None,
 ) -> None:
     """Evaluate a model: perplexity, multiple choice, repetition; the last line is JSON.
@@ -91,7 +92,7 @@ def evaluate(
     from engine.text.questions import read_questions
 
     questions = () if choices is None else tuple(read_questions(choices))
-    options = {"backend": backend, "dtype": dtype}
+    options = {"backend": backend, "dtype": dtype, "isa": isa}
     opened, _ = common.open_model(model, threads, drop=chosen, keep=keep, **options)
     second = common.open_model(against, threads, **options)[0] if against else None
     from engine.evaluate import Asked, judge

@@ -50,6 +50,26 @@ def test_what_was_said_is_kept(model, monkeypatch):
     assert second[2] == {"role": "assistant", "content": answers[0]}
 
 
+def test_options_reach_the_model_and_its_answers(model, monkeypatch):
+    opened, asked = [], []
+    monkeypatch.setattr(
+        common, "open_model", lambda *_, **given: (opened.append(given), (model, 1.0))[1]
+    )
+    monkeypatch.setattr(Model, "stream", lambda *_, **given: iter([asked.append(given) or "a"]))
+    options = ("--isa", "avx2", "--speculate", "ngram", "--seed", 3, "--temperature", 0.5)
+    assert talk(monkeypatch, "b", options=options)[0] == 0
+    assert opened[0]["isa"] == "avx2"
+    assert (asked[0]["speculate"], asked[0]["seed"]) == ("ngram", 3)
+    code, _, err = talk(monkeypatch, "b", options=("--speculate", "draft"))
+    assert code == 2 and "speculate: expected one of ngram, found 'draft'" in err
+
+
+def test_drafts_change_no_answer(model, monkeypatch):
+    said = ("ab" * 9, "c", "ab" * 9)
+    plain = talk(monkeypatch, *said, options=("--new-tokens", 30))
+    assert talk(monkeypatch, *said, options=("--new-tokens", 30, "--speculate", "ngram")) == plain
+
+
 def test_commands(model, monkeypatch):
     said = ("a", "/reset", "b", "c", "/undo", "d", "/system e", "f", "/system", "g", "/exit", "h")
     code, _, err = talk(monkeypatch, *said)

@@ -8,6 +8,7 @@ import torch
 from support import tiny
 from support.commands import call, refused
 
+from engine import api
 from engine.artifacts import Evaluation
 from engine.judgement import Comparison, Judgement
 from engine.report.records import measures, side_by_side
@@ -58,6 +59,20 @@ def test_one_text_is_an_evaluation(tree, evaluated):
     raw, _ = evaluated("--text", tree / "a.txt")
     found = Evaluation.from_json(raw, "stdout")
     assert found.text == str(tree / "a.txt") and found.bits_per_byte > 0
+
+
+def test_an_instruction_set_is_of_both_models(tree, monkeypatch):
+    text = ("--text", tree / "a.txt", "--window", 32)
+    refused("isa: expected one of", "eval", tree / "model", *text, "--isa", "x")
+    only = "isa: for the backend cpu alone, found 'generic' for reference"
+    refused(only, "eval", tree / "model", *text, "--isa", "generic", "--backend", "reference")
+    opened, load = [], api.load
+    monkeypatch.setattr(
+        api, "load", lambda *of, **how: opened.append(how["isa"]) or load(*of, **how)
+    )
+    both = ("--against", tree / "model", "--isa", "generic")
+    code, _, err = call("eval", tree / "model", *text, *both)
+    assert (code, opened) == (0, ["generic"] * 2), err
 
 
 def test_several_texts_and_their_geometric_mean(tree, evaluated):

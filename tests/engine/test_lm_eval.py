@@ -261,9 +261,18 @@ def test_a_length_beyond_the_context_is_cut_with_a_warning(model, caplog):
     assert ShallowLM(pretrained=str(model), max_length=16).max_length == 16
 
 
+def test_an_instruction_set_is_chosen(model):
+    from engine.lm_eval import ShallowLM
+
+    own = ShallowLM(pretrained=str(model), backend="cpu", isa="generic")
+    assert own.opened.runtime.isa == "generic"
+
+
 def test_refusals(model):
     from engine.lm_eval import ShallowLM
 
+    with pytest.raises(InputError, match="isa: expected one of .*, found 'avx9'"):
+        ShallowLM(pretrained=str(model), backend="cpu", isa="avx9")
     with pytest.raises(InputError, match="model_args: 'foo' is not known"):
         ShallowLM(pretrained=str(model), trust_remote_code=True, foo=1)
     with pytest.raises(InputError, match="plan excludes drop"):
