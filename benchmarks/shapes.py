@@ -3,12 +3,13 @@
     python benchmarks/shapes.py NAME DIRECTORY [--layers N] [--packed]
 
 Writes NAME.gguf, with fewer layers NAME-N-layers.gguf, and with --packed the directory NAME-packed
-or NAME-N-layers-packed of the same weights. All matrices are Q4_0, the embedding too, which the
-head shares where the model's does: what a token reads is the file. Those of NAME-Q4_K_M are as
-llama.cpp has them in a file of that kind: Q4_K, but Q6_K the head and, in every second layer or so,
-`v` and `down`. Scales keep activations near unit size. A trained norm has a few large weights,
-whose columns make a sixth of the blocks of its output coarse (benchmarks/results/decoder.md): so
-have these. The tokenizer is the default model's, its vocabulary padded.
+or NAME-N-layers-packed of the same weights, be the file new or there already. What was killed goes
+on when it is asked for again. All matrices are Q4_0, the embedding too, which the head shares where
+the model's does: what a token reads is the file. Those of NAME-Q4_K_M are as llama.cpp has them in
+a file of that kind: Q4_K, but Q6_K the head and, in every second layer or so, `v` and `down`.
+Scales keep activations near unit size. A trained norm has a few large weights, whose columns make a
+sixth of the blocks of its output coarse (benchmarks/results/decoder.md): so have these. The
+tokenizer is the default model's, its vocabulary padded.
 """
 
 import argparse
@@ -53,7 +54,10 @@ def main() -> None:
     parser.add_argument("--packed", action="store_true", help="a packed directory beside it, too")
     asked = parser.parse_args()
     try:
-        path = write(asked.name, asked.directory, asked.layers)
+        path = place_of(asked.name, asked.directory, asked.layers)
+        there = asked.packed and path.is_file()  # after a run that was killed as it packed
+        if not there:
+            write(asked.name, asked.directory, asked.layers)
         print(path)
         if asked.packed:
             print(write_packed(path))
@@ -94,11 +98,21 @@ def bits_of(file: str) -> tuple[str, str]:
     return file.removesuffix(MIXED), "Q4_K_M" if file.endswith(MIXED) else "Q4_0"
 
 
+def cut_of(name: str, layers: int | None) -> str:
+    """What the name of a file says of it that has not all layers of its shape."""
+    return "" if layers in (None, MODELS[name].layers) else f"-{layers}-layers"
+
+
+def place_of(file: str, directory: Path, layers: int | None = None) -> Path:
+    """Where `write` puts FILE."""
+    return directory / f"{file}{cut_of(bits_of(file)[0], layers)}.gguf"
+
+
 def write(file: str, directory: Path, layers: int | None = None) -> Path:
-    """The new file FILE.gguf in `directory`, FILE one of FILES; where it has not all layers of its
-    shape, its name says so."""
+    """The new file FILE.gguf in `directory`, FILE one of FILES; a run that was killed goes on to
+    the same bits."""
     name, bits = bits_of(file)
-    cut = "" if layers in (None, MODELS[name].layers) else f"-{layers}-layers"
+    cut = cut_of(name, layers)
     config = from_hf(config_of(name, layers), name)
     source = locate("smollm2-135m")
     text = load_text(source)
@@ -111,11 +125,13 @@ def write(file: str, directory: Path, layers: int | None = None) -> Path:
     generator = torch.Generator().manual_seed(0)
 
     def data(first: int) -> Iterator[Tensor]:
-        for place in found[first:]:
-            yield vector(place) if place.type == "F32" else blocks(place, generator)
+        for index, place in enumerate(found):
+            made = vector(place) if place.type == "F32" else blocks(place, generator)
+            if index >= first:  # those before are drawn alone
+                yield made
 
     directory.mkdir(parents=True, exist_ok=True)
-    out = directory / f"{file}{cut}.gguf"
+    out = place_of(file, directory, layers)
     write_gguf(out, source, config, typed_fields(fields), found, data)
     return out
 

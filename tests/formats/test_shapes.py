@@ -1,11 +1,72 @@
 """benchmarks/shapes.py: random weights in the shape of a model."""
 
 import pytest
+import shapes
+import torch
+from cases import Model
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from shapes import blocks
 
+from engine.api import load
 from engine.export.gguf_file import Place
+
+
+@pytest.fixture
+def ended(default_model, monkeypatch):
+    """What `shapes.py Small`, a model of two layers, ends with; arguments follow."""
+    monkeypatch.setattr(shapes, "MODELS", {"Small": Model(2, 256, 128, 512)})
+    monkeypatch.setattr(shapes, "SHAPES", {"Small": ("Llama", 64, 50_000, False)})
+    monkeypatch.setattr(shapes, "FILES", ["Small"])
+
+    def ended(*arguments) -> int:
+        monkeypatch.setattr("sys.argv", ["shapes.py", "Small", *map(str, arguments)])
+        try:
+            shapes.main()
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    return ended
+
+
+def dies_after(count: int, monkeypatch, module, name: str) -> None:
+    """`module.name` fails at the call after so many."""
+    real, calls = getattr(module, name), iter(range(count + 1))
+
+    def once(*arguments):
+        if next(calls) == count:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(module, name, once)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(ended, tmp_path, monkeypatch):
+    assert ended(tmp_path / "whole") == 0
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        dies_after(4, patch, shapes, "blocks")
+        ended(tmp_path / "killed")
+    assert ended(tmp_path / "killed") == 0
+    whole, killed = (tmp_path / name / "Small.gguf" for name in ("whole", "killed"))
+    assert whole.read_bytes() == killed.read_bytes()
+
+
+def test_a_directory_of_a_file_that_is_there(ended, tmp_path, monkeypatch, capsys):
+    """As after a run that was killed while it packed. Its logits are the file's to the bit."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        dies_after(0, patch, shapes, "pack")
+        ended(tmp_path, "--packed")
+    file, directory = tmp_path / "Small.gguf", tmp_path / "Small-packed"
+    written = file.stat().st_mtime_ns
+    capsys.readouterr()
+    assert ended(tmp_path, "--packed") == 0
+    assert capsys.readouterr().out.split() == [str(file), str(directory)]
+    assert file.stat().st_mtime_ns == written
+    assert torch.equal(*(load(path, backend="cpu")([[5, 6, 7]]) for path in (file, directory)))
+    for arguments, name in ((["--packed"], directory), ([], file)):
+        assert ended(tmp_path, *arguments) == 2
+        assert f"{name}: exists already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("kind", "codes"), [("Q4_0", 2), ("Q4_K", 16)])
