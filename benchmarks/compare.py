@@ -5,7 +5,7 @@
 
 The files are pytest-benchmark's (--benchmark-autosave, --benchmark-json). Exits with 1 when the
 share of a case that both have falls by more than --fall, a part of what it was, and names these
-cases last; with 2 when a file cannot be compared.
+cases last; with 2 when a file cannot be compared. Says so where the two ran on other processors.
 """
 
 import argparse
@@ -58,6 +58,14 @@ def cases_of(file: Path) -> dict[str, Case]:
     return found
 
 
+def processor_of(file: Path) -> str | None:
+    """By the name that a record gives it; None where it says none."""
+    found = json.loads(file.read_text())
+    for key in ("machine_info", "cpu", "brand_raw"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, str) else None
+
+
 def latest(storage: Path) -> list[Path]:
     """The two latest runs, the older one first."""
     found = sorted(storage.glob("*/[0-9]*_*.json"), key=lambda file: file.stat().st_mtime_ns)
@@ -102,13 +110,17 @@ def main(arguments: list[str] | None = None) -> int:
             raise BadInput(f"Name two files or none, found {len(options.files)}.")
         if not 0 <= options.fall < 1:
             raise BadInput(f"--fall must be at least 0 and less than 1, found {options.fall}.")
-        before, after = map(cases_of, options.files or latest(STORAGE))
+        files = options.files or latest(STORAGE)
+        before, after = map(cases_of, files)
         if not before.keys() & after.keys():
             raise BadInput("The two runs have no case in common.")
     except BadInput as error:
         print(error, file=sys.stderr)
         return 2
     fallen = report(before, after, options.fall)
+    was, now = map(processor_of, files)
+    if was and now and was != now:
+        print(f"Shares of two processors compare with care: {was} before, {now} after.")
     print(
         f"{len(fallen)} of {len(before.keys() & after.keys())} cases fell by more than "
         f"{100 * options.fall:.3g}%",

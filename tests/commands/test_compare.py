@@ -20,12 +20,12 @@ def one(share: float, ceiling: str = "reading") -> dict:
 
 @pytest.fixture
 def write(tmp_path):
-    def write(name: str, **cases: dict):
+    def write(name: str, machine: object = None, **cases: dict):
         """A record; cases by name, each its extra_info."""
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         benchmarks = [{"fullname": case, "extra_info": info} for case, info in cases.items()]
-        file.write_text(json.dumps({"benchmarks": benchmarks}))
+        file.write_text(json.dumps({"benchmarks": benchmarks, "machine_info": machine}))
         return file
 
     return write
@@ -70,6 +70,20 @@ def test_other_work_under_the_same_name_is_said(write, capsys):
     assert run(before, after) == 0
     first, second, _ = capsys.readouterr().out.splitlines()
     assert first.endswith("+0%  (bytes: 100 before, 40 after)") and second.endswith("+0%")
+
+
+def test_another_processor_is_said(write, capsys):
+    def on(cpu: object):
+        return write(f"{cpu}.json", {"cpu": cpu}, a=one(0.5))
+
+    some, other = (on({"brand_raw": name}) for name in ("Some", "Other"))
+    assert run(some, other) == 0
+    _, said, last = capsys.readouterr().out.splitlines()
+    assert said == "Shares of two processors compare with care: Some before, Other after."
+    assert last == "0 of 1 cases fell by more than 10%"
+    for unnamed in (some, on(None), on({"brand_raw": 3}), write("x.json", "y", a=one(0.5))):
+        assert run(some, unnamed) == 0
+        assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_the_two_latest_runs_are_found(write, tmp_path, monkeypatch, capsys):
