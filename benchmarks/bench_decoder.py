@@ -209,6 +209,8 @@ def test_more_threads():
     print("\n".join(scaling.parts_table(one, two)))
     print("\nmeasured on 1 and 2 threads, else predicted; tok/s by what memory is assumed to give:")
     print("\n".join(scaling.table(one, two, nbytes, items)))
+    if said := scaling.remark(two):
+        print(said)
     assert two.stream < one.stream
 
 

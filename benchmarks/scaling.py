@@ -26,6 +26,7 @@ SOCKETS = {  # GB/s that a socket's memory gives all of its cores: assumed, not 
 STREAM = "qkv", "o", "up", "down", "head"
 STEPS, RUNS = 65, 3
 CONTEXT = 128
+HELD_UP = 0.25  # of a step: quiet cores wait for 5-8 % (benchmarks/results/decoder.md)
 PAGE, MOST_SPANS = 128, 8  # of a lone row's attention (csrc/cpu/step_attention.cpp)
 
 
@@ -103,6 +104,17 @@ def parts_table(one: Parts, two: Parts) -> Sequence[str]:
         cells = [f"{getattr(parts, name):.2f}" for name in names]
         lines.append(f"| {threads} | {' | '.join(cells)} | {parts.whole:.2f} |")
     return lines
+
+
+def remark(two: Parts) -> str | None:
+    """What a prediction from these is worth where others held the threads up."""
+    share = two.barriers / two.whole
+    if share <= HELD_UP:
+        return None
+    return (
+        f"Two threads wait for each other for {share:.0%} of a step: other programs use their "
+        "cores, and what is predicted from that is too slow."
+    )
 
 
 def table(one: Parts, two: Parts, nbytes: int, items: int) -> Sequence[str]:

@@ -1,7 +1,7 @@
 """What benchmarks/scaling.py makes of the parts of a step, made up here."""
 
 import pytest
-from scaling import SOCKETS, THREADS, Parts, fastest, parts_table, predicted, table
+from scaling import SOCKETS, THREADS, Parts, fastest, parts_table, predicted, remark, table
 
 ONE = Parts(stream=8.0, attention=0.6, barriers=0.0, rest=0.25)
 TWO = Parts(stream=4.0, attention=0.3, barriers=0.1, rest=0.25)
@@ -39,3 +39,9 @@ def test_a_row_by_threads_and_a_column_by_memory():
     assert len(lines) == 2 + len(THREADS)
     assert lines[2] == "| 1 |" + " 113 |" * len(SOCKETS)
     assert lines[4].startswith("| 4 | 377 |")
+
+
+def test_threads_that_others_hold_up_are_no_prediction():
+    assert remark(TWO) is None
+    said = remark(Parts(stream=4.0, attention=0.3, barriers=4.55, rest=0.25))
+    assert said.startswith("Two threads wait for each other for 50% of a step")
