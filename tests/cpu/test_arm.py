@@ -51,6 +51,15 @@ def test_the_best_is_chosen(program, isa):
     assert ran.stdout.decode().split() == [isa]
 
 
+@pytest.mark.parametrize("name", crossed.others())
+def test_what_only_the_extension_has_compiles(name):
+    """The rest of engine._cpu, which no emulator runs."""
+    said = crossed.check(f'#include "cpu/{name}.cpp"\n')
+    if said and crossed.check("#include <Python.h>\n"):
+        pytest.skip("Python's headers here are of its own processor alone")
+    assert not said, said
+
+
 @pytest.mark.parametrize(("mode", "cache_dtype"), BOUNDS)
 @pytest.mark.parametrize("isa", crossed.CPUS)
 def test_logits_of_every_family(pair, program, monkeypatch, rng, isa, mode, cache_dtype):

@@ -9,12 +9,14 @@ import os
 import shutil
 import struct
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pybind11
 from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +66,26 @@ def build() -> Path:
             _run(COMPILER, "-static", "-pthread", *map(str, objects), "-o", str(partial))
             partial.rename(program)
     return program
+
+
+def others() -> list[str]:
+    """What setup.py compiles on ARM beside the program's files: bindings, and what has some."""
+    x86 = {"avx2", "avxvnni", "avx512", "amx"}
+    names = {path.stem for path in ROOT.glob("csrc/cpu/*.cpp")}
+    return sorted(
+        name for name in names - {*PORTABLE, *ENABLED} if name.rpartition("_")[2] not in x86
+    )
+
+
+def check(code: str) -> str | None:
+    """What the compiler has against it, beside Python's headers, which are of this machine."""
+    places = (pybind11.get_include(), sysconfig.get_path("include"))
+    command = [COMPILER, *FLAGS, *(f"-I{place}" for place in places)]
+    command += "-fsyntax-only -x c++ -".split()
+    done = subprocess.run(
+        command, input=code, cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    return done.stderr if done.returncode else None
 
 
 def _run(*command: str) -> None:
