@@ -132,31 +132,28 @@ void bind_w4_matmul(py::module_& m) {
         py::kw_only(), py::arg("k"), py::arg("bits"), py::arg("group"), py::arg("scheme"),
         py::arg("scale_dtype"), "Of 16 rows.");
     m.def(
-        "tile_gguf",
-        [](const std::string& type, std::int64_t n, std::int64_t k, const TensorTuple& blocks,
-           const TensorTuple& codebook, int threads) {
-            const std::int64_t size = std::get<1>(blocks);
-            return tile_gguf(
+        "tiles_of_gguf",
+        [](const std::string& type, std::int64_t n, std::int64_t k, const TensorTuple& codebook) {
+            return tiles_of_gguf(
                 type, n, k,
-                static_cast<const std::uint8_t*>(Borrowed(blocks, "blocks").need("uint8", size)),
-                size, static_cast<const float*>(Borrowed(codebook, "codebook").need("float32", 16)),
-                threads);
+                static_cast<const float*>(Borrowed(codebook, "codebook").need("float32", 16)));
         },
-        release(), py::arg("type"), py::arg("n"), py::arg("k"), py::arg("blocks"),
-        py::arg("codebook"), py::arg("threads"),
-        "A TiledMatrix of GGUF blocks; None where a scale is NaN or Inf.");
+        release(), py::arg("type"), py::arg("n"), py::arg("k"), py::arg("codebook"),
+        "The TiledMatrix that blocks of a GGUF type become, zeros yet.");
     m.def(
         "fill_gguf",
         [](const TiledMatrix& tiles, const std::string& type, const TensorTuple& blocks,
-           int threads) {
+           std::int64_t first, int threads) {
             const std::int64_t size = std::get<1>(blocks);
             return fill_gguf(
                 tiles, type,
                 static_cast<const std::uint8_t*>(Borrowed(blocks, "blocks").need("uint8", size)),
-                size, threads);
+                size, first, threads);
         },
-        release(), py::arg("tiles"), py::arg("type"), py::arg("blocks"), py::arg("threads"),
-        "Writes the tiles of GGUF blocks; False where a scale is NaN or Inf.");
+        release(), py::arg("tiles"), py::arg("type"), py::arg("blocks"), py::arg("first"),
+        py::arg("threads"),
+        "Writes the rows from `first` on from their GGUF blocks; False where a scale is NaN or "
+        "Inf.");
     m.def("w4_matmul", &run, release(), py::arg("x"), py::arg("m"), py::arg("x_stride"),
           py::arg("w"), py::arg("y"), py::arg("y_stride"), py::arg("bias"), py::arg("mode"),
           py::arg("isa"), py::arg("threads"),

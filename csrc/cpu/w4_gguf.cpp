@@ -259,27 +259,20 @@ w4::Matrix matrix_of(int64_t n, int64_t k, const float* codebook) {
     return kind;
 }
 
+// Whether all scales of the rows are finite. `first` is a multiple of kTileRows.
 template <class Type>
-void check(int64_t n, int64_t k, int64_t size) {
-    if (n < 1 || k < 1 || k % Type::weights || size != n * (k / Type::weights) * Type::bytes)
-        throw std::invalid_argument("blocks of another size");
-}
-
-// Whether all scales are finite.
-template <class Type>
-bool fill(const TileView& w, const uint8_t* blocks, int threads) {
-    const int64_t in_row = w.k / Type::weights;
+bool fill(const TileView& w, const uint8_t* blocks, int64_t first, int64_t rows, int threads) {
+    const int64_t row_bytes = w.k / Type::weights * Type::bytes;
     std::atomic<bool> good{true};
-    parallel_for(threads, w.tiles, 4, [&](int64_t begin, int64_t end) {
+    parallel_for(threads, w4::ceil_div(rows, kTileRows), 4, [&](int64_t begin, int64_t end) {
         bool all = true;
         for (int64_t tile = begin; tile < end; ++tile) {
-            const int64_t first = tile * kTileRows,
-                          rows = std::min<int64_t>(w.n - first, kTileRows);
-            const uint8_t* from = blocks + first * in_row * Type::bytes;
-            for (int64_t b = 0; b < in_row; ++b, from += Type::bytes) {
-                const Place<Type> to(w, tile, b);
-                for (int64_t lane = 0; lane < rows; ++lane)
-                    all &= copy<Type>(to, lane, from + lane * in_row * Type::bytes);
+            const int64_t row = tile * kTileRows, some = std::min<int64_t>(rows - row, kTileRows);
+            const uint8_t* from = blocks + row * row_bytes;
+            for (int64_t b = 0; b < w.k / Type::weights; ++b, from += Type::bytes) {
+                const Place<Type> to(w, first / kTileRows + tile, b);
+                for (int64_t lane = 0; lane < some; ++lane)
+                    all &= copy<Type>(to, lane, from + lane * row_bytes);
             }
         }
         if (!all) good = false;
@@ -303,27 +296,28 @@ auto by_type(const std::string& type, const Call& call) {
 
 }  // namespace
 
-std::optional<TiledMatrix> tile_gguf(const std::string& type, int64_t n, int64_t k,
-                                     const uint8_t* blocks, int64_t size, const float* codebook,
-                                     int threads) {
-    return by_type(type, [&](auto as) -> std::optional<TiledMatrix> {
+TiledMatrix tiles_of_gguf(const std::string& type, int64_t n, int64_t k, const float* codebook) {
+    return by_type(type, [&](auto as) {
         using Type = decltype(as);
-        check<Type>(n, k, size);
-        TiledMatrix made(matrix_of<Type>(n, k, codebook));
-        if (!fill<Type>(made.view(), blocks, threads)) return std::nullopt;
-        return made;
+        if (n < 1 || k < 1 || k % Type::weights)
+            throw std::invalid_argument("a shape that blocks do not divide");
+        return TiledMatrix(matrix_of<Type>(n, k, codebook));
     });
 }
 
 bool fill_gguf(const TiledMatrix& to, const std::string& type, const uint8_t* blocks, int64_t size,
-               int threads) {
+               int64_t first, int threads) {
     return by_type(type, [&](auto as) {
         using Type = decltype(as);
         const TileView& w = to.view();
-        check<Type>(w.n, w.k, size);
         if (!to.of_kind(matrix_of<Type>(w.n, w.k, nullptr)))
             throw std::invalid_argument("tiles of another spec");
-        return fill<Type>(w, blocks, threads);
+        const int64_t row_bytes = w.k / Type::weights * Type::bytes, rows = size / row_bytes;
+        if (size < 1 || size % row_bytes) throw std::invalid_argument("blocks of another size");
+        if (first < 0 || first % kTileRows || rows > w.n - first ||
+            (rows % kTileRows && first + rows < w.n))
+            throw std::invalid_argument("rows that are no tiles of the matrix");
+        return fill<Type>(w, blocks, first, rows, threads);
     });
 }
 

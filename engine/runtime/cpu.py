@@ -307,7 +307,7 @@ def native_layer(
         if len(stored.shape) == 1:
             vectors[role] = _vector(config, role, stored)
         else:
-            matrices[role] = _tiles(stored, f"{checkpoint.path}: layer {layer}: {role}")
+            matrices[role] = _tiles(checkpoint, stored, f"layer {layer}: {role}")
     return matrices, vectors
 
 
@@ -323,7 +323,7 @@ def native_outer(
         elif role == "embedding" and not config.tied and isinstance(stored, torch.Tensor):
             embedding = stored.contiguous()
         else:
-            matrices[role] = _tiles(stored, f"{checkpoint.path}: {role}")
+            matrices[role] = _tiles(checkpoint, stored, role)
             checkpoint.forget()  # before a head as large follows
     if config.tied:
         matrices["head"] = matrices["embedding"]
@@ -335,7 +335,7 @@ def _vector(config: ModelConfig, role: str, stored: torch.Tensor) -> torch.Tenso
     return vector + config.norm_offset if role.endswith("norm") else vector
 
 
-def _tiles(stored: Stored, where: str) -> Any:
+def _tiles(checkpoint: Checkpoint, stored: Stored, where: str) -> Any:
     """A matrix in the kernels' layout."""
     if isinstance(stored, torch.Tensor):
         return CpuWeight.from_tensor(stored).tiles
@@ -344,7 +344,15 @@ def _tiles(stored: Stored, where: str) -> Any:
     if not isinstance(stored, GgufBlocks):
         return CpuWeight.from_packed(stored).tiles
     try:
-        return CpuWeight.from_blocks(stored.type, stored.shape, stored.data, where).tiles
+        # An embedding may be most of a file: its pages go as they are read.
+        weight = CpuWeight.from_blocks(
+            stored.type,
+            stored.shape,
+            stored.data,
+            f"{checkpoint.path}: {where}",
+            read=checkpoint.forget,
+        )
+        return weight.tiles
     except ValueError as error:  # scales of NaN
         raise InputError(str(error)) from None
 

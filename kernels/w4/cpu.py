@@ -1,5 +1,6 @@
 """The CPU matmul (csrc/cpu/w4_matmul.h): packed or 16-bit weights in its own layout."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,10 +10,11 @@ from engine.kernels import native
 from engine.kernels.dtypes import DTYPES, name_of
 from engine.kernels.w4.format import IQ4_NL, Packed, Spec, validate, zeros
 from engine.kernels.w4.from_gguf import check_blocks, from_blocks
-from engine.kernels.w4.tiled import Tiled
+from engine.kernels.w4.tiled import TILE_ROWS, Tiled
 
 MODES = ("int8", "exact")
 BLOCK_WEIGHTS = 1 << 22  # unpacked at a time: 16 MiB
+PIECE_BYTES = 1 << 22  # of GGUF blocks that are laid out at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,16 +48,23 @@ class CpuWeight:
         data: torch.Tensor,
         name: str = "tensor",
         isa: str | None = None,
+        read: Callable[[], object] = lambda: None,
     ) -> "CpuWeight":
         """The weights that `from_gguf.from_blocks` gives, whose errors these are, without the copy
-        between: Q5_0, Q5_1, Q5_K and Q6_K in six bits each, which `restore` gives back as bytes."""
+        between: Q5_0, Q5_1, Q5_K and Q6_K in six bits each, which `restore` gives back as bytes.
+        `read()` follows each piece of `data` that is done with."""
         check_blocks(type_name, shape, data, name)
-        cpu, data = native.load("cpu"), data.contiguous()
+        cpu, flat, (n, k) = native.load("cpu"), data.contiguous().view(-1), shape
         codebook = torch.tensor(IQ4_NL, dtype=torch.float32, device="cpu")
-        spans = native.span(data), native.span(codebook)
-        tiles = cpu.tile_gguf(type_name, *shape, *spans, cpu.pool_threads())
-        if tiles is None:  # a scale is NaN or Inf
-            return cls.from_packed(from_blocks(type_name, shape, data, name), isa)
+        tiles = cpu.tiles_of_gguf(type_name, n, k, native.span(codebook))
+        row_bytes = flat.numel() // n
+        rows = max(PIECE_BYTES // (row_bytes * TILE_ROWS), 1) * TILE_ROWS
+        for first in range(0, n, rows):
+            piece = native.span(flat[first * row_bytes : (first + rows) * row_bytes])
+            if not cpu.fill_gguf(tiles, type_name, piece, first, cpu.pool_threads()):
+                # A scale is NaN or Inf.
+                return cls.from_packed(from_blocks(type_name, shape, data, name), isa)
+            read()
         return cls(shape, _isa(isa), tiles)
 
     @classmethod

@@ -112,7 +112,8 @@ class Tiled(Packed):
             stored["codebook"] = torch.tensor(IQ4_NL, dtype=torch.float32, device="cpu")
         tiled = cls(spec, shape, stored, name, gguf)
         cpu, data = native.load("cpu"), data.contiguous()
-        if not cpu.fill_gguf(tiled.borrowed(), type_name, native.span(data), cpu.pool_threads()):
+        threads = cpu.pool_threads()
+        if not cpu.fill_gguf(tiled.borrowed(), type_name, native.span(data), 0, threads):
             from_blocks(type_name, shape, data, name)  # says which scale is NaN or Inf
         return tiled
 

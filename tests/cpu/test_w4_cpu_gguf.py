@@ -49,6 +49,19 @@ def test_every_size(rng, isa, mode, name):
             assert (error <= BOUND[mode] * (size + step * wide.shape[1] ** 0.5)).all(), (m, n)
 
 
+@every_type
+def test_pieces_of_blocks_are_the_whole(rng, name, monkeypatch):
+    shape = 53, 3 * BLOCKS[name].weights
+    data = mild_blocks(rng, name, *shape)
+    whole, read, row_bytes = CpuWeight.from_blocks(name, shape, data), [], data.numel() // 53
+    for piece, count in ((1, 4), (32 * row_bytes, 2), (48 * row_bytes - 1, 2), (1 << 20, 1)):
+        monkeypatch.setattr("engine.kernels.w4.cpu.PIECE_BYTES", piece)
+        read.clear()
+        parts = CpuWeight.from_blocks(name, shape, data, read=lambda: read.append(1))
+        assert len(read) == count
+        assert torch.equal(parts.to_bytes(), whole.to_bytes()), piece
+
+
 @every_isa
 @every_type
 def test_a_matrix_of_a_models_shape(rng, isa, name):

@@ -70,12 +70,15 @@ def test_gguf_tiles_are_of_their_type_alone(rng):
     data = {name: random_blocks(rng, name, *shape) for name in ("Q5_K", "Q6_K")}
     tiled = Tiled.from_blocks("Q6_K", shape, data["Q6_K"])
     with pytest.raises(ValueError, match="tiles of another spec"):
-        cpu.fill_gguf(tiled.borrowed(), "Q5_K", native.span(data["Q5_K"]), 1)
-    with pytest.raises(ValueError, match="blocks of another size"):
-        cpu.fill_gguf(tiled.borrowed(), "Q6_K", native.span(data["Q6_K"][1:]), 1)
-    longer = torch.cat((data["Q6_K"], data["Q6_K"][:1]))
-    with pytest.raises(ValueError, match="blocks of another size"):
-        cpu.fill_gguf(tiled.borrowed(), "Q6_K", native.span(longer), 1)
+        cpu.fill_gguf(tiled.borrowed(), "Q5_K", native.span(data["Q5_K"]), 0, 1)
+    blocks = data["Q6_K"].view(17, -1)
+    for part in (blocks[:0], blocks.view(-1)[1:]):
+        with pytest.raises(ValueError, match="blocks of another size"):
+            cpu.fill_gguf(tiled.borrowed(), "Q6_K", native.span(part), 0, 1)
+    longer = torch.cat((blocks, blocks[:1]))
+    for rows, first in ((longer, 0), (blocks, 16), (blocks[:5], 0), (blocks[:1], 8), (blocks, -16)):
+        with pytest.raises(ValueError, match="rows that are no tiles of the matrix"):
+            cpu.fill_gguf(tiled.borrowed(), "Q6_K", native.span(rows.contiguous()), first, 1)
     packed = from_blocks("Q5_K", shape, data["Q5_K"])
     with pytest.raises(ValueError, match="tiles of another shape or spec"):
         tiled.borrowed().restore(cpu.Packed(**packed.native_fields()), 1)
