@@ -16,7 +16,7 @@ from engine.export.quantized import QuantizedDirectory, require_scheme
 from engine.export.tensors import Item, Unsupported
 from engine.kernels.w4.format import Packed, Spec, unpack_codes
 
-INSTALL = "compressed-tensors: needs its library: pip install -U 'shallow[export]'"
+INSTALL = "compressed-tensors: needs its library: pip install 'compressed-tensors>=0.15'"
 
 
 class CompressedTensors(QuantizedDirectory):

@@ -64,7 +64,7 @@ def _skeleton(config: ModelConfig, dtype: torch.dtype) -> Any:
         from accelerate import init_empty_weights
     except ImportError:
         raise InputError(
-            "training a 4-bit model needs accelerate: pip install 'shallow[heal]'"
+            "training a 4-bit model needs accelerate: pip install 'accelerate>=1.0'"
         ) from None
     from transformers import AutoConfig, AutoModelForCausalLM
 

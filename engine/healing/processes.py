@@ -34,7 +34,9 @@ def wait(device: torch.device | str) -> None:
     try:
         from accelerate import PartialState
     except ImportError:
-        raise InputError("several processes take accelerate: pip install 'shallow[heal]'") from None
+        raise InputError(
+            "several processes take accelerate: pip install 'accelerate>=1.0'"
+        ) from None
     cpu = torch.device(device).type == "cpu"
     given = {"backend": "gloo"} if cpu else {}
     PartialState(cpu=cpu, timeout=PATIENCE, **given).wait_for_everyone()

@@ -139,7 +139,7 @@ def _parquet_rows(path: Path, column: str) -> Iterator[str]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise InputError(f"{path}: parquet needs pyarrow: pip install 'shallow[heal]'") from None
+        raise InputError(f"{path}: parquet needs pyarrow: pip install 'pyarrow>=15'") from None
     try:
         file = parquet.ParquetFile(path)
         names = file.schema_arrow.names
@@ -156,7 +156,7 @@ def _hub_rows(source: str, column: str, split: str) -> Iterator[str]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise InputError(f"{source}: needs datasets: pip install 'shallow[heal]'") from None
+        raise InputError(f"{source}: needs datasets: pip install 'datasets>=3.0'") from None
     from huggingface_hub.utils import logging
 
     told = logging.get_verbosity()

@@ -107,7 +107,7 @@ def read_model(path: Path) -> Vocabulary:
     except ImportError:
         raise InputError(
             f"{path}: without a tokenizer.json it needs sentencepiece and protobuf: "
-            "pip install 'shallow[sentencepiece]'"
+            "pip install 'sentencepiece>=0.2' 'protobuf>=4.25'"
         ) from None
     model = protobuf.ModelProto()
     try:

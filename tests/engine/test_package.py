@@ -1,11 +1,13 @@
 """What is built and installed: `engine`, and nothing named `kernels`; and what is said when not."""
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -121,6 +123,18 @@ def test_hugging_face_kernels_imports_beside_the_wheel(payload, tmp_path):
 
 def test_hugging_face_kernels_imports_from_the_repository_root():
     python("-c", BESIDE_HUGGING_FACE, ROOT, cwd=ROOT)
+
+
+def test_what_is_to_be_installed_is_named_by_its_own_name():
+    """Never as an extra of ours: `shallow` on PyPI is another project, which `-U` would bring."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    known = {each for extra in extras["optional-dependencies"].values() for each in extra}
+    files = (*(ROOT / "engine").rglob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))
+    texts = [re.sub(r'"\s*\n\s*f?"', "", file.read_text()) for file in files]
+    said = [asked for text in texts for asked in re.findall(r"pip install (?:-\S+ )*(.*)", text)]
+    assert not [asked for asked in said if asked.startswith(("shallow", "'shallow"))]
+    named = {each for asked in said for each in re.findall(r"'([^']+>=[^']+)'", asked)}
+    assert len(named) > 6 and named <= known
 
 
 IMPORT_TIME = """
