@@ -117,6 +117,8 @@ def execute(app: Callable[..., Any]) -> None:
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         _silence()
+        if error.errno is None:  # of a library, in its own words: a hub that it cannot reach
+            refuse(str(error) or type(error).__name__)
         refuse(f"{_place_of(error)}: {error.strerror or error}")
     except MemoryError:
         refuse(TOO_LITTLE)

@@ -75,6 +75,16 @@ def test_too_little_memory(error, monkeypatch):
     assert call("doctor") == (2, "", said)
 
 
+def test_a_library_that_reaches_no_hub_speaks_for_itself(monkeypatch):
+    """It raises an error of the system without a number, which is about no file of ours."""
+
+    def examine(threads):
+        raise ConnectionError("Couldn't reach 'piqa' on the Hub")
+
+    monkeypatch.setattr("engine.commands.doctor.examine", examine)
+    assert call("doctor") == (2, "", "engine: Couldn't reach 'piqa' on the Hub\n")
+
+
 def test_a_refusal_where_no_file_can_be_opened_any_more(monkeypatch, capsys):
     """Not even to import what would tidy up."""
 
