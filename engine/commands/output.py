@@ -72,6 +72,8 @@ def show(*what: Any, **options: Any) -> None:
     if _level >= 0:
         console = Console(markup=False)  # names may hold brackets
         for each in what:
+            for column in getattr(each, "columns", ()):
+                column.overflow = "fold"  # a narrow terminal breaks a number; else it cuts it off
             console.print(each, **options)
 
 

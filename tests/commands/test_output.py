@@ -132,6 +132,15 @@ def test_a_run_taken_up_again_does_not_count_what_it_found(monkeypatch, capfd):
     assert lines == ["steps: 82 of 100, loss 18, 54 s left", "steps: 84 of 100, loss 16, 48 s left"]
 
 
+@pytest.mark.parametrize("columns", [20, 40, 80])
+def test_a_narrow_terminal_cuts_no_number_off(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, _ = call("budget", "llama-2-70b", "--drop", "39-78")
+    assert code == 0 and "…" not in out
+    numbers = "".join(line.split("│")[2 + 1] for line in out.splitlines() if line[:1] == "│")
+    assert "68,976,648,192" in numbers.replace(" ", "")
+
+
 def test_no_word_of_help_is_taken_for_markup():
     """What stands in square brackets would not be shown."""
     import typer
