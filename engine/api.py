@@ -281,10 +281,11 @@ def load(
     """Opens a model: a directory, a .gguf file, a hub id, or the default by name.
 
     `drop` and `keep` are layers of the checkpoint ("20-24", "3,7,21-25", or numbers), `drop` also
-    a Plan; those not kept are never read. `backend` is one of RUNTIMES: by default "cpu" on a CPU
-    and "triton" on a GPU, "reference" where that has not the dtype or cannot run. `dtype` is a
-    torch dtype or its name: by default the checkpoint's 16-bit one on a GPU, and on a CPU float32
-    but for what the backend "cpu" rounds, see below.
+    a Plan; those not kept are never read. `backend` is "cpu", "triton", "cuda" or "reference"
+    (plain torch, on either device): by default "cpu" on a CPU and "triton" on a GPU, "reference"
+    where that has not the dtype or cannot run. `dtype` is torch.float32, float16 or bfloat16, or
+    its name: by default the checkpoint's 16-bit one on a GPU, and on a CPU float32 but for what
+    the backend "cpu" rounds, see below.
 
     The backends "triton" and "cuda" (our CUDA kernels where there are any, Triton's for the rest)
     take weights as they are stored, and so does "cpu". What it multiplies by quantized ones it

@@ -86,6 +86,8 @@ def _unpadded(ids: list[Any], mask: Any) -> tuple[list[Prompt], bool]:
 
 
 def _input_ids(encoding: Mapping[str, Any]) -> list[Any]:
+    if "role" in encoding:
+        raise InputError("prompt: expected a list of messages, found one message by itself")
     if "input_ids" not in encoding:
         raise InputError(f"prompt: expected 'input_ids', found {', '.join(map(str, encoding))}")
     return listed(encoding["input_ids"], "input_ids")

@@ -124,6 +124,7 @@ def test_a_batch_of_one_stays_a_batch(model):
     ("prompt", "sentence"),
     [
         ({"ids": IDS}, "expected 'input_ids', found ids"),
+        ({"role": "user", "content": "hi"}, "expected a list of messages, found one message"),
         (7, "expected text, messages, token ids or what a tokenizer returns, found int"),
         ("", "the prompt is empty"),
         ({"input_ids": [1, 2], "attention_mask": [0, 0]}, "the prompt is empty"),
