@@ -25,15 +25,24 @@ _PAPER = {"before_gb": 140.0, "after_gb": 17.5, "before_flops": 3e10, "after_flo
 
 def budget(
     model: Annotated[
-        str, typer.Argument(help="A model, a config.json, or a built-in: llama-2-70b, phi-2 ...")
+        str,
+        typer.Argument(
+            help="A model, a config.json, or a built-in shape: llama-2-7b, llama-2-13b, "
+            "llama-2-70b, llama-3-8b, llama-3-70b, mistral-7b, qwen-7b, qwen-14b, phi-2."
+        ),
     ] = LLAMA,
     plan: common.PlanFile = None,
     drop: common.Drop = None,
     keep: common.Keep = None,
     bits: Annotated[int, typer.Option(help="Bits of the layers' matrices: 4, 8 or 16.")] = 4,
     group: Annotated[int, typer.Option(help="Weights that share a scale; 0: a row.")] = GROUP,
-    head: Annotated[int, typer.Option(help="Bits of the head: 4, 8 or 16.")] = 16,
-    v: Annotated[int | None, typer.Option(help="Bits of v_proj. Default: --bits.")] = None,
+    head: Annotated[
+        int, typer.Option(help="Bits of the head: 4, 8 or 16; 8 is what quantize makes of it.")
+    ] = 16,
+    v: Annotated[
+        int | None,
+        typer.Option(help="Bits of v_proj. Default: --bits; quantize may make 8 of it, see there."),
+    ] = None,
     minimum: Annotated[
         bool, typer.Option("--minimum", help="Groups store a minimum beside the scale.")
     ] = False,

@@ -23,14 +23,19 @@ FITTED = ("bits", "group")
 
 
 def plan(
-    profile_path: Annotated[Path, typer.Argument(metavar="PROFILE")],
+    profile_path: Annotated[
+        Path, typer.Argument(metavar="PROFILE", help="A file that `engine profile` wrote.")
+    ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Output file.")],
-    count: Annotated[int | None, typer.Option(help="Layers to drop.")] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Number of layers to drop; or one of the next three.")
+    ] = None,
     fraction: Annotated[
         str | None, typer.Option(metavar="25%", help="Share of the layers to drop.")
     ] = None,
     max_distance: Annotated[
-        float | None, typer.Option(help="Drop the largest block whose distance is at most this.")
+        float | None,
+        typer.Option(help="Drop the largest block whose distance is at most this: 0 to 1."),
     ] = None,
     target_memory: Annotated[
         str | None,
@@ -43,7 +48,11 @@ def plan(
     rule: Annotated[str, typer.Option(help=f"One of {', '.join(RULES)}.")] = "similarity",
     protect: Annotated[
         str,
-        typer.Option(metavar="LAYERS", help="Layers never dropped; 'none' is the paper's rule."),
+        typer.Option(
+            metavar="LAYERS",
+            help="Layers never dropped; 'default': the first two and the last; 'none': the paper's "
+            "rule.",
+        ),
     ] = "default",
     drop: Annotated[
         str | None, typer.Option(metavar="LAYERS", help="Layers to drop, for --rule manual.")

@@ -52,6 +52,11 @@ def test_known_sizes(name):
     assert round(cost(built_in(name)).total_parameters / 1e9, 2) == given[name]
 
 
+def test_the_help_names_every_built_in_shape():
+    help = " ".join(call("budget", "--help")[1].replace("│", " ").split())
+    assert all(f" {name}" in help for name in MODELS)
+
+
 def test_llama_2_70b_by_hand():
     """Half the layers of the paper's model at 4 bits: 18.2-20.3 GB by group and head."""
     config = built_in("llama-2-70b")
