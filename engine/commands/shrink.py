@@ -148,10 +148,8 @@ def shrink(
             why = f"goes with --rule greedy or search, found --rule {rule}"
             output.leave_out(context, ("windows",), why)
         if not asked.text:
-            output.say(
-                f"heals on the built-in text and {written:,} tokens that {model} writes; more text "
-                "(--text) heals more"
-            )
+            more = f" and {written:,} tokens that {model} writes" if written else ""
+            output.say(f"heals on the built-in text{more}; more text (--text) heals more")
         try:
             with output.joint("shrink") as bar:
                 run.all(bar)

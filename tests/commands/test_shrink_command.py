@@ -14,6 +14,8 @@ from engine.architecture.layers import format_layers
 from engine.artifacts import HealRecord, Plan, Profile
 from engine.benchmark.speed import RunRecord
 from engine.checkpoint import open_checkpoint
+from engine.commands.shrink import Run
+from engine.errors import InputError
 from engine.judgement import Judgement
 
 LAYERS = 6
@@ -102,6 +104,19 @@ def test_what_the_help_says_of_texts_and_steps(tree, tmp_path):
         found.append((plan.text_hash, config["quantization_config"]["calibration"], heal.text_hash))
     (plan, calibration, learnt), other = found
     assert (plan, calibration) == other[:2] and learnt != other[2]
+
+
+def test_it_says_what_it_heals_on(tree, tmp_path, monkeypatch):
+    def stopped(run, bar):
+        raise InputError("enough")
+
+    monkeypatch.setattr(Run, "check", lambda run: None)
+    monkeypatch.setattr(Run, "all", stopped)
+    monkeypatch.chdir(tree)
+    asked, built_in = ("shrink", "llama", tmp_path / "small"), "heals on the built-in text"
+    more = "; more text (--text) heals more\n"
+    assert call(*asked)[1] == f"{built_in} and 200,000 tokens that llama writes{more}"
+    assert call(*asked, "--self", 0)[1] == f"{built_in}{more}"
 
 
 def test_a_finished_run_is_found_and_settings_tell_runs_apart(tree, tmp_path):
