@@ -64,13 +64,19 @@ class Timings:
 
 @dataclass(frozen=True)
 class Generation:
-    """What one prompt gave. `token_ids` holds every token sampled, `text` nothing of the stop."""
+    """What one prompt gave.
+
+    `text` has nothing of the stop, `token_ids` every token sampled. `finish_reason` is "stop" for a
+    stop token or stop string, "length" where max_new_tokens were reached. `prompt_tokens` counts
+    the special tokens that were added. `timings` are the whole batch's: `ttft_ms` to the first
+    token's text, `prefill_tok_s`, `decode_tok_s()`, `overall_tok_s`.
+    """
 
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: str  # "stop": a stop token or stop string; "length": max_new_tokens reached
-    prompt_tokens: int  # of this prompt, with the special tokens that were added
-    timings: Timings  # of the whole batch
+    finish_reason: str
+    prompt_tokens: int
+    timings: Timings
 
 
 def generate(
