@@ -8,9 +8,11 @@ import torch
 from support import tiny
 
 from engine.checkpoint import open_checkpoint
-from engine.errors import InputError
+from engine.errors import InputError, NotFiniteError
+from engine.pruning import score as module
 from engine.pruning.remembered import Remembered
-from engine.pruning.score import PrefixScorer
+from engine.pruning.score import DecoderStreams, PrefixScorer
+from engine.reference.decoder import Decoder
 from engine.runtime.reference import ReferenceRuntime
 
 
@@ -40,8 +42,12 @@ def by_hand(runtime, windows: torch.Tensor, kept: tuple[int, ...], metric: str) 
     return total / windows[:, 1:].numel()
 
 
+@pytest.mark.parametrize("positions", [10, 10**6])
 @pytest.mark.parametrize("metric", ["loss", "kl"])
-def test_scores_equal_plain_runs(setting, metric):
+def test_scores_equal_plain_runs(setting, metric, positions, monkeypatch):
+    """However many positions have their logits at once: of a large vocabulary they are few."""
+    monkeypatch.setattr(module, "LOGITS", positions * tiny.VOCAB)
+    monkeypatch.setattr(module, "ROWS", 4)
     runtime, windows = setting
     score = PrefixScorer(runtime.decoder, windows, metric, batch=2)
     everything = tuple(range(len(runtime.config.layers)))
@@ -71,6 +77,30 @@ def test_a_score_runs_only_what_differs(setting, monkeypatch):
     score.anchor((0, 1, 3))
     score((0, 3))
     assert ran == [3, 3]
+
+
+def test_other_weights_are_run_from_the_first_slot_on(setting):
+    """What is kept of the sets before came through the weights before."""
+    runtime, windows = setting
+    decoder = runtime.decoder
+    layers = [{role: 1.1 * weight for role, weight in each.items()} for each in decoder.layers]
+    other = ReferenceRuntime(Decoder(runtime.config, decoder.outer, layers))
+    score = PrefixScorer(decoder, windows, "loss")
+    score.anchor((0, 1, 3), DecoderStreams(other.decoder))
+    for kept in [(0, 1, 3), (0, 1), (0, 3)]:
+        assert score(kept) == pytest.approx(by_hand(other, windows, kept, "loss"), rel=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["loss", "kl"])
+def test_a_score_that_is_no_number_is_refused(setting, metric):
+    """NaN is neither more nor less than another."""
+    runtime, windows = setting
+    score = PrefixScorer(runtime.decoder, windows, metric)
+    broken = runtime.decoder.layers[2]
+    broken["down"] = broken["down"] * torch.nan
+    assert math.isfinite(score((0, 1, 3)))
+    with pytest.raises(NotFiniteError):
+        score((0, 2))
 
 
 @pytest.mark.parametrize("metric", ["loss", "kl"])
