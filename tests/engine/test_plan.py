@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import math
 import random
 import secrets
+from types import SimpleNamespace
 
 import pytest
 from support.profiles import make_profile
@@ -115,6 +117,43 @@ def test_search_respects_protection_and_time(draw):
     for seconds in (-1.0, float("nan")):
         with pytest.raises(InputError, match="seconds: expected a number of at least 0"):
             rules.search(score, 8, start, evaluations=None, seconds=seconds)
+
+
+def test_a_search_ends_in_time(draw, monkeypatch):
+    """Whatever a score takes: none is begun once the time is over."""
+    score, clock, heard = Landscape(12, draw), [0.0], []
+    start = rules.greedy(score, 12, 5)
+
+    def slow(kept: tuple[int, ...]) -> float:
+        clock[0] += 1.0
+        return score(kept)
+
+    monkeypatch.setattr(rules, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for seconds in (1.0, 7.5, 20.0):
+        score.calls = 0
+        heard.clear()
+        rules.search(
+            slow, 12, start, evaluations=None, seconds=seconds,
+            on_score=lambda _, best: heard.append(best),
+        )  # fmt: skip
+        assert score.calls == 1 + math.ceil(seconds)  # of the start, and then until it is over
+        assert heard == sorted(heard, reverse=True), "expected the best so far"
+
+
+def test_a_search_uses_its_budget(draw):
+    score = Landscape(20, draw)
+    rules.search(score, 20, rules.Choice(tuple(range(8))), evaluations=600)
+    assert score.calls == 600
+
+
+@pytest.mark.parametrize("count", [4, 5, 6])
+def test_a_search_among_few_that_are_free(count, draw):
+    """Hardly any other layer can go in the place of one that does."""
+    score, protect = Landscape(8, draw), frozenset({0, 7})
+    start = rules.Choice(tuple(range(1, 1 + count)))
+    found = rules.search(score, 8, start, protect, evaluations=1000)
+    kept = ({*range(8)} - {*drop} for drop in itertools.combinations(range(1, 7), count))
+    assert found.score == min(score(tuple(sorted(each))) for each in kept)
 
 
 def test_largest_count(draw):
