@@ -38,6 +38,23 @@ def test_all_tokens_leave_bos_and_padding_out(case):
     profile = case.profile("all")
     assert largest_difference(profile, angles(vectors)) < 2e-5
     assert profile.vectors == sum(len(sample) - 1 for sample in case.samples)
+    assert profile.samples == len(case.samples)
+    assert profile.tokens_used == sum(map(len, case.samples))
+
+
+def test_what_a_profile_says_of_single_layers_and_of_chance(case):
+    """Influence, magnitude and standard errors by their definitions."""
+    vectors = torch.stack([case.boundaries(sample)[:, -1] for sample in case.samples], dim=1)
+    profile, before, after = case.profile(), vectors[:-1], vectors[1:]
+    cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1).mean(1)
+    assert profile.influence == pytest.approx((1 - cosine).tolist(), abs=1e-4)
+    change = ((after - before).norm(dim=-1) / after.norm(dim=-1)).mean(1)
+    assert profile.magnitude == pytest.approx(change.tolist(), rel=1e-3)
+    count = len(case.samples)
+    each = torch.stack([angles(vectors[:, [at]]) for at in range(count)])
+    errors = each.std(0) / count**0.5
+    for width, row in enumerate(profile.standard_errors, 1):
+        assert row == pytest.approx(errors.diagonal(width).tolist(), abs=2e-5)
 
 
 def test_the_last_boundary_is_before_the_final_norm(case):
@@ -64,6 +81,7 @@ def test_streaming_gives_the_same(case, tokens):
         case.checkpoint, case.config, case.samples, source, limit_bytes=0, batch_tokens=64
     )
     assert largest_difference(merge([files]), plain) < 1e-6
+    assert files.tokens_used == memory.tokens_used == sum(map(len, case.samples))
 
 
 def _table(profile: Profile) -> torch.Tensor:
@@ -99,6 +117,13 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     )
     assert again == whole
     assert calls[first] > calls[first - 1], "samples were run again"
+
+
+def test_what_another_run_noted_is_not_gone_on_from(tmp_path):
+    case, resume = Case("llama", tmp_path, 1), tmp_path / "profile.json.partial"
+    part = measure(case.decoder, case.samples[:4], case.source(text_hash="another text"))
+    part.save(resume)
+    assert case.profile(resume=resume) == case.profile()
 
 
 @pytest.mark.parametrize("lost", [None, "hidden.0", "hidden.1", "vectors"])
@@ -168,6 +193,8 @@ def test_shards_join_exactly(case):
             merge(parts[1:])
         with pytest.raises(InputError, match="expected the shards"):
             merge([*parts, parts[0]])
+        with pytest.raises(InputError, match="expected the shards"):
+            merge([parts[0]] * count)
     other = measure(case.decoder, case.samples, case.source("all", shard=(1, 2)))
     with pytest.raises(InputError, match="different models, texts or settings"):
         merge([measure(case.decoder, case.samples, case.source(shard=(0, 2))), other])
