@@ -182,6 +182,15 @@ def test_text_that_the_teacher_writes(tmp_path):
     assert torch.equal(data.held_out[2:], whole[[19, 39]])
 
 
+def test_what_is_held_out_of_written_text_is_not_learnt():
+    """Of a text of any length: eight rows are held out, and each of the others is learnt."""
+    first, rows = torch.zeros(1, 2, dtype=torch.int64), torch.arange(1, 401)[:, None].expand(400, 2)
+    data = Data(first, first).extended(rows)
+    learnt, held_out = data.windows[1:, 0].tolist(), data.held_out[1:, 0].tolist()
+    assert held_out == [20 * n for n in range(1, 9)]
+    assert sorted(learnt + held_out) == list(range(1, 401))
+
+
 def test_a_killed_run_comes_to_the_same_bits(source, rng, tmp_path):
     checkpoint = source("llama")
     config, data = shortened(checkpoint), draw(checkpoint, rng)
