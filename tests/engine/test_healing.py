@@ -2,9 +2,11 @@
 
 import json
 import os
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -191,10 +193,11 @@ def test_what_is_held_out_of_written_text_is_not_learnt():
     assert sorted(learnt + held_out) == list(range(1, 401))
 
 
-def test_a_killed_run_comes_to_the_same_bits(source, rng, tmp_path):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])  # whose weights are copies
+def test_a_killed_run_comes_to_the_same_bits(precision, source, rng, tmp_path):
     checkpoint = source("llama")
     config, data = shortened(checkpoint), draw(checkpoint, rng)
-    settings = replace(SETTINGS, methods=("linear", "distil"))
+    settings = replace(SETTINGS, methods=("linear", "distil"), precision=precision)
     straight = same_after_a_kill(checkpoint, config, data, tmp_path, settings)
     other = heal(checkpoint, config, data, tmp_path / "c", replace(settings, seed=1))
     assert other.losses != straight.losses
@@ -273,6 +276,26 @@ def test_minutes_end_it(source, rng, tmp_path):
     assert record.minutes < 0.2
 
 
+def test_a_killed_run_has_the_minutes_that_are_left(source, rng, tmp_path, monkeypatch):
+    """By a clock that says a second more whenever it is asked: once a step, once a check."""
+    checkpoint, clock = source("llama"), iter(range(10**6))
+    monkeypatch.setattr(distil, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    settings = replace(SETTINGS, steps=None, minutes=1.0, patience=1000)
+    given = checkpoint, shortened(checkpoint), draw(checkpoint, rng), tmp_path / "out", settings
+
+    @contextmanager
+    def killed(label):
+        def report(done, total, note=""):
+            if label == "seconds" and done > 30:
+                raise KeyboardInterrupt
+
+        yield report
+
+    with pytest.raises(KeyboardInterrupt):
+        heal(*given, reporting=killed)
+    assert 44 <= heal(*given).steps <= 52
+
+
 def test_windows_in_parts_are_one_step(source, rng, tmp_path, monkeypatch):
     checkpoint = source("llama")
     config, data, losses = shortened(checkpoint), draw(checkpoint, rng), []
@@ -345,6 +368,20 @@ def test_only_what_is_asked_for_learns(train, source, rng, tmp_path, monkeypatch
     if train == "around":
         layers = {name.split(".")[2] for name in changed if ".layers." in name}
         assert layers == {"1", "2"} and {"lm_head.weight", "model.embed_tokens.weight"} <= changed
+
+
+def test_adapters_are_written_within_their_matrices(source, rng, tmp_path):
+    """What is written predicts as what was trained does."""
+    pytest.importorskip("peft")
+    checkpoint, out = source("llama"), tmp_path / "out"
+    data = draw(checkpoint, rng)
+    data = replace(data, held_out=data.windows[:12])  # of which it learns something for certain
+    settings = replace(SETTINGS, train="lora", precision="float32")
+    record = heal(checkpoint, shortened(checkpoint), data, out, settings, dtype=torch.float32)
+    written = open_checkpoint(out)
+    found = perplexity(partial(logits, written, written.config), data.held_out)
+    assert record.perplexity_after < 0.99 * record.perplexity_before
+    assert found == pytest.approx(record.perplexity_after, rel=1e-4)
 
 
 def test_a_teacher_of_its_own(source, rng, tmp_path):
