@@ -1,7 +1,9 @@
 """QLoRA: equal to peft's, resumed to the bit, merged or beside its base, in every runtime."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -230,6 +232,26 @@ def test_minutes_end_it(source, rng, tmp_path):
     settings = replace(SETTINGS, steps=None, minutes=0.01)
     record = healed(source("llama"), rng, tmp_path / "out", settings)
     assert record.stopped == "after 0.01 minutes" and record.steps > 0 and record.minutes < 0.2
+
+
+def test_a_killed_run_has_the_minutes_that_are_left(source, rng, tmp_path, monkeypatch):
+    """By a clock that says a second more whenever it is asked: once a step, once a check."""
+    clock, given = iter(range(10**6)), (source("llama"), rng, tmp_path / "out")
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    settings = replace(SETTINGS, steps=None, minutes=1.0)
+    data = lesson(given[0], rng)
+
+    @contextmanager
+    def killed(label):
+        def report(done, total, note=""):
+            if label == "seconds" and done > 30:
+                raise KeyboardInterrupt
+
+        yield report
+
+    with pytest.raises(KeyboardInterrupt):
+        healed(*given, settings, data, reporting=killed)
+    assert 48 <= healed(*given, settings, data).steps <= 58
 
 
 def test_in_bfloat16_it_learns_as_well(source, rng, tmp_path):
