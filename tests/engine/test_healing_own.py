@@ -15,6 +15,7 @@ from engine.healing.data import Data, perplexity
 from engine.healing.heal import heal
 from engine.healing.own import LEAST, LONGEST, PENALTY, avoiding, mixed, repeating, second
 from engine.healing.settings import Settings
+from engine.healing.state import Standing, joined
 from engine.options import Options
 from engine.report.figures import healing
 from engine.runtime.reference import ReferenceRuntime
@@ -89,6 +90,17 @@ def test_a_second_round_goes_once_through_its_windows(windows, batch, steps):
     settings = replace(SETTINGS, steps=1000, batch_tokens=batch * WINDOW)
     assert second(settings, windows).steps == steps
     assert second(replace(settings, steps=8), windows).steps == min(2, steps)
+
+
+def test_two_trainings_are_told_as_one():
+    one = Standing(8, 30.0, [3.0], [9.0, 8.0], 4, 8.0, 1, "after 8 steps", (0, 8))
+    two = Standing(2, 4.0, [2.0], [8.0, 7.0], 2, 7.0, 0, "after 2 steps", (0, 2))
+    told = joined(one, two)
+    assert (told.step, told.seconds, told.best_step, told.best) == (10, 34.0, 10, 7.0)
+    assert (told.losses, told.checks) == ([3.0, 2.0], [9.0, 8.0, 8.0, 7.0])
+    assert (told.check_steps, told.stopped) == ((0, 8, 8, 10), "after 8 steps, then after 2 steps")
+    assert joined(one, replace(two, best_step=0)).best_step == 4  # the first one's weights
+    assert joined(Standing(), two) == two
 
 
 def writer(path):
