@@ -7,15 +7,18 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.close import assert_close
 from support.healing import WINDOW, draw, logits, shortened
 
 from engine.checkpoint import open_checkpoint
 from engine.evaluate.health import loops
+from engine.healing import distil
 from engine.healing.data import Data, perplexity
 from engine.healing.heal import heal
 from engine.healing.own import LEAST, LONGEST, PENALTY, avoiding, mixed, repeating, second
 from engine.healing.settings import Settings
 from engine.healing.state import Standing, joined
+from engine.healing.teacher import bins
 from engine.options import Options
 from engine.report.figures import healing
 from engine.runtime.reference import ReferenceRuntime
@@ -118,6 +121,36 @@ def writer(path):
         return torch.cat(rows, 1).tolist()
 
     return write
+
+
+def test_what_the_second_round_is_taught(source, rng, tmp_path, monkeypatch):
+    """The whole model's words, at the places of its shorter windows; what it is to avoid it avoids
+    in text of its own alone. Its last weights are written, however much worse they are."""
+    checkpoint, taught = source("llama"), []
+    drawn = draw(checkpoint, rng, windows=16)
+    data = Data(drawn.windows.view(-1, 2 * WINDOW)[:, :-1], drawn.held_out[:, :-1])
+
+    def spied(student, ask, round_of, *given, **options):
+        taught.append((ask, round_of))
+        return distil.distil(student, ask, round_of, *given, **options)
+
+    monkeypatch.setattr("engine.healing.heal.distil", spied)
+    monkeypatch.setattr("engine.healing.heal.avoiding", lambda logits, tokens: -logits)
+    rising = iter(range(1, 99))
+    monkeypatch.setattr(distil, "perplexity", lambda *_: float(next(rising)))
+    record = heal(
+        checkpoint, shortened(checkpoint), data, tmp_path / "out",
+        replace(SETTINGS, window=2 * WINDOW - 1, steps=2),
+        open_writer=lambda _: lambda rows, options: [[7] * options.max_new_tokens for _ in rows],
+    )  # fmt: skip
+    (ask, second_of) = taught[1]
+    own = len(second_of.windows) // 2
+    for at, window in enumerate(second_of.windows):
+        said, indices = ask(at)
+        expected = logits(checkpoint, checkpoint.config, window[None])
+        found = bins(-expected if at >= own else expected, indices[None])[0]
+        assert_close(str(at), found.exp(), said.exp(), 1e-2)
+    assert record.best_step == record.steps == 3
 
 
 def test_windows_of_an_odd_length(source, rng, tmp_path):
