@@ -170,7 +170,8 @@ def test_text_that_the_teacher_writes(tmp_path):
     whole = run("a")
     assert whole.shape == (40, WINDOW) and asked == [32, 8]
     assert whole[0, :12].tolist() == list(range(12)) and whole[1::2, 0].eq(1).all()
-    assert not whole[:, 12:].gt(8).any()
+    assert whole[0::2, 0].tolist() == [WINDOW * (i * 30 // 40) for i in range(0, 40, 2)]
+    assert not whole[:, 12:].gt(8).any() and not torch.equal(whole[:8, 12:], whole[32:, 12:])
     asked.clear()
     with pytest.raises(KeyboardInterrupt):
         run("b", partial(write, broken=True))
@@ -203,17 +204,21 @@ def test_a_killed_run_comes_to_the_same_bits(precision, source, rng, tmp_path):
     assert other.losses != straight.losses
 
 
-def test_other_weights_in_the_same_place_begin_anew(source, rng, tmp_path):
-    """Though their norms, and so their lineage, are the same: the run and the teacher's words."""
+@pytest.mark.parametrize("other", ["weights", "text", "layers"])
+def test_another_run_in_the_same_place_begins_anew(other, source, rng, tmp_path):
+    """Though norms, and so their lineage, are the same: the run and the teacher's words."""
     checkpoint = source("llama")
     config, data = shortened(checkpoint), draw(checkpoint, rng)
     kept = {"cache": tmp_path / "cache"}
     with pytest.raises(KeyboardInterrupt):
         heal(checkpoint, config, data, tmp_path / "a", SETTINGS, reporting=killing, **kept)
-    file = tmp_path / "model" / "model.safetensors"
-    weights = {name: tensor * (1 + ("proj" in name)) for name, tensor in load_file(file).items()}
-    file.unlink()
-    save_file(weights, file, {"format": "pt"})
+    if other == "weights":
+        file = tmp_path / "model" / "model.safetensors"
+        weights = {name: t * (1 + ("proj" in name)) for name, t in load_file(file).items()}
+        file.unlink()
+        save_file(weights, file, {"format": "pt"})
+    data = draw(checkpoint, rng) if other == "text" else data
+    config = checkpoint.config.keep([0, 1, 3]) if other == "layers" else config
     changed = open_checkpoint(tmp_path / "model")
     again = heal(changed, config, data, tmp_path / "a", SETTINGS, **kept)
     anew = heal(changed, config, data, tmp_path / "b", SETTINGS)
@@ -448,7 +453,8 @@ def test_rows_are_packed_and_tails_held_out(bos, tmp_path):
     assert torch.equal(data.held_out[:, bos:], torch.cat([windows[-1:]] * 2))
     assert not bos or bool((data.windows[:, 0] == 1).all())
     apart = read_data([str(file)], str(file), text, 8)
-    assert torch.equal(apart.windows[:, bos:], windows) and len(apart.held_out) == 8
+    assert torch.equal(apart.windows[:, bos:], windows)
+    assert torch.equal(apart.held_out[:, bos:], windows[[i * len(windows) // 8 for i in range(8)]])
     with pytest.raises(InputError, match="expected 2 windows of 40 tokens, found 1"):
         read_data([str(file)], None, text, 40)
 
