@@ -263,6 +263,23 @@ def test_gptq_is_the_published_update(scheme, block, rng):
     assert same.all(1).float().mean() >= 0.75, "rows that went another way"
 
 
+@pytest.mark.parametrize("act_order", [False, True], ids=["", "ordered"])
+def test_gptq_searches_by_what_an_error_costs_in_the_end(act_order, rng, monkeypatch):
+    """Once the columns after it have made up for it: the Schur complement, in float64."""
+    costs, fit = [], methods.fit_grid
+    monkeypatch.setattr(
+        methods, "fit_grid", lambda *given: costs.append(given[-1][0]) or fit(*given)
+    )
+    weight, hessian = spread(rng, 4, 96), correlated(rng, 96)
+    methods.gptq(weight, hessian, FOUR_BITS[1], act_order=act_order, damp=0.05, clip="mse")
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    diagonal = hessian.diagonal().double().mean() * torch.eye(96)
+    damped = (hessian.double() + 0.05 * diagonal)[order][:, order]
+    expected = torch.stack([1 / torch.linalg.inv(damped[i:, i:])[0, 0] for i in range(96)])
+    expected = expected if act_order else expected[order.argsort()]
+    torch.testing.assert_close(torch.cat(costs).double(), expected, rtol=1e-3, atol=0)
+
+
 def test_gptq_takes_inputs_that_are_always_zero(rng):
     weight, hessian = spread(rng, 4, 64), correlated(rng, 64)
     hessian[5] = hessian[:, 5] = 0
