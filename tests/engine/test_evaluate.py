@@ -65,6 +65,15 @@ def test_no_more_at_once_than_both_runtimes_decode(rng):
     assert (found.nll, found.kl) == pytest.approx((expected.nll, expected.kl))
 
 
+def test_windows_run_whole_where_rotations_depend_on_their_length(rng, monkeypatch):
+    """LongRoPE, dynamic NTK: however few logits are to be held."""
+    monkeypatch.setattr(module, "LOGITS_BYTES", 7 * 4 * 64)
+    runtime = fakes(rng)
+    runtime.config.whole_prefill = True
+    evaluate(runtime, FakeText(VOCABULARY), sentence(rng, 70), window=16)
+    assert {shape for shape, _, _ in runtime.calls} == {(1, 15)}
+
+
 def test_a_model_agrees_with_itself(rng):
     runtime = fakes(rng)
     result = evaluate(runtime, FakeText(VOCABULARY), sentence(rng, 64), window=32, second=runtime)
