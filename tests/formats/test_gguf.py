@@ -159,6 +159,15 @@ def test_yarn_without_its_first_context_takes_the_whole(tmp_path):
     assert open_checkpoint(tmp_path / "model.gguf").config.ropes[0].original_context == 64
 
 
+def test_an_older_key_of_linear_scaling(tmp_path):
+    def scale(fields, tensors):
+        fields["llama.rope.scale_linear"] = 4.0
+
+    llama_files.write_tiny(tmp_path / "model.gguf", scale)
+    rope = open_checkpoint(tmp_path / "model.gguf").config.ropes[0]
+    assert (rope.kind, rope.factor) == ("linear", 4.0)
+
+
 def test_gemma2_has_a_window_where_the_file_says_nothing(tmp_path, monkeypatch):
     """The first ones; llama.cpp has 4,096 for them."""
     model = tiny.write("gemma2", tmp_path, 1, max_position_embeddings=8192, sliding_window=None)
