@@ -214,11 +214,12 @@ def test_end_tokens_are_the_named_and_the_known(tmp_path):
     def name_another(fields, tensors):
         fields["tokenizer.ggml.tokens"][0] = "<eos>"
         fields["tokenizer.ggml.model"] = "gpt2"
+        fields |= {"tokenizer.ggml.eot_token_id": 3, "tokenizer.ggml.eom_token_id": 4}
 
     path = tmp_path / "model.gguf"
     llama_files.write_tiny(path, name_another)
     # <|eot_id|> is an ordinary token of this vocabulary, <eos> and <|im_end|> control tokens
-    assert open_checkpoint(path).config.eos_ids == load_text(path).eos_ids == (0, 1, 6)
+    assert open_checkpoint(path).config.eos_ids == load_text(path).eos_ids == (0, 1, 3, 4, 6)
 
 
 def test_default_model_agrees_with_the_gguf_package(default_model):
