@@ -5,8 +5,9 @@
 #include <algorithm>
 #include <chrono>
 #include <csignal>
-#include <cstdio>
+#include <fstream>
 #include <memory>
+#include <string>
 #include <system_error>
 #include <thread>
 
@@ -32,16 +33,14 @@ void pause() {
 #endif
 }
 
-int cgroup_cpus() {
-#ifdef __linux__
-    if (FILE* file = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {
-        double quota = 0, period = 0;
-        const int fields = std::fscanf(file, "%lf %lf", &quota, &period);  // "max 100000": 0 fields
-        std::fclose(file);
-        if (fields == 2 && period > 0) return std::max(1, static_cast<int>(quota / period + 0.5));
-    }
-#endif
-    return 1 << 16;
+// What a control group of either version leaves of `most`: its time over its period, if it is limited.
+int limited(const std::string& group, int most) {
+    double quota = -1, period = 0;
+    std::ifstream(group + "/cpu.max") >> quota >> period;  // "max 100000": neither
+    std::ifstream(group + "/cpu.cfs_quota_us") >> quota;   // -1: no limit
+    std::ifstream(group + "/cpu.cfs_period_us") >> period;
+    if (quota <= 0 || period <= 0) return most;
+    return static_cast<int>(std::clamp(quota / period + 0.5, 1.0, static_cast<double>(most)));
 }
 
 int usable_cpus() {
@@ -50,7 +49,7 @@ int usable_cpus() {
     cpu_set_t set;
     if (sched_getaffinity(0, sizeof set, &set) == 0) cpus = CPU_COUNT(&set);
 #endif
-    return std::max(1, std::min(cpus, cgroup_cpus()));
+    return granted_cpus(std::max(1, cpus), "/proc/self/cgroup", "/sys/fs/cgroup");
 }
 
 thread_local bool inside_region = false;
@@ -58,6 +57,24 @@ std::atomic<Pool*> the_pool{nullptr};
 std::atomic<int> the_forks{0};
 
 }  // namespace
+
+int granted_cpus(int most, const std::string& groups, const std::string& root) {
+    std::ifstream file(groups);
+    for (std::string line; std::getline(file, line);) {
+        const auto names = line.find(':') + 1, path = line.find(':', names);
+        if (names == 0 || path == std::string::npos) continue;
+        const std::string controllers = "," + line.substr(names, path - names) + ",";
+        const bool unified = controllers == ",,";
+        if (!unified && controllers.find(",cpu,") == std::string::npos) continue;
+        const std::string top = unified ? root : root + "/cpu";
+        // In a container the path may be the host's, of which only the top is there.
+        for (std::string group = line.substr(path + 1);; group.resize(group.rfind('/'))) {
+            most = limited(top + group, most);
+            if (group.find('/') == std::string::npos) break;
+        }
+    }
+    return most;
+}
 
 int forks_so_far() { return the_forks.load(std::memory_order_acquire); }
 

@@ -1,5 +1,5 @@
 // The process's warm thread pool. Workers spin briefly for the next region, then sleep.
-// defines: forks_so_far Signal Barrier Pool Queue parallel_for
+// defines: forks_so_far granted_cpus Signal Barrier Pool Queue parallel_for
 #pragma once
 
 #include <algorithm>
@@ -9,6 +9,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <type_traits>
 
 namespace shallow {
@@ -16,6 +17,10 @@ namespace shallow {
 // How often this process was forked from one that had a pool: what belongs to calls under way in the
 // parent is of no use where it has grown.
 int forks_so_far();
+
+// What the control groups of a process, and those around them, leave it of `most` CPUs. groups: a file
+// as /proc/self/cgroup; root: where the groups are.
+int granted_cpus(int most, const std::string& groups, const std::string& root);
 
 // A counter that threads wait on: they spin briefly, then sleep until it moves.
 class Signal {

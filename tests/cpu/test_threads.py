@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -28,13 +29,48 @@ def build(folder: Path, *flags: str) -> Path:
     return program
 
 
-def run(program: Path, mode: str) -> subprocess.CompletedProcess:
-    return subprocess.run([program, mode], capture_output=True, text=True, timeout=300)
+def run(program: Path, mode: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [program, mode, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_regions_barriers_and_loops(tmp_path):
     ran = run(build(tmp_path), "fork")
     assert ran.returncode == 0, ran.stderr
+
+
+SECOND = "0::/a/b\n"
+FIRST = "9:name=systemd:/a/b\n3:cpuset:/x\n2:cpu,cpuacct:/a/b\n0::/\n"
+
+
+def test_what_control_groups_leave_of_the_cpus(tmp_path):
+    """Of both versions, and of those around a group; in a container its path may be the host's."""
+    program = build(tmp_path)
+
+    def granted(groups: str, files: dict[str, str]) -> int:
+        """Of eight."""
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        (folder / "groups").write_text(groups)
+        for name, text in files.items():
+            file = folder / "root" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text + "\n")
+        ran = run(program, "granted", 8, folder / "groups", folder / "root")
+        assert ran.returncode == 0, ran.stderr
+        return int(ran.stdout)
+
+    assert granted(SECOND, {}) == granted("", {}) == granted("0\nx:y\n", {}) == 8
+    own = {"a/b/cpu.max": "500000 100000"}
+    assert granted(SECOND, own) == 5
+    assert granted(SECOND, own | {"a/cpu.max": "150000 50000"}) == 3
+    assert granted(SECOND, own | {"cpu.max": "max 100000", "a/c/cpu.max": "1 1"}) == 5
+    assert granted(SECOND, own | {"cpu.max": "1000 100000"}) == 1
+    assert granted(SECOND, {"cpu.max": "900000 100000"}) == 8
+    assert granted("0::/of/the/host\n", {"cpu.max": "300000 100000"}) == 3
+    period = {"cpu/a/b/cpu.cfs_period_us": "100000"}
+    assert granted(FIRST, period | {"cpu/a/b/cpu.cfs_quota_us": "400000"}) == 4
+    assert granted(FIRST, period | {"cpu/a/b/cpu.cfs_quota_us": "-1"}) == 8
+    assert granted("5:cpuset:/a/b\n", period | {"cpu/a/b/cpu.cfs_quota_us": "1"}) == 8
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <cassert>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <thread>
 #include <vector>
@@ -75,6 +77,8 @@ void all(int threads, int repeats) {
 }  // namespace
 
 int main(int, char** argv) {
+    if (std::strcmp(argv[1], "granted") == 0)
+        return std::printf("%d\n", shallow::granted_cpus(std::atoi(argv[2]), argv[3], argv[4])), 0;
     Pool& pool = Pool::instance();
     assert(pool.size() >= 1);
     if (std::strcmp(argv[1], "race") == 0) return race(), 0;
