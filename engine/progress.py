@@ -47,18 +47,25 @@ class Joint:
     """One bar of work in stages, each of them a share of it."""
 
     def __init__(self, report: Report) -> None:
-        self._report, self._reached = report, 0.0
-        self._stage, self._begin, self._end = "", 0.0, 0.0
+        self._report, self._stage, self._label, self._done = report, "", "", 0
+        self._begin = self._end = self._reached = self._limit = 0.0
 
     def stage(self, name: str, end: float) -> None:
         """What is heard from now on is of this stage, which ends at `end` of the whole, 0..1."""
-        self._stage, self._begin, self._end = name, self._end, end
+        self._stage, self._label = name, ""
+        self._reached, self._limit = self._limit, end
 
     def hear(self, label: str, done: int, total: int, note: str = "") -> None:
+        """A stage may count several things, one by one, and does not know how many: each has half
+        of what is left, so that no bar is full while there is work."""
+        if label != self._label or done < self._done:
+            self._label, self._begin = label, self._reached
+            self._end = (self._reached + self._limit) / 2
+        self._done = done
         share = self._begin + (self._end - self._begin) * min(done / max(total, 1), 1)
-        self._reached = max(self._reached, share)  # a stage may count several things, one by one
+        self._reached = max(self._reached, share)
         said = f"{self._stage}: {done:,} of {total:,} {label}"
-        self._report(round(100 * self._reached), 100, f"{said}, {note}" if note else said)
+        self._report(int(100 * self._reached), 100, f"{said}, {note}" if note else said)
 
 
 @contextmanager

@@ -132,6 +132,23 @@ def test_a_run_taken_up_again_does_not_count_what_it_found(monkeypatch, capfd):
     assert lines == ["steps: 82 of 100, loss 18, 54 s left", "steps: 84 of 100, loss 16, 48 s left"]
 
 
+def test_a_bar_of_stages_is_not_full_while_there_is_work():
+    """However many things the last one counts, under one label or several."""
+    heard = []
+    bar = progress.Joint(lambda done, total, note: heard.append((done, note)))
+    bar.stage("heal", 0.5)
+    for done in range(11):
+        bar.hear("steps", done, 10)
+    bar.stage("judge", 1.0)
+    for label in ("windows", "windows", "tokens"):
+        for done in (0, 50, 100):
+            bar.hear(label, done, 100, "as before")
+    shown = [done for done, _ in heard]
+    assert shown == sorted(shown) and shown[10] == 25 and shown[11] == 50 and shown[-1] < 95
+    assert shown[13] < shown[15] < shown[17] < shown[19]
+    assert heard[13][1] == "judge: 100 of 100 windows, as before"
+
+
 @pytest.mark.parametrize("columns", [20, 40, 80])
 def test_a_narrow_terminal_cuts_no_number_off(columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
