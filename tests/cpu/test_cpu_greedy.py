@@ -97,9 +97,10 @@ def test_greedy_is_the_likeliest(tmp_path, case, isa):
 @pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("case", ["llama", "gemma2", "phi2"])
 def test_what_follows_several_tokens(tmp_path, case, isa):
-    runtime = Edited(case, tmp_path).load(2, isa)
+    """The last more than the 512 rows that run at once."""
+    runtime = Edited(case, tmp_path, max_position_embeddings=500).load(2, isa)
     caches = [runtime.new_cache(3), runtime.new_cache(3)]
-    for width in (7, 1, 9):
+    for width in (7, 1, 9, 400):
         tokens = torch.randint(3, VOCAB, (3, width))
         tokens[1, : width // 2] = -1
         tokens[2] = -1

@@ -33,9 +33,9 @@ def pair(request, tmp_path_factory):
     return DecoderStreams(decoder), CpuStreams(runtime), torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (2, 35)])
+@pytest.mark.parametrize("shape", [(1, 8), (2, 35), (15, 35)])
 def test_streams_and_logits(pair, shape):
-    """Up to 8 rows every thread keeps them all; beyond they are shared."""
+    """Up to 8 rows every thread keeps them all; beyond they are shared, 512 of them at once."""
     theirs, ours, generator = pair
     tokens = torch.randint(3, tiny.VOCAB, shape, generator=generator)
     x = theirs.embed(tokens)
