@@ -6,10 +6,12 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from support import tiny
+from support.gguf_blocks import mild_blocks
 from support.packed import random_packed
 
 from engine.checkpoint import open_checkpoint
@@ -78,11 +80,15 @@ def test_a_final_norm_that_is_absent(checkpoint):
         set_outer(decoder(config), config, matrices, {}, embedding)
 
 
-@pytest.mark.parametrize("rule", ["head", "all"])
-def test_norms_of_q_and_k_that_are_absent(rule, checkpoint):
+@pytest.mark.parametrize(("rule", "sizes"), [("head", (8, 8)), ("all", (48, 16))])
+def test_norms_of_q_and_k_that_are_absent(rule, sizes, checkpoint):
     matrices, vectors = native_layer(checkpoint, checkpoint.config, 0)
-    with pytest.raises(ValueError, match="no vector q_norm or k_norm"):
-        decoder(checkpoint.config, qk_norm=rule).add_layer(matrices, spans(vectors), 0, -1, 0)
+    made = decoder(checkpoint.config, qk_norm=rule)
+    norms = {name: torch.ones(n) for name, n in zip(("q_norm", "k_norm"), sizes, strict=True)}
+    for some in ({}, *({name: norm} for name, norm in norms.items())):
+        with pytest.raises(ValueError, match="no vector q_norm or k_norm"):
+            made.add_layer(matrices, spans(vectors | some), 0, -1, 0)
+    made.add_layer(matrices, spans(vectors | norms), 0, -1, 0)
 
 
 @pytest.mark.parametrize(("window", "rope_dim"), [(-1, 0), (0, -2), (0, 3), (0, 10)])
@@ -99,9 +105,27 @@ def test_matrices_that_are_absent_or_of_another_size(role, checkpoint):
     made, vectors = decoder(checkpoint.config), spans(vectors)
     with pytest.raises(ValueError, match=f"no matrix {role}"):
         made.add_layer({r: m for r, m in matrices.items() if r != role}, vectors, 0, -1, 0)
-    other = decoder(checkpoint.config, hidden_size=32, ffn_size=32, heads=2, head_dim=8)
-    with pytest.raises(ValueError, match="(outputs|inputs|norm): expected"):
-        other.add_layer(matrices, vectors, 0, -1, 0)
+    n, k = matrices[role].shape
+    for shape, what in (((n + 1, k), "outputs"), ((n, k + 1), "inputs")):
+        other = CpuWeight.from_tensor(torch.zeros(shape)).tiles
+        with pytest.raises(ValueError, match=f"{role} {what}: expected"):
+            made.add_layer(matrices | {role: other}, vectors, 0, -1, 0)
+
+
+def test_vectors_of_another_size(source):
+    checkpoint = source("phi2-qk-norm-tied")  # with every bias
+    config = checkpoint.config
+    matrices, vectors = native_layer(checkpoint, config, 0)
+    outer, ends, _ = native_outer(checkpoint, config)
+    for given in (vectors, ends):
+        for role, vector in given.items():
+            for other in (vector[:-1], torch.cat((vector, vector[:1]))):
+                changed, made = given | {role: other.contiguous()}, decoder(config)
+                with pytest.raises(ValueError, match=f"{role}: expected {len(vector)}, found"):
+                    if given is vectors:
+                        made.add_layer(matrices, spans(changed), 0, -1, 0)
+                    else:
+                        made.set_outer(outer, spans(changed), None, 0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -251,16 +275,41 @@ def test_columns_in_bytes_that_are_none_of_the_matrix(rng):
 
 
 def test_tiles_take_and_give_their_own_shape_alone(rng):
-    """Neither rows and columns that they lack nor a permutation that one of both has."""
+    """Neither rows and columns that they lack nor a permutation that one of both has, nor what is
+    stored otherwise."""
     cpu, spec = native.load("cpu"), Spec(4, 32, "symmetric")
     shapes = ((32, 64, False), (48, 64, False), (16, 64, False), (32, 32, False), (32, 64, True))
     arrays = [random_packed(rng, *shape[:2], spec, shape[2]) for shape in shapes]
+    others = (Spec(4, 64, "symmetric"), Spec(8, 32, "symmetric"), Spec(4, 32, "zero"))
+    for other in (*others, Spec(4, 32, "symmetric", torch.float32)):
+        arrays.append(random_packed(rng, 32, 64, other))
     given = [cpu.Packed(**packed.native_fields()) for packed in arrays]
     tiles = [cpu.TiledMatrix(packed, 1) for packed in given]
-    for here, there in ((0, 1), (1, 0), (0, 2), (0, 3), (0, 4), (4, 0)):
-        for call in (tiles[here].fill, tiles[here].restore):
-            with pytest.raises(ValueError, match="tiles of another shape or spec"):
-                call(given[there], 1)
+    for other in range(1, len(given)):
+        for here, there in ((0, other), (other, 0)):
+            for call in (tiles[here].fill, tiles[here].restore):
+                with pytest.raises(ValueError, match="tiles of another shape or spec"):
+                    call(given[there], 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [("Q5_1", Spec(8, 32, "minimum")), ("Q6_K", Spec(8, 16, "symmetric", torch.float32))],
+)
+def test_sixes_become_the_bytes_of_their_own_shape_alone(name, spec, rng):
+    tiles = CpuWeight.from_blocks(name, (17, 256), mild_blocks(rng, name, 17, 256)).tiles
+
+    def restore(n: int = 17, k: int = 256, permuted: bool = False, **other) -> None:
+        packed = random_packed(rng, n, k, replace(spec, **other), permuted)
+        tiles.restore(native.load("cpu").Packed(**packed.native_fields()), 1)
+
+    restore()
+    for other in (
+        {"n": 16}, {"k": 224}, {"permuted": True}, {"bits": 4}, {"group": 64}, {"scheme": "zero"},
+        {"scale_dtype": torch.bfloat16},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="tiles of another shape or spec"):
+            restore(**other)
 
 
 def test_tiles_that_begin_anywhere(rng):
