@@ -122,9 +122,9 @@ def test_slots(pair):
             runtime.forward(ids[:, :1], caches[1])
         for cache in caches:
             cache.truncate([0, 0])
-        again = torch.cat((ids[:1, :3], torch.tensor([[-1, -1, 5]])))
-        expected, got = reference.forward(again, caches[0]), runtime.forward(again, caches[1])
-        assert_close("again from the start", expected, got, 1e-4)
+        for again in torch.tensor([[[5, 6, 7], [-1, -1, 5]], [[-1, -1, 5], [5, 6, 7]]]):
+            expected, got = reference.forward(again, caches[0]), runtime.forward(again, caches[1])
+            assert_close("again from the start, and on", expected, got, 1e-4)
         assert torch.equal(caches[0].lengths, caches[1].lengths)
 
 
