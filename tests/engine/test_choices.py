@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,6 +126,16 @@ def test_equals_the_definition(room, rng, monkeypatch):
     assert result.accuracy == sum(right) / 13
     assert result.chance == pytest.approx(sum(1 / len(q.choices) for q in questions) / 13)
     assert seen == [(done, 13) for done in range(1, 14)]
+
+
+def test_other_questions_choices_or_answers_are_told_apart():
+    one, hashes = Question("a?", ("x", "y"), 1, "line 1"), []
+    others = {"question": "b?"}, {"choices": ("x", "z")}, {"answer": 0}
+    for more in ({}, {"where": "line 2"}, *others):
+        asked = [replace(one, **more)]
+        found = judge_choices(FakeRuntime(1), FakeText(VOCABULARY), asked, source="q")
+        hashes.append(found.questions_hash)
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 4
 
 
 def test_a_question_too_long_for_the_context():
