@@ -10,7 +10,7 @@ from support.fake import FakeRuntime, FakeText
 from engine.api import load
 from engine.errors import InputError
 from engine.generation import Drafting, Options, generate
-from engine.speculate import MOST, SHORTEST, Drafts, Pace
+from engine.speculate import BELIEF, FORGET, MOST, SHORTEST, Drafts, Pace
 
 LETTERS = [chr(ord("a") + i % 26) for i in range(64)]
 
@@ -78,6 +78,17 @@ def test_fewer_steps_where_it_repeats(rng, free):
     assert (plain.drafted, plain.accepted) == (0, 0)
 
 
+def test_what_ends_within_a_draft_was_guessed_right(rng, free):
+    """The end is the fifth of seven that are guessed at the third token; the rest never came."""
+    runtime, text = Repeating(draw(rng, 2**31, 1)[0]), FakeText(LETTERS)
+    runtime.by = 99.0
+    ids = torch.randperm(64, generator=rng)[: runtime.period].tolist()
+    options = Options(max_new_tokens=80, speculate="ngram", stop=(ids[-1],))
+    found = generate(runtime, text, [2 * ids], options)[0]
+    assert list(found.token_ids) == ids and found.timings.step_tokens == (1, 5)
+    assert (found.timings.drafted, found.timings.accepted) == (MOST, 5)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("case", ["llama", "gemma3"])
 def test_a_real_cache_goes_back(case, backend, rng, tmp_path, free):
@@ -109,6 +120,10 @@ def test_the_longest_suffix_and_what_followed_it():
     assert Drafts(pace).propose([8, 4, 6, 8, 4], 99) == [6, 8, 4, 6, 8, 4, 6]  # into itself
     assert Drafts(pace).propose([4] * (SHORTEST + 1), 99) == [4] * MOST
     assert Drafts(pace).propose([4], 99) == []
+    grown = Drafts(pace)
+    for length in range(len(ids)):  # no place is missed where the text comes a token at a time
+        grown.propose(ids[:length], 99)
+    assert grown.propose(ids, 99) == [4, 5, 9, 2, 3, 7, 8]
 
 
 def test_a_step_without_a_draft_comes_first():
@@ -119,6 +134,8 @@ def test_a_step_without_a_draft_comes_first():
     assert drafting.propose([sequence], [0]) == {}
     drafting.saw(100)  # the lone step that followed
     assert drafting.propose([sequence], [0]) == {0: [3, 4, 3, 4, 3, 4, 3]}
+    drafting.saw(800)  # of eight tokens: the seven more as much as one each
+    assert drafting._pace.more == pytest.approx(0.8 * 0.1 + 0.2 * 1.0)
 
 
 def test_drafts_end_where_they_do_not_pay():
@@ -136,6 +153,32 @@ def test_drafts_end_where_they_do_not_pay():
         pace.saw(1, 100)
         pace.saw(1 + MOST, 100)
     assert pace.more == pytest.approx(0, abs=1e-3)
+
+
+def test_what_a_draft_costs_and_how_likely_it_is():
+    """By hand; tokens behind the first wrong one were never tried."""
+    pace, chances = Pace(), []
+    pace.saw(8, 900)  # says nothing before a step of one token
+    assert (pace.single, pace.more) == (0, 0.1)
+    pace.saw(1, 100)
+    pace.saw(1, 200)
+    assert pace.single == pytest.approx(0.8 * 100 + 0.2 * 200)
+    for tokens, elapsed_ns, found in ((5, 360, 0.5), (2, 90, 0.0), (2, 900, 2.0)):
+        expected = 0.8 * pace.more + 0.2 * found
+        pace.saw(tokens, elapsed_ns)
+        assert pace.more == pytest.approx(expected)
+    pace.more = 0.25
+    assert pace.best(0.5) == 1  # 1, 1.5 / 1.25, 1.75 / 1.5, ...
+    pace.best = lambda chance: chances.append(chance) or 3
+    drafts, three = Drafts(pace), [1, 2, 3, 4, 5, 9, 2, 3, 7, 8, 6, 1, 2, 3]
+    right, tried = BELIEF * (1 - 1 / 3), BELIEF
+    for accepted, ran in ((1, 2), (3, 3), (0, 1)):
+        drafts.propose(three, 99)
+        assert chances[-1] == pytest.approx(right / tried)
+        drafts.learn(3, accepted)
+        right, tried = FORGET * right + accepted, FORGET * tried + ran
+    Drafts(pace).propose([1, 2, 9, 2, 1, 2], 99)  # two in common: nothing is before the first
+    assert chances[-1] == 1 - 1 / 2
 
 
 def test_refusals(tmp_path):
