@@ -171,6 +171,8 @@ def test_seed_reproduces_and_distinguishes(rng):
     assert draw(3) != draw(4)
     assert draw(None) != draw(None)
     assert draw(3) != draw(3 + 2**32), "only the seed's low bits count"
+    first, other = make_generators(1, 12)[11], make_generators(11, 2)[1]
+    assert first.random() != other.random(), "sequences of two seeds draw the same numbers"
 
 
 def test_draws_follow_the_distribution(rng):
