@@ -110,6 +110,34 @@ def test_more_types_than_layers(case, tmp_path):
         from_hf(raw | fewer, "FILE")
 
 
+@pytest.mark.parametrize(
+    ("case", "rule"),
+    [
+        ("gemma2", {}),
+        ("gemma3", {}),
+        ("gemma3", {"sliding_window_pattern": 4}),
+        ("qwen2-window", {"max_window_layers": 1}),
+        ("smollm3-window", {"no_rope_layer_interval": 2}),
+    ],
+    ids=str,
+)
+def test_windows_by_a_rule_are_those_of_transformers(case, rule, tmp_path):
+    """In configs that are older than the list of layer_types."""
+    transformers = pytest.importorskip("transformers")
+    tiny.write(case, tmp_path, 1)
+    raw = json.loads((tmp_path / "config.json").read_text()) | rule
+    raw = {key: raw[key] for key in raw.keys() - {"layer_types", "no_rope_layers"}}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    layers = from_hf(raw, "FILE").layers
+    windowed = [
+        "full_attention" if entry.window is None else "sliding_attention" for entry in layers
+    ]
+    assert windowed == theirs.layer_types and len(set(windowed)) == 2
+    if case.startswith("smollm3"):
+        assert [int(entry.rope is not None) for entry in layers] == theirs.no_rope_layers
+
+
 @pytest.mark.parametrize(("case", "factor"), [("llama", 8), ("gemma3", 1)])
 def test_linear_scaling_goes_beyond_the_context_but_where_it_is_named(case, factor, tmp_path):
     """Gemma 3 of 4B and more: max_position_embeddings 131,072 and a linear factor of 8."""
