@@ -15,6 +15,7 @@ from engine.checkpoint import gguf_blocks, open_checkpoint
 from engine.checkpoint.gguf_blocks import BLOCK_TYPES, GgufBlocks, dequantize
 from engine.checkpoint.gguf_file import GgufFile
 from engine.errors import InputError
+from engine.export.gguf_fields import read_back
 from engine.text import load_text
 
 QUANTISED = {number: kind for number, kind in BLOCK_TYPES.items() if kind.dtype is None}
@@ -154,9 +155,20 @@ def test_no_scaling_and_no_cap_may_be_written_as_zero(tmp_path):
 def test_yarn_without_its_first_context_takes_the_whole(tmp_path):
     def scale(fields, tensors):
         fields |= {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+        fields["llama.rope.scaling.yarn_attn_factor"] = 1.75  # the whole, as the converter says it
 
     llama_files.write_tiny(tmp_path / "model.gguf", scale)
-    assert open_checkpoint(tmp_path / "model.gguf").config.ropes[0].original_context == 64
+    rope = open_checkpoint(tmp_path / "model.gguf").config.ropes[0]
+    assert (rope.original_context, rope.attention_factor) == (64, 1.75)
+
+
+def test_as_much_of_a_head_is_rotated_as_the_file_counts(tmp_path):
+    """By a share that config.json has, where 44 * (30 / 44) is less than 30."""
+    llama_files.write_tiny(tmp_path / "model.gguf")
+    file = GgufFile(tmp_path / "model.gguf")
+    sizes = {"attention.key_length": 44, "attention.value_length": 44, "rope.dimension_count": 30}
+    said = dict(file.metadata) | {f"llama.{key}": size for key, size in sizes.items()}
+    assert read_back(said, file.tensors, {}).ropes[0].dim == 30
 
 
 def test_an_older_key_of_linear_scaling(tmp_path):
@@ -178,6 +190,34 @@ def test_gemma2_has_a_window_where_the_file_says_nothing(tmp_path, monkeypatch):
         windows.append({entry.window for entry in config.layers})
         monkeypatch.setattr(gguf.GGUFWriter, "add_sliding_window", lambda *_: None)
     assert windows == [{None}, {4096, None}]
+
+
+def test_what_gemmas_keys_say_and_what_holds_without_them(tmp_path):
+    files = {}
+    for case in ("gemma2", "gemma3"):
+        model = tiny.write(case, tmp_path / case, 1, **SAYABLE[case])
+        llama_files.convert(model, tmp_path / f"{case}.gguf")
+        files[case] = GgufFile(tmp_path / f"{case}.gguf")
+
+    def read(case, **said):
+        """`None`: without the key."""
+        fields = dict(files[case].metadata) | {f"{case}.{k}": v for k, v in said.items()}
+        fields = {key: value for key, value in fields.items() if value is not None}
+        return read_back(fields, files[case].tensors, {})
+
+    caps = {"attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0}
+    for said, expected in ((caps, (20, 10)), (dict.fromkeys(caps), (50, 30))):
+        config = read("gemma2", **said)
+        assert (config.attention_softcap, config.logit_softcap) == expected
+    assert read("gemma3", final_logit_softcapping=0.0).logit_softcap is None
+    listed = [bool(at % 3) for at in range(10)]  # of more layers than the six
+    for pattern, expected in ((3, [True, True, False] * 2), (listed, listed[:6])):
+        said = {"attention.sliding_window_pattern": pattern, "rope.freq_base_swa": 5000.0}
+        layers = read("gemma3", **said).layers
+        assert [entry.window is not None for entry in layers] == expected
+        assert all((entry.rope.theta == 5000) == (entry.window is not None) for entry in layers)
+    with pytest.raises(InputError, match="sliding_window_pattern: expected 6 booleans"):
+        read("gemma3", **{"attention.sliding_window_pattern": listed[:5]})
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
