@@ -104,6 +104,10 @@ MISFITS = {
     "heads": (lambda f, t: f.update({"llama.attention.head_count": 7}), "do not divide"),
     "text for a number": (lambda f, t: f.update({"llama.block_count": "1"}), "block_count: expect"),
     "more layers": (lambda f, t: f.update({"llama.block_count": 2**31}), "2147483648 layers"),
+    "fewer layers": (
+        lambda f, t: t.update({"blk.1.attn_norm.weight": t["output_norm.weight"]}),
+        "metadata says 1 layers, but it has tensors of 2",
+    ),
     "no embedding": (lambda f, t: t.pop("token_embd.weight"), "no tensor 'token_embd.weight'"),
     "experts": (
         lambda f, t: t.update({"blk.0.ffn_gate_inp.weight": t["blk.0.ffn_gate.weight"]}),
