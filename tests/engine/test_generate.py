@@ -241,6 +241,11 @@ def test_empty_prompt(prompt, rng):
         generate(*fakes(rng), ["fine", prompt])
 
 
+def test_messages_beside_ids(rng):
+    with pytest.raises(InputError, match="the prompt mixes messages and token ids"):
+        generate(*fakes(rng), [[{"role": "user", "content": "a"}, 3]])
+
+
 def test_context(rng):
     runtime, text = fakes(rng, max_context=20)
     (result,) = generate(runtime, text, prompts(rng, 12), Options(max_new_tokens=8))
