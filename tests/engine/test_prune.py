@@ -12,6 +12,7 @@ from support.close import assert_close
 from engine.api import choose_layers, load
 from engine.checkpoint import open_checkpoint
 from engine.errors import InputError
+from engine.export.directory import cut_shards
 from engine.export.hf import prune
 from engine.pruning.plan import Choice, plan_from
 from engine.runtime.reference import ReferenceRuntime
@@ -141,14 +142,30 @@ def test_values_beyond_float16_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_shard_passes_the_limit_by_a_tensor_alone():
+    sizes = {"a": 3, "b": 3, "c": 4, "d": 3, "e": 9, "f": 1}
+    assert cut_shards(sizes, 6) == [["a", "b"], ["c"], ["d"], ["e"], ["f"]]
+
+
 def test_what_a_config_leaves_out_and_lists_that_are_not_of_layers(source, tmp_path):
     path = source("llama").path / "config.json"
     said = json.loads(path.read_text())
     said["suppress_tokens"] = list(range(3, 3 + said["num_hidden_layers"]))
+    said["another_list"] = list(range(said["num_hidden_layers"] + 1))
     del said["architectures"]
     path.write_text(json.dumps(said))
     checkpoint = open_checkpoint(path.parent)
     prune(checkpoint, keep_some(checkpoint.config), tmp_path / "out", dtype=torch.float32)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert written["suppress_tokens"] == said["suppress_tokens"]
+    for key in ("suppress_tokens", "another_list"):
+        assert written[key] == said[key]
     assert written["architectures"] == ["LlamaForCausalLM"]
+    path.write_text(json.dumps(said | {"torch_dtype": "float32", "num_kv_shared_layers": 2}))
+    checkpoint = open_checkpoint(path.parent)
+    with pytest.raises(InputError, match="num_kv_shared_layers: layers that share"):
+        prune(checkpoint, keep_some(checkpoint.config), tmp_path / "none")
+    path.write_text(json.dumps(said | {"torch_dtype": "float32"}))
+    checkpoint = open_checkpoint(path.parent)
+    prune(checkpoint, keep_some(checkpoint.config), tmp_path / "half", dtype=torch.float16)
+    written = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert written["dtype"] == "float16" and "torch_dtype" not in written
