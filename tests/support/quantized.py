@@ -204,10 +204,20 @@ def nf4(rng, nested=False, k=128, blocksize=64, kind="nf4", storage=torch.uint8)
     return parts, config, table[q] * scale
 
 
+def spelt(found, key, other=None):
+    """The same with another key in the place of one, or with none."""
+    parts, config, weight = found
+    value = config.pop(key)
+    return parts, config | ({other: value} if other else {}), weight
+
+
 CASES = {
     "gptq": gptq,
     "gptq-desc_act": lambda rng: gptq(rng, desc_act=True),
     "gptq-v2": lambda rng: gptq(rng, version="gptq_v2", group=128),
+    "gptq-v2-format": lambda rng: spelt(
+        gptq(rng, version="gptq_v2"), "checkpoint_format", "format"
+    ),
     "gptq-column": lambda rng: gptq(rng, group=-1),
     "gptq-8bit-odd": lambda rng: gptq(rng, bits=8, desc_act=True, n=N - 1),
     "gptq-gptqmodel": gptqmodel,
@@ -229,6 +239,7 @@ CASES = {
     "nf4-nested": lambda rng: nf4(rng, nested=True),
     "nf4-bfloat16": lambda rng: nf4(rng, storage=torch.bfloat16),
     "fp4": lambda rng: nf4(rng, kind="fp4"),
+    "fp4-default": lambda rng: spelt(nf4(rng, kind="fp4"), "bnb_4bit_quant_type"),
     "fp4-nested": lambda rng: nf4(rng, kind="fp4", nested=True),
     "nf4-straddling": lambda rng: nf4(rng, nested=True, k=37),
 }
