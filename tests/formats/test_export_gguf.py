@@ -146,8 +146,20 @@ def test_every_family_as_its_converter_has_it(case, tmp_path, rng):
         atol = 1e-6 if name.startswith("rope") else 0
         np.testing.assert_allclose(tensor.data, theirs[name].data, rtol=0, atol=atol, err_msg=name)
     again = open_checkpoint(out)
+    assert again.config.max_context == checkpoint.config.max_context
     ids = torch.randint(3, VOCAB, (2, 40), generator=rng)
     torch.testing.assert_close(logits(checkpoint, ids), logits(again, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_a_window_that_no_text_fills_is_none(tmp_path):
+    """Where GGUF has no word for one."""
+    tiny.write("qwen2-window", tmp_path / "hf", 1, vocab_size=VOCAB, sliding_window=256)
+    save_tokenizer(tmp_path / "hf")
+    checkpoint = open_checkpoint(tmp_path / "hf")
+    assert {entry.window for entry in checkpoint.config.layers} == {None, 256}
+    export(checkpoint, checkpoint.config, tmp_path / "out.gguf", "gguf")
+    again = open_checkpoint(tmp_path / "out.gguf").config
+    assert again.max_context == 256 and {entry.window for entry in again.layers} == {None}
 
 
 def test_yarn_is_told_by_the_keys_that_llama_cpp_reads(tmp_path):
