@@ -16,7 +16,7 @@ from support.packed import every_spec, random_packed, spec_id
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 from engine.checkpoint import open_checkpoint
-from engine.checkpoint.gguf_blocks import GgufBlocks
+from engine.checkpoint.gguf_blocks import GgufBlocks, dequantize
 from engine.checkpoint.gguf_file import GgufFile
 from engine.errors import InputError
 from engine.export.formats import export, prune
@@ -24,7 +24,7 @@ from engine.export.gguf import Gguf
 from engine.export.gguf_blocks import to_blocks
 from engine.export.gguf_file import typed_fields
 from engine.export.tensors import stored_tensors
-from engine.kernels.w4.format import Spec, unpack
+from engine.kernels.w4.format import Spec, pack_codes, unpack, unpack_codes
 from engine.kernels.w4.from_gguf import BLOCKS, from_blocks
 from engine.quantize.packing import pack
 from engine.quantize.recipe import Recipe
@@ -81,23 +81,45 @@ def test_iq4_nl_comes_back_byte_for_byte(rng):
     assert torch.equal(again.data.flatten(), data.flatten())
 
 
-@pytest.mark.parametrize("kind", ["Q5_0", "Q5_K", "Q6_K"])
-def test_blocks_that_became_eight_bits_go_back(kind, rng):
-    """Their values and our codes; the two factors of a scale may be others of the same product."""
+def of_eight_bits(kind, rng):
+    """Random blocks as they are packed: 3 rows of 4."""
     block = BLOCKS[kind]
-    shape = (3, 4 * block.weights)
     data = torch.randint(0, 256, (3 * 4, block.nbytes), generator=rng, dtype=torch.uint8)
     scales = torch.randn(3 * 4 * 2, generator=rng).half().view(torch.uint8).view(-1, 4)
     if kind == "Q6_K":
         data[:, -2:] = scales[:, :2]
+        data[1, 192:194] = torch.tensor([128, 1])  # -128 is a scale, and 128 none
     else:
         data[:, : 2 if kind == "Q5_0" else 4] = scales[:, : 2 if kind == "Q5_0" else 4]
     data[0] = 0  # a block of scale 0
-    packed = from_blocks(kind, shape, data)
+    return from_blocks(kind, (3, 4 * block.weights), data)
+
+
+@pytest.mark.parametrize("kind", ["Q5_0", "Q5_K", "Q6_K"])
+def test_blocks_that_became_eight_bits_go_back(kind, rng):
+    """Their values and our codes; the two factors of a scale may be others of the same product."""
+    packed = of_eight_bits(kind, rng)
     again = to_blocks(packed)
     assert isinstance(again, GgufBlocks) and again.type == kind
-    found = from_blocks(kind, shape, again.data)
+    found = from_blocks(kind, packed.shape, again.data)
     assert all(torch.equal(part, found.tensors()[name]) for name, part in packed.tensors().items())
+
+
+@pytest.mark.parametrize("kind, outside, sentence", [
+    ("Q5_0", (111, 144), None), ("Q5_1", (32,), "no blocks of 8 bits"),
+    ("Q5_K", (32,), "scales are no float16"), ("Q6_K", (95, 160), "groups of 16"),
+])  # fmt: skip
+def test_a_code_that_five_or_six_bits_do_not_have(kind, outside, sentence, rng):
+    packed = of_eight_bits(kind, rng)
+    for code in outside:
+        codes = unpack_codes(packed)
+        codes[1, 5] = code
+        other = replace(packed, codes=pack_codes(codes, 8))
+        found = to_blocks(other)
+        if sentence is None:
+            assert found.type == "Q8_0" and torch.equal(dequantize(found), unpack(other))
+        else:
+            assert sentence in str(found)
 
 
 @pytest.mark.parametrize("spec, sentence", [
