@@ -10,6 +10,7 @@ from support import tiny
 from support.close import assert_close, rms_ratio
 
 from engine.architecture.hf_config import from_hf
+from engine.architecture.rope import inverse_frequencies
 from engine.checkpoint import open_checkpoint
 from engine.errors import InputError
 from engine.runtime.reference import ReferenceRuntime
@@ -225,6 +226,21 @@ def test_context_overflow_names_the_limit(tmp_path):
     with pytest.raises(InputError, match="256 positions, this call needs 257"):
         runtime.forward(torch.full((1, 257), 5), cache)
     assert runtime.forward(torch.full((1, 256), 5), cache).shape == (1, 1, tiny.VOCAB)
+
+
+@pytest.mark.parametrize("theta, original", [(10.0, 512), (1e4, 4)])
+def test_the_ramp_of_yarn_ends_within_a_head(theta, original):
+    """At its last value, and at its first for both ends."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    said = {"rope_type": "yarn", "factor": 4.0, "rope_theta": theta}
+    said["original_max_position_embeddings"] = original
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 4 * original}
+    config = LlamaConfig(**sizes, rope_parameters=said)
+    expected, _ = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    (rope,) = from_hf(config.to_dict() | {"architectures": ["LlamaForCausalLM"]}, "FILE").ropes
+    torch.testing.assert_close(inverse_frequencies(rope, 1), expected, rtol=1e-6, atol=0)
 
 
 def _old_style(raw: dict) -> dict:
