@@ -67,6 +67,8 @@ def test_compressed_tensors_in_transformers(case, v, source, rng, tmp_path):
     whole = source(case, **(WIDE if case != "phi3" else {"hidden_size": 96}))
     ours = packed_model(whole, tmp_path / "ours", rng, drop=(1,), group=16, v=v)
     export(ours, ours.config, tmp_path / "out", "compressed-tensors")
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert "lm_head" in said["ignore"]  # that of a tied model too, which has no tensor
     ids = torch.randint(3, tiny.VOCAB, (2, 40), generator=rng)
     peer = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype=torch.float32, attn_implementation="eager"
