@@ -159,6 +159,13 @@ def test_what_cannot_be_said_is_refused(recipe, to, sentence, source, rng, tmp_p
         assert torch.equal(logits(ours, ids), logits(again, ids))
 
 
+def test_a_head_of_rows_that_no_words_hold_is_refused(source, rng, tmp_path):
+    whole = source("llama", **WIDE, vocab_size=tiny.VOCAB + 5)
+    ours = packed_model(whole, tmp_path / "ours", rng, head=4)
+    with pytest.raises(InputError, match=r"its shape \(165, 96\) does not divide by 8"):
+        export(ours, ours.config, tmp_path / "out", "gptq")
+
+
 def test_unquantized_models_and_unknown_formats_are_refused(source, tmp_path):
     plain = source("llama")
     for to in ("compressed-tensors", "gptq"):
