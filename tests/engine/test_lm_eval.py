@@ -176,6 +176,27 @@ def test_generation_is_what_a_task_asks_for(model):
             own._options({"do_sample": True, name: value})
 
 
+def test_a_context_keeps_the_last_tokens_that_fit(model, monkeypatch):
+    from engine import lm_eval
+
+    seen = []
+
+    def told(runtime, text, contexts, options):
+        seen.extend(contexts)
+        return [SimpleNamespace(text="")] * len(contexts)
+
+    monkeypatch.setattr(lm_eval, "generate", told)
+    own = lm_eval.ShallowLM(pretrained=str(model), max_length=20)
+    words = " ".join(map(spelled, range(3, 43)))
+    for length, room in ((12, 8), (19, 1)):
+        own.generate_until(
+            [SimpleNamespace(args=(words, {"until": ["w7"], "max_gen_toks": length}))]
+        )
+        assert seen.pop() == list(range(43 - room, 43))
+    with pytest.raises(InputError, match="max_gen_toks: 20 leave no room in a context of 20"):
+        own.generate_until([SimpleNamespace(args=(words, {"until": ["w7"], "max_gen_toks": 20}))])
+
+
 def test_a_text_begins_as_with_its_hf_model(model, tasks, tmp_path):
     """Where there is no BOS: with the tokenizer's own end, not the least of several."""
     from lm_eval.models.huggingface import HFLM
