@@ -84,7 +84,7 @@ class ShallowQuantizer(HfQuantizer):
             if item.role in ("embedding", "head"):  # two modules around one matrix
                 model.all_tied_weights_keys = model._tied_weights_keys = {}
         if self.checkpoint.config.tied and not model.all_tied_weights_keys:
-            model.set_submodule("lm_head", _Awaited(nn.Identity()))
+            model.set_submodule("lm_head", _Awaited(model.get_submodule("lm_head")))
         ignored = model._keys_to_ignore_on_load_unexpected or set()
         model._keys_to_ignore_on_load_unexpected = {*ignored, _PARTS}
         return model
@@ -98,14 +98,15 @@ class ShallowQuantizer(HfQuantizer):
             )
         for item, stored in _packed(self.checkpoint):
             waiting, packed = model.get_submodule(item.module), stored.to(model.device)
-            linear = W4Linear.from_packed(packed, waiting.bias, exact=exact)
+            place = item.module
             if item.role == "embedding":
                 embedding = W4Embedding(packed, waiting.scale, model.dtype)
-                model.set_submodule(item.module, embedding)
-                if tied:
-                    model.set_submodule("lm_head", linear)
-            else:
-                model.set_submodule(item.module, linear)
+                model.set_submodule(place, embedding)
+                if not tied:
+                    continue
+                place = "lm_head"  # the same matrix; a bias is the head's alone
+            bias = model.get_submodule(place).bias
+            model.set_submodule(place, W4Linear.from_packed(packed, bias, exact=exact))
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict]:

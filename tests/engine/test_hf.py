@@ -27,7 +27,7 @@ def opened(directory, **options):
 
 @pytest.mark.parametrize("case, head, v", [
     ("qwen2", 8, 8), ("qwen3", 8, 4), ("gemma3", 8, 8), ("phi3", 16, 4), ("phi2", 4, 4),
-    ("llama-biased-tied", 16, 8),
+    ("llama-biased-tied", 16, 8), ("phi2-qk-norm-tied", 8, 4), ("phi2-qk-norm-tied", 16, 4),
 ])  # fmt: skip
 @torch.no_grad()
 def test_logits_and_text_are_ours(case, head, v, source, rng, tmp_path):
@@ -43,7 +43,7 @@ def test_logits_and_text_are_ours(case, head, v, source, rng, tmp_path):
     assert torch.equal(logits(ours, whole)[:, 29:-1].argmax(-1), text)
 
 
-@pytest.mark.parametrize("case", ["qwen3", "phi3"])
+@pytest.mark.parametrize("case", ["qwen3", "phi3", "phi2-qk-norm-tied"])
 def test_saving_gives_the_directory_back(case, source, rng, tmp_path):
     ours = packed_model(source(case), tmp_path / "ours", rng, group=16, head=8)
     opened(tmp_path / "ours").save_pretrained(tmp_path / "saved")
