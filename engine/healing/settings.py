@@ -170,14 +170,14 @@ def check_model(settings: Settings, config: ModelConfig, has_teacher: bool) -> N
         return
     if not cuts and settings.methods != ("qlora",):  # which needs no teacher
         raise InputError("nothing is dropped, so there is nothing to heal; give --plan or --drop")
-    if patches and cuts[0].start == 0:
-        raise InputError(
-            f"{patches[0]}: layer 0 is dropped and no kept layer before it can mend it"
-        )
     if patches and config.post_norm:
         raise InputError(
             f"{patches[0]}: a norm follows the down projection in {config.family}, so that nothing "
             "can be folded into it; distil works"
+        )
+    if patches and cuts[0].start == 0:
+        raise InputError(
+            f"{patches[0]}: layer 0 is dropped and no kept layer before it can mend it"
         )
 
 

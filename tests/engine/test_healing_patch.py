@@ -156,6 +156,7 @@ def test_a_norm_behind_the_mlp_refuses_a_patch(case, source, tmp_path):
     checkpoint = source(case)
     for method in ("linear", "scale"):
         settings = Settings((method,), window=WINDOW)
-        with pytest.raises(InputError, match=f"{method}: a norm follows"):
-            heal(checkpoint, shortened(checkpoint), None, tmp_path / "out", settings)
+        for config in (shortened(checkpoint), checkpoint.config.keep([1, 2, 3])):
+            with pytest.raises(InputError, match=f"{method}: a norm follows"):  # layer 0 or not
+                heal(checkpoint, config, None, tmp_path / "out", settings)
     assert not list(tmp_path.glob("out*"))
