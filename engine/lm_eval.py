@@ -216,9 +216,11 @@ class ShallowLM(TemplateLM):
     def _batches(self, asked: list[dict[str, Any]]) -> Iterator[list[int]]:
         """Places of requests that can run together."""
         said = [repr(each) for each in asked]
+        # One alone where rotations depend on the longest of a batch.
+        alone = self.opened.config.whole_prefill
+        size = 1 if alone else at_once(self.batch_size, self.opened.runtime)
         for _, group in groupby(sorted(range(len(said)), key=said.__getitem__), said.__getitem__):
             places = list(group)
-            size = at_once(self.batch_size, self.opened.runtime)
             for start in range(0, len(places), size):
                 yield places[start : start + size]
 

@@ -197,6 +197,24 @@ def test_a_context_keeps_the_last_tokens_that_fit(model, monkeypatch):
         own.generate_until([SimpleNamespace(args=(words, {"until": ["w7"], "max_gen_toks": 20}))])
 
 
+@pytest.mark.parametrize("case", ["llama-dynamic", "phi3-longrope"])
+def test_what_is_written_does_not_depend_on_others(case, model, rng, tmp_path):
+    """Of a batch the longest would turn all rotations."""
+    from engine.lm_eval import ShallowLM
+
+    tiny.write(case, tmp_path / "model", int(torch.randint(2**31, (1,), generator=rng)))
+    for file in model.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "model")
+    own = ShallowLM(pretrained=str(tmp_path / "model"), dtype="float32", batch_size=8)
+    told = {"until": ["<2>"], "max_gen_toks": 12}
+    asked = []
+    for count in (60, *range(5, 12)):
+        numbers = torch.randint(3, tiny.VOCAB, (count,), generator=rng).tolist()
+        asked.append(SimpleNamespace(args=(" ".join(map(spelled, numbers)), told)))
+    alone = [own.generate_until([each])[0] for each in asked]
+    assert own.generate_until(asked) == alone
+
+
 def test_a_text_begins_as_with_its_hf_model(model, tasks, tmp_path):
     """Where there is no BOS: with the tokenizer's own end, not the least of several."""
     from lm_eval.models.huggingface import HFLM
