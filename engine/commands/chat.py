@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from engine.api import Model
 
 HELP = """/reset      start a new conversation
-/system X   start a new conversation with the system message X
+/system X   start a new conversation with the system message X; with none where X is left out
 /undo       remove the last question and its answer
 /help       show this
 /exit       quit; so does Ctrl-D. Ctrl-C stops an answer."""

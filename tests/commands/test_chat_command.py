@@ -100,6 +100,19 @@ def test_reset_is_told_where_it_helps(model, monkeypatch):
     assert err == "engine: no system role\n"
 
 
+def test_a_system_message_that_the_template_refuses_can_be_taken_back(model, monkeypatch):
+    def refuse(messages):
+        if roles(messages).startswith("s"):
+            raise InputError("no system role")
+        return [5, 6]
+
+    model.text.chat = refuse
+    assert "/system X   " in chat.HELP and "with none where X is left out" in chat.HELP
+    code, out, err = talk(monkeypatch, "/system e", "a", "/system", "b")
+    assert (code, err) == (0, "engine: no system role\n")
+    assert len(out.splitlines()) == 1
+
+
 def test_an_answer_has_half_of_a_short_context(model, monkeypatch):
     code, out, err = talk(monkeypatch, "a", options=())
     assert (code, err) == (0, "")
