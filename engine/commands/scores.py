@@ -56,6 +56,11 @@ class Scores:
         self.config = checkpoint.config.keep(found.layers)
         if asked.patch:  # of the first layer that may go: what can mend it can mend the others
             first = min(slot for slot in range(len(found.layers)) if slot not in protect)
+            if found.layers[first] == 0 and not self.config.post_norm:
+                raise InputError(
+                    "patch: where layer 0 is dropped no kept layer before it can mend it; "
+                    "--protect keeps it"
+                )
             left = [layer for slot, layer in enumerate(found.layers) if slot != first]
             check_model(Settings(("linear",), window=2), checkpoint.config.keep(left), False)
         windows, self.others = read_windows(asked, checkpoint.config, load_text(path))

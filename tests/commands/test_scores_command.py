@@ -245,8 +245,12 @@ def test_patched_plans_are_those_of_patched_models(tree, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_patched_is_refused(tree, tmp_path):
-    refused("a norm follows", *arguments(tree, tmp_path / "x", "--patch", case="gemma2"))
-    refused("layer 0 is dropped", *arguments(tree, tmp_path / "x", "--patch", "--protect", "7"))
+    for options in (("--patch",), ("--patch", "--protect", "7")):
+        refused("a norm follows", *arguments(tree, tmp_path / "x", *options, case="gemma2"))
+    refused(
+        "patch: where layer 0 is dropped no kept layer before it can mend it; --protect keeps it",
+        *arguments(tree, tmp_path / "x", "--patch", "--protect", "7"),
+    )
     refused(
         "patch: goes with --rule greedy",
         *arguments(tree, tmp_path / "x", "--rule", "search", "--patch"),
