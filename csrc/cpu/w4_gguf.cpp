@@ -310,7 +310,7 @@ bool fill_gguf(const TiledMatrix& to, const std::string& type, const uint8_t* bl
     return by_type(type, [&](auto as) {
         using Type = decltype(as);
         const TileView& w = to.view();
-        if (!to.of_kind(matrix_of<Type>(w.n, w.k, nullptr)))
+        if (w.k % Type::weights || !to.of_kind(matrix_of<Type>(w.n, w.k, nullptr)))
             throw std::invalid_argument("tiles of another spec");
         const int64_t row_bytes = w.k / Type::weights * Type::bytes, rows = size / row_bytes;
         if (size < 1 || size % row_bytes) throw std::invalid_argument("blocks of another size");

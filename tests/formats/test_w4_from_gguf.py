@@ -8,10 +8,11 @@ from gguf import GGMLQuantizationType
 from gguf import quants as gguf_quants
 from support.bits import assert_same_bits
 from support.gguf_blocks import HALVES, random_blocks
+from support.packed import random_packed
 
 from engine.kernels import native
 from engine.kernels.w4.cpu import CpuWeight
-from engine.kernels.w4.format import unpack, unpack_codes, validate
+from engine.kernels.w4.format import Spec, unpack, unpack_codes, validate
 from engine.kernels.w4.from_gguf import BLOCKS, from_blocks
 from engine.kernels.w4.tiled import SIXES, Tiled
 
@@ -79,6 +80,9 @@ def test_gguf_tiles_are_of_their_type_alone(rng):
     for rows, first in ((longer, 0), (blocks, 16), (blocks[:5], 0), (blocks[:1], 8), (blocks, -16)):
         with pytest.raises(ValueError, match="rows that are no tiles of the matrix"):
             cpu.fill_gguf(tiled.borrowed(), "Q6_K", native.span(rows.contiguous()), first, 1)
+    short = CpuWeight.from_packed(random_packed(rng, 17, 16, Spec(4, 32, "symmetric"))).tiles
+    with pytest.raises(ValueError, match="tiles of another spec"):  # columns of half a block
+        cpu.fill_gguf(short, "Q4_0", native.span(torch.zeros(18, dtype=torch.uint8)), 0, 1)
     packed = from_blocks("Q5_K", shape, data["Q5_K"])
     with pytest.raises(ValueError, match="tiles of another shape or spec"):
         tiled.borrowed().restore(cpu.Packed(**packed.native_fields()), 1)
