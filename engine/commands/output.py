@@ -118,9 +118,9 @@ def execute(app: Callable[..., Any]) -> None:
         _silence()  # nobody reads on: the end that SIGPIPE makes of other programs
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        _silence()
         if error.errno is None:  # of a library, in its own words: a hub that it cannot reach
-            refuse(str(error) or type(error).__name__)
+            refuse(" ".join(str(error).split()) or type(error).__name__)
+        _silence()
         refuse(f"{_place_of(error)}: {error.strerror or error}")
     except MemoryError:
         refuse(TOO_LITTLE)

@@ -79,7 +79,7 @@ def test_a_library_that_reaches_no_hub_speaks_for_itself(monkeypatch):
     """It raises an error of the system without a number, which is about no file of ours."""
 
     def examine(threads):
-        raise ConnectionError("Couldn't reach 'piqa' on the Hub")
+        raise ConnectionError("Couldn't reach\n'piqa' on the Hub")
 
     monkeypatch.setattr("engine.commands.doctor.examine", examine)
     assert call("doctor") == (2, "", "engine: Couldn't reach 'piqa' on the Hub\n")
@@ -154,7 +154,7 @@ def test_a_narrow_terminal_cuts_no_number_off(columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
     code, out, _ = call("budget", "llama-2-70b", "--drop", "39-78")
     assert code == 0 and "…" not in out
-    numbers = "".join(line.split("│")[2 + 1] for line in out.splitlines() if line[:1] == "│")
+    numbers = "".join(line.split("│")[3] for line in out.splitlines() if line[:1] == "│")
     assert "68,976,648,192" in numbers.replace(" ", "")
 
 
