@@ -64,12 +64,6 @@ def test_options_reach_the_model_and_its_answers(model, monkeypatch):
     assert code == 2 and "speculate: expected one of ngram, found 'draft'" in err
 
 
-def test_drafts_change_no_answer(model, monkeypatch):
-    said = ("ab" * 9, "c", "ab" * 9)
-    plain = talk(monkeypatch, *said, options=("--new-tokens", 30))
-    assert talk(monkeypatch, *said, options=("--new-tokens", 30, "--speculate", "ngram")) == plain
-
-
 def test_commands(model, monkeypatch):
     said = ("a", "/reset", "b", "c", "/undo", "d", "/system e", "f", "/system", "g", "/exit", "h")
     code, _, err = talk(monkeypatch, *said)

@@ -63,14 +63,15 @@ def test_one_text_is_an_evaluation(tree, evaluated):
 
 def test_an_instruction_set_is_of_both_models(tree, monkeypatch):
     text = ("--text", tree / "a.txt", "--window", 32)
-    refused("isa: expected one of", "eval", tree / "model", *text, "--isa", "x")
+    cpu = "--backend", "cpu"
+    refused("isa: expected one of", "eval", tree / "model", *text, *cpu, "--isa", "x")
     only = "isa: for the backend cpu alone, found 'generic' for reference"
     refused(only, "eval", tree / "model", *text, "--isa", "generic", "--backend", "reference")
     opened, load = [], api.load
     monkeypatch.setattr(
         api, "load", lambda *of, **how: opened.append(how["isa"]) or load(*of, **how)
     )
-    both = ("--against", tree / "model", "--isa", "generic")
+    both = ("--against", tree / "model", *cpu, "--isa", "generic")
     code, _, err = call("eval", tree / "model", *text, *both)
     assert (code, opened) == (0, ["generic"] * 2), err
 

@@ -55,7 +55,7 @@ def test_the_best_is_chosen(program, isa):
 def test_what_only_the_extension_has_compiles(name):
     """The rest of engine._cpu, which no emulator runs."""
     said = crossed.check(f'#include "cpu/{name}.cpp"\n')
-    if said and crossed.check("#include <Python.h>\n"):
+    if said and "Python.h" in said:
         pytest.skip("Python's headers here are of its own processor alone")
     assert not said, said
 

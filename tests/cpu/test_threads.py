@@ -70,6 +70,8 @@ def test_what_control_groups_leave_of_the_cpus(tmp_path):
     period = {"cpu/a/b/cpu.cfs_period_us": "100000"}
     assert granted(FIRST, period | {"cpu/a/b/cpu.cfs_quota_us": "400000"}) == 4
     assert granted(FIRST, period | {"cpu/a/b/cpu.cfs_quota_us": "-1"}) == 8
+    top = {"cpu/cpu.cfs_period_us": "100000", "cpu/cpu.cfs_quota_us": "200000"}
+    assert granted(FIRST, top) == granted("2:cpu:/of/the/host\n", top) == 2
     assert granted("5:cpuset:/a/b\n", period | {"cpu/a/b/cpu.cfs_quota_us": "1"}) == 8
 
 

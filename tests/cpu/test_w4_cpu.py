@@ -92,7 +92,7 @@ def test_many_rows_of_columns_that_are_met_in_slices(rng, isa, mode, spec):
 @every_isa
 @every_kind
 def test_few_rows_of_a_matrix_long_enough_for_four_streams(rng, isa, spec):
-    n, k = 16 * 277 + 5, 1056  # a claim: 139 tiles, 512 KiB in each half; of fours three left
+    n, k = 16 * 277 + 5, 1056  # two claims of 139 tiles, in fours and three
     packed, x, bias = random_packed(rng, n, k, spec), randn(rng, 5, k), randn(rng, n)
     weight = CpuWeight.from_packed(packed, isa)
     plain = matmul(x, weight, bias)

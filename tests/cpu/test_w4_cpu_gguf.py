@@ -76,7 +76,7 @@ def test_a_matrix_of_a_models_shape(rng, isa, name):
 @every_isa
 @pytest.mark.parametrize("name", SIXES)
 def test_few_rows_of_a_matrix_long_enough_for_four_streams(rng, isa, name):
-    n, k = 16 * 277 + 5, 1280  # a claim: 139 tiles, 512 KiB in each half; of fours three left
+    n, k = 16 * 277 + 5, 1280  # two claims of 139 tiles, in fours and three
     weight, wide = pair(rng, name, n, k // BLOCKS[name].weights, isa)
     x = torch.randn(5, k, generator=rng)
     plain = matmul(x, weight)

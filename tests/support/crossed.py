@@ -69,7 +69,7 @@ def build() -> Path:
 
 
 def others() -> list[str]:
-    """What setup.py compiles on ARM beside the program's files: bindings, and what has some."""
+    """What setup.py compiles on ARM beside the program's files: bindings, and what they call."""
     x86 = {"avx2", "avxvnni", "avx512", "amx"}
     names = {path.stem for path in ROOT.glob("csrc/cpu/*.cpp")}
     return sorted(
