@@ -120,7 +120,10 @@ def main(arguments: list[str] | None = None) -> int:
     fallen = report(before, after, options.fall)
     was, now = map(processor_of, files)
     if was and now and was != now:
-        print(f"Shares of two processors compare with care: {was} before, {now} after.")
+        print(
+            "The runs are of two processors, so their shares may differ by that alone: "
+            f"{was} before, {now} after."
+        )
     print(
         f"{len(fallen)} of {len(before.keys() & after.keys())} cases fell by more than "
         f"{100 * options.fall:.3g}%",

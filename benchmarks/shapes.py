@@ -127,7 +127,7 @@ def write(file: str, directory: Path, layers: int | None = None) -> Path:
     def data(first: int) -> Iterator[Tensor]:
         for index, place in enumerate(found):
             made = vector(place) if place.type == "F32" else blocks(place, generator)
-            if index >= first:  # those before are drawn alone
+            if index >= first:  # those before are only drawn, for the numbers behind them
                 yield made
 
     directory.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ def budget(
     bits: Annotated[int, typer.Option(help="Bits of the layers' matrices: 4, 8 or 16.")] = 4,
     group: Annotated[int, typer.Option(help="Weights that share a scale; 0: a row.")] = GROUP,
     head: Annotated[
-        int, typer.Option(help="Bits of the head: 4, 8 or 16; 8 is what quantize makes of it.")
+        int, typer.Option(help="Bits of the head: 4, 8 or 16; 8 is quantize's default.")
     ] = 16,
     v: Annotated[
         int | None,

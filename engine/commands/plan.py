@@ -35,7 +35,7 @@ def plan(
     ] = None,
     max_distance: Annotated[
         float | None,
-        typer.Option(help="Drop the largest block whose distance is at most this: 0 to 1."),
+        typer.Option(help="Drop the largest block whose distance is at most this, up to 1."),
     ] = None,
     target_memory: Annotated[
         str | None,

@@ -58,8 +58,8 @@ class Scores:
             first = min(slot for slot in range(len(found.layers)) if slot not in protect)
             if found.layers[first] == 0 and not self.config.post_norm:
                 raise InputError(
-                    "patch: where layer 0 is dropped no kept layer before it can mend it; "
-                    "--protect keeps it"
+                    "patch: layer 0 may be dropped, and no kept layer before it can mend that; "
+                    "name it in --protect"
                 )
             left = [layer for slot, layer in enumerate(found.layers) if slot != first]
             check_model(Settings(("linear",), window=2), checkpoint.config.keep(left), False)

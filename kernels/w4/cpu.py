@@ -52,7 +52,7 @@ class CpuWeight:
     ) -> "CpuWeight":
         """The weights that `from_gguf.from_blocks` gives, whose errors these are, without the copy
         between: Q5_0, Q5_1, Q5_K and Q6_K in six bits each, which `restore` gives back as bytes.
-        `read()` follows each piece of `data` that is done with."""
+        `read()` is called after each piece of `data` that is laid out."""
         check_blocks(type_name, shape, data, name)
         cpu, flat, (n, k) = native.load("cpu"), data.contiguous().view(-1), shape
         codebook = torch.tensor(IQ4_NL, dtype=torch.float32, device="cpu")

@@ -248,7 +248,8 @@ def test_what_cannot_be_patched_is_refused(tree, tmp_path):
     for options in (("--patch",), ("--patch", "--protect", "7")):
         refused("a norm follows", *arguments(tree, tmp_path / "x", *options, case="gemma2"))
     refused(
-        "patch: where layer 0 is dropped no kept layer before it can mend it; --protect keeps it",
+        "patch: layer 0 may be dropped, and no kept layer before it can mend that; name it in "
+        "--protect",
         *arguments(tree, tmp_path / "x", "--patch", "--protect", "7"),
     )
     refused(
