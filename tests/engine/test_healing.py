@@ -2,7 +2,6 @@
 
 import json
 import os
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import tiny
 from support.close import assert_close
-from support.healing import WINDOW, draw, killing, kl, logits, same_after_a_kill, shortened
+from support.healing import (
+    WINDOW,
+    draw,
+    killed_at,
+    killing,
+    kl,
+    logits,
+    same_after_a_kill,
+    shortened,
+)
 from tokenizers import processors
 
 from engine.api import load
@@ -288,16 +296,8 @@ def test_a_killed_run_has_the_minutes_that_are_left(source, rng, tmp_path, monke
     settings = replace(SETTINGS, steps=None, minutes=1.0, patience=1000)
     given = checkpoint, shortened(checkpoint), draw(checkpoint, rng), tmp_path / "out", settings
 
-    @contextmanager
-    def killed(label):
-        def report(done, total, note=""):
-            if label == "seconds" and done > 30:
-                raise KeyboardInterrupt
-
-        yield report
-
     with pytest.raises(KeyboardInterrupt):
-        heal(*given, reporting=killed)
+        heal(*given, reporting=killed_at("seconds", 31))
     assert 44 <= heal(*given).steps <= 52
 
 

@@ -1,7 +1,6 @@
 """QLoRA: equal to peft's, resumed to the bit, merged or beside its base, in every runtime."""
 
 import json
-from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import tiny
 from support.close import assert_close
-from support.healing import draw, killing, logits, shortened
+from support.healing import draw, killed_at, killing, logits, shortened
 from support.ops_checks import SPECS
 from support.packed import random_packed, spec_id
 from support.qlora import SETTINGS, pack_base, peers_losses
@@ -241,16 +240,8 @@ def test_a_killed_run_has_the_minutes_that_are_left(source, rng, tmp_path, monke
     settings = replace(SETTINGS, steps=None, minutes=1.0)
     data = lesson(given[0], rng)
 
-    @contextmanager
-    def killed(label):
-        def report(done, total, note=""):
-            if label == "seconds" and done > 30:
-                raise KeyboardInterrupt
-
-        yield report
-
     with pytest.raises(KeyboardInterrupt):
-        healed(*given, settings, data, reporting=killed)
+        healed(*given, settings, data, reporting=killed_at("seconds", 31))
     assert 48 <= healed(*given, settings, data).steps <= 58
 
 

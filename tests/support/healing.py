@@ -45,13 +45,21 @@ def kl(whole, found) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-@contextmanager
-def killing(label):
-    def report(done, total, note=""):
-        if label == "steps" and done == 10:
-            raise KeyboardInterrupt
+def killed_at(what: str, count: int):
+    """A reporting that ends the run once so many of `what` are done."""
 
-    yield report
+    @contextmanager
+    def reporting(label):
+        def report(done, total, note=""):
+            if label == what and done >= count:
+                raise KeyboardInterrupt
+
+        yield report
+
+    return reporting
+
+
+killing = killed_at("steps", 10)
 
 
 def same_after_a_kill(checkpoint, config, data, directory, settings):
