@@ -54,7 +54,13 @@ MOST_BATCH = 4096
 
 
 def run(
-    model: Annotated[str, typer.Option(help="Directory, .gguf file or hub id.")] = DEFAULT_MODEL,
+    named: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL", show_default=DEFAULT_MODEL, help="Directory, .gguf file or hub id."
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The same as MODEL.")] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Text to continue. Default: a built-in prompt.")
     ] = None,
@@ -161,6 +167,11 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Generate text and report the speed; the last line is the record as JSON."""
+    if named is not None and model is not None:
+        raise InputError("MODEL and --model exclude each other")
+    model = named if named is not None else model
+    if model is None:
+        model = DEFAULT_MODEL
     check_writable(json_file, reads=(model, prompt_file, plan))
     asked = chosen(compare, peer_python or ()) if compare is not None else {}
     if sum(given is not None for given in (prompt, prompt_file, prompt_tokens)) > 1:

@@ -111,7 +111,7 @@ def card(made: Made, repo: str) -> str:
         lines += ["Its scales have learnt once more after it was quantized.", ""]
     if made.records:
         lines += _judged(made.records)
-    lines.append("Made with Shallow: `engine run --model` opens it.")
+    lines.append("Made with Shallow: `engine run MODEL` opens it.")
     return "\n".join(head + lines) + "\n"
 
 

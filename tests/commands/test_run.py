@@ -18,6 +18,7 @@ from engine.benchmark.peers import process
 from engine.benchmark.speed import RunRecord, Speed, benchmark
 from engine.cli import app
 from engine.commands import common, output
+from engine.commands.common import DEFAULT_MODEL
 from engine.errors import InputError
 from engine.generation import Drafting, Options, Timings, generate
 from engine.kernels.dispatch import BackendUnavailable
@@ -70,6 +71,16 @@ def test_the_text_then_a_table_then_one_line_of_json(model, tmp_path):
     assert record.ms_per_token == pytest.approx(1e3 / record.decode_tok_s)
     assert record.kv_bytes == 14 * 8 and record.peak_rss_bytes > 2**20
     assert {"python", "torch", "engine"} <= set(record.versions)
+
+
+def test_the_model_is_named_as_in_other_commands_or_by_its_option(model):
+    for named in (["org/name"], ["--model", "org/name"], []):
+        assert record_of(invoke("run", *named, "--new-tokens", "1")).model == (
+            "org/name" if named else DEFAULT_MODEL
+        )
+    with pytest.raises(InputError, match="MODEL and --model exclude each other"):
+        invoke("run", "org/name", "--model", "org/name")
+    assert [ref for ref, _, _ in model.opened] == ["org/name", "org/name", DEFAULT_MODEL]
 
 
 def test_options_reach_the_model_and_the_loop(model):
