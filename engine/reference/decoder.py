@@ -13,7 +13,7 @@ from engine.architecture.rope import rotary
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.weights import Observed, Weights, load_layer, load_outer
 from engine.errors import InputError
-from engine.kernels.layer.reference import ACTIVATIONS
+from engine.kernels.layer.reference import ACTIVATIONS, normalised
 from engine.options import Slots
 from engine.reference.cache import KVCache, Lengths
 
@@ -326,14 +326,9 @@ def normalise(
     config: ModelConfig, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """RMSNorm or LayerNorm over the last dimension, in float32, back in the dtype of x."""
-    wide = x.float()
-    if config.norm == "layer":
-        offset = None if bias is None else bias.float()
-        return functional.layer_norm(
-            wide, weight.shape, weight.float(), offset, config.norm_eps
-        ).to(x.dtype)
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + config.norm_eps)
-    return (wide * (weight.float() + config.norm_offset)).to(x.dtype)
+    scale = weight.float() + config.norm_offset
+    shift = None if bias is None else bias.float()
+    return normalised(x.float(), scale, shift, config.norm_eps, config.norm).to(x.dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
