@@ -27,7 +27,6 @@ from engine.kernels import dispatch, native
 from engine.kernels.angular import reference
 from engine.kernels.angular.accumulate import AngularAccumulator
 from engine.pruning.profile import describe, measure
-from engine.reference.cache import KVCache
 from engine.reference.stream import pad_batches
 
 BATCH = 256
@@ -171,7 +170,7 @@ def test_profile_bounds(default_model, tokens):
 
     def forward() -> None:
         for batch in pad_batches(samples, 2048, decoder.config):
-            cache = KVCache(decoder.config, len(batch), decoder.device, decoder.dtype, 256)
+            cache = decoder.new_cache(len(batch), 256)
             decoder.forward(batch, cache)
 
     def profile() -> None:

@@ -34,7 +34,6 @@ from engine.healing.teacher import Logits, Teacher
 from engine.healing.written import Write, written
 from engine.kernels.dtypes import dtype_of
 from engine.kernels.w4.format import Packed, unpack
-from engine.reference.cache import KVCache
 from engine.reference.decoder import Decoder, load_decoder
 from engine.scratch import Scratch, partial_of, write_text
 
@@ -362,5 +361,5 @@ class Healing:
 
 def _logits(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
     """tokens (1, W) -> (1, W, V) float32."""
-    cache = KVCache(decoder.config, 1, decoder.device, decoder.dtype, capacity=tokens.shape[1])
+    cache = decoder.new_cache(*tokens.shape)
     return decoder.forward(tokens.to(decoder.device), cache, logits="all")

@@ -13,7 +13,6 @@ import torch
 
 from engine.architecture.config import ModelConfig
 from engine.checkpoint import Checkpoint
-from engine.reference.cache import KVCache
 from engine.reference.decoder import load_decoder
 from engine.reference.stream import marked
 
@@ -63,9 +62,7 @@ class Streams:
                 if boundary in self.ends:
                     self.values[window, self.ends.index(boundary)] = x[0].cpu()
 
-            cache = KVCache(
-                decoder.config, 1, decoder.device, decoder.dtype, capacity=tokens.shape[1]
-            )
+            cache = decoder.new_cache(*tokens.shape)
             decoder.forward(tokens.to(decoder.device), cache, tap=tap)
             self.done[window] = 1
         return self.values[window].float()

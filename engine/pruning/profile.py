@@ -14,7 +14,6 @@ from engine.checkpoint import Checkpoint
 from engine.checkpoint.weights import lineage_hash
 from engine.errors import InputError, NotFiniteError
 from engine.kernels.angular.accumulate import AngularAccumulator
-from engine.reference.cache import KVCache
 from engine.reference.decoder import Decoder
 from engine.reference.stream import (
     DEFAULT_LIMIT_BYTES,
@@ -152,9 +151,7 @@ def measure(
             taken.append(x.flatten(0, 1) if every else x[chosen.to(x.device)])
 
         if bool(chosen.any()):
-            cache = KVCache(
-                decoder.config, len(tokens), decoder.device, decoder.dtype, tokens.shape[1]
-            )
+            cache = decoder.new_cache(*tokens.shape)
             decoder.forward(tokens.to(decoder.device), cache, tap=keep)
             _update(sums, taken, part.done, chosen.flatten() if every else None)
         used = part.tokens_used + int((tokens >= 0).sum())

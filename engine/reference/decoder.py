@@ -37,6 +37,10 @@ class Decoder:
     def dtype(self) -> torch.dtype:
         return self.outer["embedding"].dtype
 
+    def new_cache(self, batch: int, capacity: int | None = None) -> KVCache:
+        """Empty, for so many sequences, where the weights are and in their dtype."""
+        return KVCache(self.config, batch, self.device, self.dtype, capacity)
+
     @torch.no_grad()
     def forward(
         self,

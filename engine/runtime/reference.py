@@ -66,7 +66,7 @@ class ReferenceRuntime:
         return self.weight_bytes - (0 if self.config.tied else embedding.nbytes) + row
 
     def new_cache(self, batch: int, capacity: int | None = None) -> KVCache:
-        return KVCache(self.config, batch, self.device, self.decoder.dtype, capacity)
+        return self.decoder.new_cache(batch, capacity)
 
     def forward(
         self,

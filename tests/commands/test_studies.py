@@ -16,7 +16,6 @@ import torch
 import work
 
 from engine.errors import InputError
-from engine.reference.cache import KVCache
 from engine.reference.decoder import load_decoder
 
 
@@ -123,7 +122,7 @@ def test_llama_cpp_is_looked_for_before_the_work(tmp_path, monkeypatch, capsys):
 
 def logits(checkpoint) -> torch.Tensor:
     decoder = load_decoder(checkpoint, checkpoint.config)
-    cache = KVCache(checkpoint.config, 1, decoder.device, decoder.dtype, 8)
+    cache = decoder.new_cache(1, 8)
     return decoder.forward(torch.arange(3, 11)[None], cache)
 
 
