@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from engine.architecture.config import ModelConfig
-from engine.architecture.families import layer_parts, outer_tensors
+from engine.architecture.families import outer_tensors
 from engine.checkpoint import Checkpoint
-from engine.checkpoint.weights import layer_weights, outer_weights, packed_form
+from engine.checkpoint.weights import packed_form
 from engine.errors import InputError
 from engine.export import directory
-from engine.kernels.w4.format import Packed, concatenate
+from engine.export.tensors import stored_tensors
+from engine.kernels.w4.format import Packed
 
 Linear = Callable[[str, Packed, nn.Parameter | None], Any]  # (name, W, bias)
 Embedding = Callable[[Any, float], nn.Module]  # (the linear of its matrix, factor)
@@ -77,29 +78,7 @@ def _skeleton(config: ModelConfig, dtype: torch.dtype) -> Any:
 
 
 def _tensors(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """By the names of the model, layers by slot; what it fuses is joined."""
-    names = outer_tensors(config)
-    for role, stored in outer_weights(checkpoint, config):
-        yield names[role][0], packed_form(stored, f"{checkpoint.path}: {names[role][0]}")
-    for slot, entry in enumerate(config.layers):
-        parts, found = layer_parts(config, slot), dict[str, list[Tensor]]()
-        for role, stored in layer_weights(checkpoint, config, entry.layer):
-            part = parts[role]
-            packed = packed_form(stored, f"{checkpoint.path}: layer {entry.layer}: {role}")
-            found.setdefault(part.fused[0] if part.fused else part.name, []).append(packed)
-        for name, pieces in found.items():
-            yield name, _joined(pieces, f"{checkpoint.path}: layer {entry.layer}: {name}")
-
-
-def _joined(pieces: list[Tensor], where: str) -> Tensor:
-    if len(pieces) == 1:
-        return pieces[0]
-    packed = [piece for piece in pieces if isinstance(piece, Packed)]
-    try:
-        if not packed:
-            return torch.cat([piece for piece in pieces if isinstance(piece, torch.Tensor)])
-        if len(packed) == len(pieces):
-            return concatenate(packed)
-    except ValueError as error:
-        raise InputError(f"{where}: {error}") from None
-    raise InputError(f"{where}: expected its parts all quantized or none")
+    """By the names of the model, layers by slot."""
+    for slot in (None, *range(len(config.layers))):
+        for item, stored in stored_tensors(checkpoint, config, slot):
+            yield item.name, packed_form(stored, f"{checkpoint.path}: {item.source}")
