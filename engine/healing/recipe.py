@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, replace
 
 from engine.architecture.config import ModelConfig
-from engine.architecture.families import layer_tensors, outer_tensors
+from engine.architecture.families import all_tensors
 from engine.healing.settings import Settings
 
 STEPS = 5000
@@ -72,7 +72,4 @@ def recipe_of(config: ModelConfig) -> Recipe:
 
 def parameters(config: ModelConfig) -> int:
     """Of all layers of the checkpoint."""
-    shapes = [shape for _, shape in outer_tensors(config).values()]
-    for layer in range(config.total_layers):
-        shapes += [shape for _, shape in layer_tensors(config, layer).values()]
-    return sum(math.prod(shape) for shape in shapes)
+    return sum(math.prod(shape) for _, shape in all_tensors(config, ()))
