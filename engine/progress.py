@@ -2,8 +2,8 @@
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Protocol
 
@@ -16,6 +16,19 @@ class Report(Protocol):
     """`note` is said beside the numbers: a loss, a speed."""
 
     def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
+Reporting = Callable[[str], AbstractContextManager[Report]]  # of what is counted
+
+
+@contextmanager
+def unheard(label: str) -> Iterator[Report]:
+    """No word on progress."""
+
+    def report(done: int, total: int, note: str = "") -> None:
+        pass
+
+    yield report
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Everything that is asked of one model: checked before the first token runs, then judged."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,13 +8,11 @@ from engine.evaluate.choices import encode_questions, judge_choices
 from engine.evaluate.health import encode_prompts, judge_health
 from engine.evaluate.perplexity import check_vocabularies, cut_windows, evaluate
 from engine.judgement import BUILT_IN, NEW_TOKENS, WINDOW, Choices, Judgement
-from engine.progress import Report
+from engine.progress import Reporting, unheard
 from engine.runtime import Runtime
 from engine.text import Text
 from engine.text.questions import Question
 from engine.text.samples import bos_prefix
-
-Progress = Callable[[str], AbstractContextManager[Report]]  # of what is counted
 
 
 @dataclass(frozen=True)
@@ -32,16 +29,6 @@ class Asked:
     new_tokens: int = NEW_TOKENS
 
 
-@contextmanager
-def unheard(label: str) -> Iterator[Report]:
-    """No word on progress."""
-
-    def report(done: int, total: int, note: str = "") -> None:
-        pass
-
-    yield report
-
-
 def judge(
     runtime: Runtime[Any],
     text: Text,
@@ -51,7 +38,7 @@ def judge(
     rule: str | None = None,
     second: Runtime[Any] | None = None,
     against: str | None = None,
-    progress: Progress = unheard,
+    progress: Reporting = unheard,
 ) -> Judgement:
     """`second`, the whole model, named `against`, says what is left of it. `name` of the model and
     `rule` that chose its layers are recorded. Raises `InputError` before anything has run."""
@@ -93,7 +80,7 @@ def _choices(
     text: Text,
     asked: Asked,
     second: Runtime[Any] | None,
-    progress: Progress,
+    progress: Reporting,
 ) -> Choices:
     """With what is left of the lead of `second`, where it is given."""
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -34,13 +33,13 @@ from engine.healing.teacher import Logits, Teacher
 from engine.healing.written import Write, written
 from engine.kernels.dtypes import dtype_of
 from engine.kernels.w4.format import Packed, unpack
+from engine.progress import Reporting, unheard
 from engine.reference.decoder import Decoder, load_decoder
 from engine.scratch import Scratch, partial_of, write_text
 
 # (what is to become a 4-bit base, its layers, a new directory)
 Pack = Callable[[Checkpoint, ModelConfig, Path], object]
 OpenWriter = Callable[[Path], Write]  # a directory -> what its model writes
-Reporting = Callable[[str], AbstractContextManager[Callable[..., None]]]  # label -> report
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,6 @@ class TeacherRuntime:
     logits: Logits
     write: Write
     bos: int | None = None  # what a text can begin with
-
-
-def _unheard(done: int, total: int, note: str = "") -> None:
-    pass
 
 
 def heal(
@@ -73,7 +68,7 @@ def heal(
     runtime: TeacherRuntime | None = None,
     open_writer: OpenWriter | None = None,
     pack: Pack | None = None,
-    reporting: Reporting = lambda label: nullcontext(_unheard),
+    reporting: Reporting = unheard,
 ) -> HealRecord:
     """Writes the layers of `pupil` that `config` keeps, healed, to the new directory `out`.
 
