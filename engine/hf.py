@@ -22,7 +22,7 @@ from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoint.safetensors import SafetensorsCheckpoint
 from engine.checkpoint.weights import packed_form
 from engine.errors import InputError
-from engine.export.tensors import Item, stored_tensors
+from engine.export.tensors import Item, all_stored_tensors
 from engine.kernels.w4 import store
 from engine.kernels.w4.embedding import W4Embedding
 from engine.kernels.w4.format import Packed, rows_of
@@ -143,9 +143,7 @@ class ShallowQuantizer(HfQuantizer):
 
 def _packed(checkpoint: Checkpoint) -> Iterator[tuple[Item, Packed]]:
     """Every packed matrix under its family's name."""
-    config = checkpoint.config
-    for slot in (None, *range(len(config.layers))):
-        for item, stored in stored_tensors(checkpoint, config, slot):
-            matrix = packed_form(stored, item.source)
-            if isinstance(matrix, Packed):
-                yield item, matrix
+    for item, stored in all_stored_tensors(checkpoint, checkpoint.config):
+        matrix = packed_form(stored, item.source)
+        if isinstance(matrix, Packed):
+            yield item, matrix

@@ -18,7 +18,7 @@ from engine.export.compressed_tensors import CompressedTensors
 from engine.export.gguf import Gguf
 from engine.export.gptq import Gptq
 from engine.export.quantized import require_rope
-from engine.export.tensors import Item, Unsupported, stored_tensors
+from engine.export.tensors import Item, Unsupported, all_stored_tensors
 from engine.kernels.dtypes import name_of
 from engine.scratch import check_new
 
@@ -135,8 +135,7 @@ def _looked(
     """The format, once it has seen every tensor; Unsupported where it cannot hold one."""
     made = FORMATS[to](checkpoint, config, dtype)
     if to != "hf":
-        for slot in (None, *range(len(config.layers))):
-            for item, stored in stored_tensors(checkpoint, config, slot):
-                made.look(item, stored)
+        for item, stored in all_stored_tensors(checkpoint, config):
+            made.look(item, stored)
         made.ready()
     return made

@@ -77,6 +77,14 @@ def stored_tensors(
         yield item, _join([parts[role] for role in roles], [names[role].name for role in roles])
 
 
+def all_stored_tensors(
+    checkpoint: Checkpoint, config: ModelConfig
+) -> Iterator[tuple[Item, Stored]]:
+    """Those outside of the layers, then layer by layer."""
+    for slot in (None, *range(len(config.layers))):
+        yield from stored_tensors(checkpoint, config, slot)
+
+
 def _values(pairs: Iterator[tuple[str, Stored]]) -> Iterator[Stored]:
     return (stored for _, stored in pairs)
 

@@ -12,7 +12,7 @@ from engine.checkpoint import Checkpoint
 from engine.checkpoint.weights import packed_form
 from engine.errors import InputError
 from engine.export import directory
-from engine.export.tensors import stored_tensors
+from engine.export.tensors import all_stored_tensors
 from engine.kernels.w4.format import Packed
 
 Linear = Callable[[str, Packed, nn.Parameter | None], Any]  # (name, W, bias)
@@ -79,6 +79,5 @@ def _skeleton(config: ModelConfig, dtype: torch.dtype) -> Any:
 
 def _tensors(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """By the names of the model, layers by slot."""
-    for slot in (None, *range(len(config.layers))):
-        for item, stored in stored_tensors(checkpoint, config, slot):
-            yield item.name, packed_form(stored, f"{checkpoint.path}: {item.source}")
+    for item, stored in all_stored_tensors(checkpoint, config):
+        yield item.name, packed_form(stored, f"{checkpoint.path}: {item.source}")
