@@ -14,7 +14,7 @@ from engine.artifacts import Plan
 from engine.checkpoint import Checkpoint, choose_layers, open_checkpoint
 from engine.checkpoint.fetch import DEFAULT
 from engine.checkpoint.locate import locate
-from engine.checkpoint.weights import is_quantized, not_finite
+from engine.checkpoint.weights import is_quantized, named_dtype, not_finite
 from engine.errors import InputError, NotFiniteError
 from engine.generation import Generation, Prompt
 from engine.kernels.dispatch import BackendUnavailable, no_gpu, why_not
@@ -452,18 +452,19 @@ def choose_dtype(
     device: torch.device,
     backend: str = "reference",
 ) -> torch.dtype:
-    """The dtype asked for; else the checkpoint's 16-bit one on a GPU, float32 on a CPU.
+    """The dtype asked for; else on a GPU the one that the config names, float16 where it names none
+    of DTYPES, and float32 on a CPU.
 
     The GPU's kernels take a checkpoint of float32 in bfloat16, which has its range.
     """
     if dtype is not None:
         return parse_dtype(dtype)
-    source = checkpoint.config.source
-    stored = str(source.get("dtype") or source.get("torch_dtype")).removeprefix("torch.")
-    known = stored if stored in DTYPES else "float16"
+    named = named_dtype(checkpoint.config)
     if backend in GPU_RUNTIMES:
-        return torch.bfloat16 if known == "float32" else dtype_of(known)
-    return torch.float32 if device.type == "cpu" else dtype_of(known)
+        return torch.bfloat16 if named in ("bfloat16", "float32") else torch.float16
+    if device.type == "cpu":
+        return torch.float32
+    return dtype_of(named) if named in DTYPES else torch.float16
 
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:

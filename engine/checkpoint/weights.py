@@ -140,6 +140,20 @@ def is_quantized(checkpoint: Checkpoint) -> bool:
     return any(not isinstance(stored, torch.Tensor) for _, stored in first)
 
 
+def named_dtype(config: ModelConfig) -> str | None:
+    """torch's name of the dtype that a model's config gives its weights; None: it gives none."""
+    said = config.source.get("dtype") or config.source.get("torch_dtype")
+    return None if said is None else str(said).removeprefix("torch.")
+
+
+def half_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """A model's own 16 bits: the embedding's dtype or, where that is quantized, what the config
+    names; float16 where that is neither float16 nor bfloat16. Reads no tensor."""
+    embedding, _ = outer_tensors(checkpoint.config)["embedding"]
+    name = checkpoint.dtype(embedding) or named_dtype(checkpoint.config)
+    return torch.bfloat16 if name == "bfloat16" else torch.float16
+
+
 def not_finite(checkpoint: Checkpoint) -> str | None:
     """The first tensor of its family that holds NaN or infinity, by name; reads them all."""
     found = (name for name, _ in all_tensors(checkpoint.config, checkpoint.names()))

@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 
 from engine.architecture.config import ModelConfig
-from engine.architecture.families import outer_tensors
 from engine.checkpoint import Checkpoint
-from engine.checkpoint.weights import load_tensor
+from engine.checkpoint.weights import half_dtype, load_tensor
 from engine.export import directory
 from engine.export.tensors import Item, items
 
@@ -26,12 +25,12 @@ def prune(
 ) -> None:
     """Writes the layers that `config` keeps to the new directory `out`, renumbered from 0.
 
-    `dtype` is 16-bit by default: the source's own, else float16. Shards are written beside, in
+    `dtype` is 16-bit by default: the source's own (`half_dtype`). Shards are written beside, in
     `out` + ".partial", and found again after an interruption; the directory is renamed at the
     end, `beside` in it as text files by name. `progress` is called with bytes done and in all.
     """
     out = Path(out)
-    dtype = dtype or stored_dtype(checkpoint, config)
+    dtype = dtype or half_dtype(checkpoint)
     sizes = {item: math.prod(item.shape) * dtype.itemsize for item in items(config)}
     shards = directory.cut_shards(sizes, shard_bytes)
     described = directory.sliced_config(config, dtype)
@@ -48,12 +47,6 @@ def prune(
     for name, text in (beside or {}).items():
         directory.write_text(partial / name, text)
     directory.finish(partial, out)
-
-
-def stored_dtype(checkpoint: Checkpoint, config: ModelConfig) -> torch.dtype:
-    """Its own 16-bit one; float16 where it is stored otherwise."""
-    stored = checkpoint.read(outer_tensors(config)["embedding"][0]).dtype
-    return stored if stored in (torch.float16, torch.bfloat16) else torch.float16
 
 
 def _write_shard(checkpoint: Checkpoint, shard: list[Item], dtype: torch.dtype, path: Path) -> None:

@@ -13,7 +13,7 @@ from engine.architecture.config import ModelConfig
 from engine.artifacts import HEAL, HealRecord
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoint.adapter import AdaptedCheckpoint, stamps
-from engine.checkpoint.weights import lineage_hash
+from engine.checkpoint.weights import half_dtype, lineage_hash
 from engine.errors import InputError
 from engine.export import hf, packed
 from engine.healing import adapters, processes
@@ -108,7 +108,7 @@ def heal(
     if settings.written:
         healing = replace(healing, data=healing.extended(cache or work))
     before = healing.perplexity(pupil, config)
-    dtype = dtype or hf.stored_dtype(pupil, config)
+    dtype = dtype or half_dtype(pupil)
     write: Callable[..., None]
     healed: Checkpoint
     if settings.train == "scales":
@@ -292,7 +292,7 @@ class Healing:
         base, weights = open_checkpoint(start), student.tensors()
         name, writer = digest(weights), place / "model"
         if not writer.exists():
-            dtype = hf.stored_dtype(self.pupil, self.config)
+            dtype = half_dtype(self.pupil)
             hf.prune(Replaced(base, weights), base.config, writer, dtype=dtype)
         with self.reporting("tokens of its own") as report:
             own = own_windows(

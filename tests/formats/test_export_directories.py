@@ -129,6 +129,19 @@ def test_hf_is_what_the_values_are(source, rng, tmp_path):
         assert torch.equal(tensor, ours.read(name).float()), name
 
 
+def test_hf_has_the_16_bits_of_what_was_quantized(rng, tmp_path):
+    """Also where the embedding, whose dtype tells, is quantized: float16 lacks the range."""
+    seed = int(torch.randint(2**31, (1,), generator=rng))
+    tiny.build("qwen3", seed).bfloat16().save_pretrained(tmp_path / "whole")
+    ours = packed_model(
+        open_checkpoint(tmp_path / "whole"), tmp_path / "ours", rng, group=16, head=8
+    )
+    assert ours.dtype("model.embed_tokens.weight") is None
+    export(ours, ours.config, tmp_path / "out", "hf")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "out").values()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("recipe, to, sentence", [
     ({"method": "nf4", "scheme": "codebook"}, "compressed-tensors",
      r"expected scheme symmetric or zero, found codebook \(`engine quantize --scheme symmetric` "
