@@ -13,6 +13,8 @@ from engine.commands import output
 from engine.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from engine.api import Model
     from engine.architecture.config import ModelConfig
     from engine.artifacts import Artifact, Plan
@@ -154,6 +156,22 @@ def open_checkpoint(ref: str) -> tuple[Path, "Checkpoint"]:
     path = locate(ref)
     output.note(f"model: {path}")
     return path, open_checkpoint(path)
+
+
+def open_to_write(
+    ref: str, plan: Path | None, drop: str | None, keep: str | None, dtype: str | None
+) -> tuple["Checkpoint", "ModelConfig", "torch.dtype | None"]:
+    """(checkpoint, the layers that stay, the dtype asked for) of a model written anew."""
+    from engine.checkpoint import choose_layers
+    from engine.runtime import check_backend
+
+    check_backend(None, dtype)  # before any download
+    chosen = dropped(plan, drop, keep)
+    _, checkpoint = open_checkpoint(ref)
+    config = choose_layers(checkpoint, chosen, keep)
+    from engine.kernels.dtypes import dtype_of
+
+    return checkpoint, config, None if dtype is None else dtype_of(dtype)
 
 
 def open_model(ref: str, threads: int | None, **options: Any) -> tuple["Model", float]:

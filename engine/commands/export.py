@@ -28,23 +28,9 @@ def export(
     ] = None,
 ) -> None:
     """Export a model to the format of another engine, in its own bits or in 16 (hf)."""
-    from engine.checkpoint import choose_layers
-    from engine.runtime import check_backend
-
-    check_backend(None, dtype)
-    chosen = common.dropped(plan, drop, keep)
-    _, checkpoint = common.open_checkpoint(model)
-    config = choose_layers(checkpoint, chosen, keep)
+    checkpoint, config, stored = common.open_to_write(model, plan, drop, keep, dtype)
     from engine.export.formats import export as write
-    from engine.kernels.dtypes import dtype_of
 
     with output.progress("export") as progress:
-        write(
-            checkpoint,
-            config,
-            out,
-            to,
-            dtype=None if dtype is None else dtype_of(dtype),
-            progress=progress,
-        )
+        write(checkpoint, config, out, to, dtype=stored, progress=progress)
     output.say(f"{out}: {len(config.layers)} of {config.total_layers} layers, {to}")

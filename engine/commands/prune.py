@@ -22,22 +22,9 @@ def prune(
     ] = None,
 ) -> None:
     """Drop layers; the output keeps format and bits: a directory, quantized or not, or a GGUF."""
-    from engine.checkpoint import choose_layers
-    from engine.runtime import check_backend
-
-    check_backend(None, dtype)
-    chosen = common.dropped(plan, drop, keep)
-    _, checkpoint = common.open_checkpoint(model)
-    config = choose_layers(checkpoint, chosen, keep)
+    checkpoint, config, stored = common.open_to_write(model, plan, drop, keep, dtype)
     from engine.export.formats import prune as write
-    from engine.kernels.dtypes import dtype_of
 
     with output.progress("prune") as progress:
-        write(
-            checkpoint,
-            config,
-            out,
-            dtype=None if dtype is None else dtype_of(dtype),
-            progress=progress,
-        )
+        write(checkpoint, config, out, dtype=stored, progress=progress)
     output.say(f"{out}: {len(config.layers)} of {config.total_layers} layers")
