@@ -11,7 +11,7 @@ from engine.errors import InputError
 from engine.healing.randomness import seed_of
 from engine.judgement import BUILT_IN, geometric_mean
 from engine.text import Text
-from engine.text.samples import is_running_text, read_samples
+from engine.text.samples import COLUMN, is_running_text, read_samples
 
 MOST = 20_000  # windows or rows of a source; a dataset of the hub may have no end
 LONGEST_ROW = 1 << 20  # tokens
@@ -64,7 +64,7 @@ def read_data(
     held_out: str | None,
     text: Text,
     window: int,
-    column: str = "text",
+    column: str = COLUMN,
 ) -> Data:
     """Every source packed into windows, None being the built-in text; without `held_out` the tail
     of each is held out."""
