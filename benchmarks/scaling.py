@@ -27,7 +27,7 @@ STREAM = "qkv", "o", "up", "down", "head"
 STEPS, RUNS = 65, 3
 CONTEXT = 128
 HELD_UP = 0.25  # of a step: quiet cores wait for 5-8 % (benchmarks/results/decoder.md)
-PAGE, MOST_SPANS = 128, 8  # of a lone row's attention (csrc/cpu/step_attention.cpp)
+PAGE, MOST_SPANS = 128, 8  # of a lone row's attention, as csrc/cpu/kv_cache.h and step.h say
 
 
 @dataclass(frozen=True)
