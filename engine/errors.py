@@ -1,5 +1,7 @@
 """The errors that users cause: a sentence, exit code 2, no traceback."""
 
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Names the file, tensor or option, what was expected and what was found.
@@ -11,3 +13,10 @@ class InputError(ValueError):
 
 class NotFiniteError(InputError, ArithmeticError):
     """A model that computes NaN or infinity, which weights or settings of no model in order do."""
+
+
+def check_choice(name: str, found: object, known: Iterable[object]) -> None:
+    """InputError where what was `found` for an option is none of those that are `known`."""
+    known = tuple(known)
+    if found not in known:
+        raise InputError(f"{name}: expected one of {', '.join(map(str, known))}, found {found!r}")

@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from operator import index
 from typing import Any, SupportsIndex
 
-from engine.errors import InputError
+from engine.errors import InputError, check_choice
 
 Stop = str | int | Sequence[str | int] | None
 DRAFTS = ("ngram",)
@@ -78,12 +78,8 @@ class Options(Sampling):
         self._check("max_new_tokens", "a whole number", lambda v: v < 1 << 63, int)
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if self.speculate is not None and (
-            not isinstance(self.speculate, str) or self.speculate not in DRAFTS
-        ):
-            raise InputError(
-                f"speculate: expected one of {', '.join(DRAFTS)}, found {self.speculate!r}"
-            )
+        if self.speculate is not None:
+            check_choice("speculate", self.speculate, DRAFTS)
 
     @property
     def stops(self) -> tuple[str | int, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from engine.commands import common, output
-from engine.errors import InputError
+from engine.errors import InputError, check_choice
 
 if TYPE_CHECKING:
     from engine.architecture.config import ModelConfig
@@ -103,9 +103,7 @@ def check_group(group: int) -> None:
     if group != GROUP:  # else there is nothing to ask of torch, which takes a second to import
         from engine.kernels.w4.format import GROUPS
 
-        if group not in GROUPS:
-            known = ", ".join(map(str, GROUPS))
-            raise InputError(f"group: expected one of {known}, found {group}")
+        check_choice("group", group, GROUPS)
 
 
 def kept_config(

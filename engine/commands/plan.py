@@ -9,7 +9,7 @@ import typer
 from engine.commands import common, output
 from engine.commands.budget import GROUP
 from engine.commands.scores import WINDOW, Asked, Scores, check_same
-from engine.errors import InputError
+from engine.errors import InputError, check_choice
 
 if TYPE_CHECKING:
     from engine.artifacts import Profile
@@ -92,8 +92,7 @@ def plan(
     from engine.scratch import partial_of
     from engine.text.samples import source_files
 
-    if rule not in RULES:
-        raise InputError(f"rule: expected one of {', '.join(RULES)}, found {rule!r}")
+    check_choice("rule", rule, RULES)
     if rule != "search":
         output.leave_out(context, SEARCHED, f"goes with --rule search, found --rule {rule}")
     scored, fits = rule in ("greedy", "search"), target_memory is not None

@@ -15,7 +15,7 @@ from engine.artifacts import HEAL, RECORDS
 from engine.commands import common, output
 from engine.commands.scores import Asked as Scored
 from engine.commands.shrunk import RECORD, collect, table
-from engine.errors import InputError
+from engine.errors import InputError, check_choice
 from engine.scratch import (
     Scratch,
     check_name,
@@ -230,9 +230,7 @@ class Run:
             raise InputError(
                 f"window: expected at most the context's {context}, found {self.window}"
             )
-        if asked.rule not in RULES or asked.rule == "manual":
-            known = ", ".join(RULES[:-1])
-            raise InputError(f"rule: expected one of {known}, found {asked.rule!r}")
+        check_choice("rule", asked.rule, RULES[:-1])
         options = self.heal_options("weights")
         if asked.minutes is not None:  # all of them, which the user knows
             options["minutes"] = asked.minutes

@@ -12,7 +12,7 @@ from engine.checkpoint import Checkpoint
 from engine.checkpoint.gguf import GgufCheckpoint
 from engine.checkpoint.quantized import QuantizedCheckpoint
 from engine.checkpoint.weights import Stored
-from engine.errors import InputError
+from engine.errors import InputError, check_choice
 from engine.export import copied, gguf_copy, hf
 from engine.export.compressed_tensors import CompressedTensors
 from engine.export.gguf import Gguf
@@ -81,8 +81,7 @@ def export(
     the reason and the nearest format that can.
     """
     out = Path(out)
-    if to not in FORMATS:
-        raise InputError(f"to: expected one of {', '.join(FORMATS)}, found {to!r}")
+    check_choice("to", to, FORMATS)
     check_new(out)
     try:
         chosen = _looked(to, checkpoint, config, dtype)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from engine.architecture.config import ModelConfig
-from engine.errors import InputError
+from engine.errors import InputError, check_choice
 
 if TYPE_CHECKING:
     import torch
@@ -53,12 +53,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         _check_methods(self.methods)
-        if self.train not in TRAIN:
-            raise InputError(f"train: expected one of {', '.join(TRAIN)}, found {self.train!r}")
-        if self.precision not in PRECISIONS:
-            raise InputError(
-                f"precision: expected one of {', '.join(PRECISIONS)}, found {self.precision!r}"
-            )
+        check_choice("train", self.train, TRAIN)
+        check_choice("precision", self.precision, PRECISIONS)
         if not 0 <= self.seed < 1 << 32:  # what transformers takes
             raise InputError(f"seed: expected 0 to {(1 << 32) - 1}, found {self.seed}")
         if self.written < 0:

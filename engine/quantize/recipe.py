@@ -12,7 +12,7 @@ from engine.architecture.families import FAMILIES, check_v_bits, layer_parts, ou
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.gguf_blocks import GgufBlocks
 from engine.checkpoint.weights import Stored, describe, outer_weights, tiled_form, values
-from engine.errors import InputError
+from engine.errors import InputError, check_choice
 from engine.kernels.dtypes import DTYPES, dtype_of
 from engine.kernels.w4 import store
 from engine.kernels.w4.format import Packed, Spec
@@ -60,9 +60,7 @@ class Recipe:
             "v": (*sorted({self.bits, 8}), None),
         }
         for name, allowed in choices.items():
-            if (found := getattr(self, name)) not in allowed:
-                known = ", ".join(map(str, allowed))
-                raise InputError(f"{name}: expected one of {known}, found {found!r}")
+            check_choice(name, getattr(self, name), allowed)
         if self.act_order and self.method != "gptq":
             raise InputError(f"act-order: belongs to gptq, not to {self.method}")
         if self.clip != "minmax" and self.method not in ("rtn", "gptq"):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from engine.architecture.config import ModelConfig
-from engine.errors import InputError
+from engine.errors import InputError, check_choice
 from engine.kernels.dispatch import BackendUnavailable, require, why_not
 from engine.kernels.dtypes import DTYPES
 from engine.options import Sampling, Slots
@@ -32,10 +32,10 @@ def check_backend(name: str | None, dtype: str | None) -> None:
 
     BackendUnavailable, with the reason, for one that cannot run here.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
-    if name is not None and name not in RUNTIMES:
-        raise InputError(f"backend: expected one of {', '.join(RUNTIMES)}, found {name!r}")
+    if dtype is not None:
+        check_choice("dtype", dtype, DTYPES)
+    if name is not None:
+        check_choice("backend", name, RUNTIMES)
     if name == "cpu":
         if dtype not in (None, "float32"):
             raise InputError(f"dtype: the backend cpu has float32 alone, found {dtype}")

@@ -13,7 +13,7 @@ from engine.architecture.config import ModelConfig
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.gguf_blocks import GgufBlocks
 from engine.checkpoint.weights import Stored, layer_weights, outer_weights
-from engine.errors import InputError, NotFiniteError
+from engine.errors import InputError, NotFiniteError, check_choice
 from engine.kernels import native
 from engine.kernels.w4.cpu import MODES, CpuWeight, isas
 from engine.kernels.w4.tiled import Tiled
@@ -103,13 +103,13 @@ class CpuRuntime:
             )
             threads = most
         threads = int(threads)
-        _check_choice("mode", mode, MODES)
-        _check_choice("cache dtype", cache_dtype, CACHE_DTYPES)
+        check_choice("mode", mode, MODES)
+        check_choice("cache dtype", cache_dtype, CACHE_DTYPES)
         if isa is None:
             isa = isas()[0]
             if isa == "generic":
                 warnings.warn("no AVX2 here: the generic kernels run, far slower", stacklevel=2)
-        _check_choice("isa", isa, isas())
+        check_choice("isa", isa, isas())
         decoder = native.load("cpu").Decoder(rules(config, mode), isa, threads)
         matrices, vectors, embedding = native_outer(checkpoint, config)
         rows, columns = (0, 0) if embedding is None else embedding.shape
@@ -379,8 +379,3 @@ def _refused(error: ValueError) -> InputError:
     if str(error) == "cache":
         return InputError(FOREIGN)
     return InputError(f"the native decoder refuses the call: {error}")
-
-
-def _check_choice(option: str, chosen: str, known: Sequence[str]) -> None:
-    if chosen not in tuple(known):
-        raise InputError(f"{option}: expected one of {', '.join(known)}, found {chosen!r}")
