@@ -10,7 +10,7 @@ import torch
 from engine.architecture.config import ModelConfig
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.gguf_blocks import GgufBlocks
-from engine.checkpoint.weights import Stored, describe, packed_form
+from engine.checkpoint.weights import Stored, describe, half_dtype, packed_form
 from engine.export import directory
 from engine.export.tensors import Item, Unsupported, stored_tensors
 from engine.kernels.w4.format import Packed, Spec
@@ -32,16 +32,11 @@ class QuantizedDirectory(ABC):
     ) -> None:
         self.checkpoint, self.config, self.dtype = checkpoint, config, dtype
         self.specs: dict[str, Spec | None] = {}  # module -> how its weight is quantized
-        self.half: torch.dtype | None = None  # the 16-bit one that its plain tensors have
         require_rope(config)
 
     def look(self, item: Item, stored: Stored) -> None:
         spec = spec_of(stored)
-        if spec is None:
-            assert isinstance(stored, torch.Tensor)
-            if stored.dtype.itemsize == 2 and self.half is None:
-                self.half = stored.dtype
-        elif self.written_plain(item):
+        if spec is not None and self.written_plain(item):
             if self.dtype is None:
                 tied = "tied embedding" if self.config.tied else item.role
                 raise Unsupported(
@@ -49,7 +44,7 @@ class QuantizedDirectory(ABC):
                     f"--dtype it is written in 16 bits"
                 )
             spec = None
-        else:
+        if spec is not None:
             self.require(item, stored, spec)
         if len(item.shape) == 2 and item.role != "embedding":
             self.specs[item.module] = spec
@@ -79,7 +74,7 @@ class QuantizedDirectory(ABC):
 
     def write(self, out: Path, progress: Callable[[int, int], None] | None) -> None:
         """A file a layer, then one of the other tensors; a killed run goes on behind the last."""
-        described = directory.sliced_config(self.config, self.dtype or self.half or torch.float16)
+        described = directory.sliced_config(self.config, self.dtype or half_dtype(self.checkpoint))
         described |= {"quantization_config": self.quantization()}
         partial = directory.begin(
             out, self.checkpoint.path, self.config, described, str(self.dtype)
