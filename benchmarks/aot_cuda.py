@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 from functools import cache
 from pathlib import Path
 
@@ -25,9 +26,12 @@ REPORT = re.compile(
 
 
 def find_nvcc() -> str | None:
-    """On PATH or in CUDA_HOME."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc", path=os.pathsep.join([os.environ["PATH"], f"{home}/bin"]))
+    """Where setup.py, which builds `engine._cuda`, looks for it, so that it is the same one."""
+    home = os.environ.get("CUDA_HOME")
+    package = Path(sysconfig.get_path("purelib"), "nvidia").glob("*/bin")
+    places = [f"{home}/bin"] if home else []
+    places += [os.environ["PATH"], "/usr/local/cuda/bin", *map(str, package)]
+    return shutil.which("nvcc", path=os.pathsep.join(places))
 
 
 @cache

@@ -96,7 +96,8 @@ def view(
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; InputError when it is missing, malformed or not an object."""
     try:
-        text = path.read_bytes()
+        with open_regular(path) as file:
+            text = file.read()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
     return parse_json(text, str(path))

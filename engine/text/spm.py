@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from engine.checkpoint.files import open_regular
 from engine.errors import InputError
 
 # Token types, the same in sentencepiece's protobuf and in GGUF.
@@ -111,9 +112,10 @@ def read_model(path: Path) -> Vocabulary:
         ) from None
     model = protobuf.ModelProto()
     try:
-        model.ParseFromString(path.read_bytes())
+        with open_regular(path) as file:
+            model.ParseFromString(file.read())
         pieces = [piece.piece for piece in model.pieces]
-    except (DecodeError, ValueError) as error:
+    except (OSError, DecodeError, ValueError) as error:
         raise InputError(
             f"{path}: expected a sentencepiece model, found otherwise ({error})"
         ) from error

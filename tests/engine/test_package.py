@@ -11,6 +11,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import aot_cuda
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -193,6 +194,7 @@ def test_nvcc_is_that_of_cuda_home_then_of_path(home, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name, path: path)
     first = [f"{home}/bin"] if home else []
     assert find().split(":")[: len(first) + 1] == [*first, "/mine"]
+    assert aot_cuda.find_nvcc() == find()
 
 
 @pytest.mark.parametrize(

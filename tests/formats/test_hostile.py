@@ -107,10 +107,19 @@ def test_patterns_that_take_for_ever():
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+    "name",
+    [
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ],
 )
 def test_pipes_are_not_waited_for(name, model):
     (model / name).unlink(missing_ok=True)
+    if name == "tokenizer.model":
+        (model / "tokenizer.json").unlink()
     os.mkfifo(model / name)
     assert stat.S_ISFIFO((model / name).stat().st_mode)
     if name == "chat_template.jinja":
@@ -120,6 +129,12 @@ def test_pipes_are_not_waited_for(name, model):
         if name == "model.safetensors":
             open_checkpoint(model)
         load_text(model)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_no_config(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    refused("pipe.json: expected a file, found a pipe", "budget", tmp_path / "pipe.json")
 
 
 def test_a_healed_model_whose_config_transformers_refuses(model, text, tmp_path):
