@@ -1,5 +1,6 @@
 """`export()`: a model in the format of another engine, or the reason why it has no place there."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -90,7 +91,8 @@ def export(
     else:
         return chosen.write(out, progress)
     for other in FORMATS:
-        with suppress(InputError):  # also one whose library is not here
+        # Also one whose library is not here; what it would lose is of no concern yet.
+        with suppress(InputError), warnings.catch_warnings(action="ignore"):
             if other != to and _looked(other, checkpoint, config, dtype):
                 reason = f"{reason}; the nearest format that can is {other}"
                 break

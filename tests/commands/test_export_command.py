@@ -8,6 +8,7 @@ import torch
 from support import llama_files, vocabularies
 from support.commands import call, refused
 from support.exported import packed_model
+from tokenizers import normalizers
 
 from engine.artifacts import Plan
 from engine.checkpoint import open_checkpoint
@@ -71,6 +72,17 @@ def test_refusals_are_one_sentence_and_write_nothing(packed, tmp_path):
     cached = "--steps", 1, "--text", __file__, "--cache", no_text
     refused(expected, "heal", packed, tmp_path / "o", *drop, *cached)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_refusal_says_nothing_of_what_another_format_would_lose(source, rng, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    whole = source("llama", vocab_size=300, **sizes)
+    tokenizer = vocabularies.byte_level(vocabularies.SMOLLM, 300)
+    tokenizer.normalizer = normalizers.NFC()  # which GGUF has no word for
+    tokenizer.save(str(whole.path / "tokenizer.json"))
+    packed_model(whole, tmp_path / "packed", rng, group=32, scheme="minimum")
+    asked = ("export", tmp_path / "packed", tmp_path / "out", "--to", "gptq")
+    refused("the nearest format that can is gguf", *asked)
 
 
 def test_a_gguf_is_pruned_to_a_gguf(tmp_path):
