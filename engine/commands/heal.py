@@ -1,5 +1,6 @@
 """`engine heal`: a pruned model that has learnt again what it lost, as a Hugging Face directory."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _TRAINING = "Training of qlora and distil"
 _RATES = ", ".join(f"{rate:g} for {train}" for train, rate in RATES.items())
+PATCHED = "linear,distil"  # what --method is where the family can
 USUAL = "check_every", "train", "precision", "seed"  # which have a value where nothing is asked for
 PROBE = 2000  # characters that teacher and pupil must tokenise alike
 
@@ -34,12 +36,13 @@ def heal(
     plan: common.PlanFile = None,
     drop: common.Drop = None,
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Comma-separated, in order. Closed-form: linear, scale. Trained: qlora (LM loss "
-            "on the text), distil (KL to the unpruned model)."
+            "on the text), distil (KL to the unpruned model). Default: linear,distil; distil in "
+            "families with a norm behind the MLP (Gemma, OLMo-2)."
         ),
-    ] = "linear,distil",
+    ] = None,
     text: Annotated[
         list[str] | None,
         typer.Option(
@@ -193,6 +196,7 @@ def heal(
     from engine.text import load_text
     from engine.text.samples import check_column
 
+    default, method = method is None, PATCHED if method is None else method
     methods = tuple(part.strip() for part in method.split(",") if part.strip())
     settings = Settings(
         methods,
@@ -229,6 +233,9 @@ def heal(
     chosen = common.dropped(plan, drop)
     path, checkpoint = common.open_checkpoint(model)
     config = choose_layers(checkpoint, chosen)
+    if default and config.post_norm:  # no patch can be folded into the down projection
+        method = "distil"
+        settings = replace(settings, methods=(method,))
     if "qlora" in methods:
         settings = recipe_of(config).fill(settings, lr, rank, window, batch_tokens)
     check_model(settings, config, teacher is not None)

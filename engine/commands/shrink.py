@@ -339,11 +339,9 @@ class Run:
     def _heal(self, out: Path) -> None:
         from engine.commands.heal import heal
 
-        # Where a norm follows the down projection no patch can be folded into it.
-        method = "distil" if self.config.post_norm else "linear,distil"
         heal(
-            self.asked.model, out, plan=self.plan, method=method, text=self.texts,
-            cache=self.work / TAUGHT, threads=self.asked.threads, **self.heal_options("weights"),
+            self.asked.model, out, plan=self.plan, text=self.texts, cache=self.work / TAUGHT,
+            threads=self.asked.threads, **self.heal_options("weights"),
         )  # fmt: skip
 
     def _quantize(self, out: Path) -> None:

@@ -60,6 +60,15 @@ def test_the_result_goes_on_through_the_other_commands(tree, tmp_path):
     assert (record.model, record.teacher) == (str(out), str(tree / "model"))
 
 
+@pytest.mark.parametrize("model, methods", [("model", "linear,distil"), ("gemma3", "distil")])
+def test_the_usual_methods_are_those_that_the_family_takes(model, methods, tree, tmp_path):
+    out = tmp_path / "healed"
+    code, said, err = call(*asked(tree, out, "--drop", 2, *TRAINED[2:], model=model))
+    assert code == 0, err
+    assert HealRecord.load(out / "heal.json").methods == tuple(methods.split(","))
+    assert f" after {methods}\n" in said
+
+
 QLORA = (
     "--method", "qlora", "--window", 16, "--batch-tokens", 32, "--steps", 3, "--check-every", 2,
 )  # fmt: skip
