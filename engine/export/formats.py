@@ -85,10 +85,13 @@ def export(
     check_choice("to", to, FORMATS)
     check_new(out)
     try:
-        chosen = _looked(to, checkpoint, config, dtype)
-    except Unsupported as error:
+        with warnings.catch_warnings(record=True) as lost:
+            chosen = _looked(to, checkpoint, config, dtype)
+    except Unsupported as error:  # then nothing is lost
         reason = f"{checkpoint.path}: {to} cannot hold it: {error}"
     else:
+        for each in lost:
+            warnings.warn(each.message, stacklevel=2)
         return chosen.write(out, progress)
     for other in FORMATS:
         # Also one whose library is not here; what it would lose is of no concern yet.

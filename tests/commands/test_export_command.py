@@ -74,15 +74,29 @@ def test_refusals_are_one_sentence_and_write_nothing(packed, tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def composing(whole) -> None:
+    """Gives it a tokenizer of a kind that GGUF has no word for."""
+    tokenizer = vocabularies.byte_level(vocabularies.SMOLLM, 300)
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.save(str(whole.path / "tokenizer.json"))
+
+
 def test_a_refusal_says_nothing_of_what_another_format_would_lose(source, rng, tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
     whole = source("llama", vocab_size=300, **sizes)
-    tokenizer = vocabularies.byte_level(vocabularies.SMOLLM, 300)
-    tokenizer.normalizer = normalizers.NFC()  # which GGUF has no word for
-    tokenizer.save(str(whole.path / "tokenizer.json"))
+    composing(whole)
     packed_model(whole, tmp_path / "packed", rng, group=32, scheme="minimum")
     asked = ("export", tmp_path / "packed", tmp_path / "out", "--to", "gptq")
     refused("the nearest format that can is gguf", *asked)
+    code, _, err = call("export", tmp_path / "packed", tmp_path / "out.gguf", "--to", "gguf")
+    assert code == 0 and "GGUF has no word for the tokenizer's NFC" in err
+
+
+def test_a_refusal_says_nothing_of_what_would_be_lost(source, tmp_path):
+    whole = source("olmo2", vocab_size=300, tie_word_embeddings=True)
+    composing(whole)
+    asked = ("export", whole.path, tmp_path / "out.gguf", "--to", "gguf")
+    refused("llama.cpp loads no olmo2 with a head that is the embedding", *asked)
 
 
 def test_a_gguf_is_pruned_to_a_gguf(tmp_path):
