@@ -125,6 +125,11 @@ def read_model(path: Path) -> Vocabulary:
             f"{path}: expected a BPE or unigram sentencepiece model,"
             f" found {len(pieces)} pieces of model type {trainer.model_type}"
         )
+    if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
+        raise InputError(
+            f"{path}: expected a sentencepiece model with ▁ before its words, found one that has"
+            " white space behind them, or as it is"
+        )
     ids = {"unk_token": trainer.unk_id, "bos_token": trainer.bos_id,
            "eos_token": trainer.eos_id, "pad_token": trainer.pad_id}  # fmt: skip
     return Vocabulary(

@@ -102,6 +102,22 @@ def test_truncated_sentencepiece(tmp_path):
             assert "tokenizer.model" in str(error)
 
 
+@pytest.mark.parametrize(
+    "part, option, value",
+    [
+        ("trainer_spec", "treat_whitespace_as_suffix", True),
+        ("normalizer_spec", "escape_whitespaces", False),
+    ],
+)
+def test_a_sentencepiece_model_that_marks_white_space_otherwise(part, option, value, tmp_path):
+    protobuf = pytest.importorskip("sentencepiece.sentencepiece_model_pb2", reason="edits a model")
+    model = protobuf.ModelProto.FromString(train_spm(tmp_path).read_bytes())
+    setattr(getattr(model, part), option, value)
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match="tokenizer.model: expected a sentencepiece model with ▁"):
+        load_text(tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["tokenizer.model", "tokenizer.json"])
 def test_mutated_files(file, tmp_path):
