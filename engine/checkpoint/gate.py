@@ -1,6 +1,7 @@
 """The gate: what stands behind it may trust a checkpoint's tensors."""
 
 import warnings
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from engine.architecture.families import all_tensors, outer_tensors
@@ -17,10 +18,12 @@ def check_tensors(checkpoint: "Checkpoint") -> None:
     and holds floats; matrices may be quantized.
 
     From the headers alone, of every layer, whatever is run later. Only a head beside an embedding
-    that the config ties it to is read.
+    that the config ties it to is read, and biases that the config does not speak of.
     """
-    for name, shape in all_tensors(checkpoint.config, checkpoint.names()):
+    tensors = dict(all_tensors(checkpoint.config, checkpoint.names()))
+    for name, shape in tensors.items():
         _check(checkpoint, name, shape)
+    _tell_of_biases(checkpoint, tensors)
     beyond = f"model.layers.{checkpoint.config.total_layers}."
     more = next((name for name in checkpoint.names() if name.startswith(beyond)), None)
     if more is not None:
@@ -31,6 +34,19 @@ def check_tensors(checkpoint: "Checkpoint") -> None:
         )
     if checkpoint.config.tied and HEAD in checkpoint.names():
         _check_tied(checkpoint)
+
+
+def _tell_of_biases(checkpoint: "Checkpoint", tensors: Collection[str]) -> None:
+    """A warning of biases beside matrices in `tensors` that have none by the config: left out, as
+    by transformers. GPTQ directories have such of zeros."""
+    beside = (name.removesuffix("weight") + "bias" for name in tensors)
+    more = sorted({*beside}.intersection(checkpoint.names()).difference(tensors))
+    name = next((name for name in more if checkpoint.read(name).float().any()), None)
+    if name is not None:
+        warnings.warn(
+            f"{checkpoint.path}: {name} is left out: by its config the model has no such bias",
+            stacklevel=3,
+        )
 
 
 def _check_tied(checkpoint: "Checkpoint") -> None:

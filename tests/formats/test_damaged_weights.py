@@ -138,6 +138,23 @@ def test_layers_behind_the_last_are_told(tmp_path):
     assert len(model.config.layers) == said["num_hidden_layers"] - 1
 
 
+def test_biases_that_the_config_does_not_speak_of_are_told(tmp_path, recwarn):
+    """They are left out, as transformers does; zeros, as GPTQ directories have, go unsaid."""
+    tiny.write("qwen3", tmp_path, 1)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    bias = tensors[LAYER + "self_attn.k_proj.bias"] = torch.zeros(32)
+    save_file(tensors, file, {"format": "pt"})
+    engine.load(tmp_path)
+    assert not [each for each in recwarn if "left out" in str(each.message)]
+    bias[3] = 1
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.warns(
+        UserWarning, match=f"{LAYER}self_attn.k_proj.bias is left out: by its config"
+    ):
+        engine.load(tmp_path)
+
+
 @every_backend
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_without_their_weights(rule, backend, tmp_path):
