@@ -121,7 +121,7 @@ class _Helper:
             if not ready:
                 return None
             if writes in ready:
-                left = left[os.write(writes, left[: 1 << 16]) :]
+                left = left[os.write(writes, left) :]
                 if not left:
                     waiting.unregister(writes)
             if reads in ready:

@@ -173,7 +173,6 @@ def _from_model(path: Path, config: Mapping[str, Any]) -> tuple[Tokenizer, dict[
 
 def _from_directory(path: Path) -> Text:
     config, model = _read_json(path / "tokenizer_config.json"), _read_json(path / "config.json")
-    model = _entry(model, "text_config", dict, path) or model
     if "added_tokens_decoder" not in config:
         config |= _read_json(path / "special_tokens_map.json")
     native = (path / "tokenizer.json").exists()

@@ -107,5 +107,5 @@ class Text:
             made.pad_token = made.eos_token
         made.padding_side = "left"  # what is padded on the right cannot be gone on with
         if self.max_length is not None:
-            made.model_max_length = min(made.model_max_length, self.max_length)
+            made.model_max_length = self.max_length
         return made
