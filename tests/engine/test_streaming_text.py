@@ -1,12 +1,13 @@
 """Streamed pieces: complete characters, right spacing, and in sum the text of `decode`."""
 
 from functools import cache
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.vocabularies import SAMPLES, SPECIAL, byte_level
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 
 from engine.text import Text
@@ -30,9 +31,9 @@ def texts() -> dict[str, Text]:
     bytewise = byte_level(size=400)
     bytewise.add_special_tokens(SPECIAL)
     bytewise.add_tokens([AddedToken("<é x>", normalized=False), AddedToken("  ", normalized=False)])
-    metaspace = Backend(models.BPE({token: i for i, token in enumerate(WORDS)}, []))
-    metaspace.pre_tokenizer = pre_tokenizers.Metaspace()
-    metaspace.decoder = decoders.Metaspace()
+    always, never = (Backend(models.BPE({x: i for i, x in enumerate(WORDS)}, [])) for _ in "12")
+    always.decoder = decoders.Metaspace()
+    never.decoder = decoders.Metaspace(prepend_scheme="never")
     plain = Backend(models.WordLevel({token: i for i, token in enumerate(WORDS)}, "the"))
     space, fallback = decoders.Replace("▁", " "), decoders.ByteFallback()
     return {
@@ -40,7 +41,8 @@ def texts() -> dict[str, Text]:
         "llama": spm(space, fallback, decoders.Fuse(), decoders.Strip(" ", 1, 0)),
         "strip two": spm(space, fallback, decoders.Fuse(), decoders.Strip(" ", 2, 0)),
         "gemma": spm(space, fallback, decoders.Fuse()),
-        "metaspace": Text(metaspace, "metaspace"),
+        "metaspace": Text(always, "metaspace"),
+        "metaspace, never": Text(never, "metaspace"),
         "no decoder": Text(plain, "plain"),
     }
 
@@ -67,6 +69,15 @@ def test_pieces_add_up_to_decode(name, ids, skip_special):
         assert len(whole) <= len(expected)
     else:
         assert whole == expected
+
+
+@pytest.mark.parametrize("name", texts())
+def test_words_in_any_order(name):
+    """What a token loses at the start of a text it has anywhere else, in the next text too."""
+    text = texts()[name]
+    words = range(text.vocab_size)[-len(WORDS) :]
+    for ids in product(words, repeat=3):
+        assert text.decode(ids) == text.tokenizer.decode(ids), ids
 
 
 @settings(max_examples=200, deadline=None)

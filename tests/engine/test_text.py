@@ -37,15 +37,16 @@ def save(tokenizer: Tokenizer, path: Path, **config) -> Path:
 def test_directory_equals_transformers(tmp_path):
     from transformers import AutoTokenizer
 
-    tokenizer = byte_level(SMOLLM)
+    tokenizer = byte_level(SMOLLM, size=999)
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
     tokenizer.enable_truncation(5)
     tokenizer.enable_padding(length=9)
-    added = {"700": {"content": "<tool>", "special": False, "normalized": False, "lstrip": False,
-                     "rstrip": True, "single_word": False}}  # fmt: skip
+    flags = {"special": False, "normalized": False, "lstrip": False, "rstrip": True,
+             "single_word": False}  # fmt: skip
+    added = {"1000": {"content": "<look>"} | flags, "999": {"content": "<tool>"} | flags}
     path = save(
         tokenizer,
         tmp_path,
@@ -56,13 +57,15 @@ def test_directory_equals_transformers(tmp_path):
         model_max_length=77,
         tokenizer_class="PreTrainedTokenizerFast",
     )
-    (path / "generation_config.json").write_text('{"eos_token_id": [3, 2]}')
+    (path / "special_tokens_map.json").write_text('{"eos_token": "<|user|>"}')
+    (path / "config.json").write_text('{"eos_token_id": 3, "max_position_embeddings": 99}')
+    (path / "generation_config.json").write_text('{"eos_token_id": 0}')
     text, other = load_text(path), AutoTokenizer.from_pretrained(path)
     other.backend_tokenizer.no_truncation()
     other.backend_tokenizer.no_padding()
     same_as_transformers(text, other)
-    assert text.encode("a <tool>  b") == other("a <tool>  b")["input_ids"]
-    assert (text.bos_id, text.eos_ids, text.vocab_size, text.max_length) == (1, (2, 3), 701, 77)
+    assert text.encode("a <tool>  <look> b") == other("a <tool>  <look> b")["input_ids"]
+    assert (text.bos_id, text.eos_ids, text.vocab_size, text.max_length) == (1, (0, 2), 1001, 77)
     assert text.special["eos_token"] == other.eos_token
     made = text.to_transformers()
     assert (made.bos_token, made.model_max_length) == ("<s>", 77)
@@ -71,13 +74,35 @@ def test_directory_equals_transformers(tmp_path):
 def test_special_tokens_map_stands_in_for_the_config(tmp_path):
     from transformers import AutoTokenizer
 
-    path = save(byte_level(), tmp_path, tokenizer_class="PreTrainedTokenizerFast")
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<unk>"}
+    path = save(byte_level(), tmp_path, **named)
     (path / "special_tokens_map.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
     (path / "config.json").write_text('{"eos_token_id": 3, "max_position_embeddings": 99}')
     (path / "generation_config.json").write_text('{"do_sample": true}')
     text, other = load_text(path), AutoTokenizer.from_pretrained(path)
     same_as_transformers(text, other)
     assert (text.bos_id, text.eos_ids, text.max_length) == (1, (2, 3), 99)
+    made = text.to_transformers()
+    assert (made.pad_token, made.model_max_length) == ("<unk>", 99)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"additional_special_tokens": ["<|tool|>"]},
+        {"extra_special_tokens": ["<|tool|>"]},
+        {"extra_special_tokens": {"tool_token": "<|tool|>"}},
+    ],
+    ids=str,
+)
+def test_special_tokens_that_the_config_alone_knows(named, tmp_path):
+    from transformers import AutoTokenizer
+
+    path = save(byte_level(), tmp_path, tokenizer_class="PreTrainedTokenizerFast", **named)
+    ids = AutoTokenizer.from_pretrained(path)("a<|tool|>tool_token")["input_ids"]
+    text = load_text(path)
+    assert text.encode("a<|tool|>tool_token") == ids
+    assert ids[1] == 700 and "<" not in text.decode(ids)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
@@ -105,16 +130,19 @@ def test_sentencepiece_directory_equals_transformers(tmp_path, legacy):
     from transformers import AutoTokenizer
 
     train_spm(tmp_path, control_symbols=["[INST]"])
-    config = {"add_bos_token": True, "legacy": legacy, "bos_token": "<s>", "eos_token": "</s>",
+    config = {"add_bos_token": True, "legacy": legacy, "bos_token": "<s>", "eos_token": "[INST]",
               "tokenizer_class": "LlamaTokenizer"}  # fmt: skip
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     text, other = load_text(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    made = text.to_transformers()
     for sample in SAMPLES:
+        assert made(sample)["input_ids"] == text.encode(sample), sample
         # legacy: sentencepiece puts "▁" before every text, transformers not before one with a space
         if not legacy or (comparable(sample) and not sample.startswith(" ")):
             assert text.encode(sample) == other(sample)["input_ids"], sample
     assert text.encode("[INST]a") == other("[INST]a")["input_ids"]
     assert text.decode(text.encode("[INST]a")) == "a"
+    assert text.eos_ids == (other.eos_token_id,)
 
 
 def test_import_is_light():
@@ -131,9 +159,11 @@ def test_unsupported_decoder_and_lone_surrogate():
     assert Text(tokenizer, "x").decode([1, 5]) == tokenizer.decode([1, 5])
     with pytest.raises(InputError, match="Unicode"):
         Text(tokenizer, "x").encode("\ud800")
-    tokenizer.decoder = decoders.CTC()
-    with pytest.raises(InputError, match="CTC"):
-        Text(tokenizer, "x").decode([1])
+    strip = decoders.Sequence([decoders.Strip(" ", 1, 0), decoders.Fuse()])  # of every token
+    for decoder, named in ((decoders.CTC(), "CTC"), (strip, "Strip")):
+        tokenizer.decoder = decoder
+        with pytest.raises(InputError, match=named):
+            Text(tokenizer, "x").decode([1])
 
 
 def test_added_token_flags_survive():
