@@ -3,14 +3,17 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from support.vocabularies import SPECIAL, byte_level
 
 from engine.errors import InputError
-from engine.text import Text, load_text
+from engine.text import Text, chat, load_text
+from engine.text.template import allow_seconds
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -38,7 +41,7 @@ TEMPLATES = {
     "{% endgeneration %}{% endfor %}",
     "date": "{{ strftime_now('%Y') }}{{ tools is none }}{{ pad_token }}{{ unk_token }}",
     "macros": "{% macro f(x) %}[{{ x }}]{% endmacro %}{% for m in messages %}{{ f(m.role) }}"
-    "{{ ' ' * loop.index }}{{ dict(a=1) | tojson }}{% endfor %}",
+    "{{ ' ' * loop.index }}{{ 99999 * 99999 }}{{ dict(a=1) | tojson }}{% endfor %}",
 }
 
 
@@ -161,6 +164,7 @@ def test_malformed_messages(messages, complaint):
         "{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxx{% endfor %}{% endfor %}",
         "{{ 'x' * 10000000000 }}",
         "{{ 9 ** 9 ** 9 }}",
+        "{{ (-9) ** 63 ** 63 % 7 }}",
         "{% set a = ['x'] * 99999 %}{{ (a * 99999) | length }}",
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ cycler.__init__.__globals__ }}",
@@ -172,3 +176,79 @@ def test_failing_and_hostile_templates(template):
     with pytest.raises(InputError, match="^toy: the chat template fails") as error:
         text_with(template).chat(CHAT)
     assert "\n" not in str(error.value)
+
+
+def test_a_template_that_prints_without_end():
+    endless = "{% for i in range(99999) %}{{ 'x' * 999999 }}{% endfor %}"
+    with pytest.raises(InputError, match="it prints more than 16777216 characters"):
+        text_with(endless).chat(CHAT)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such limit")
+def test_a_template_that_fills_memory():
+    doubled = "{% set ns.x = ns.x ~ ns.x %}"
+    template = f"{{% set ns = namespace(x='x') %}}{{% for i in range(31) %}}{doubled}{{% endfor %}}"
+    with pytest.raises(InputError, match="it takes more than 512 MB of memory"):
+        text_with(template).render(CHAT)
+
+
+SLOW = "{% for i in range(99999) %}{% for j in range(200) %}{% endfor %}{% endfor %}late"
+
+
+def test_a_chat_after_one_that_takes_too_long(monkeypatch):
+    """It gets its own answer, and not that which comes too late."""
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="it takes more than"):
+        patch.setattr(chat, "SECONDS", 0.2)
+        text_with(SLOW).render(CHAT)
+    assert text_with("soon").render(CHAT) == "soon"
+
+
+def test_a_chat_after_one_that_was_interrupted():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            text_with(SLOW).render(CHAT)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert text_with("soon").render(CHAT) == "soon"
+
+
+def test_a_chat_after_the_helper_was_killed():
+    """By a system that is short of memory, say."""
+    assert text_with("one").render(CHAT) == "one"
+    helper = chat._helper._process
+    helper.kill()
+    helper.wait()
+    assert text_with("two").render(CHAT) == "two"
+
+
+def test_every_chat_has_its_seconds(monkeypatch):
+    """However many the helper has used for those before."""
+    limits = []
+    used = SimpleNamespace(ru_utime=100.5, ru_stime=20.5)
+    monkeypatch.setattr(resource, "getrusage", lambda _: used)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limit: limits.append(limit[0]))
+    allow_seconds(5)
+    assert limits == [pytest.approx(126.5, abs=0.5)]
+
+
+FORKED = f"""
+import os, signal, threading, time
+from engine.text.chat import render
+said = [{{"role": "user", "content": "a"}}]
+threading.Thread(target=render, args=({SLOW!r}, said, {{}}, "here"), daemon=True).start()
+time.sleep(0.2)
+if (child := os.fork()) == 0:
+    signal.alarm(20)
+    os._exit(render("soon", said, {{}}, "here") != "soon")
+print(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_program_that_forks_while_a_thread_chats():
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")
