@@ -149,7 +149,9 @@ def test_a_standard_stream_that_is_closed(closed, model, monkeypatch):
 
 
 LINES = """
+import signal
 from engine.commands.chat import lines
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has its programs ignore
 for line in lines():
     print("heard", line, flush=True)
 """
