@@ -49,6 +49,7 @@ def test_a_fall_of_more_than_a_tenth_fails(write, capsys):
     assert run(before, after, "--fall", 0.005) == 1
     assert "by more than 0.5%: a, b" in capsys.readouterr().out
     assert run(after, before) == 0
+    assert run(before, before, "--fall", 0) == 0
 
 
 def test_a_ceiling_may_change_and_a_case_may_be_missing(write, capsys):

@@ -1,11 +1,32 @@
-"""What benchmarks/scaling.py makes of the parts of a step, made up here."""
+"""What benchmarks/scaling.py makes of the parts of a step, a model's or made up here."""
 
 import pytest
+import scaling
 from scaling import SOCKETS, THREADS, Parts, fastest, parts_table, predicted, remark, table
+from support import tiny
 
 ONE = Parts(stream=8.0, attention=0.6, barriers=0.0, rest=0.25)
 TWO = Parts(stream=4.0, attention=0.3, barriers=0.1, rest=0.25)
 NBYTES, ITEMS = 120_000_000, 6  # 2 ms at 60 GB/s
+
+
+def test_the_parts_of_a_step_are_the_whole_step(tmp_path, monkeypatch):
+    tiny.write("llama", tmp_path, 1)
+    tiny.save_tokenizer(tmp_path)
+    times, generate = [], scaling.generate
+
+    def timed(runtime, text, prompts, options, on_step):
+        made = generate(runtime, text, prompts, options, on_step)
+        times.append(made[0].timings.step_ns)
+        return made
+
+    monkeypatch.setattr(scaling, "generate", timed)
+    monkeypatch.setattr(scaling, "fastest", list)
+    steps, nbytes, items = scaling.measured(str(tmp_path), 1)
+    expected = [ns / 1e6 for each in times for ns in each]
+    assert [step.whole for step in steps] == pytest.approx(expected)
+    assert all(min(step.stream, step.attention, step.rest) > 0 for step in steps)
+    assert nbytes > 0 and items == 4  # two kv heads, and pages of 128 of some 160 positions
 
 
 def test_the_measured_parts_are_shown():

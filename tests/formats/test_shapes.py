@@ -69,6 +69,27 @@ def test_a_directory_of_a_file_that_is_there(ended, tmp_path, monkeypatch, capsy
         assert f"{name}: exists already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name, layers, spared", [
+    ("Llama-3.2-1B", None, [0, 1, 4, 7, 10, 13, 14, 15]), ("Llama-3-8B", 8, [0, 3, 6, 7]),
+])  # fmt: skip
+def test_what_has_six_bits_in_a_file_of_q4_k_m(name, layers, spared):
+    """As llama.cpp's `use_more_bits` has it; and the head, be it the embedding or not."""
+    kinds = {place.name: place.type for place in shapes.places(name, layers, "Q4_K_M")}
+    sixes = [f"blk.{layer}.{role}.weight" for layer in spared for role in ("attn_v", "ffn_down")]
+    head = "token_embd.weight" if shapes.SHAPES[name][3] else "output.weight"
+    assert {part for part, kind in kinds.items() if kind == "Q6_K"} == {head, *sixes}
+
+
+def test_a_norm_has_a_few_large_weights():
+    """As a trained one: they make blocks of its output coarse."""
+    norm, bias = (
+        shapes.vector(Place(f"blk.0.{name}", "F32", (2048,))).view(torch.float32)
+        for name in ("attn_norm.weight", "attn_q.bias")
+    )
+    assert norm.unique().tolist() == [1, 16] and 0 < (norm > 1).sum() < 20
+    assert not bias.any()
+
+
 @pytest.mark.parametrize(("kind", "codes"), [("Q4_0", 2), ("Q4_K", 16)])
 def test_all_codes_are_equally_frequent(kind, codes, rng):
     place = Place("w", kind, (256, 1024))
