@@ -45,19 +45,26 @@ def study():
 
 
 def test_a_section_has_the_best_of_every_engine(study, tmp_path):
-    page = tmp_path / "cpu.md"
+    page, own = tmp_path / "cpu.md", study.subjects[0].contenders[0]
+    own.runs["context"] = contender("ours", "", 900, 15).runs["context"]
     write(page, study)
     lines = page.read_text().splitlines()
     assert lines[0].startswith("# ") and "## AVX2" in lines
     assert any(", 3 threads, " in line for line in lines)  # which ran, whatever was asked
     ours = next(line for line in lines if line.startswith("| ours | 900"))
-    assert ours.split(" | ")[1:] == ["900", "30.0", "30.0", "900", "30.0 |"]
+    assert ours.split(" | ")[1:] == ["900", "30.0", "15.0", "900", "30.0 |"]
     theirs = next(line for line in lines if line.startswith("| llama.cpp | 300"))
     assert theirs.split(" | ")[1:3] == ["300 (3.00x)", "20.0 (1.50x)"]
     assert "| ik | - | - | - | - | - |" in lines  # no speed of a wrong text
+    single = "| llama.cpp | no flash | 200 | 4.50x | 20.0 | 1.50x |"
+    assert any(line.startswith(single) for line in lines)
+    assert any("At a context of 1,024 tokens it runs at 0.50 of its speed." in x for x in lines)
     (line,) = (line for line in lines if line.startswith("Our decode") and "context" not in line)
     assert "Our decode reads 30.0 GB/s of weights" in line and "40.0 (40.0-40.0) GB/s" in line
     assert "takes 75 (75-75) %" in line and "at 60.0 GB/s, 50%" in line
+    study.subjects[1].alone = False  # other bits of a model that is there already
+    write(page, study)
+    assert "| ours | 900 | 30.0 | 15.0 |" in page.read_text().splitlines()
 
 
 def test_sections_of_other_instruction_sets_stay(study, tmp_path):

@@ -80,6 +80,12 @@ def test_what_has_six_bits_in_a_file_of_q4_k_m(name, layers, spared):
     assert {part for part, kind in kinds.items() if kind == "Q6_K"} == {head, *sixes}
 
 
+@pytest.mark.parametrize(("layers", "named"), [(None, ""), (16, ""), (4, "-4-layers")])
+def test_a_file_of_fewer_layers_is_named_so(layers, named, tmp_path):
+    for name in ("Llama-3.2-1B", "Llama-3.2-1B-Q4_K_M"):
+        assert shapes.place_of(name, tmp_path, layers) == tmp_path / f"{name}{named}.gguf"
+
+
 def test_a_norm_has_a_few_large_weights():
     """As a trained one: they make blocks of its output coarse."""
     norm, bias = (
