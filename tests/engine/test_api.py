@@ -116,6 +116,7 @@ def test_several_prompts_of_ids(prompt, model):
 
 def test_a_batch_of_one_stays_a_batch(model):
     assert isinstance(model.generate(torch.tensor([IDS]), max_new_tokens=1), list)
+    assert isinstance(model.generate({"input_ids": [IDS]}, max_new_tokens=1), list)
     assert isinstance(model.generate(["a"], max_new_tokens=1), list)
     assert model.generate([]) == []
 

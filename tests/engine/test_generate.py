@@ -288,6 +288,9 @@ def test_stop_ids_outside_the_vocabulary(token, rng):
         ({"top_p": 10**400}, "top_p must be a number from 0 to 1"),
         ({"repetition_penalty": 10**400}, "repetition_penalty must be a number"),
         ({"seed": 1.0}, "seed must be a whole number, not 1.0"),
+        ({"seed": 10**5000}, "seed must be a whole number, not one of so many digits"),
+        ({"max_new_tokens": 10**5000}, "max_new_tokens must be a whole number, not one of so many"),
+        ({"stop": 10**5000}, "stop takes ids of 32 bits"),
     ],
 )
 def test_options_out_of_range(options, says):

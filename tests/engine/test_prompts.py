@@ -66,3 +66,11 @@ def test_what_a_tokenizer_returns(model):
     assert model.generate(np.array([3, 1, 4]), max_new_tokens=3).token_ids == alone[0].token_ids
     logits = model({"input_ids": ids, "attention_mask": mask})
     assert torch.allclose(logits[1, 1:], model([1, 5])[0], atol=1e-5)
+
+
+def test_ids_of_a_call(model):
+    ids, mask = [[0, 1, 5]], [[0, 1, 1]]
+    assert torch.equal(model({"input_ids": ids}, mask), model(ids, mask))
+    for wrong, sentence in (([[-1, 5]], "none negative"), ([[3, 1], [4]], "rows of one length")):
+        with pytest.raises(InputError, match=f"input_ids: expected .*{sentence}"):
+            model(wrong)

@@ -217,7 +217,7 @@ def test_logits_that_are_not_numbers_are_refused(value, temperature):
         ("top_k", [-1, 1.0, math.nan, "2", True]),
         ("top_p", [-0.1, 1.1, math.nan, "0.5", None]),
         ("min_p", [-0.1, 1.1, math.nan, "0.5", None]),
-        ("repetition_penalty", [0, -1.0, 1e4, math.nan, math.inf, None]),
+        ("repetition_penalty", [0, -1.0, 1e-4, 1e4, math.nan, math.inf, None]),
         ("seed", [1.0, "1", math.nan, False]),
     ],
 )
