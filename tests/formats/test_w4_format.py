@@ -241,6 +241,11 @@ def test_concatenate_stacks_rows(scheme, rng):
         concatenate([first, replace(second, perm=None)])
     with pytest.raises(ValueError, match="one spec and K"):
         concatenate([first, random_packed(rng, 2, 100, Spec(4, 32, scheme))])
+    with pytest.raises(ValueError, match="one spec and K"):  # rows of as many bytes
+        concatenate([first, random_packed(rng, 2, 99, spec, permuted=True)])
+    if scheme == "codebook":
+        with pytest.raises(ValueError, match="one codebook, found two"):
+            concatenate([first, replace(second, codebook=first.codebook + 1)])
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,42 @@ def test_awq(n, k, group, rng):
     assert len(unpack_codes(packed).unique()) == 16
 
 
+def test_inputs_that_compressed_tensors_has_in_no_group_are_in_order(rng):
+    """It writes -1 for each where the groups were never drawn up."""
+    parts = words(rng, 3, 8), some_scales(rng, 3, 2).half(), (3, 64)
+    unused = torch.full((64,), -1, dtype=torch.int32)
+    packed = from_hf.compressed_tensors(*parts, weight_g_idx=unused, group=32)
+    assert packed.perm is None
+    assert_same_bits(unpack(from_hf.compressed_tensors(*parts, group=32)), unpack(packed))
+
+
+@pytest.mark.parametrize(
+    "shape, blocksize, group",
+    [((3, 37), 64, None), ((4, 64), 64, 0), ((3, 96), 64, 32), ((3, 37), 1 << 50, 0)],
+)
+def test_nf4_by_blocks_that_run_over_the_ends_of_rows(shape, blocksize, group, rng):
+    count = shape[0] * shape[1]
+    codes = torch.randint(256, ((count + 1) // 2, 1), generator=rng).byte()
+    absmax, levels = some_scales(rng, -(-count // blocksize)), some_scales(rng, 16)
+    numbers = torch.stack((codes >> 4, codes & 15), -1).flatten()[:count].int()
+    expected = (levels[numbers] * absmax[torch.arange(count) // blocksize]).view(shape)
+    parts = codes, absmax, levels, shape
+    assert_same_bits(expected, from_hf.nf4_values(*parts, blocksize=blocksize))
+    packed = from_hf.nf4(*parts, blocksize=blocksize)
+    assert group == (None if packed is None else packed.spec.group)
+    if packed is not None:
+        assert_same_bits(expected, unpack(packed))
+
+
+@pytest.mark.parametrize("blocksize", [2, 1 << 50])
+def test_nf4_scales_that_are_quantized_again(blocksize, rng):
+    absmax = torch.tensor([7, 0, 255], dtype=torch.uint8)
+    levels, outer = some_scales(rng, 256), some_scales(rng, 2 if blocksize == 2 else 1)
+    options = {"nested_blocksize": blocksize, "nested_offset": 0.25}
+    expected = levels[absmax.int()] * outer[torch.arange(3) // blocksize] + 0.25
+    assert_same_bits(expected, from_hf.nf4_absmax(absmax, levels, outer, **options))
+
+
 def gptq_parts() -> dict:
     return {
         "qweight": torch.zeros(8, 16, dtype=torch.int32),
