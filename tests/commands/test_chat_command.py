@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import signal
+import stat
 import subprocess
 import sys
 
@@ -65,7 +66,8 @@ def test_options_reach_the_model_and_its_answers(model, monkeypatch):
 
 
 def test_commands(model, monkeypatch):
-    said = ("a", "/reset", "b", "c", "/undo", "d", "/system e", "f", "/system", "g", "/exit", "h")
+    said = ["a", "/reset", "b", "c", "/undo", "d", "/system e", "/undo", "f", "/system", "g"]
+    said += ["/exit", "h"]
     code, _, err = talk(monkeypatch, *said)
     assert (code, err) == (0, "")
     assert [roles(each) for each in model.text.asked] == ["u", "u", "uau", "uau", "su", "u"]
@@ -158,7 +160,7 @@ for line in lines():
 
 
 def test_conversations_share_a_history(tmp_path):
-    """Of two at once, and of a terminal that is closed."""
+    """Of two at once, and of a terminal that is closed; in the end its latest lines alone."""
 
     def converse() -> tuple[subprocess.Popen, int]:
         ours, theirs = pty.openpty()
@@ -183,7 +185,16 @@ def test_conversations_share_a_history(tmp_path):
         heard.send_signal(signal.SIGHUP)
         heard.wait(20)
         os.close(ours)
-    assert (tmp_path / "shallow" / "chat_history").read_text() == "one\ntwo\nthree\n"
+    file = tmp_path / "shallow" / "chat_history"
+    assert file.read_text() == "one\ntwo\nthree\n"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600  # nobody else's to read
+    file.write_text("".join(f"{number}\n" for number in range(chat.LINES)))
+    third = converse()
+    say(third[1], "four")
+    third[0].send_signal(signal.SIGHUP)
+    third[0].wait(20)
+    os.close(third[1])
+    assert file.read_text().split()[::999] == ["1", "four"]
 
 
 def test_options_reach_the_answer(model, monkeypatch):

@@ -7,6 +7,7 @@ from support.exported import packed_model
 
 from engine.artifacts import Evaluation, HealRecord, Plan
 from engine.judgement import Judgement
+from engine.scratch import MARKER
 
 REPO = "org/shallower"
 
@@ -74,19 +75,28 @@ def hub(endpoint):
 def test_one_commit_of_every_file_and_a_card(model, hub, tmp_path):
     records = [judged(tmp_path / "whole.json", 4, 3.0), judged(tmp_path / "cut.json", 3, 3.5)]
     options = [each for record in records for each in ("--record", record)]
+    files = list(model.iterdir())
+    (model / "cache").mkdir()
+    for name in (MARKER, ".hidden", "README.md"):  # of a run that was killed, and the card of old
+        (model / name).write_text("{}")
     code, said, err = call("push", model, REPO, "--license", "apache-2.0", "--private", *options)
     assert code == 0, err
     assert f"{REPO}: 3 layers" in said
     found = hub.repos[REPO]
-    assert found.keys() == {path.name for path in model.iterdir()} | {"README.md"}
-    for path in model.iterdir():
+    assert found.keys() == {path.name for path in files} | {"README.md"}
+    for path in files:
         assert found[path.name] == path.read_bytes(), path.name
-    assert len(hub.commits) == 1 and hub.private[REPO]
+    assert len(hub.commits) == 1 and hub.visibility[REPO] == "private"
     text = found["README.md"].decode()
     assert text.startswith("---\nlicense: apache-2.0\n") and "base_model: org/whole" in text
     assert "without layers 2 (numbered from 0, inclusive): 3 of 4 stay" in text
     assert "4 bits, group 16, symmetric" in text and "`greedy`" in text
     assert "| whole | 4 of 4 | 20.09 |" in text and "| cut | 3 of 4 | 33.12 |" in text
+
+
+def test_a_new_repository_is_by_default_as_its_owner_has_them(model, hub):
+    assert call("push", model, REPO, "--license", "mit")[0] == 0
+    assert hub.visibility[REPO] is None
 
 
 def test_what_goes_wrong_is_one_sentence(model, hub):

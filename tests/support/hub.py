@@ -13,7 +13,7 @@ class Hub:
 
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, bytes]] = {}
-        self.private: dict[str, bool] = {}
+        self.visibility: dict[str, str | None] = {}  # as asked for
         self.commits: list[str] = []
         self.stored: dict[str, bytes] = {}  # large files by their hash
         self.fail: int | None = None
@@ -29,7 +29,8 @@ class Hub:
         if path == "/api/repos/create":
             name = f"{asked['organization']}/{asked['name']}"
             self.repos.setdefault(name, {})
-            self.private[name] = asked.get("visibility") == "private" or asked.get("private", False)
+            private = {True: "private", False: "public"}.get(asked.get("private"))
+            self.visibility[name] = asked.get("visibility", private)
             return 200, {"url": f"{self.url}/{name}"}
         if path.endswith("/objects/batch"):
             objects = [self._batch(each) for each in asked["objects"]]
