@@ -169,6 +169,7 @@ def test_texts_of_the_same_name_are_told_apart(records):
     [
         (["--text", "{a}", "--text", "{a}"], "a.txt: the text is given twice"),
         (["--text", "{a}", "--text", "{again}"], "../a.txt: the text is given twice"),
+        (["--text", "{a}", "--text", "{link}"], "link.txt: the text is given twice"),
         (["--text", "{empty}"], "empty.txt: expected text, found an empty file"),
         (["--choices", "{empty}"], "empty.txt: expected text, found an empty file"),
         (["--choices", "{a}"], "a.txt: line 1: not valid JSON"),
@@ -189,7 +190,9 @@ def test_eval_refuses_in_one_line(options, says, tree):
     tree.joinpath("long.jsonl").write_text(json.dumps(long))
     names = ("a.txt", "empty.txt", "short.txt", "long.jsonl", "other")
     files = {f"{{{name.partition('.')[0]}}}": tree / name for name in names}
-    files["{again}"] = tree / "model" / ".." / "a.txt"
+    files |= {"{again}": tree / "model" / ".." / "a.txt", "{link}": tree / "link.txt"}
+    if not files["{link}"].exists():  # by another case
+        files["{link}"].symlink_to(tree / "a.txt")
     given = [files.get(each, each) for each in options]
     if "--text" not in options:
         given += ["--text", tree / "a.txt"]

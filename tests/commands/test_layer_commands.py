@@ -352,7 +352,8 @@ def test_a_plan_of_another_model(tree, planned, tmp_path):
     refused("layers have other shapes", "prune", tree / "wide", tmp_path / "x", "--plan", plan)
     of_the_model = f"other shapes than those of {tree / 'wide'}"
     refused(of_the_model, "budget", tree / "wide", "--plan", plan)
-    refused("--plan excludes", "eval", tree / "model", "--plan", plan, "--drop", "3")
+    for option in ("--drop", "--keep"):
+        refused("--plan excludes", "eval", tree / "model", "--plan", plan, option, "3")
     raw = json.loads(plan.read_text())
     plan.write_text(json.dumps(raw | {"version": 9}))
     refused("a plan of version 9", "eval", tree / "model", "--plan", plan)

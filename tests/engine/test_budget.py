@@ -167,9 +167,16 @@ def test_sizes_that_are_none(size):
         parse_bytes(size)
 
 
+def test_the_cache_is_of_no_more_than_the_context():
+    for model, positions in (("phi-2", 2048), ("llama-3-8b", 4096)):
+        _, out, _ = call("--quiet", "budget", model)
+        assert json.loads(out)["context"] == positions
+
+
 def test_sizes():
-    assert parse_bytes("8GB") == 8_000_000_000
-    assert parse_bytes("1.5 GiB") == 3 * 2**29
+    sizes = {"8GB": 8 * 10**9, "1.5 GiB": 3 * 2**29, "500mb": 5 * 10**8, " 7MiB ": 7 * 2**20}
+    sizes |= {"2kb": 2000, "2KiB": 2048, "2TB": 2 * 10**12, "2TiB": 2**41}
+    assert {size: parse_bytes(size) for size in sizes} == sizes
     for bad in ({"bits": 5}, {"head_bits": 3}, {"v_bits": 2}, {"group": -1}):
         with pytest.raises(InputError):
             Storage(**bad)
