@@ -14,6 +14,7 @@ from support.vocabularies import (
 )
 from tokenizers import Regex, pre_tokenizers
 
+from engine.errors import InputError
 from engine.text import heldout_text, load_text, text_from_gguf
 
 
@@ -93,6 +94,37 @@ def test_gguf_takes_whole_words_and_adds_bos():
         assert (ids == [*begun, *expected]) if expected else len(ids) > 2 and ids[0] != 1
     metadata["tokenizer.ggml.add_eos_token"] = True
     assert text_from_gguf(metadata, "test.gguf").encode("")[-1] == 2
+
+
+def test_gguf_of_a_model_without_bos():
+    """Where the file does not say whether a text begins with one."""
+    metadata = gguf_of_bpe(byte_level(), "llama-bpe", add_bos_token=None, bos_token_id=None)
+    text = text_from_gguf(metadata, "test.gguf")
+    assert text.bos_id is None and text.encode("a") == text.encode("a", add_special=False)
+
+
+def test_gguf_without_types_names_what_is_no_text():
+    text = text_from_gguf(gguf_of_bpe(byte_level(), "gpt-2", token_type=None), "test.gguf")
+    ids = text.encode("<s>a</s>")
+    assert (ids[0], ids[-1]) == (1, 2) and text.decode(ids) == "a"
+
+
+@pytest.mark.parametrize(("kind", "ends"), [(1, (2,)), (3, (2, 700))])
+def test_gguf_ends_at_tokens_of_a_known_name_that_are_no_text(kind, ends):
+    metadata = gguf_of_bpe(byte_level(), "gpt-2")
+    metadata["tokenizer.ggml.tokens"] += ["<|im_end|>"]
+    metadata["tokenizer.ggml.token_type"] += [kind]
+    assert text_from_gguf(metadata, "test.gguf").eos_ids == ends
+
+
+def test_gguf_tokens_that_are_empty_or_come_twice():
+    """Padding is empty, however many ids it takes."""
+    metadata = gguf_of_bpe(byte_level(), "gpt-2", token_type=None)
+    expected, tokens = text_from_gguf(metadata, "x").encode("Hello"), "tokenizer.ggml.tokens"
+    text = text_from_gguf(metadata | {tokens: [*metadata[tokens], "", ""]}, "test.gguf")
+    assert text.encode("Hello") == expected and text.vocab_size == 702
+    with pytest.raises(InputError, match="test.gguf: .* the same token twice"):
+        text_from_gguf(metadata | {tokens: [*metadata[tokens], "a"]}, "test.gguf")
 
 
 def test_gguf_sentencepiece(tmp_path):
