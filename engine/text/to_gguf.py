@@ -129,8 +129,6 @@ def _vocabulary(
             types[index] = spm.BYTE
     for added in described["added_tokens"]:
         index, plain = added["id"], added["content"]
-        if index >= size:
-            continue
         types[index] = spm.CONTROL if added["special"] else spm.USER_DEFINED
         # sentencepiece's mark stands for a space; a byte-level vocabulary means it as it is.
         whole = added["special"] or byte_level

@@ -14,12 +14,14 @@ from tokenizers import (
     normalizers,
     pre_tokenizers,
 )
+from tokenizers.processors import TemplateProcessing
 
 from engine.checkpoint import open_checkpoint
 from engine.errors import InputError
 from engine.export.formats import export
 from engine.text import Text, load_text
 from engine.text.gguf import text_from_gguf
+from engine.text.spm import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from engine.text.to_gguf import to_gguf
 
 ENDS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -141,6 +143,21 @@ def test_several_ends_of_a_text(ends, tmp_path):
         to_gguf(text, 700)
 
 
+def test_ends_that_readers_know_by_name_take_no_place_of_others(tmp_path):
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["<|im_end|>", "<one>", "<two>"])
+    text = opened(tokenizer, tmp_path, eos_token_id=[2, 700, 701, 702])
+    assert silently(text, 703)[1].eos_ids == (2, 700, 701, 702)
+
+
+def test_what_goes_around_a_text(tmp_path):
+    tokenizer, around = byte_level(), {"special_tokens": [("<s>", 1), ("</s>", 2)]}
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", **around)
+    text = opened(tokenizer, tmp_path)
+    ids = silently(text, 700)[1].encode("a")
+    assert ids == text.encode("a") and (ids[0], ids[-1]) == (1, 2)
+
+
 def test_a_named_token_without_an_embedding_is_left_out(tmp_path):
     tokenizer = byte_level()
     tokenizer.add_special_tokens(["[PAD]"])
@@ -148,6 +165,21 @@ def test_a_named_token_without_an_embedding_is_left_out(tmp_path):
     fields, _ = silently(text, 700)
     assert "tokenizer.ggml.padding_token_id" not in fields
     assert silently(text, 701)[0]["tokenizer.ggml.padding_token_id"] == 700
+
+
+def test_every_token_has_its_type(tmp_path):
+    text = opened(pieces(AddedToken("<x>", normalized=False, special=False)), tmp_path)
+    fields, _ = silently(text, text.vocab_size + 2)
+    tokens, types = (fields[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type"))
+    found = {token: types[tokens.index(token)] for token in ("<s>", "<0x41>", "ab", "<x>")}
+    assert found == {"<s>": CONTROL, "<0x41>": BYTE, "ab": NORMAL, "<x>": USER_DEFINED}
+    assert types[0] == UNKNOWN and types[-2:] == [UNUSED, UNUSED]
+
+
+def test_a_token_without_an_embedding_is_refused(tmp_path):
+    text = opened(byte_level(), tmp_path)
+    with pytest.raises(InputError, match="token 699 has no row among 699 embeddings"):
+        to_gguf(text, 699)
 
 
 def test_a_vocabulary_without_merges_is_refused(tmp_path):
