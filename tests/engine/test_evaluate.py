@@ -126,6 +126,11 @@ def test_refusals(length, options, says, rng):
         evaluate(fakes(rng), FakeText(VOCABULARY), sentence(rng, length), **options)
 
 
+def test_a_window_may_fill_the_context(rng):
+    content = sentence(rng, 256)
+    assert evaluate(fakes(rng), FakeText(VOCABULARY), content, window=256).tokens == 255
+
+
 def test_models_of_different_vocabularies(rng):
     with pytest.raises(InputError, match="vocabularies of 64 and 32 tokens cannot be compared"):
         evaluate(

@@ -1,6 +1,7 @@
 """Generation health: loops, distinct n-grams and agreement by definition."""
 
 import random
+import re
 import secrets
 
 import pytest
@@ -32,7 +33,7 @@ def test_a_loop_has_a_short_period(period, draw):
     start = [draw.randrange(100) for _ in range(draw.randrange(50))]
     circle = [100 + at for at in range(period)]  # without a shorter period of its own
     ids = (start + circle * LAST)[: len(start) + LAST]
-    assert loops(ids) == (period <= LONGEST)
+    assert loops(ids) == loops(ids[-LAST:]) == (period <= LONGEST)
     assert not loops(ids[-LAST + 1 :])  # too few to say
     changed = ids.copy()
     changed[len(start) + draw.randrange(LAST)] = -1
@@ -57,8 +58,10 @@ def test_prompts_are_fixed():
     assert {len(prompt.split()) for prompt in found} == {16}
     assert len(prompts(1)) == 1 and len(prompts(7)) == 7
     for count in (0, 10**4):
-        with pytest.raises(InputError, match=f"prompts: expected 1 to .*, found {count}"):
+        with pytest.raises(InputError, match=f"prompts: expected 1 to .*, found {count}") as said:
             prompts(count)
+    most = int(re.search(r"1 to (\d+)", str(said.value))[1])
+    assert len(set(prompts(most))) == most  # none comes twice
 
 
 def test_equals_the_definition(rng):
