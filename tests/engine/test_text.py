@@ -172,6 +172,15 @@ def test_added_token_flags_survive():
     assert Text(tokenizer, "x").encode("<|user|>  a")[1:] == tokenizer.encode("a").ids
 
 
+def test_bytes_that_tokens_span_are_of_the_text_alone():
+    """Whatever the tokenizer puts around it."""
+    tokenizer, sample = byte_level(), "The end"
+    around = {"special_tokens": [("<s>", 1)]}
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", **around)
+    text = Text(tokenizer, "x")
+    assert text.span_bytes(sample, len(text.encode(sample, add_special=False))) == len(sample)
+
+
 def test_text_files(tmp_path):
     good = tmp_path / "good.txt"
     good.write_bytes("déjà\r\nvu".encode())
