@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from engine.architecture.config import ModelConfig
     from engine.checkpoint.gguf_blocks import GgufBlocks
-    from engine.kernels.w4.format import Packed
+    from engine.kernels.w4.format import Packed, Spec
 
 
 class Checkpoint(Protocol):
@@ -48,6 +48,9 @@ class Checkpoint(Protocol):
 
         None where it is not quantized, or stored in a way that no packed form follows.
         """
+
+    def spec(self, name: str) -> "Spec | None":
+        """Of the packed form, as far as that is known without making it."""
 
     def forget(self) -> None:
         """Gives the pages read so far back to the system's cache; views of them stay good."""

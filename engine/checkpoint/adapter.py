@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from engine.checkpoint.gguf_blocks import GgufBlocks
-    from engine.kernels.w4.format import Packed
+    from engine.kernels.w4.format import Packed, Spec
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -134,6 +134,9 @@ class AdaptedCheckpoint:
 
     def packed(self, name: str) -> "GgufBlocks | Packed | None":
         return None if name in self._held else self.base.packed(name)
+
+    def spec(self, name: str) -> "Spec | None":
+        return None if name in self._held else self.base.spec(name)
 
     def forget(self) -> None:
         self.base.forget()

@@ -19,6 +19,8 @@ from engine.kernels.dtypes import dtype_of
 if TYPE_CHECKING:
     import torch
 
+    from engine.kernels.w4.format import Spec
+
 _LAYER_TENSOR = re.compile(r"blk\.(\d{1,6})\.(\w+)\.(weight|bias)", re.ASCII)
 
 
@@ -93,6 +95,12 @@ class GgufCheckpoint:
         if source.tensor.type.dtype is not None or source.offset or len(source.shape) != 2:
             return None
         return GgufBlocks(source.tensor.type.name, source.shape, self._data(source))
+
+    def spec(self, name: str) -> "Spec | None":
+        from engine.kernels.w4.from_gguf import BLOCKS
+
+        kind = self._source(name).tensor.type
+        return BLOCKS[kind.name].spec if kind.dtype is None else None
 
     def forget(self) -> None:
         self.file.forget()

@@ -81,6 +81,10 @@ class Method(ABC):
     def packed(self, module: str) -> Packed | None:
         """The module in the packed format; None where that cannot hold it without loss."""
 
+    def spec(self, module: str) -> Spec | None:
+        """Of `packed`, as far as that is known without making it."""
+        return None
+
     def read(self, module: str) -> torch.Tensor:
         """(N, K) float32, by the source's formula."""
         packed = self.packed(module)
@@ -337,6 +341,9 @@ class _Packed(Method):
 
     def shape(self, module: str) -> tuple[int, int]:
         return store.parse_metadata(f"{module}.weight", self._described(module))[1]
+
+    def spec(self, module: str) -> Spec:
+        return store.parse_metadata(f"{module}.weight", self._described(module))[0]
 
     def packed(self, module: str) -> Packed:
         def read(name: str) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from engine.checkpoint.methods import METHODS, Parts
 from engine.checkpoint.safetensors import SafetensorsCheckpoint
 from engine.errors import InputError
-from engine.kernels.w4.format import Packed
+from engine.kernels.w4.format import Packed, Spec
 
 
 class QuantizedCheckpoint:
@@ -68,6 +68,10 @@ class QuantizedCheckpoint:
             self._stored.packed(name)  # raises where there is no such tensor
             return None
         return self._named(self._method.packed, module)
+
+    def spec(self, name: str) -> Spec | None:
+        module = self._modules.get(name)
+        return None if module is None else self._named(self._method.spec, module)
 
     def forget(self) -> None:
         self._stored.forget()

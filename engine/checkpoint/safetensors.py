@@ -133,6 +133,9 @@ class SafetensorsCheckpoint:
     def packed(self, name: str) -> None:
         self._file(name)
 
+    def spec(self, name: str) -> None:
+        self._file(name)
+
     def forget(self) -> None:
         for file in set(self._files.values()):
             file.forget()

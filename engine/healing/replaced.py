@@ -8,7 +8,7 @@ import torch
 from engine.checkpoint import Checkpoint
 from engine.checkpoint.gguf_blocks import GgufBlocks
 from engine.kernels.dtypes import name_of
-from engine.kernels.w4.format import Packed
+from engine.kernels.w4.format import Packed, Spec
 
 
 class Replaced:
@@ -39,6 +39,9 @@ class Replaced:
     def packed(self, name: str) -> GgufBlocks | Packed | None:
         return None if name in self.tensors else self.base.packed(name)
 
+    def spec(self, name: str) -> Spec | None:
+        return None if name in self.tensors else self.base.spec(name)
+
     def forget(self) -> None:
         self.base.forget()
 
@@ -60,4 +63,7 @@ class Rounded(Replaced):
         return super().read(name).to(self.to)
 
     def packed(self, name: str) -> None:
+        return None
+
+    def spec(self, name: str) -> None:
         return None

@@ -13,7 +13,7 @@ from engine.checkpoint.weights import Stored, layer_weights, outer_weights, pack
 from engine.errors import InputError
 from engine.kernels.w4 import cuda, fused
 from engine.kernels.w4.format import SHARED, Packed, take, unpack
-from engine.kernels.w4.layout_gpu import GpuMatrix, from_gpu, to_gpu
+from engine.kernels.w4.layout_gpu import GpuMatrix, from_gpu, nbytes_of, to_gpu
 
 Matrix = GpuMatrix | torch.Tensor  # quantized, or (N, K) in the dtype of activations
 JOINED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # read one input
@@ -207,6 +207,9 @@ def _layer_bytes(checkpoint: Checkpoint, layer: int) -> int:
 
 
 def _placed_bytes(checkpoint: Checkpoint, name: str) -> int:
-    """Of a stored tensor; floats become 16 bits wide."""
-    stored, values = checkpoint.nbytes(name), math.prod(checkpoint.shape(name))
-    return min(stored, 2 * values)
+    """Of a stored tensor; floats become 16 bits wide, as does what an adapter adds to."""
+    shape = checkpoint.shape(name)
+    if checkpoint.dtype(name) is not None:
+        return 2 * math.prod(shape)
+    spec = checkpoint.spec(name)  # GGUF's types of five and six bits become 8
+    return checkpoint.nbytes(name) if spec is None else nbytes_of(spec, (shape[0], shape[1]))

@@ -11,6 +11,7 @@ A tensor core takes a row's weights from the 4 lanes of a quad: of every 16, lan
 of the chunk. Rows stay apart, so stacking matrices is `torch.cat`; all else stays as packed.
 """
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -41,8 +42,7 @@ class GpuMatrix:
     perm: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        expected = expected_tensors(self.spec, self.shape)
-        expected["codes"] = (codes_shape(self.spec, self.shape), torch.uint8)
+        expected = parts_of(self.spec, self.shape)
         if self.perm is not None:
             expected["perm"] = ((self.shape[1],), torch.int32)
         check_tensors(self.tensors(), expected, self.codes.device, "GPU matrix")
@@ -61,6 +61,15 @@ def codes_shape(spec: Spec, shape: tuple[int, int]) -> tuple[int, int]:
     """(N, CHUNK_BYTES * chunks): of the codes of a matrix (N, K) in GPU order."""
     n, k = shape
     return n, -(-spec.row_bytes(k) // CHUNK_BYTES) * CHUNK_BYTES
+
+
+def parts_of(spec: Spec, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor of a matrix, the optional perm aside."""
+    return expected_tensors(spec, shape) | {"codes": (codes_shape(spec, shape), torch.uint8)}
+
+
+def nbytes_of(spec: Spec, shape: tuple[int, int]) -> int:
+    return sum(math.prod(size) * kind.itemsize for size, kind in parts_of(spec, shape).values())
 
 
 def to_gpu(packed: Packed) -> GpuMatrix:

@@ -4,17 +4,23 @@ from dataclasses import replace
 from operator import index
 from types import SimpleNamespace
 
+import gguf
 import pytest
 import torch
 import triton
+from support import llama_files
 
 from engine import api
 from engine.benchmark import machine
 from engine.benchmark.tables import remarks
+from engine.checkpoint import open_checkpoint
+from engine.checkpoint.adapter import AdaptedCheckpoint, Pair
 from engine.errors import InputError
 from engine.healing.qlora import check_gpu
 from engine.kernels import dispatch
 from engine.kernels.w4 import fused
+from engine.quantize.packing import pack
+from engine.quantize.recipe import Recipe
 from engine.runtime import check_backend, gpu_cache
 from engine.runtime.gpu import KEPT_STEPS, GpuRuntime
 from engine.runtime.gpu_cache import PAGE, Arena, GpuCache, within_memory
@@ -108,6 +114,31 @@ def test_too_little_memory_says_what_fits(source):
         check_memory(checkpoint, config, outer + 4 * layer - 1, "cuda:0")
     with pytest.raises(InputError, match="not one layer would fit"):
         check_memory(checkpoint, config, outer, "cuda:0")
+
+
+def test_too_little_memory_is_less_than_is_placed(tmp_path):
+    """Blocks of five bits become codes of 8, those of a packed directory too, and what an adapter
+    adds to floats of 16."""
+
+    def quantize(fields, tensors):
+        fields |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": []}
+        for name, kind in (("ffn_up", "Q5_1"), ("ffn_down", "Q5_0"), ("attn_v", "Q4_0")):
+            kind, name = gguf.GGMLQuantizationType[kind], f"blk.0.{name}.weight"
+            tensors[name] = gguf.quants.quantize(tensors[name], kind), kind
+
+    llama_files.write_tiny(tmp_path / "model.gguf", quantize)
+    blocks = open_checkpoint(tmp_path / "model.gguf")
+    config = blocks.config
+    pack(blocks, config, tmp_path / "packed", Recipe("rtn", group=16))
+    pair = Pair(torch.zeros(2, config.ffn_size), torch.zeros(config.hidden_size, 2))
+    adapted = AdaptedCheckpoint(blocks, {"model.layers.0.mlp.down_proj": pair}, 1.0)
+    for checkpoint in (blocks, open_checkpoint(tmp_path / "packed"), adapted):
+        gpu = GpuRuntime.load(checkpoint, config, CPU, torch.float16)
+        norms = sum(t.nbytes for held in (gpu.outer, *gpu.layers) for t in held.norms.values())
+        placed = gpu.weight_bytes - norms // 2  # of 32 bits, and counted as 16
+        check_memory(checkpoint, config, placed, "cuda:0")
+        with pytest.raises(InputError, match="GB free"):
+            check_memory(checkpoint, config, placed - 1, "cuda:0")
 
 
 def test_memory_that_torch_keeps_is_free(monkeypatch):
