@@ -2,6 +2,7 @@
 
 import os
 import secrets
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,6 +116,23 @@ def language_patched_once(monkeypatch) -> None:
         "__call__",
         lambda self, *arguments, **options: self.rewrite()(*arguments, **options),
     )
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def programs_in_any_order(rng, monkeypatch) -> None:
+    """Those of a launch are interpreted one after another: in another order every time."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    order, place = [], InterpreterBuilder.set_grid_idx
+
+    def placed(self, *at: int) -> None:
+        _, ny, nz = grid = self.grid_dim
+        if not any(at):
+            order[:] = torch.randperm(prod(grid), generator=rng).tolist()
+        number = order[(at[0] * ny + at[1]) * nz + at[2]]
+        place(self, number // (ny * nz), number // nz % ny, number % nz)
+
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", placed)
 
 
 @pytest.fixture(scope="session")
