@@ -135,6 +135,40 @@ def programs_in_any_order(rng, monkeypatch) -> None:
     monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", placed)
 
 
+@pytest.fixture
+def inside(monkeypatch) -> None:
+    """Interpreted kernels touch the tensors that they are given, and no memory beside."""
+    import numpy as np
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+    given, launch = [], GridExecutor.__call__
+
+    def span(tensor: torch.Tensor) -> tuple[int, int]:
+        last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+        return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
+
+    def launched(self, *arguments, **options):
+        every = (*arguments, *options.values())
+        given[:] = [span(value) for value in every if isinstance(value, torch.Tensor)]
+        launch(self, *arguments, **options)
+
+    def checked(touch, mask_at: int):
+        def touched(self, pointers, *rest):
+            at, mask = np.broadcast_arrays(pointers.data, rest[mask_at].data)
+            at = at[mask].astype(np.int64)
+            size = pointers.get_element_ty().primitive_bitwidth // 8
+            known = [(at >= first) & (at + size <= last) for first, last in given]
+            assert np.logical_or.reduce(known).all(), f"{touch.__name__} beside every tensor"
+            return touch(self, pointers, *rest)
+
+        return touched
+
+    monkeypatch.setattr(GridExecutor, "__call__", launched)
+    for name, mask_at in (("create_masked_load", 0), ("create_masked_store", 1)):
+        touch = checked(getattr(InterpreterBuilder, name), mask_at)
+        monkeypatch.setattr(InterpreterBuilder, name, touch)
+
+
 @pytest.fixture(scope="session")
 def default_model() -> Path:
     """The default model's GGUF: from the cache, or fetched; skipped where neither is possible."""
