@@ -1,5 +1,6 @@
 """The kernels of a decode step beside its matmuls: interpreted, and compiled for GPUs not here."""
 
+import re
 from dataclasses import replace
 
 import aot
@@ -33,6 +34,13 @@ def hold(compiled: aot.Compiled, arch: int, warps: int, loads: int = 1) -> None:
     assert compiled.shared_bytes <= aot.SHARED_LIMIT_BYTES[arch]
     assert compiled.registers * 32 * warps <= 65536
     assert compiled.wide_loads() >= loads
+    if (arrival := re.search(r"atom\.global\S*", compiled.ptx)) is None:
+        return
+    # Interpreted programs have one thread: here is seen that all have written, or may read.
+    before, after = compiled.ptx[: arrival.start()], compiled.ptx[arrival.end() :]
+    assert "acq_rel" in arrival[0]
+    assert "bar.sync" in before[before.rindex("st.global") :], "a part may not be written yet"
+    assert "bar.sync" in after[: after.index("ld.global")], "a part may be read too early"
 
 
 def weight_types(kind: Format, dtype: str) -> dict[str, str | None]:
