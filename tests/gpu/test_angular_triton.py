@@ -37,6 +37,9 @@ def test_compiles_without_spills(arch, dtype, most):
     assert compiled.wide_loads() > 0
     assert "mma.sync.aligned.m8n8k4.row.col.f64" in compiled.ptx
     assert compiled.shared_bytes <= aot.SHARED_LIMIT_BYTES[arch] // fused.PROGRAMS_PER_CORE
+    gram = compiled.ptx[compiled.ptx.rindex("mma.sync") :]
+    gram = gram[: gram.index("ld.global")]  # what is written before other threads read it
+    assert "bar.sync" in gram[gram.rindex("st.global") :]
 
 
 def test_launch_table_covers_and_refuses():
