@@ -10,6 +10,7 @@
 //   more threads or shared memory than the smallest supported GPU allows
 //   shared memory touched before an asynchronous copy into it has completed (emulate_shared.h)
 //   data of the previous kernel touched without waiting for it (emulate_overlap.h)
+//   a counter of blocks raised, or what they wrote read, without a fence (emulate_arrival.h)
 // AddressSanitizer, where on, sees accesses outside the memory that a kernel was given.
 #pragma once
 
@@ -71,7 +72,8 @@ struct Fiber {
     uint3 index;
     int number;
     bool finished = false;
-    bool waited = false;  // for the kernel before
+    bool waited = false;                     // for the kernel before
+    bool released = false, acquired = true;  // see emulate_arrival.h
     unsigned long copy_groups = 0;
     std::deque<Copy> copies;
     const Gate* waits_at = nullptr;
@@ -335,6 +337,7 @@ inline std::vector<uint3> shuffled_blocks(dim3 grid) {
 
 }  // namespace emulate
 
+#include "cuda/emulate_arrival.h"
 #include "cuda/emulate_numbers.h"
 #include "cuda/emulate_overlap.h"
 #include "cuda/emulate_shared.h"
@@ -366,16 +369,18 @@ inline void __syncwarp(unsigned mask = ~0u, emulate::Site site = EMULATE_SITE) {
     emulate::exchange("__syncwarp", site, mask, {});
 }
 
-inline void __threadfence() {}  // blocks run one after another: no race in global memory is seen
+inline void __threadfence() { emulate::fence(); }
 
-inline int atomicAdd(int* to, int value) {
+inline int atomicAdd(int* to, int value, emulate::Site site = EMULATE_SITE) {
+    emulate::arrive(site);
     const int before = *to;
     *to += value;
     return before;
 }
 
 template <typename T>
-T __ldcg(const T* from) {
+T __ldcg(const T* from, emulate::Site site = EMULATE_SITE) {
+    emulate::check_fence(site);
     return *from;
 }
 

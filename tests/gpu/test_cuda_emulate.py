@@ -29,6 +29,10 @@ REPORTS = {
     "load_off_its_alignment": r"16-byte load from .* off its alignment",
     "pair_off_its_alignment": r"8-byte load from .* off its alignment",
     "order_of_blocks": r"results differ with the order of blocks",
+    "arrival_without_a_fence": r"atomicAdd.*: thread 0 has not come to a __threadfence before it",
+    "arrival_before_others": r"atomicAdd.*: thread 1 has not come to a __threadfence before it",
+    "second_arrival_without_a_fence": r"atomicAdd.*: thread 0 has not come to a __threadfence",
+    "read_without_a_fence": r"thread 5: __ldcg.*: no __threadfence since the warp's atomicAdd",
     "copy_without_a_wait": r"element 0 is read before the copy to it is waited for",
     "copy_without_a_group": r"element 0 is read before the copy to it is waited for",
     "write_over_a_copy": r"element 0 is written before the copy to it is waited for",
@@ -59,7 +63,12 @@ def run(kernels, name: str) -> subprocess.CompletedProcess:
     )
 
 
-SOUND = {"sound": "2016 2016", "sound_copy": "-2 -2", "sound_overlap": "0 0"}
+SOUND = {
+    "sound": "2016 2016",
+    "sound_arrival": "3 -1",
+    "sound_copy": "-2 -2",
+    "sound_overlap": "0 0",
+}
 
 
 @pytest.mark.parametrize("name", SOUND)

@@ -131,6 +131,47 @@ __global__ void order_of_blocks(int* result) {
     if (blockIdx.x == 1) result[0] = result[1];
 }
 
+// The last block to arrive adds up what both wrote.
+__global__ void sound_arrival(int* result) {
+    __shared__ Shared<int, 1> before;
+    if (threadIdx.x == 40) result[4 + blockIdx.x] = blockIdx.x + 1;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) before[0] = atomicAdd(result + 2, 1);
+    __syncthreads();
+    __threadfence();
+    if (threadIdx.x == 9 && before[0] == 0) result[0] = __ldcg(result + 4) + __ldcg(result + 5);
+}
+
+__global__ void arrival_without_a_fence(int* result) {
+    result[4 + threadIdx.x % 32] = 1;
+    __syncthreads();
+    if (threadIdx.x == 0) atomicAdd(result + 2, 1);
+}
+
+__global__ void arrival_before_others(int* result) {
+    if (threadIdx.x == 3) result[4] = 1;
+    __threadfence();
+    if (threadIdx.x == 0) atomicAdd(result + 2, 1);
+}
+
+__global__ void second_arrival_without_a_fence(int* result) {
+    __threadfence();
+    __syncwarp();
+    if (threadIdx.x == 0) atomicAdd(result + 2, 1);
+    result[4 + threadIdx.x % 32] = 1;
+    __syncwarp();
+    if (threadIdx.x == 0) atomicAdd(result + 3, 1);
+}
+
+__global__ void read_without_a_fence(int* result) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) atomicAdd(result + 2, 1);
+    __syncthreads();
+    if (threadIdx.x == 5) result[0] = __ldcg(result + 4);
+}
+
 // What a copy waits for, and what it does not.
 __global__ void sound_copy(int* result) {
     __shared__ Shared<uint4, 128> values;
@@ -271,6 +312,11 @@ const struct {
     KERNEL(load_off_its_alignment),
     KERNEL(pair_off_its_alignment),
     KERNEL(order_of_blocks),
+    KERNEL(sound_arrival),
+    KERNEL(arrival_without_a_fence),
+    KERNEL(arrival_before_others),
+    KERNEL(second_arrival_without_a_fence),
+    KERNEL(read_without_a_fence),
     KERNEL(sound_copy),
     KERNEL(copy_without_a_wait),
     KERNEL(copy_without_a_group),
