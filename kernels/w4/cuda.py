@@ -113,6 +113,7 @@ def describe(
     or more, 2, M) get those of y.
     """
     dtype = x.dtype if dtype is None else dtype
+    bias = None if bias is None else bias.contiguous()  # the kernel reads one value after another
     check(x, weights, y, bias, fusion, dtype)
     m = len(x)
     scratch = {

@@ -228,6 +228,14 @@ def test_a_call_keeps_its_tensors(rng):
     assert call.weights.codes == call.borrowed["codes"].data_ptr()
 
 
+def test_any_stride_of_a_bias(rng):
+    """As the Triton matmul takes it."""
+    case = make(rng, G128, torch.float16, 2, 16, 128, bias=True)
+    call = dataclasses.replace(case, bias=case.bias.repeat_interleave(2)[::2]).call()
+    read = call.borrowed["bias"]
+    assert read.is_contiguous() and torch.equal(read, case.bias) and call.bias == read.data_ptr()
+
+
 def test_python_errors(rng):
     case = make(rng, G128, torch.float16, 2, 16, 128)
     x, y, weights = case.x, case.output(), to_gpu(case.packed)
