@@ -75,12 +75,12 @@ def test_windows_that_begin_anywhere_in_a_page(executable, rng, tmp_path):
 def test_what_is_no_number_stays_none(executable, rng, tmp_path, splits):
     """In the head whose query has it, and in those that read a key or a value that has it."""
     case = make(rng, torch.float16, (4, 2, 16), [40, 40, 40], splits=splits)
-    case.qkv[0, 3] = torch.nan  # a query of the first head
-    case.qkv[1, -1] = torch.inf  # the token's value, of the second key
-    page = int(case.table[2, 1])
+    case.qkv[1, 3] = torch.nan  # a query of the first head
+    case.qkv[2, -1] = torch.inf  # the token's value, of the second key
+    page = int(case.table[3, 1])
     case.store[page, case.options["slot"], 0, 1, 5, 2] = torch.nan  # one of many keys
     run_attention(executable, [case], tmp_path)
-    query, value, key = case.y[:3].unflatten(1, (4, 16))
+    query, value, key = case.y[1:].unflatten(1, (4, 16))
     assert query[0].isnan().all() and query[1:].isfinite().all()
     assert value[:2].isfinite().all() and not value[2:, -1].isfinite().any()
     assert key[:2].isfinite().all() and key[2:].isnan().all()
@@ -104,7 +104,7 @@ def test_runs_give_the_same_bits(executable, rng, tmp_path):
     case = make(rng, torch.float16, (8, 2, 64), [150, 70], page=16, splits=8)
     copies = [without_results(case) for _ in range(4)]
     run_attention(executable, copies, tmp_path)
-    assert all(torch.equal(copies[0].y[:-1], other.y[:-1]) for other in copies[1:])
+    assert all(torch.equal(copies[0].y[1:], other.y[1:]) for other in copies[1:])
 
 
 def test_native_errors(executable, rng, tmp_path):

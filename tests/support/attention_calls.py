@@ -20,7 +20,7 @@ SHAPES = (
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """One call; the last of its sequences does not run."""
+    """One call; the first of its sequences does not run."""
 
     heads: int
     qkv: torch.Tensor
@@ -41,7 +41,7 @@ class Attention:
 
 
 def make(rng, dtype: torch.dtype, shape: tuple[int, int, int], positions: list[int], **options):
-    """A case of sequences at `positions`, and one more that does not run.
+    """A case of one sequence that does not run, then of those at `positions`.
 
     Options: splits, page, window, cap, rope, scope, norm, slots.
     """
@@ -53,7 +53,7 @@ def make(rng, dtype: torch.dtype, shape: tuple[int, int, int], positions: list[i
     heads, groups, e = shape
     page, slots = taken.pop("page", 16), taken.pop("slots", 2)
     splits, rope, scope = taken.pop("splits", 1), taken.pop("rope", 0), taken.pop("scope", "")
-    positions, count = [*positions, 5], len(positions) + 1
+    positions, count = [5, *positions], len(positions) + 1
     width = max(positions) // page + 1
     norms: tuple[torch.Tensor | None, ...] = (None,) * 4
     if scope:
@@ -70,7 +70,7 @@ def make(rng, dtype: torch.dtype, shape: tuple[int, int, int], positions: list[i
         real(count * width, slots, 2, groups, page, e).to(dtype),
         table,
         torch.tensor(positions, dtype=torch.int32),
-        torch.tensor([1] * (count - 1) + [0], dtype=torch.int32),
+        torch.tensor([0] + [1] * (count - 1), dtype=torch.int32),
         torch.full((count, heads * e), torch.nan, dtype=dtype),
         torch.zeros(count * groups, dtype=torch.int32),
         torch.full((parts,), torch.nan),
@@ -126,9 +126,9 @@ def check(case: Attention, ran: Attention) -> None:
     if options["angles"] is not None:
         angles = options["angles"].double()[case.positions.long()]
         q, k = reference.rotated(q, angles), reference.rotated(k, angles)
-    assert not ran.counters.any() and ran.y[-1].isnan().all()
+    assert not ran.counters.any() and ran.y[0].isnan().all()
     before = case.store.clone()
-    for b, position in enumerate(case.positions[:-1].tolist()):
+    for b, position in enumerate(case.positions[1:].tolist(), 1):
         place = int(case.table[b, position // page]), options["slot"]
         own = ran.store[place][:, :, position % page]
         assert_close("appended", torch.stack((k[b], v[b])), own, bound)
