@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cpu/sanitize.h"
 #include "cpu/w4_matmul.h"
 
 namespace shallow {
@@ -71,15 +72,19 @@ Rows gather(const Rows& x, const std::int32_t* perm, void* to);
 constexpr std::int64_t line_up(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // Parts of a buffer in whole cache lines, handed out in order; only counts where base is null.
+// `gap` bytes behind each, and what fills its last line, are forbidden to whoever uses it.
 struct Cutter {
     std::uint8_t* base;
     std::int64_t used = 0;
+    std::int64_t gap = 0;
 
     template <class T>
     T* cut(std::int64_t count) {
-        T* const part = base ? reinterpret_cast<T*>(base + used) : nullptr;
-        used += line_up(count * static_cast<std::int64_t>(sizeof(T)));
-        return part;
+        const std::int64_t bytes = count * static_cast<std::int64_t>(sizeof(T));
+        std::uint8_t* const part = base ? base + used : nullptr;
+        used += line_up(bytes) + gap;
+        if (part && gap) sanitizer_forbids(part + bytes, line_up(bytes) + gap - bytes);
+        return reinterpret_cast<T*>(part);
     }
 };
 

@@ -1,8 +1,9 @@
 // Masked and tile intrinsics and assembly reach memory unseen by sanitizers: these tell them.
-// defines: sanitizer_reads sanitizer_writes
+// defines: sanitizer_reads sanitizer_writes sanitizer_forbids sanitizer_allows kSanitizerGap
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #if defined(__SANITIZE_ADDRESS__)
 #define SHALLOW_READS __asan_loadN
@@ -15,6 +16,10 @@
 #if defined(SHALLOW_READS)
 extern "C" void SHALLOW_READS(void* from, std::size_t bytes);
 extern "C" void SHALLOW_WRITES(void* to, std::size_t bytes);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+extern "C" void __asan_poison_memory_region(const void* from, std::size_t bytes);
+extern "C" void __asan_unpoison_memory_region(const void* from, std::size_t bytes);
 #endif
 
 namespace shallow {
@@ -32,5 +37,28 @@ inline void sanitizer_writes([[maybe_unused]] void* to, [[maybe_unused]] std::si
 #endif
 }
 
+// Whoever touches these bytes is reported by AddressSanitizer, until they are allowed again.
+inline void sanitizer_forbids([[maybe_unused]] const void* from,
+                              [[maybe_unused]] std::int64_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_poison_memory_region(from, static_cast<std::size_t>(bytes));
+#endif
+}
+
+inline void sanitizer_allows([[maybe_unused]] const void* from,
+                             [[maybe_unused]] std::int64_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(from, static_cast<std::size_t>(bytes));
+#endif
+}
+
 }  // namespace
+
+// Between the parts of one allocation: bytes in which AddressSanitizer is to see an overrun.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr std::int64_t kSanitizerGap = 256;
+#else
+constexpr std::int64_t kSanitizerGap = 0;
+#endif
+
 }  // namespace shallow

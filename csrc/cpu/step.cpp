@@ -73,6 +73,7 @@ void run_step(const Model& model, const Chunk& chunk, int threads, Sizes& sizes,
         worker.reset_queues(queues_needed(model));
         run(worker);
     });
+    sanitizer_allows(workspace, team.buffers.bytes);  // the next step cuts it in other places
 }
 
 }  // namespace shallow

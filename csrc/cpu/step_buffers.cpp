@@ -29,7 +29,7 @@ Buffers::Buffers(const Model& model, const Chunk& chunk, int threads, Sizes& siz
     bool split = false;
     for (std::size_t s = 0; s < chunk.used; ++s) split |= chunk.sets[s].split;
     const std::int64_t spans = split ? m * kMaxSpans : 0;
-    Cutter cutter{base};
+    Cutter cutter{base, 0, kSanitizerGap};
     x = cut_rows(cutter, m, r.hidden);
     qkv = cut_rows(cutter, m, r.qkv_width());
     attended = cut_rows(cutter, m, r.query_width());
@@ -43,14 +43,14 @@ Buffers::Buffers(const Model& model, const Chunk& chunk, int threads, Sizes& siz
     attended_forms = cutter.cut<std::uint8_t>(most.attended);
     up_forms = cutter.cut<std::uint8_t>(most.up);
     own_ = base ? base + cutter.used : nullptr;
-    Cutter measure{nullptr};
+    Cutter measure{nullptr, 0, kSanitizerGap};
     cut_own(measure);
     own_bytes_ = measure.used;
     bytes = cutter.used + own_bytes_ * threads;
 }
 
 ThreadBuffers Buffers::of(int thread) const {
-    Cutter cutter{own_ + thread * own_bytes_};
+    Cutter cutter{own_ + thread * own_bytes_, 0, kSanitizerGap};
     return cut_own(cutter);
 }
 
