@@ -23,6 +23,15 @@ test: .venv/test
 test-slow: .venv/test
 	$(PYTEST) -m slow
 
+# The tests with the lowest versions that pyproject.toml allows, in an environment of their own, by
+# the extension of .venv.
+LOWEST := build/lowest
+test-lowest: .venv/test $(BIN)/uv
+	$(BIN)/uv venv -q --clear --python $(BIN)/python $(LOWEST)
+	$(BIN)/uv pip install -q --python $(LOWEST)/bin/python --resolution lowest-direct \
+	    -r pyproject.toml --extra test --extra heal
+	$(LOWEST)/bin/python -m pytest -n auto --dist=worksteal $(PYTEST_ARGS)
+
 # Exports in the engines that they are for: llama.cpp, vLLM, GPTQModel.
 test-peers: .venv/test
 	tests/formats/peers.sh
@@ -69,7 +78,7 @@ fuzz-address: .venv/test
 	    --no-memory
 
 # What takes too long for every change, in one command.
-nightly: test-slow sanitize-address sanitize-thread fuzz-address \
+nightly: test-slow test-lowest sanitize-address sanitize-thread fuzz-address \
     $(if $(shell grep -m1 -o avx512_bf16 /proc/cpuinfo 2>/dev/null),emulate-x86)
 
 lint: $(BIN)/ruff $(BIN)/clang-format $(BIN)/mypy .venv/test  # mypy reads what is imported
@@ -89,6 +98,9 @@ lint: $(BIN)/ruff $(BIN)/clang-format $(BIN)/mypy .venv/test  # mypy reads what 
 $(BIN)/ruff $(BIN)/clang-format $(BIN)/mypy: | $(BIN)/pip
 	$(call install,the linters,ruff 'clang-format==23.*' mypy)
 
+$(BIN)/uv: | $(BIN)/pip
+	$(call install,uv,uv)
+
 $(BIN)/pip:
 	@need() { echo "Shallow needs $$1."; exit 1; }; \
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -101,4 +113,4 @@ $(BIN)/pip:
 	    need 'a C++ compiler (Debian: apt install g++)'
 	$(PYTHON) -m venv .venv
 
-.PHONY: run test test-slow test-peers sanitize-address sanitize-thread emulate-x86 fuzz fuzz-address nightly lint
+.PHONY: run test test-slow test-lowest test-peers sanitize-address sanitize-thread emulate-x86 fuzz fuzz-address nightly lint

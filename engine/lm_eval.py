@@ -38,7 +38,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError:
-    absent = "lm-eval is not installed: pip install 'lm-eval>=0.4.9'"
+    absent = "lm-eval is not installed: pip install 'lm-eval>=0.4.10'"
     if __name__ == "__main__":
         print(f"engine.lm_eval: {absent}", file=sys.stderr)
         sys.exit(2)

@@ -92,13 +92,18 @@ def leave_out(context: "typer.Context | None", options: Iterable[str], why: str)
             raise InputError(f"{name.replace('_', '-')}: {why}")
 
 
+def _warn(message: Warning | str, category: type[Warning]) -> None:
+    if not issubclass(category, DeprecationWarning):  # between a library and those who call it
+        print(f"engine: {message}", file=sys.stderr)
+
+
 def execute(app: Callable[..., Any]) -> None:
     """Runs a typer app; what the user can mend becomes one line on stderr and exit code 2."""
     global _level
     # Before torch is imported. Its threads spin some 15 ms for the next operation, and where other
     # programs have their core GPTQ takes 20 times its CPU seconds (benchmarks/results/quality.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    warnings.showwarning = lambda message, *_: print(f"engine: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, category, *_: _warn(message, category)
     interrupt.begin()
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):  # a path may hold bytes that are no UTF-8

@@ -65,7 +65,7 @@ def _skeleton(config: ModelConfig, dtype: torch.dtype) -> Any:
         from accelerate import init_empty_weights
     except ImportError:
         raise InputError(
-            "training a 4-bit model needs accelerate: pip install 'accelerate>=1.0'"
+            "training a 4-bit model needs accelerate: pip install 'accelerate>=1.4'"
         ) from None
     from transformers import AutoConfig, AutoModelForCausalLM
 

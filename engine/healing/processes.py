@@ -35,7 +35,7 @@ def wait(device: torch.device | str) -> None:
         from accelerate import PartialState
     except ImportError:
         raise InputError(
-            "several processes take accelerate: pip install 'accelerate>=1.0'"
+            "several processes take accelerate: pip install 'accelerate>=1.4'"
         ) from None
     cpu = torch.device(device).type == "cpu"
     given = {"backend": "gloo"} if cpu else {}

@@ -59,7 +59,7 @@ def check_installed() -> None:
         import peft  # noqa: F401
     except ImportError:
         raise InputError(
-            "method: qlora needs peft and accelerate: pip install 'peft>=0.14' 'accelerate>=1.0'"
+            "method: qlora needs peft and accelerate: pip install 'peft>=0.19' 'accelerate>=1.4'"
         ) from None
 
 

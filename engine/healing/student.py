@@ -153,7 +153,7 @@ def check_peft() -> None:
     try:
         import peft  # noqa: F401
     except ImportError:
-        raise InputError("train: lora needs peft: pip install 'peft>=0.14'") from None
+        raise InputError("train: lora needs peft: pip install 'peft>=0.19'") from None
 
 
 def adapted(model: Any, lora: Any) -> Any:

@@ -338,7 +338,7 @@ def test_refusals_of_what_is_named(tree, tmp_path):
 
 def test_without_peft_it_says_what_to_install(tree, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    install = "pip install 'peft>=0.14' 'accelerate>=1.0'"
+    install = "pip install 'peft>=0.19' 'accelerate>=1.4'"
     refused(install, *asked(tree, tmp_path / "out", "--drop", 2, *QLORA))
     lora = *TRAINED, "--train", "lora"
     refused("train: lora needs peft", *asked(tree, tmp_path / "out", "--drop", 2, *lora))

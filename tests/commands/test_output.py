@@ -30,6 +30,24 @@ def test_version():
     assert call("--version") == (0, f"shallow {engine.__version__}\n", "")
 
 
+WARNS = """
+import warnings
+from engine.commands import output
+
+def app(standalone_mode):
+    warnings.simplefilter("always")
+    warnings.warn("mind this")
+    warnings.warn("a name is old", DeprecationWarning)
+
+output.execute(app)
+"""
+
+
+def test_warnings_are_a_line_and_those_for_programmers_none():
+    done = subprocess.run([sys.executable, "-c", WARNS], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", "engine: mind this\n")
+
+
 def test_quiet_leaves_the_record_alone(model):
     asked = ("eval", model, "--text", model / "text.txt", "--window", "32")
     code, out, err = call("--quiet", *asked)

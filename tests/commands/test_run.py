@@ -1,6 +1,7 @@
 """The run and eval commands: what they print, what they record, what they refuse."""
 
 import json
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -356,7 +357,7 @@ def test_help_imports_nothing_heavy():
     ("arguments", "sentence"),
     [
         (["run", "--new-tokens", "0"], "'--new-tokens'"),
-        (["run", "--nothing"], "No such option: --nothing"),
+        (["run", "--nothing"], "No such option:? '?--nothing"),
         (["eval"], "Missing argument"),
         (["nothing"], "No such command 'nothing'"),
     ],
@@ -364,7 +365,7 @@ def test_help_imports_nothing_heavy():
 def test_options_that_cannot_be_read_are_one_line(arguments, sentence):
     done = command_line("engine.cli", *arguments)
     assert done.returncode == 2
-    assert sentence in done.stderr and len(done.stderr.splitlines()) == 1
+    assert re.search(sentence, done.stderr) and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("count", [0, 2])

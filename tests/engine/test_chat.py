@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from support.versions import skip_before
 from support.vocabularies import SPECIAL, byte_level
 
 from engine.errors import InputError
@@ -54,6 +55,8 @@ def text_with(template: str | None) -> Text:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_equals_transformers(name):
+    if name in ("plain", "blocks"):
+        skip_before("5.23", "writes what a message lacks as 'None'")
     text = text_with(TEMPLATES[name])
     other = text.to_transformers()
     assert other.pad_token == "</s>"
@@ -245,7 +248,8 @@ time.sleep(0.2)
 if (child := os.fork()) == 0:
     signal.alarm(20)
     os._exit(render("soon", said, {{}}, "here") != "soon")
-print(os.waitpid(child, 0)[1])
+print(os.waitpid(child, 0)[1], flush=True)
+os._exit(0)  # or its thread may still say that the helper, which an exit kills, gave no answer
 """
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import tiny
 from support.fake import FakeRuntime, FakeText
+from support.versions import skip_before
 
 from engine.api import load
 from engine.errors import InputError
@@ -45,6 +46,8 @@ def by_transformers(model, context: list[int], choice: list[int]) -> float:
 # Short windows, scaling by length, LongRoPE's switch, softcaps: what a shared prefix could break.
 @pytest.mark.parametrize("case", ["llama", "llama-dynamic", "phi3-longrope", "gemma2", "qwen3"])
 def test_log_likelihoods_equal_transformers(case, rng, tmp_path):
+    if case == "llama-dynamic":
+        skip_before("5.16", "scales by the longest text so far, not by this one's length")
     peer = tiny.write(case, tmp_path, int(torch.randint(2**31, (1,), generator=rng)))
     tiny.save_tokenizer(tmp_path)
     questions = ask(rng, 11)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import tiny
 from support.close import assert_close, rms_ratio
+from support.versions import skip_before
 
 from engine.architecture.hf_config import from_hf
 from engine.architecture.rope import inverse_frequencies
@@ -76,9 +77,11 @@ def test_left_padding(pair):
 
 
 @torch.no_grad()
-def test_64_greedy_tokens(pair):
+def test_64_greedy_tokens(pair, request):
     from engine.generation import Options, stream_steps
 
+    if "longrope" in request.node.callspec.params["pair"]:
+        skip_before("5.20", "feeds one token where LongRoPE turns to other divisors, not all anew")
     model, runtime, ids = pair
     prompt = ids[:1, :30]
     expected = model.generate(

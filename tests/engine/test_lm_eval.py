@@ -271,7 +271,7 @@ def test_without_lm_eval_its_command_says_what_to_install(tmp_path):
         env=os.environ | {"PYTHONPATH": places},
         check=False,
     )
-    said = "engine.lm_eval: lm-eval is not installed: pip install 'lm-eval>=0.4.9'\n"
+    said = "engine.lm_eval: lm-eval is not installed: pip install 'lm-eval>=0.4.10'\n"
     assert (done.returncode, done.stderr) == (2, said)
 
 

@@ -51,7 +51,8 @@ def sdist(tree, tmp_path_factory) -> Path:
     python("-c", BUILD, "build_sdist", place, cwd=tree)
     (archive,) = place.iterdir()
     with tarfile.open(archive) as file:
-        file.extractall(place, filter="data")
+        file.extraction_filter = getattr(tarfile, "data_filter", None)  # since Python 3.11.4
+        file.extractall(place)
     return place / archive.name.removesuffix(".tar.gz")
 
 
