@@ -254,5 +254,6 @@ os._exit(0)  # or its thread may still say that the helper, which an exit kills,
 
 
 def test_a_program_that_forks_while_a_thread_chats():
-    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True)
+    command = sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKED  # of such a fork
+    done = subprocess.run(command, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("0\n", "")
