@@ -41,6 +41,15 @@ def open_regular(path: Path) -> BinaryIO:
     return file
 
 
+def read_regular(path: Path) -> bytes:
+    """A file's bytes; InputError where it is missing, unreadable or not a file."""
+    try:
+        with open_regular(path) as file:
+            return file.read()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+
+
 def map_file(path: Path) -> mmap.mmap:
     """The file's bytes, mapped: pages are read when touched, and writes never reach the file.
 
@@ -95,12 +104,7 @@ def view(
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; InputError when it is missing, malformed or not an object."""
-    try:
-        with open_regular(path) as file:
-            text = file.read()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
-    return parse_json(text, str(path))
+    return parse_json(read_regular(path), str(path))
 
 
 def parse_json(text: bytes, where: str) -> dict[str, Any]:

@@ -14,6 +14,8 @@ def tokenizer_errors(where: str | Path) -> Iterator[None]:
         yield
     except (InputError, KeyboardInterrupt, MemoryError, SystemExit):
         raise
+    except OSError as error:
+        raise InputError(f"{where}: {error.strerror or error}") from error
     except BaseException as error:  # a panic of the library is no Exception
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{where}: the tokenizer is damaged: {reason:.200}") from error

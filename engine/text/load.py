@@ -58,7 +58,9 @@ def _read_json(path: Path) -> dict[str, Any]:
             value = json.loads(file.read())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected JSON, found otherwise ({error})") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from engine.checkpoint.files import open_regular
+from engine.checkpoint.files import read_regular
 from engine.errors import InputError
 
 # Token types, the same in sentencepiece's protobuf and in GGUF.
@@ -111,11 +111,11 @@ def read_model(path: Path) -> Vocabulary:
             "pip install 'sentencepiece>=0.2' 'protobuf>=4.25'"
         ) from None
     model = protobuf.ModelProto()
+    data = read_regular(path)
     try:
-        with open_regular(path) as file:
-            model.ParseFromString(file.read())
+        model.ParseFromString(data)
         pieces = [piece.piece for piece in model.pieces]
-    except (OSError, DecodeError, ValueError) as error:
+    except (DecodeError, ValueError) as error:
         raise InputError(
             f"{path}: expected a sentencepiece model, found otherwise ({error})"
         ) from error
@@ -127,8 +127,8 @@ def read_model(path: Path) -> Vocabulary:
         )
     if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
         raise InputError(
-            f"{path}: expected a sentencepiece model with ▁ before its words, found one that has"
-            " white space behind them, or as it is"
+            f"{path}: expected a sentencepiece model with ▁ before its words, found one with ▁"
+            " behind them, or with plain spaces"
         )
     ids = {"unk_token": trainer.unk_id, "bos_token": trainer.bos_id,
            "eos_token": trainer.eos_id, "pad_token": trainer.pad_id}  # fmt: skip
