@@ -1,6 +1,6 @@
 """The errors that users cause: a sentence, exit code 2, no traceback."""
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 
 class InputError(ValueError):
@@ -18,5 +18,5 @@ class NotFiniteError(InputError, ArithmeticError):
 def check_choice(name: str, found: object, known: Iterable[object]) -> None:
     """InputError where what was `found` for an option is none of those that are `known`."""
     known = tuple(known)
-    if found not in known:
+    if not isinstance(found, Hashable) or found not in known:  # an array compares its values
         raise InputError(f"{name}: expected one of {', '.join(map(str, known))}, found {found!r}")

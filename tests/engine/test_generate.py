@@ -291,6 +291,9 @@ def test_stop_ids_outside_the_vocabulary(token, rng):
         ({"seed": 10**5000}, "seed must be a whole number, not one of so many digits"),
         ({"max_new_tokens": 10**5000}, "max_new_tokens must be a whole number, not one of so many"),
         ({"stop": 10**5000}, "stop takes ids of 32 bits"),
+        ({"speculate": ["ngram"]}, "speculate: expected one of ngram"),
+        ({"speculate": np.array(["ngram"])}, "speculate: expected one of ngram"),
+        ({"speculate": np.array(["ngram", "a"])}, "speculate: expected one of ngram"),
     ],
 )
 def test_options_out_of_range(options, says):
