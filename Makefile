@@ -78,7 +78,7 @@ fuzz-address: .venv/test
 	    --no-memory
 
 # What takes too long for every change, in one command.
-nightly: test-slow test-lowest sanitize-address sanitize-thread fuzz-address \
+nightly: test-slow sanitize-address sanitize-thread fuzz-address \
     $(if $(shell grep -m1 -o avx512_bf16 /proc/cpuinfo 2>/dev/null),emulate-x86)
 
 lint: $(BIN)/ruff $(BIN)/clang-format $(BIN)/mypy .venv/test  # mypy reads what is imported

@@ -1,6 +1,7 @@
 // Blocks that meet, on a CPU; a part of emulate.h. A counter says that what a block wrote is there, and
 // who comes last reads what the others wrote with __ldcg. Blocks run one after another, so no race in
-// global memory is seen; but that a fence stands on both sides of the counter is.
+// global memory is seen; but whether the warp that raises the counter has a fence before it, and one
+// behind it before it reads. That the fence follows the last write, and those of other warps, is not.
 #pragma once
 
 #include "cuda/emulate.h"
