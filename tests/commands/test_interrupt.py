@@ -86,13 +86,17 @@ from engine.commands import interrupt
 interrupt.watch()
 interrupt.begin()
 until, ready = time.monotonic() + interrupt.GRACE_SECONDS + 2, False
+
+def wait():  # a call: of a loop's own jump back Python 3.13 knows no handler
+    while time.monotonic() < until:
+        WAIT
+
 while time.monotonic() < until:
     try:
         if not ready:  # in here: what hears of it may interrupt at once
             ready = True
             print("ready", flush=True)
-        while time.monotonic() < until:
-            WAIT
+        wait()
     except KeyboardInterrupt:
         interrupt.forget()
         print("forgotten", flush=True)
