@@ -25,12 +25,13 @@ test-slow: .venv/test
 
 # The tests with the lowest versions that pyproject.toml allows, in an environment of their own, by
 # the extension of .venv; on Python 3.11 or 3.12, as the lowest numpy has no wheel for later ones.
+# Those of kernels are left out: GPU code is compiled by benchmarks/aot.py, which is for Triton 3.9.
 LOWEST := build/lowest
 test-lowest: .venv/test $(BIN)/uv
 	$(BIN)/uv venv -q --clear --python $(BIN)/python $(LOWEST)
 	$(BIN)/uv pip install -q --python $(LOWEST)/bin/python --resolution lowest-direct \
 	    -r pyproject.toml --extra test --extra heal
-	$(PYTEST:$(BIN)/%=$(LOWEST)/bin/%) $(PYTEST_ARGS)
+	$(PYTEST:$(BIN)/%=$(LOWEST)/bin/%) tests/commands tests/engine tests/formats $(PYTEST_ARGS)
 
 # Exports in the engines that they are for: llama.cpp, vLLM, GPTQModel.
 test-peers: .venv/test

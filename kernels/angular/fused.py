@@ -11,6 +11,8 @@ from torch import Tensor
 from engine.kernels.angular.reference import Sums
 
 PROGRAMS_PER_CORE = 4
+# Triton before 3.9 fails to compile products in float64 of what is read in 16 bits.
+WIDENS = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,8 @@ def angular_sums(
 ) -> Sums:
     """As in reference.py, for 2 to 128 boundaries."""
     R, (B, D), device = len(boundaries), boundaries[0].shape, boundaries[0].device
+    if WIDENS and boundaries[0].itemsize < 4:
+        boundaries = torch.stack(list(boundaries)).float().unbind()
     launch = choose_launch(R)
     x, stride_r, stride_b = _one_tensor(boundaries)
     programs = max(1, min(B, PROGRAMS_PER_CORE * _cores(device)))

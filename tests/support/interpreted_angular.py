@@ -23,6 +23,20 @@ def test_equals_the_reference(rng, shape, dtype):
     assert torch.allclose(got.squares, expected.squares, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_older_triton_is_given_32_bits(rng, dtype, monkeypatch):
+    """To the same sums: both are exact in float64."""
+    x = boundaries(rng, 5, 3, 20, dtype)
+    monkeypatch.setattr(fused, "WIDENS", False)
+    expected = fused.angular_sums(x, values=True)
+    read, one_tensor = [], fused._one_tensor
+    monkeypatch.setattr(fused, "_one_tensor", lambda rows: read.append(rows) or one_tensor(rows))
+    monkeypatch.setattr(fused, "WIDENS", True)
+    got = fused.angular_sums(x, values=True)
+    assert {row.dtype for rows in read for row in rows} == {torch.float32}
+    assert torch.equal(got.sums, expected.sums) and torch.equal(got.values, expected.values)
+
+
 def test_reads_each_feature_once(rng, monkeypatch):
     x = boundaries(rng, 33, 3, 70, torch.float32)
     reads = np.zeros(x.numel(), dtype=np.int64)
